@@ -1,0 +1,53 @@
+"""qapbench: quantization and vision-token pruning of multimodal LLMs, in one typed spec, measured honestly."""
+
+from .affine import fake_quantize
+from .errors import UserError
+from .quantization import PTQ, Format, LinearPlan
+from .spec import RunSpec, SweepSpec
+from .strategy import (
+    Bits,
+    GroupSize,
+    Pruner,
+    Share,
+    fusion,
+    fusions,
+    metric,
+    metrics,
+    min_max,
+    pruner,
+    pruners,
+    ptq,
+    ptqs,
+    quantizer,
+    quantizers,
+    top,
+)
+from .tokens import Selection, VisionTokens
+
+__all__ = [
+    "PTQ",
+    "Bits",
+    "Format",
+    "GroupSize",
+    "LinearPlan",
+    "Pruner",
+    "RunSpec",
+    "Selection",
+    "Share",
+    "SweepSpec",
+    "UserError",
+    "VisionTokens",
+    "fake_quantize",
+    "fusion",
+    "fusions",
+    "metric",
+    "metrics",
+    "min_max",
+    "pruner",
+    "pruners",
+    "ptq",
+    "ptqs",
+    "quantizer",
+    "quantizers",
+    "top",
+]

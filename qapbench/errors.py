@@ -1,0 +1,51 @@
+"""Errors that a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: where it stands and what is wrong, in one line."""
+
+    message: str
+    where: tuple[str | int, ...] = ()
+    line: int | None = None
+
+    def under(self, *prefix: str | int) -> Problem:
+        return replace(self, where=(*prefix, *self.where))
+
+    def __str__(self) -> str:
+        place = ".".join(str(part) for part in self.where)
+        head = f"line {self.line}: " if self.line else ""
+        return f"{head}{place}: {self.message}" if place else f"{head}{self.message}"
+
+
+@dataclass
+class UserError(ValueError):
+    """The user's input is wrong. Carries every problem found, so that all can be mended at once.
+
+    It is a ValueError, so that pydantic collects it like any other validation error.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+
+    def __init__(self, problems: str | Problem | Iterable[Problem]) -> None:
+        if isinstance(problems, str):
+            problems = Problem(problems)
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+    __hash__ = ValueError.__hash__
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A phrase that names the closest valid name, or the valid names where none is close."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"valid: {', '.join(names)}" if names else "there are none"

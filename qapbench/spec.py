@@ -1,0 +1,236 @@
+"""What to run, typed: `RunSpec` (one row of a table) and `SweepSpec` (many)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic.functional_validators import BeforeValidator
+
+from .errors import UserError
+from .quantization import Format
+from .registry import Registry, problems_of
+from .strategy import fusions, metrics, pruners, ptqs
+
+Scope = Literal["language", "projector", "vision"]
+
+
+class Item(BaseModel):
+    """A registered item and its parameters: in YAML `name`, or `{name: {parameter: value}}`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.name, json.dumps(self.params, sort_keys=True)))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _item(registry: Registry[Any]) -> Any:
+    """The type of a field that names an item of that registry; parameters are validated and completed."""
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, Item):
+            name, params = value.name, value.params
+        elif isinstance(value, str):
+            name, params = value, {}
+        elif isinstance(value, dict) and len(value) == 1:
+            name, params = next(iter(value.items()))
+            params = {} if params is None else params
+        else:
+            name, params = None, None
+        if not isinstance(name, str) or not isinstance(params, dict):
+            raise UserError(f"expected a {registry.kind} as `name` or `{{name: {{parameter: value}}}}`")
+        try:
+            return Item(name=name, params=registry.validate(name, params))
+        except UserError as error:
+            nested = isinstance(value, dict)
+            raise UserError([p.under(name) if nested and p.where else p for p in error.problems]) from None
+
+    def dump(item: Item) -> Any:
+        return {item.name: item.params} if item.params else item.name
+
+    return Annotated[Item, BeforeValidator(parse), PlainSerializer(dump)]
+
+
+MetricItem = _item(metrics)
+PrunerItem = _item(pruners)
+FusionItem = _item(fusions)
+PTQItem = _item(ptqs)
+
+
+class Strict(BaseModel):
+    """Nothing unknown, nothing coerced, nothing changed after the fact."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class QuantizeSpec(Strict):
+    """How the model is quantized. `scope` names the parts whose linears are."""
+
+    method: PTQItem  # type: ignore[valid-type]
+    weights: Format | None = None
+    activations: Format | None = None
+    scope: Annotated[list[Scope], Field(min_length=1)] = ["language"]
+
+    @model_validator(mode="after")
+    def _something(self) -> QuantizeSpec:
+        if self.weights is None and self.activations is None:
+            raise ValueError("give `weights`, `activations` or both; leave `quantize` out for full precision")
+        return self
+
+    @property
+    def label(self) -> str:
+        w, a = (f.bits if f else 16 for f in (self.weights, self.activations))
+        return f"{self.method} W{w}A{a}"
+
+
+class PruneSpec(Strict):
+    """Which visual tokens are kept. Without `sensitivity` the pruner chooses by meaning alone.
+
+    `positions`: "compact" numbers the shortened sequence anew; "keep" leaves every token its original position.
+    """
+
+    method: PrunerItem  # type: ignore[valid-type]
+    keep: Annotated[int, Field(ge=1)]
+    sensitivity: MetricItem | None = None  # type: ignore[valid-type]
+    fusion: FusionItem | None = None  # type: ignore[valid-type]
+    positions: Literal["compact", "keep"] = "compact"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_fusion(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("sensitivity") is not None and data.get("fusion") is None:
+            return {**data, "fusion": fusions.default}
+        return data
+
+    @model_validator(mode="after")
+    def _fusion_of_something(self) -> PruneSpec:
+        if self.fusion is not None and self.sensitivity is None:
+            raise ValueError("`fusion` without `sensitivity`: name the sensitivity metric to fuse")
+        return self
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.keep}" + (f" + {self.sensitivity}" if self.sensitivity else "")
+
+
+class TaskSpec(Strict):
+    """What is asked.
+
+    Attributes:
+        name: a task of this project, or any lm-eval task.
+        data: a parquet file, or a hub id; the task's own default where None.
+        limit: only the first questions.
+        prompt, parser: names that the task knows; its own defaults where None.
+        answers: "letter" takes the most likely option letter from one prefill; "generate" decodes text and parses it.
+    """
+
+    name: str
+    data: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    prompt: str | None = None
+    parser: str | None = None
+    answers: Literal["letter", "generate"] = "letter"
+
+
+class RunSpec(Strict):
+    """One run: a model, compressed in one way, on one task.
+
+    Attributes:
+        name: a label; it does not enter the run's id.
+        model: an embedded name, a checkpoint folder, or a hub id.
+        dtype: of the weights as loaded; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
+        text_tower: CLIP checkpoint whose joint space gives relevance; the model family's default where None.
+        plugins: Python files that register strategies.
+    """
+
+    name: str = "run"
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    text_tower: str | None = None
+    task: TaskSpec
+    quantize: QuantizeSpec | None = None
+    prune: PruneSpec | None = None
+    plugins: list[str] = []
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_by_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("task"), str):
+            return {**data, "task": {"name": data["task"]}}
+        return data
+
+    @classmethod
+    def parse(cls, data: dict[str, Any]) -> RunSpec:
+        """Validate; every mistake in one UserError."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(problems_of(error, cls)) from None
+
+    def canonical(self) -> str:
+        """JSON that is equal for equal runs: defaults filled in, keys sorted, the label left out."""
+        return json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
+
+    def digest(self, *content: str) -> str:
+        """Id of the run: the spec and the fingerprints of what it reads (model, data, plugins)."""
+        return hashlib.sha256("\0".join((self.canonical(), *content)).encode()).hexdigest()[:16]
+
+
+class SweepSpec(Strict):
+    """Many runs: a base, a grid over dotted keys, and named rows.
+
+    `matrix: {prune.keep: [128, 32]}` crosses every value; `cases: {label: {dotted.key: value}}` adds named rows.
+    With both, every case is crossed with the grid. A value of null removes the key.
+    """
+
+    name: str = "sweep"
+    base: dict[str, Any]
+    matrix: dict[str, list[Any]] = {}
+    cases: dict[str, dict[str, Any]] = {}
+
+    def cells(self) -> list[dict[str, Any]]:
+        """The raw spec of each run, in order, each with its own name; not validated yet."""
+        grid = [
+            dict(zip(self.matrix, values, strict=True)) for values in itertools.product(*self.matrix.values())
+        ]
+        rows: list[tuple[str | None, dict[str, Any]]] = list(self.cases.items()) or [(None, {})]
+        cells = []
+        for label, changes in rows:
+            for point in grid:
+                cell = override(self.base, {**changes, **point})
+                parts = [label or self.name] + [f"{key.split('.')[-1]}={_brief(v)}" for key, v in point.items()]
+                cells.append({**cell, "name": " ".join(parts)})
+        return cells
+
+
+def _brief(value: Any) -> str:
+    return next(iter(value)) if isinstance(value, dict) and value else str(value)
+
+
+def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `data` with dotted keys set; None removes. `task: name` is opened where a key goes below it."""
+    out = json.loads(json.dumps(data))
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        node = out
+        for part in path:
+            below = node.get(part)
+            if isinstance(below, str):
+                below = {"name": below} if part == "task" else {below: {}}
+            node[part] = below if isinstance(below, dict) else {}
+            node = node[part]
+        if value is None:
+            node.pop(last, None)
+        else:
+            node[last] = value
+    return out

@@ -1,0 +1,28 @@
+"""Fusion of orders instead of values."""
+
+import torch
+from torch import Tensor
+
+from qapbench import Share, fusion
+
+
+@fusion("rank")
+def rank(relevance: Tensor, sensitivity: Tensor, semantic: Share = 0.7) -> Tensor:
+    """Order tokens by semantic * rank(relevance) + (1 - semantic) * rank(sensitivity); give the relevance values
+    out again in that order.
+
+    Handing out the relevance's own values keeps its distribution, so that a pruner that multiplies by the score
+    (CDPruner) sees the same scale, and `semantic=1` changes nothing. Equal values share their mean rank; ties in
+    the fused order go to the lower index.
+    """
+    fused = semantic * _mean_rank(relevance) + (1 - semantic) * _mean_rank(sensitivity)
+    order = fused.argsort(dim=-1, descending=True, stable=True)
+    values = relevance.sort(dim=-1, descending=True).values
+    return relevance.new_empty(relevance.shape).scatter_(-1, order, values)
+
+
+def _mean_rank(scores: Tensor) -> Tensor:
+    """[B, N] rank of each score from below; equal scores get the mean of the ranks that they span."""
+    ordered = scores.sort(dim=-1).values
+    below, through = (torch.searchsorted(ordered, scores.contiguous(), right=right) for right in (False, True))
+    return (below + through - 1).to(scores.dtype) / 2

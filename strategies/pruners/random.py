@@ -1,0 +1,34 @@
+"""The floor that every method has to beat."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qapbench import Pruner, Selection, VisionTokens, pruner, top
+
+
+@pruner("random")
+@dataclass(frozen=True)
+class Random(Pruner):
+    """Uniform noise as relevance, drawn per image from the seed and the image's content.
+
+    Where images carry no id, every image gets the same draw, so that no batch can change it.
+    """
+
+    needs = frozenset({"image_ids"})
+    seed: int = 0
+
+    def relevance(self, tokens: VisionTokens) -> Tensor:
+        ids = tokens.image_ids or ("",) * tokens.batch
+        rows = [torch.rand(tokens.count, generator=_generator(self.seed, image)) for image in ids]
+        return torch.stack(rows).to(tokens.projected.device)
+
+    def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
+        return Selection(top(scores, keep))
+
+
+def _generator(seed: int, image: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{image}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

@@ -1,0 +1,28 @@
+"""Round to nearest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qapbench import PTQ, Format, LinearPlan, ptq
+
+
+@ptq("rtn")
+@dataclass(frozen=True)
+class RTN(PTQ):
+    """Rounds every weight to the nearest level of its format; activations dynamically, token by token."""
+
+    def prepare(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
+        activations: Format | None,
+        calibration: Any = None,
+    ) -> dict[str, LinearPlan]:
+        return {
+            name: LinearPlan(weights(linear.weight.detach()) if weights else None, activations)
+            for name, linear in linears.items()
+        }
