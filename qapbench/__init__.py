@@ -1,6 +1,7 @@
 """qapbench: quantization and vision-token pruning of multimodal LLMs, in one typed spec, measured honestly."""
 
 from .affine import fake_quantize
+from .compress import compress
 from .errors import UserError
 from .quantization import PTQ, Format, LinearPlan
 from .spec import RunSpec, SweepSpec
@@ -37,6 +38,7 @@ __all__ = [
     "SweepSpec",
     "UserError",
     "VisionTokens",
+    "compress",
     "fake_quantize",
     "fusion",
     "fusions",

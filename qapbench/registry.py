@@ -8,6 +8,7 @@ built-in ones use the same door.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -159,7 +160,8 @@ def problems_of(error: ValidationError, model: type[BaseModel], owner: str = "")
         elif item["type"] == "missing":
             found.append(Problem("this field is required", where))
         else:
-            message = item["msg"][:1].lower() + item["msg"][1:]
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
             found.append(Problem(f"{message} (got {_short(item['input'])})", where))
     return found
 
@@ -233,11 +235,13 @@ def load_plugin_file(path: str | Path) -> None:
     if not file.is_file():
         raise UserError(f"no such plugin file: {file}")
     load_plugins()
-    spec = importlib.util.spec_from_file_location(f"qapbench_plugin_{file.stem}", file)
+    # The path is part of the module's name: inspect finds a class's source by it, and stems repeat.
+    name = f"qapbench_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"a plugin must be a Python file (.py): {file}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # inspect needs it to find sources
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except UserError:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
-from pydantic.functional_validators import BeforeValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
 
 from .errors import UserError
 from .quantization import Format
@@ -79,6 +79,12 @@ class QuantizeSpec(Strict):
     weights: Format | None = None
     activations: Format | None = None
     scope: Annotated[list[Scope], Field(min_length=1)] = ["language"]
+
+    @field_validator("scope")
+    @classmethod
+    def _set_of_parts(cls, scope: list[Scope]) -> list[Scope]:
+        """Each part once, in one order, so that equal scopes give equal runs."""
+        return sorted(set(scope), key=get_args(Scope).index)
 
     @model_validator(mode="after")
     def _something(self) -> QuantizeSpec:
@@ -195,7 +201,7 @@ class SweepSpec(Strict):
 
     name: str = "sweep"
     base: dict[str, Any]
-    matrix: dict[str, list[Any]] = {}
+    matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     cases: dict[str, dict[str, Any]] = {}
 
     def cells(self) -> list[dict[str, Any]]:
@@ -222,6 +228,8 @@ def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     out = json.loads(json.dumps(data))
     for key, value in changes.items():
         *path, last = key.split(".")
+        if value is None and not _reaches(out, path):
+            continue
         node = out
         for part in path:
             below = node.get(part)
@@ -234,3 +242,11 @@ def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             node[last] = value
     return out
+
+
+def _reaches(data: Any, path: list[str]) -> bool:
+    for part in path:
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return isinstance(data, dict)

@@ -52,6 +52,12 @@ def _check_finite(x: Tensor, owner: str) -> None:
         raise UserError(f"{owner}: {int((~torch.isfinite(x)).sum())} of {x.numel()} values are not finite")
 
 
+def _check_scores(scores: Tensor, tokens: VisionTokens, owner: str) -> None:
+    if scores.shape != tokens.projected.shape[:2]:
+        raise UserError(f"{owner}: expected [{tokens.batch}, {tokens.count}], got {tuple(scores.shape)}")
+    _check_finite(scores, owner)
+
+
 class Pruner(abc.ABC):
     """Chooses visual tokens. Subclasses say what is relevant and how to choose; this class owns the rest.
 
@@ -59,9 +65,11 @@ class Pruner(abc.ABC):
 
     Attributes:
         needs: fields of VisionTokens that the method reads, beyond `projected`.
+        optional: those of `needs` that it can do without; the rest must be there.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    optional: ClassVar[frozenset[str]] = frozenset()
 
     def relevance(self, tokens: VisionTokens) -> Tensor | None:
         """[B, N] semantic relevance, higher = keep, any scale; None where the method has none."""
@@ -87,7 +95,7 @@ class Pruner(abc.ABC):
         """
         if not 1 <= keep <= tokens.count:
             raise UserError(f"keep={keep} is out of range: an image has {tokens.count} tokens (1..{tokens.count})")
-        for name in sorted(self.needs):
+        for name in sorted(self.needs - self.optional):
             tokens.require(name, type(self).__name__)
         if keep == tokens.count:
             everything = torch.arange(keep, device=tokens.projected.device)
@@ -103,13 +111,13 @@ class Pruner(abc.ABC):
         for name, values in given.items():
             if values is None:
                 continue
-            if values.shape != tokens.projected.shape[:2]:
-                raise UserError(f"{name}: expected [{tokens.batch}, {tokens.count}], got {tuple(values.shape)}")
-            _check_finite(values, name)
+            _check_scores(values, tokens, name)
             ready[name] = min_max(values.float())
         if len(ready) == 2:
             fuse = fusion or fusions.create(fusions.default)
-            return fuse(ready["relevance"], ready["sensitivity"])
+            fused = fuse(ready["relevance"], ready["sensitivity"])
+            _check_scores(fused, tokens, "fusion: scores")
+            return fused
         if ready:
             return next(iter(ready.values()))
         return torch.ones(tokens.projected.shape[:2], device=tokens.projected.device)
@@ -162,7 +170,10 @@ def _check_class(base: type, kind: str) -> Callable[[Any], None]:
 
 
 def _check_callable(target: Any) -> None:
-    if not callable(target):
+    usable = callable(target)
+    if isinstance(target, type):  # a class is callable itself; what counts is whether its instances are
+        usable = any("__call__" in vars(base) for base in target.__mro__)
+    if not usable:
         raise TypeError(f"expected a function or a class with __call__, got {target!r}")
 
 

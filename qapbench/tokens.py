@@ -83,11 +83,13 @@ class VisionTokens:
 
     def __getitem__(self, index: int | slice) -> VisionTokens:
         """The tokens of some images of the batch, still as a batch."""
-        part = slice(index, index + 1) if isinstance(index, int) else index
+        if isinstance(index, int):
+            index = range(self.batch)[index]  # IndexError past the end, so that iteration stops
+            index = slice(index, index + 1)
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in (*_SHAPES, "image_ids"):
             if values[name] is not None:
-                values[name] = values[name][part]
+                values[name] = values[name][index]
         return VisionTokens(**values)
 
 

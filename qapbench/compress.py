@@ -1,0 +1,165 @@
+"""`compress(model, spec)`: any supported Hugging Face model, quantized and pruned while the context is open."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UserError
+from .models import Family, family_of
+from .models.relevance import QuestionReader, TextTower
+from .prune import PrunedCalls
+from .receipt import LinearReceipt, Receipt, measured_bits
+from .spec import PruneSpec, QuantizeSpec, RunSpec
+from .strategy import metrics, pruners, ptqs
+
+
+@contextlib.contextmanager
+def compress(
+    model: Any,
+    spec: RunSpec | Mapping[str, Any],
+    processor: Any = None,
+    text_tower: TextTower | str | None = None,
+    calibration: Any = None,
+) -> Iterator[Receipt]:
+    """Quantize and prune a loaded model; inside the context `model(...)` and `model.generate(...)` run compressed.
+
+    After the context the model is as it was, to the bit. `generate` returns the caller's own prompt in front of
+    the new tokens, so the usual `out[:, inputs.input_ids.shape[1]:]` holds; a plain forward's logits have the
+    length of the shortened sequence. Inputs may be batched and padded on either side. Both calls take
+    `relevance_text=[...]`, one question an image, for pruners that weigh the question; where it is not given
+    the prompt is decoded with `processor`.
+
+    Args:
+        spec: a RunSpec, or a mapping with `quantize` and / or `prune` as a spec file has them.
+        text_tower: CLIP checkpoint with the joint space of the model's vision tower (folder, hub id, or loaded).
+        calibration: samples for PTQ methods that need them.
+
+    Yields:
+        The receipt, which fills as the model runs.
+
+    Raises:
+        UserError: the spec does not fit this model.
+    """
+    quantize, prune = _sections(spec)
+    family = family_of(model)
+    receipt = Receipt()
+    with contextlib.ExitStack() as stack:
+        if quantize:
+            stack.enter_context(_quantized(family, quantize, receipt, calibration))
+        if prune:
+            stack.enter_context(_pruned(family, prune, receipt, processor, text_tower, spec))
+        yield receipt
+
+
+def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, PruneSpec | None]:
+    if isinstance(spec, RunSpec):
+        return spec.quantize, spec.prune
+    if unknown := set(spec) - {"quantize", "prune"}:
+        raise UserError(f"spec: unknown section '{sorted(unknown)[0]}'; compress reads `quantize` and `prune`")
+    filled = RunSpec.parse({**spec, "model": "given", "task": "none"})
+    return filled.quantize, filled.prune
+
+
+@contextlib.contextmanager
+def _quantized(family: Family, spec: QuantizeSpec, receipt: Receipt, calibration: Any) -> Iterator[None]:
+    receipt.quantization = str(spec.method)
+    receipt.wants_weights, receipt.wants_activations = spec.weights is not None, spec.activations is not None
+    linears = family.linears(spec.scope)
+    method = ptqs.create(spec.method.name, **spec.method.params)
+    plans = method.prepare(family.model, linears, spec.weights, spec.activations, calibration)
+    with contextlib.ExitStack() as stack:
+        for name, linear in linears.items():
+            plan = plans.get(name)
+            if plan is None:
+                receipt.fall_back(f"{name}: left in full precision by {spec.method}")
+            elif plan.weight is not None:
+                stack.enter_context(_weight(linear, plan.weight))
+            if plan is not None and plan.activation is not None:
+                quantize = plan.activation
+                handle = linear.register_forward_pre_hook(lambda _, args, q=quantize: (q(args[0]), *args[1:]))
+                stack.callback(handle.remove)
+            line = _line(family, name, linear, spec)
+            receipt.linears.append(line)
+            # Registered last: it sees what the matmul sees.
+            stack.callback(linear.register_forward_pre_hook(_probe(line, spec)).remove)
+        yield
+
+
+def _line(family: Family, name: str, linear: nn.Linear, spec: QuantizeSpec) -> LinearReceipt:
+    bits, levels = measured_bits(linear.weight, spec.weights)
+    shape = (linear.out_features, linear.in_features)
+    return LinearReceipt(name, family.part_of(name), shape, bits, levels)
+
+
+def _probe(line: LinearReceipt, spec: QuantizeSpec) -> Any:
+    def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if not line.calls:
+            line.activation_bits, line.activation_levels = measured_bits(args[0], spec.activations)
+        line.calls += 1
+
+    return look
+
+
+@contextlib.contextmanager
+def _weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
+    """Another weight for a while. The original waits in host memory where it would crowd a GPU."""
+    original = linear.weight
+    device = original.device
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    original.data = original.data.to("cpu")
+    try:
+        yield
+    finally:
+        original.data = original.data.to(device)
+        linear.weight = original
+
+
+@contextlib.contextmanager
+def _pruned(
+    family: Family, spec: PruneSpec, receipt: Receipt, processor: Any, tower: TextTower | str | None, owner: Any
+) -> Iterator[None]:
+    receipt.pruning = spec.label
+    pruner = pruners.create(spec.method.name, **spec.method.params)
+    if missing := pruner.needs - family.offers - QuestionReader.FIELDS:
+        raise UserError(f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer")
+    joint = None
+    if pruner.needs & {"image_embeds", "text_embeds"}:
+        named = tower or (owner.text_tower if isinstance(owner, RunSpec) else None)
+        joint = find_text_tower(family, named, receipt)
+    reader = QuestionReader(pruner.needs, joint, family.model.get_input_embeddings())
+    sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None
+    calls = PrunedCalls(family, spec, pruner, sensitivity, reader, receipt, processor)
+    with calls.installed():
+        yield
+
+
+def find_text_tower(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
+    """The companion CLIP: as named, or `clip/` in the model's own folder, or the family's default.
+
+    Where none can be had relevance falls back on the language model's embeddings, and the receipt says so.
+    """
+    from pathlib import Path
+
+    if isinstance(named, TextTower):
+        return named
+    width = family.model.config.vision_config.hidden_size
+    device = family.model.device
+    if named:
+        return TextTower(named, width, device)
+    beside = Path(str(family.model.name_or_path)) / "clip"
+    if beside.is_dir():
+        return TextTower(beside, width, device)
+    default = family.default_text_tower()
+    reason = "no CLIP text tower is known for this model"
+    if default:
+        try:
+            return TextTower(default, width, device)
+        except UserError as error:
+            reason = str(error)
+    receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
+    return None

@@ -1,0 +1,102 @@
+"""What the framework has to know about a model: where its visual tokens, towers and linears are."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import UserError, nearest
+from ..tokens import VisionTokens
+
+_families: dict[str, type[Family]] = {}
+
+
+class Family(abc.ABC):
+    """One loaded model, seen through its family.
+
+    Attributes:
+        model: the Hugging Face model, not owned.
+        image_input: the keyword under which the model takes pixels.
+    """
+
+    image_input: ClassVar[str] = "pixel_values"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The module of each scope: language, projector, vision."""
+
+    @property
+    @abc.abstractmethod
+    def image_token(self) -> int:
+        """Id of the placeholder that stands for one visual token."""
+
+    @property
+    @abc.abstractmethod
+    def offers(self) -> frozenset[str]:
+        """Fields of VisionTokens that `see` can record for this model; those about the question come from
+        `QuestionReader`."""
+
+    @abc.abstractmethod
+    def see(self, pixels: Tensor, needs: frozenset[str]) -> VisionTokens:
+        """Run the vision tower and the projector on a batch of images, and record what is needed.
+
+        Args:
+            pixels: one image a row, as the processor makes them.
+            needs: fields of VisionTokens to record beyond `projected`.
+        """
+
+    @abc.abstractmethod
+    def project(self, patches: Tensor) -> Tensor:
+        """[B, M, C] merged patches into the language model's space [B, M, D]."""
+
+    @abc.abstractmethod
+    def encoded(self, features: list[Tensor]) -> dict[str, Any]:
+        """Keywords that hand ready features, one [K, D] an image, to the model in place of pixels."""
+
+    def default_text_tower(self) -> str | None:
+        """Hub id of the CLIP checkpoint whose vision tower this model took over, where it is known."""
+        return None
+
+    def linears(self, scope: Iterable[str]) -> dict[str, nn.Linear]:
+        """The linears of those parts, by their name in the model."""
+        roots = {id(self.parts[part]) for part in scope}
+        prefixes = [name for name, module in self.model.named_modules() if id(module) in roots]
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and any(name.startswith(f"{prefix}.") for prefix in prefixes)
+        }
+
+    def part_of(self, linear: str) -> str:
+        """The scope that a linear belongs to."""
+        modules = dict(self.model.named_modules())
+        for part, module in self.parts.items():
+            prefix = next(name for name, candidate in modules.items() if candidate is module)
+            if linear.startswith(f"{prefix}."):
+                return part
+        return "other"
+
+
+def family(model_type: str) -> Callable[[type[Family]], type[Family]]:
+    """Decorator: this class serves models whose config says `model_type`."""
+
+    def decorate(cls: type[Family]) -> type[Family]:
+        _families[model_type] = cls
+        return cls
+
+    return decorate
+
+
+def family_of(model: Any) -> Family:
+    """The model seen through its family; a UserError names the families that there are."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in _families:
+        raise UserError(f"model: no family for model type '{model_type}'; {nearest(model_type, _families)}")
+    return _families[model_type](model)

@@ -1,0 +1,128 @@
+"""LLaVA-1.5 and whatever else loads as `LlavaForConditionalGeneration` with a CLIP vision tower."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..errors import UserError
+from ..tokens import VisionTokens
+from .family import Family, family
+
+CLIP_L_336 = "openai/clip-vit-large-patch14-336"
+
+
+@family("llava")
+class Llava(Family):
+    """CLIP tower -> patches of one layer, CLS dropped -> two-layer projector -> language model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        if model.config.vision_feature_select_strategy != "default":
+            raise UserError("model: only vision_feature_select_strategy='default' (CLS dropped) is supported")
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        core = self.model.model
+        return {
+            "language": core.language_model, "projector": core.multi_modal_projector, "vision": core.vision_tower,
+        }  # fmt: skip
+
+    @property
+    def image_token(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def offers(self) -> frozenset[str]:
+        fields = {"patches", "image_ids"}
+        if self.model.config.vision_config.model_type == "clip_vision_model":
+            fields |= {"cls_attention", "keys", "cls_token"}
+        return frozenset(fields)
+
+    def default_text_tower(self) -> str | None:
+        vision = self.model.config.vision_config
+        shape = (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)
+        return CLIP_L_336 if shape == (1024, 24, 336, 14) else None
+
+    @torch.no_grad()
+    def see(self, pixels: Tensor, needs: frozenset[str]) -> VisionTokens:
+        if missing := needs - self.offers:
+            raise UserError(f"model: this vision tower cannot record {', '.join(sorted(missing))}")
+        with self._recording() as seen:
+            outputs = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
+        projected = torch.stack(list(outputs.pooler_output))
+        fields: dict[str, Any] = {"projected": projected}
+        heads = self.model.config.vision_config.num_attention_heads
+        side = math.isqrt(projected.shape[1])
+        if side * side == projected.shape[1]:
+            fields["grid"] = (side, side)
+        if "patches" in needs:
+            fields["patches"] = seen["patches"]
+        if "cls_token" in needs:
+            fields["cls_token"] = seen["hidden"][:, 0]
+        if "keys" in needs:
+            fields |= {"keys": seen["keys"][:, 1:], "heads": heads}
+        if "cls_attention" in needs:
+            fields["cls_attention"] = _cls_row(seen["queries"], seen["keys"], heads)
+        if "image_ids" in needs:
+            fields["image_ids"] = tuple(_digest(image) for image in pixels)
+        return VisionTokens(**fields)
+
+    def project(self, patches: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(patches)
+
+    def encoded(self, features: list[Tensor]) -> dict[str, Any]:
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[dict[str, Tensor]]:
+        """Hooks on one encoder layer and the projector; attention itself stays SDPA or flash."""
+        seen: dict[str, Tensor] = {}
+        layer = self._feature_layer()
+
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                seen[name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        def keep_input(module: nn.Module, args: Any) -> None:
+            seen["patches"] = args[0]
+
+        handles = [
+            layer.register_forward_hook(keep("hidden")),
+            layer.self_attn.q_proj.register_forward_hook(keep("queries")),
+            layer.self_attn.k_proj.register_forward_hook(keep("keys")),
+            self.model.model.multi_modal_projector.register_forward_pre_hook(keep_input),
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _feature_layer(self) -> Any:
+        """The encoder layer whose output the projector takes (the last one where there are several)."""
+        chosen = self.model.config.vision_feature_layer
+        index = chosen if isinstance(chosen, int) else chosen[-1]
+        layers = self.model.model.vision_tower.encoder.layers
+        return layers[(index if index >= 0 else len(layers) + 1 + index) - 1]
+
+
+def _cls_row(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """[B, N]: row of the CLS token in softmax(q k^T / sqrt(d)), mean over heads, CLS column dropped. Float32."""
+    query = queries[:, :1].float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    key = keys.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    logits = (query @ key.mT) / math.sqrt(query.shape[-1])
+    return logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+
+
+def _digest(image: Tensor) -> str:
+    return hashlib.sha256(image.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

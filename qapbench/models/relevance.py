@@ -1,0 +1,118 @@
+"""The CLIP joint space in which an image's patches meet the question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..tokens import VisionTokens
+
+
+class TextTower:
+    """A CLIP text tower and the two projections of its joint space, from any CLIP checkpoint folder.
+
+    LLaVA's own checkpoints hold a vision tower but neither the text tower nor the projections; this is their
+    companion. The vision encoder of the companion is dropped after loading.
+
+    Args:
+        source: folder or hub id that `CLIPModel.from_pretrained` can load, with its tokenizer.
+        vision_width: hidden size of the model's own vision tower; the joint space must fit it.
+    """
+
+    def __init__(self, source: str | Path, vision_width: int, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        try:
+            clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"text_tower: cannot load a CLIP checkpoint from '{source}': {_first_line(error)}") from error
+        width = clip.config.vision_config.hidden_size
+        if width != vision_width:
+            raise UserError(
+                f"text_tower: '{source}' belongs to a vision tower of width {width}, the model's has {vision_width}"
+            )
+        self.source = str(source)
+        clip = clip.eval().requires_grad_(False).to(device)
+        self.text: nn.Module = clip.text_model
+        self.text_projection: nn.Module = clip.text_projection
+        self.visual_norm: nn.Module = clip.vision_model.post_layernorm
+        self.visual_projection: nn.Module = clip.visual_projection
+        self.length: int = clip.config.text_config.max_position_embeddings
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, P], float32: post-layernorm and visual projection, as CDPruner applies them."""
+        return self.visual_projection(self.visual_norm(patches.float()))
+
+    @torch.inference_mode()
+    def embed_text(self, text: str) -> Tensor:
+        """One text -> [1, M, P], float32, where M segments hold all of it.
+
+        As in CDPruner's code nothing is truncated: token ids are padded with zeros to a multiple of the context
+        length and cut into segments. Only the last segment holds the end token that CLIP pools at; the others are
+        pooled at their first token.
+        """
+        ids = self.tokenizer(text, return_tensors="pt", truncation=False, verbose=False).input_ids[0]
+        segments = -(-len(ids) // self.length)
+        padded = ids.new_zeros(segments * self.length)
+        padded[: len(ids)] = ids
+        out = self.text(input_ids=padded.view(segments, self.length).to(self.device))
+        return self.text_projection(out.pooler_output).unsqueeze(0)
+
+
+class QuestionReader:
+    """Adds the fields of VisionTokens that concern the question.
+
+    With a text tower, image and text meet in its joint space. Without one, relevance falls back on the language
+    model: projected tokens beside the mean embedding of the prompt's tokens.
+    """
+
+    FIELDS = frozenset({"image_embeds", "text_embeds", "prompt_embeds"})
+
+    def __init__(self, needs: frozenset[str], tower: TextTower | None, embed: Callable[[Tensor], Tensor]) -> None:
+        self.needs = needs & self.FIELDS
+        self.tower = tower
+        self.embed = embed
+
+    @property
+    def visual(self) -> frozenset[str]:
+        """What the model must record for these fields."""
+        return frozenset({"patches"}) if self.tower and "image_embeds" in self.needs else frozenset()
+
+    def fields(self, image: VisionTokens, text: str | None, prompt: Tensor) -> dict[str, Tensor]:
+        """The question's fields for one image.
+
+        Args:
+            image: its tokens, a batch of one.
+            text: the question for the text tower.
+            prompt: [L] token ids of the prompt without placeholders and padding.
+        """
+        out: dict[str, Tensor] = {}
+        if not self.needs:
+            return out
+        embedded = self.embed(prompt).unsqueeze(0)
+        if "prompt_embeds" in self.needs:
+            out["prompt_embeds"] = embedded
+        if "image_embeds" in self.needs:
+            out["image_embeds"] = self.tower.embed_patches(_patches(image)) if self.tower else image.projected
+        if "text_embeds" in self.needs:
+            if self.tower and text is None:
+                raise UserError("relevance needs the question: pass `relevance_text=` or give `compress` a processor")
+            joint = self.tower.embed_text(text) if self.tower and text is not None else None
+            out["text_embeds"] = embedded.mean(dim=1, keepdim=True) if joint is None else joint
+        return out
+
+
+def _patches(image: VisionTokens) -> Tensor:
+    return image.require("patches", "the text tower")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

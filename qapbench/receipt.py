@@ -1,0 +1,160 @@
+"""What compression really did, measured on the tensors themselves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .quantization import Format
+from .tokens import Selection
+
+OFF_GRID = 0.15  # of a step, mean distance: see _off_grid
+ROWS = 8  # rows of a tensor that are inspected: enough to see 2^bits levels, cheap enough for every linear
+
+
+class NotQuantizedError(RuntimeError):
+    """The spec asks for quantization that never reached a matmul."""
+
+
+@dataclass
+class LinearReceipt:
+    """One linear in scope.
+
+    Attributes:
+        weight_bits: bits of the weight that the matmul saw; the dtype's width where it was not quantized.
+        activation_bits: the same of its input, at its first call; None while it was never called.
+        weight_levels, activation_levels: most distinct values found in one group, the evidence for the bits.
+        calls: forward passes.
+    """
+
+    name: str
+    part: str
+    shape: tuple[int, int]
+    weight_bits: int
+    weight_levels: int
+    activation_bits: int | None = None
+    activation_levels: int | None = None
+    calls: int = 0
+
+
+@dataclass
+class Receipt:
+    """What `compress` did. Filled while the model runs.
+
+    Attributes:
+        images: images that were pruned; `available`, `kept`, `merged`: tokens, summed over them.
+        least, most: smallest and largest budget (kept + merged) of an image.
+        fallbacks: what was done otherwise than asked, in words.
+        latest: the selection of the latest pruned call, for whoever stores or draws it; not part of the record.
+    """
+
+    quantization: str | None = None
+    pruning: str | None = None
+    wants_weights: bool = False
+    wants_activations: bool = False
+    linears: list[LinearReceipt] = field(default_factory=list)
+    images: int = 0
+    available: int = 0
+    kept: int = 0
+    merged: int = 0
+    least: int | None = None
+    most: int | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    latest: Selection | None = field(default=None, repr=False, compare=False)
+
+    def saw_image(self, available: int, kept: int, merged: int) -> None:
+        budget = kept + merged
+        self.images += 1
+        self.available += available
+        self.kept += kept
+        self.merged += merged
+        self.least = budget if self.least is None else min(self.least, budget)
+        self.most = budget if self.most is None else max(self.most, budget)
+
+    def fall_back(self, what: str) -> None:
+        if what not in self.fallbacks:
+            self.fallbacks.append(what)
+
+    @property
+    def tokens(self) -> dict[str, float | int]:
+        """Visual tokens per image, as measured; empty where no image was pruned."""
+        if not self.images:
+            return {}
+        n = self.images
+        return {
+            "available": self.available / n, "mean": (self.kept + self.merged) / n, "min": self.least or 0,
+            "max": self.most or 0, "kept": self.kept / n, "merged": self.merged / n,
+        }  # fmt: skip
+
+    def check(self) -> None:
+        """Raise NotQuantizedError where the spec asked for what never reached a matmul."""
+        if self.wants_weights and not any(line.weight_bits < 16 for line in self.linears):
+            raise NotQuantizedError(f"{self.quantization}: no weight was quantized ({len(self.linears)} linears)")
+        called = [line for line in self.linears if line.calls]
+        if self.wants_activations and not any((line.activation_bits or 32) < 16 for line in called):
+            raise NotQuantizedError(
+                f"{self.quantization}: activations were to be quantized, but none of the {len(self.linears)} "
+                f"linears in scope ({len(called)} were called) saw a quantized input"
+            )
+
+    def summary(self) -> str:
+        """One line for tables."""
+        parts = [self._quantization_line() if self.quantization else "full precision"]
+        if self.tokens:
+            t = self.tokens
+            merged = f" ({t['kept']:g} kept + {t['merged']:g} merged)" if self.merged else ""
+            parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}")
+        if self.fallbacks:
+            parts.append(f"{len(self.fallbacks)} fallback(s)")
+        return "; ".join(parts)
+
+    def _quantization_line(self) -> str:
+        seen = {(line.weight_bits, line.activation_bits) for line in self.linears if line.calls}
+        bits = ", ".join(f"W{w}A{a}" for w, a in sorted(seen, key=str)) or "no linear was called"
+        called = sum(1 for line in self.linears if line.calls)
+        scope = ", ".join(sorted({line.part for line in self.linears}))
+        return f"{self.quantization}: {bits} at {called} of {len(self.linears)} linears ({scope})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"summary": self.summary(), **{k: v for k, v in asdict(replace(self, latest=None)).items() if k != "latest"}}
+
+
+def measured_bits(x: Tensor, format: Format | None) -> tuple[int, int]:
+    """(bits, levels) of a tensor [..., D] as it reached a matmul.
+
+    A few rows are inspected. Quantized is what has at most 2^bits distinct values in every group and, where a
+    group is too small for that to say anything, values on a uniform grid. Else the dtype's own width is reported.
+    """
+    full = torch.finfo(x.dtype).bits
+    rows = x.detach().reshape(-1, x.shape[-1])[:ROWS].float()
+    size = min((format.group_size if format else None) or rows.shape[-1], rows.shape[-1])
+    groups = list(rows.split(size, dim=-1))
+    levels = max(_distinct(group) for group in groups)
+    if format is None or levels > 2**format.bits:
+        return full, levels
+    telling = size > 2**format.bits or _off_grid(groups[0], format.bits) < OFF_GRID
+    return (format.bits if telling else full), levels
+
+
+def _distinct(group: Tensor) -> int:
+    """Most distinct values in a row of [R, G]."""
+    return int((group.sort(dim=-1).values.diff(dim=-1) != 0).sum(dim=-1).max()) + 1 if group.numel() else 0
+
+
+def _off_grid(group: Tensor, bits: int) -> float:
+    """How far values [R, G] are from multiples of a step, in steps: 0 on a grid, 0.25 for values at random.
+
+    The step is the range (with zero) over the number of levels, give or take the one that a rounded zero point
+    costs.
+    """
+    low, high = group.amin(-1, keepdim=True).clamp(max=0), group.amax(-1, keepdim=True).clamp(min=0)
+    reach = torch.maximum(-low, high)
+    spans = [(high - low, 2**bits + extra) for extra in (-2, -1, 0)] + [(reach, 2 ** (bits - 1) - 1)]
+    distances = []
+    for span, steps in spans:
+        scaled = group / (span / steps).clamp(min=torch.finfo(torch.float32).tiny)
+        distances.append((scaled - scaled.round()).abs().mean(dim=-1))
+    return float(torch.stack(distances).amin(dim=0).median())
