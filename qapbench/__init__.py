@@ -4,6 +4,7 @@ from .affine import fake_quantize
 from .compress import compress
 from .errors import UserError
 from .quantization import PTQ, Format, LinearPlan
+from .run import run
 from .spec import RunSpec, SweepSpec
 from .strategy import (
     Bits,
@@ -51,5 +52,6 @@ __all__ = [
     "ptqs",
     "quantizer",
     "quantizers",
+    "run",
     "top",
 ]

@@ -27,6 +27,9 @@ def fake_quantize(x: Tensor, bits: int, group_size: int | None = None, symmetric
     out = quantize(values[..., :body].unflatten(-1, (-1, group)), bits).flatten(-2)
     if body < width:
         out = torch.cat([out, quantize(values[..., body:], bits)], dim=-1)
+    if x.dtype == torch.float16:  # the level above its largest value is infinite: take the value instead
+        largest = torch.finfo(x.dtype).max
+        out = torch.where(out.isinf(), out, out.clamp(-largest, largest))
     return out.to(x.dtype)
 
 

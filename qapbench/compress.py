@@ -126,7 +126,9 @@ def _pruned(
     receipt.pruning = spec.label
     pruner = pruners.create(spec.method.name, **spec.method.params)
     if missing := pruner.needs - family.offers - QuestionReader.FIELDS:
-        raise UserError(f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer")
+        raise UserError(
+            f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
+        )
     joint = None
     if pruner.needs & {"image_embeds", "text_embeds"}:
         named = tower or (owner.text_tower if isinstance(owner, RunSpec) else None)

@@ -115,7 +115,10 @@ class PrunedCalls:
 
     def _owners(self, placeholders: Tensor, tokens: VisionTokens) -> list[int]:
         """The row of the batch that each image belongs to."""
-        per_row, rest = placeholders.sum(dim=1).div(tokens.count, rounding_mode="floor"), placeholders.sum() % tokens.count
+        per_row, rest = (
+            placeholders.sum(dim=1).div(tokens.count, rounding_mode="floor"),
+            placeholders.sum() % tokens.count,
+        )
         if rest or int(per_row.sum()) != tokens.batch:
             raise UserError(
                 f"input_ids hold {int(placeholders.sum())} image placeholders, but {tokens.batch} image(s) "
@@ -136,7 +139,8 @@ class PrunedCalls:
             prompt = ids[row][mask[row].bool() & ~placeholders[row]]
             text = relevance_text[index] if relevance_text else self._decode(prompt)
             image = tokens[index]
-            images.append(dataclasses.replace(image, **self.reader.fields(image, text, prompt)))
+            asked: dict[str, Any] = self.reader.fields(image, text, prompt)
+            images.append(dataclasses.replace(image, **asked))
         return Selection.stack([self._choose(image) for image in images])
 
     def _choose(self, tokens: VisionTokens) -> Selection:
@@ -170,7 +174,9 @@ class PrunedCalls:
         if selection.merged is None:
             stays = selection.mask(count)
         else:  # merged tokens have no raster place: the first placeholders serve
-            stays = torch.arange(count, device=placeholders.device).expand(len(selection.indices), -1) < selection.budget
+            stays = (
+                torch.arange(count, device=placeholders.device).expand(len(selection.indices), -1) < selection.budget
+            )
         kept = ~placeholders
         kept[placeholders] = stays.flatten().to(kept.device)
         return kept

@@ -119,7 +119,10 @@ class Receipt:
         return f"{self.quantization}: {bits} at {called} of {len(self.linears)} linears ({scope})"
 
     def to_json(self) -> dict[str, Any]:
-        return {"summary": self.summary(), **{k: v for k, v in asdict(replace(self, latest=None)).items() if k != "latest"}}
+        return {
+            "summary": self.summary(),
+            **{k: v for k, v in asdict(replace(self, latest=None)).items() if k != "latest"},
+        }
 
 
 def measured_bits(x: Tensor, format: Format | None) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
@@ -60,10 +60,13 @@ def _item(registry: Registry[Any]) -> Any:
     return Annotated[Item, BeforeValidator(parse), PlainSerializer(dump)]
 
 
-MetricItem = _item(metrics)
-PrunerItem = _item(pruners)
-FusionItem = _item(fusions)
-PTQItem = _item(ptqs)
+if TYPE_CHECKING:
+    MetricItem = Item
+    PrunerItem = Item
+    FusionItem = Item
+    PTQItem = Item
+else:
+    MetricItem, PrunerItem, FusionItem, PTQItem = map(_item, (metrics, pruners, fusions, ptqs))
 
 
 class Strict(BaseModel):
@@ -75,7 +78,7 @@ class Strict(BaseModel):
 class QuantizeSpec(Strict):
     """How the model is quantized. `scope` names the parts whose linears are."""
 
-    method: PTQItem  # type: ignore[valid-type]
+    method: PTQItem
     weights: Format | None = None
     activations: Format | None = None
     scope: Annotated[list[Scope], Field(min_length=1)] = ["language"]
@@ -104,10 +107,10 @@ class PruneSpec(Strict):
     `positions`: "compact" numbers the shortened sequence anew; "keep" leaves every token its original position.
     """
 
-    method: PrunerItem  # type: ignore[valid-type]
+    method: PrunerItem
     keep: Annotated[int, Field(ge=1)]
-    sensitivity: MetricItem | None = None  # type: ignore[valid-type]
-    fusion: FusionItem | None = None  # type: ignore[valid-type]
+    sensitivity: MetricItem | None = None
+    fusion: FusionItem | None = None
     positions: Literal["compact", "keep"] = "compact"
 
     @model_validator(mode="before")
@@ -187,35 +190,73 @@ class RunSpec(Strict):
         """JSON that is equal for equal runs: defaults filled in, keys sorted, the label left out."""
         return json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
 
-    def digest(self, *content: str) -> str:
-        """Id of the run: the spec and the fingerprints of what it reads (model, data, plugins)."""
-        return hashlib.sha256("\0".join((self.canonical(), *content)).encode()).hexdigest()[:16]
+    def digest(self, fingerprints: dict[str, str]) -> str:
+        """Id of the run: how it compresses and asks, and the content of what it reads.
+
+        Args:
+            fingerprints: content hashes of the model, the data, the plugins; they stand for the names and paths
+                of these, so that a moved file keeps its results and a changed one does not.
+        """
+        fields = self.model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins"})
+        fields["task"].pop("data")
+        text = json.dumps([fields, fingerprints], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class SweepSpec(Strict):
-    """Many runs: a base, a grid over dotted keys, and named rows.
+    """Many runs: a run's own fields, and what varies.
 
     `matrix: {prune.keep: [128, 32]}` crosses every value; `cases: {label: {dotted.key: value}}` adds named rows.
-    With both, every case is crossed with the grid. A value of null removes the key.
+    With both, every case is crossed with the grid. A value of null removes the key. A file without either is a
+    sweep of one.
+
+    Attributes:
+        base: the fields that all runs share; in a file they stand beside `matrix` and `cases`.
     """
 
-    name: str = "sweep"
     base: dict[str, Any]
     matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     cases: dict[str, dict[str, Any]] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "base" in data:
+            return data
+        varying = {key: data[key] for key in ("matrix", "cases") if data.get(key) is not None}
+        return {"base": {k: v for k, v in data.items() if k not in ("matrix", "cases")}, **varying}
+
+    @property
+    def name(self) -> str:
+        return str(self.base.get("name", "run"))
+
+    @classmethod
+    def parse(cls, data: Any) -> SweepSpec:
+        """Validate what varies (the runs themselves are validated one by one); every mistake in one UserError."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(problems_of(error, cls)) from None
+
     def cells(self) -> list[dict[str, Any]]:
         """The raw spec of each run, in order, each with its own name; not validated yet."""
-        grid = [
-            dict(zip(self.matrix, values, strict=True)) for values in itertools.product(*self.matrix.values())
-        ]
-        rows: list[tuple[str | None, dict[str, Any]]] = list(self.cases.items()) or [(None, {})]
+        return [cell for cell, _ in self.cells_with_changes()]
+
+    def cells_with_changes(self) -> list[tuple[dict[str, Any], dict[str, tuple[str | int, ...]]]]:
+        """Each cell, and where in the file each of its changed keys was set."""
+        grid = list(itertools.product(*(enumerate(values) for values in self.matrix.values())))
         cells = []
+        rows: list[tuple[str | None, dict[str, Any]]] = [*self.cases.items()] or [(None, {})]
         for label, changes in rows:
             for point in grid:
-                cell = override(self.base, {**changes, **point})
-                parts = [label or self.name] + [f"{key.split('.')[-1]}={_brief(v)}" for key, v in point.items()]
-                cells.append({**cell, "name": " ".join(parts)})
+                crossed = {key: value for key, (_, value) in zip(self.matrix, point, strict=True)}
+                places: dict[str, tuple[str | int, ...]] = {key: ("cases", str(label), key) for key in changes}
+                places |= {key: ("matrix", key, at) for key, (at, _) in zip(self.matrix, point, strict=True)}
+                cell = override(self.base, {**changes, **crossed})
+                if self.matrix or self.cases:
+                    parts = [label or self.name] + [f"{key.split('.')[-1]}={_brief(v)}" for key, v in crossed.items()]
+                    cell["name"] = " ".join(parts)
+                cells.append((cell, places))
         return cells
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..errors import UserError, nearest
-from ..tokens import VisionTokens
+from qapbench.errors import UserError, nearest
+from qapbench.tokens import VisionTokens
 
 _families: dict[str, type[Family]] = {}
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..errors import UserError
-from ..tokens import VisionTokens
+from qapbench.errors import UserError
+from qapbench.tokens import VisionTokens
+
 from .family import Family, family
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
@@ -79,7 +80,9 @@ class Llava(Family):
         return self.model.model.multi_modal_projector(patches)
 
     def encoded(self, features: list[Tensor]) -> dict[str, Any]:
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+        # Annotated as one tensor upstream, but LLaVA's own code fills it with a list of tensors.
+        pooled: Any = features
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[dict[str, Tensor]]:

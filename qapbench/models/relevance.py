@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..tokens import VisionTokens
+from qapbench.errors import UserError
+from qapbench.tokens import VisionTokens
 
 
 class TextTower:
@@ -28,10 +28,12 @@ class TextTower:
         from transformers import AutoTokenizer, CLIPModel
 
         try:
-            clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
+            clip: Any = CLIPModel.from_pretrained(source, dtype=torch.float32)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise UserError(f"text_tower: cannot load a CLIP checkpoint from '{source}': {_first_line(error)}") from error
+            raise UserError(
+                f"text_tower: cannot load a CLIP checkpoint from '{source}': {_first_line(error)}"
+            ) from error
         width = clip.config.vision_config.hidden_size
         if width != vision_width:
             raise UserError(

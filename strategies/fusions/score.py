@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qapbench import Share, fusion
 
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @fusion("convex", default=True)

@@ -20,16 +20,12 @@ def absmax_error(tokens: Tensor, bits: Bits = 4) -> Tensor:
 
 
 @metric("clip_error")
-def clip_error(
-    tokens: Tensor, bits: Bits = 4, percentile: Annotated[float, Field(gt=0, le=100)] = 99.0
-) -> Tensor:
+def clip_error(tokens: Tensor, bits: Bits = 4, percentile: Annotated[float, Field(gt=0, le=100)] = 99.0) -> Tensor:
     """Residual of AbsMax quantization clipped at a percentile of |x|."""
     return quantization_error(tokens, "clip", bits=bits, percentile=percentile)
 
 
 @metric("group_error")
-def group_error(
-    tokens: Tensor, bits: Bits = 4, group_size: GroupSize = 128, symmetric: bool = True
-) -> Tensor:
+def group_error(tokens: Tensor, bits: Bits = 4, group_size: GroupSize = 128, symmetric: bool = True) -> Tensor:
     """Residual of group-wise quantization."""
     return quantization_error(tokens, "groupwise", bits=bits, group_size=group_size, symmetric=symmetric)

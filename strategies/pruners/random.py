@@ -18,6 +18,7 @@ class Random(Pruner):
     """
 
     needs = frozenset({"image_ids"})
+    optional = frozenset({"image_ids"})
     seed: int = 0
 
     def relevance(self, tokens: VisionTokens) -> Tensor:

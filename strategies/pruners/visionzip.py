@@ -20,6 +20,7 @@ class VisionZip(Pruner):
     """
 
     needs = frozenset({"cls_attention", "keys", "patches", "cls_token"})
+    optional = frozenset({"cls_token"})
     contextual: Share = 5 / 32
 
     def relevance(self, tokens: VisionTokens) -> Tensor:

@@ -1,0 +1,215 @@
+"""`qapbench`: parse, call, print."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tqdm.auto
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import UserError, nearest
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
+)  # fmt: skip
+out, err = Console(), Console(stderr=True)
+
+SpecArgument = Annotated[str, typer.Argument(help="A spec file, or the name of a shipped spec (quickstart).")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the results.")]
+
+
+@app.command()
+def run(
+    spec: SpecArgument,
+    changes: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    fresh: Annotated[bool, typer.Option(help="Make every run anew; earlier results are set aside.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
+    engine: Annotated[Literal["local"], typer.Option(help="Where runs are made.")] = "local",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions a forward pass.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a checkpoint run its own Python code.")] = False,
+    page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,
+) -> None:
+    """Make the runs of a spec that are missing, print the table, write the leaderboard page."""
+    from .analysis.table import ablation_table
+    from .run.engine import Engine
+    from .specfile import load_spec
+
+    specs = load_spec(spec, changes or ())
+    with _progress() as report:
+        making = Engine(runs, batch_size, device, trust_remote_code, report)
+        plan = [making.plan(one) for one in specs]
+        if dry_run:
+            records = []
+        else:
+            records = [making.run(one, fresh) for one in specs]
+    if dry_run:
+        out.print(_plan_table(plan))
+        return
+    out.print(ablation_table(records, out.width))
+    for note in dict.fromkeys(note for record in records for note in record.get("notes", [])):
+        out.print(f"[yellow]{escape(note)}[/]")
+    _write_page(records, page or runs / "leaderboard.html", specs[0].name)
+
+
+@app.command()
+def validate(spec: SpecArgument, changes: SetOption = None) -> None:
+    """Check a spec and list its runs."""
+    from .specfile import load_spec
+
+    specs = load_spec(spec, changes or ())
+    for one in specs:
+        out.print(escape(f"{one.name}: {one.model} on {one.task.name}"), highlight=False)
+    out.print(f"{len(specs)} run(s), all valid")
+
+
+@app.command("list")
+def list_items(kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ...")] = None) -> None:
+    """List what is registered."""
+    for registry in _registries(kind):
+        table = Table(title=registry.kind, title_justify="left")
+        table.add_column("name", style="bold")
+        table.add_column("parameters")
+        table.add_column("what it is")
+        for entry in registry:
+            fields = entry.params.model_fields
+            params = ", ".join(f"{k}={v.default!r}" for k, v in fields.items())
+            table.add_row(escape(entry.name), escape(params), escape(entry.doc.partition("\n")[0]))
+        out.print(table)
+
+
+@app.command()
+def show(kind: str, name: str) -> None:
+    """Describe one registered item: documentation, parameters, origin."""
+    (registry,) = _registries(kind)
+    described = registry.describe(name)
+    out.print(f"[bold]{escape(name)}[/] ({registry.kind}), from {escape(described['origin'])}", highlight=False)
+    out.print(escape(described["doc"]), highlight=False)
+    out.print_json(json.dumps(described["parameters"]))
+
+
+@app.command()
+def leaderboard(
+    runs: RunsOption = Path("runs"),
+    page: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("leaderboard.html"),
+) -> None:
+    """Write one offline HTML page of every record below RUNS."""
+    from .run.engine import read_records
+
+    records = read_records(runs)
+    if not records:
+        raise UserError(f"no records below {runs}; make some with `qapbench run SPEC --runs {runs}`")
+    _write_page(records, page, "qapbench")
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="Stored outputs: LLaVA's JSON, or JSON lines.")],
+    task: Annotated[str, typer.Option(help="Task that the outputs answer.")],
+    data: Annotated[str | None, typer.Option(help="Its data: a parquet file or a hub id.")] = None,
+    parser: Annotated[str | None, typer.Option(help="How answers are read; the task's own by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: Annotated[int, typer.Option(help="For parsers that guess.")] = 0,
+) -> None:
+    """Score stored outputs again."""
+    from .analysis.score import score_file
+    from .analysis.table import scores_table
+    from .spec import TaskSpec
+
+    scores = score_file(file, TaskSpec(name=task, data=data, parser=parser, answers="generate"), seed)
+    if as_json:
+        typer.echo(json.dumps(scores.to_json()))
+    else:
+        out.print(scores_table(scores.to_json()))
+
+
+def _registries(kind: str | None) -> list[Any]:
+    from .strategy import KINDS
+
+    if kind is None:
+        return list(KINDS.values())
+    name = kind if kind in KINDS else kind.removesuffix("s")
+    if name not in KINDS:
+        raise UserError(f"no kind '{kind}'; {nearest(kind, KINDS)}")
+    return [KINDS[name]]
+
+
+def _write_page(records: list[dict[str, Any]], page: Path, title: str) -> None:
+    from .leaderboard import build
+
+    page.parent.mkdir(parents=True, exist_ok=True)
+    build(records, page, title=title)
+    out.print(f"Leaderboard: {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
+
+
+def _plan_table(plan: list[Any]) -> Table:
+    table = Table(title="Plan", title_justify="left")
+    for column in ("run", "id", "state"):
+        table.add_column(column)
+    table.add_column("answered", justify="right")
+    for planned in plan:
+        answered = planned.total if planned.done else planned.answered
+        table.add_row(escape(planned.spec.name), planned.id, planned.state, f"{answered} of {planned.total}")
+    return table
+
+
+class _progress:
+    """A rich progress bar per run, with rate and time left; on standard error, so tables can be piped."""
+
+    def __enter__(self) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), console=err,
+        )  # fmt: skip
+        self.bar.__enter__()
+        self.tasks: dict[str, Any] = {}
+        return self.report
+
+    def report(self, name: str, done: int, total: int) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bar.add_task(escape(name), total=total, completed=done, rate="")
+        task = self.tasks[name]
+        speed = self.bar.tasks[self.bar.task_ids.index(task)].speed
+        self.bar.update(task, completed=done, rate=f"{speed:.1f}/s" if speed else "")
+
+    def __exit__(self, *exc: Any) -> None:
+        self.bar.__exit__(*exc)
+
+
+def main() -> None:
+    """Entry point: the user's mistakes are one readable message and exit code 2, faults of ours exit with 1."""
+    from .receipt import NotQuantizedError
+
+    # Our own bar is the only one; lm-eval and transformers offer no common switch for theirs.
+    tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
+    tqdm.auto.tqdm.__init__ = functools.partialmethod(tqdm.auto.tqdm.__init__, disable=True)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except UserError as error:
+        for problem in error.problems:
+            err.print(f"[red]error:[/] {escape(str(problem))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except NotQuantizedError as error:
+        err.print(f"[red]run failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

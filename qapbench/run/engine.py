@@ -1,0 +1,277 @@
+"""Runs: what is to be done, doing what is missing, and the record of each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qapbench.compress import compress
+from qapbench.errors import UserError
+from qapbench.spec import RunSpec, SweepSpec
+from qapbench.specfile import load_spec
+
+from .environment import environment, peak_memory_mb
+from .loading import find_model, fingerprints, load_model
+from .store import Answer, Store, set_aside, write_json
+from .tasks import LoadedTask, load_task, quiet
+
+SCHEMA = 1
+RECORD, SCORED = "record.json", "scored.jsonl"
+Record = dict[str, Any]
+Report = Callable[[str, int, int], None]
+"""Called with (run name, questions answered, questions in all)."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run before it is made.
+
+    Attributes:
+        id: hash of how it compresses and asks, and of the content that it reads.
+        answered: questions in its store.
+        done: whether its record is written.
+    """
+
+    spec: RunSpec
+    id: str
+    folder: Path
+    total: int
+    answered: int
+    done: bool
+    fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def state(self) -> Literal["done", "begun", "new"]:
+        return "done" if self.done else "begun" if self.answered else "new"
+
+
+def run(
+    spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec],
+    runs: str | Path = "runs",
+    *,
+    fresh: bool = False,
+    batch_size: int | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    report: Report | None = None,
+) -> list[Record]:
+    """Make the runs that are missing and return the record of each, in order.
+
+    Args:
+        spec: a spec file or the name of a shipped one, a spec, or several.
+        runs: folder of the results, one sub-folder a run. What lies there is taken up, never made twice.
+        fresh: make every run anew; earlier results are set aside, not deleted.
+        batch_size: questions per forward pass; 1 on a CPU (where more gains nothing), 8 on a GPU.
+        device: "cpu", "cuda", ...; a GPU where there is one.
+
+    Raises:
+        UserError: the spec, the model or the data are wrong.
+        NotQuantizedError: a run asks for quantization that never reached a matmul.
+    """
+    engine = Engine(Path(runs), batch_size, device, trust_remote_code, report)
+    return [engine.run(one, fresh) for one in as_specs(spec)]
+
+
+def as_specs(spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec]) -> list[RunSpec]:
+    if isinstance(spec, RunSpec):
+        return [spec]
+    if isinstance(spec, SweepSpec):
+        return [RunSpec.parse(cell) for cell in spec.cells()]
+    if isinstance(spec, str | Path):
+        return load_spec(spec)
+    return list(spec)
+
+
+class Engine:
+    """Makes runs one after another on this machine, keeping the loaded model and what runs have in common."""
+
+    def __init__(
+        self, runs: Path, batch_size: int | None = None, device: str | None = None,
+        trust_remote_code: bool = False, report: Report | None = None,
+    ) -> None:  # fmt: skip
+        self.runs = runs
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise UserError(f"device: '{device}' is not a device; try cpu or cuda") from None
+        self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
+        self.trust_remote_code = trust_remote_code
+        self.report = report or (lambda name, done, total: None)
+        self._loaded: tuple[Hashable, Any, Any] | None = None
+        self._tasks: dict[Hashable, LoadedTask] = {}
+        self._shared: dict[Hashable, Answer] = {}
+
+    def plan(self, spec: RunSpec) -> Planned:
+        """What a run would take up, without loading the model."""
+        task = self.task(spec)
+        content = fingerprints(spec, task.fingerprint)
+        run_id = spec.digest(content)
+        folder = self.runs / run_id
+        answered = len(Store(folder).read()) if folder.exists() else 0
+        done = (folder / RECORD).exists()
+        return Planned(spec, run_id, folder, task.count, answered, done, content)
+
+    def run(self, spec: RunSpec, fresh: bool = False) -> Record:
+        """One run's record, made now or read."""
+        planned = self.plan(spec)
+        if fresh:
+            set_aside(planned.folder)
+        elif planned.done:
+            self.report(spec.name, planned.total, planned.total)
+            return {**read_record(planned.folder), "name": spec.name}
+        store = Store(planned.folder)
+        with store.locked():
+            write_json(planned.folder / "spec.json", spec.model_dump(mode="json"))
+            return self._make(planned, store)
+
+    def task(self, spec: RunSpec) -> LoadedTask:
+        key = (spec.task.model_dump_json(), spec.seed)
+        if key not in self._tasks:
+            self._tasks[key] = load_task(spec.task, spec.seed)
+        return self._tasks[key]
+
+    def model(self, spec: RunSpec) -> tuple[Any, Any]:
+        """The loaded model and processor; the latest one stays loaded."""
+        key = (find_model(spec.model).folder, spec.dtype)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            self._loaded = (key, *load_model(spec, self.device, self.trust_remote_code))
+        return self._loaded[1], self._loaded[2]
+
+    def _make(self, planned: Planned, store: Store) -> Record:
+        from qapbench.analysis.score import tally
+
+        from .lm import CompressedLM
+
+        spec, task = planned.spec, self.task(planned.spec)
+        model, processor = self.model(spec)
+        torch.manual_seed(spec.seed)
+        started = time.perf_counter()
+        with compress(model, spec, processor) as receipt:
+            lm = CompressedLM(
+                model, processor, receipt, store, self.batch_size,
+                lambda done, total: self.report(spec.name, done, total), self._shared, _shared_key(planned),
+            )  # fmt: skip
+            samples = _evaluate(lm, task, spec.seed)
+        seconds = time.perf_counter() - started
+        if lm.computed:
+            receipt.check()
+        scores = tally((sample["metrics"] for sample in samples), task.columns, task.unavailable)
+        _write_scored(planned.folder / SCORED, samples)
+        record = {
+            "schema": SCHEMA,
+            "run_id": planned.id,
+            "name": spec.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "spec": spec.model_dump(mode="json"),
+            "task": {"name": task.name, "questions": task.count, "chance": _chance(task)},
+            "scores": scores.to_json(),
+            "tokens": _tokens(store.read()),
+            "receipt": receipt.to_json(),
+            "environment": {
+                **environment(self.device), "batch_size": self.batch_size, "dtype": str(model.dtype).split(".")[-1],
+                "image_processor": type(processor.image_processor).__name__,
+            },
+            "fingerprints": planned.fingerprints,
+            "timing": {
+                "seconds": round(seconds, 3), "questions": lm.answered, "computed": lm.computed,
+                "questions_per_second": round(lm.answered / seconds, 2), "peak_memory_mb": round(peak_memory_mb()),
+            },
+            "notes": _notes(spec, task),
+        }  # fmt: skip
+        write_json(planned.folder / RECORD, record)
+        return record
+
+
+def read_record(folder: Path) -> Record:
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / RECORD} cannot be read: {error}") from error
+
+
+def read_records(runs: Path) -> list[Record]:
+    """Every record below a folder of results, oldest first."""
+    folders = sorted({path.parent for path in runs.glob(f"*/{RECORD}") if ".old" not in path.parent.name})
+    return sorted((read_record(folder) for folder in folders), key=lambda record: record["created"])
+
+
+def _evaluate(lm: Any, task: LoadedTask, seed: int) -> list[dict[str, Any]]:
+    """lm-eval's own evaluator; for each question its id and what `process_results` gave."""
+    from lm_eval.evaluator import evaluate
+
+    task.task.set_fewshot_seed(seed=seed)
+    with quiet():
+        # `simple_evaluate` would add its own report of the machine, which takes seconds and is not used.
+        results = evaluate(
+            lm, {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}}, limit=task.count, bootstrap_iters=0,
+            apply_chat_template=bool(getattr(lm.processor, "chat_template", None)),
+        )  # fmt: skip
+    (samples,) = results["samples"].values()
+    names = [*task.columns, "unparsed"]
+    first = {sample["doc_id"]: sample for sample in reversed(samples)}  # of a task with several filters, the first
+    return [
+        {
+            "id": task.ids[doc],
+            "doc": doc,
+            "metrics": {name: sample[name] for name in names if name in sample},
+        }
+        for doc, sample in sorted(first.items())
+    ]
+
+
+def _write_scored(path: Path, samples: list[dict[str, Any]]) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(json.dumps(sample, sort_keys=True) + "\n" for sample in samples), encoding="utf-8")
+    draft.replace(path)
+
+
+def _shared_key(planned: Planned) -> Hashable:
+    """What a text-only answer depends on: everything but the pruner."""
+    return planned.spec.model_copy(update={"prune": None}).digest(
+        {key: value for key, value in planned.fingerprints.items() if key in ("model", "data")}
+    )
+
+
+def _chance(task: LoadedTask) -> float | None:
+    """Accuracy of guessing: mean of 1 / number of choices."""
+    sizes = [len(doc["choices"]) for doc in (task.docs[i] for i in range(task.count)) if doc.get("choices")]
+    return sum(1 / size for size in sizes) / len(sizes) if sizes else None
+
+
+def _tokens(answers: list[Answer]) -> dict[str, float]:
+    """Visual tokens per image over the whole run, from what was stored beside each answer."""
+    images = [image for answer in answers for image in answer.get("images", [])]
+    if not images:
+        return {}
+    available = [image["available"] for image in images]
+    kept = [len(image["kept"]) if "kept" in image else image["available"] for image in images]
+    merged = [image.get("merged", 0) for image in images]
+    budgets = [k + m for k, m in zip(kept, merged, strict=True)]
+    n = len(images)
+    return {
+        "images": n, "available": sum(available) / n, "mean": sum(budgets) / n, "min": min(budgets),
+        "max": max(budgets), "kept": sum(kept) / n, "merged": sum(merged) / n,
+    }  # fmt: skip
+
+
+def _notes(spec: RunSpec, task: LoadedTask) -> list[str]:
+    """What a reader of the numbers has to know."""
+    notes = []
+    if find_model(spec.model).embedded:
+        notes.append(
+            f"Embedded stand-in model: {spec.model} is a few million parameters, trained by this project on "
+            "procedural questions; its numbers say nothing about LLaVA-7B."
+        )
+        if not task.stand_in:
+            notes.append(f"{spec.model} was never trained for {task.name}: expect accuracy near chance.")
+    if task.stand_in:
+        notes.append(f"Stand-in data: {task.stand_in}")
+    return notes

@@ -1,0 +1,60 @@
+"""Where a result was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("qapbench", "torch", "transformers", "lm-eval", "tokenizers", "numpy", "pillow")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and settings that a result may depend on."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    found["threads"] = torch.get_num_threads()
+    found["git"] = _git()
+    return found
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"cpu: {line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _git() -> str | None:
+    """Commit of the checkout that runs, "dirty" where it was changed; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        status = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + (" (dirty)" if status.stdout.strip() else "") or None

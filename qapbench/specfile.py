@@ -1,0 +1,148 @@
+"""Spec files: safe YAML with line numbers, `--set`, and every mistake in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import Problem, UserError, nearest
+from .registry import load_plugin_file
+from .spec import RunSpec, SweepSpec, override
+
+Lines = dict[tuple[str | int, ...], int]
+SHIPPED = Path(__file__).parent / "specs"  # where an installed wheel has them
+
+
+def load_spec(source: str | Path, changes: Sequence[str] = ()) -> list[RunSpec]:
+    """The runs of a spec file, validated; a file without `matrix` or `cases` gives one.
+
+    Args:
+        source: a path, or the name of a shipped spec ("quickstart").
+        changes: `dotted.key=value` strings; the value is YAML. They apply to the fields that all runs share.
+
+    Raises:
+        UserError: every mistake of the file, each with its line.
+    """
+    path = find_spec(source)
+    data, lines = read_yaml(path)
+    if changes:
+        data = override(data, dict(map(_parse_change, changes)))
+    folder = path.resolve().parent
+    problems = _load_plugins(data, folder)
+    runs: list[RunSpec] = []
+    try:
+        sweep = SweepSpec.parse(data)
+    except UserError as error:
+        raise UserError([_located(p, lines, {}) for p in (*problems, *error.problems)]) from None
+    for cell, changed in sweep.cells_with_changes():
+        try:
+            runs.append(_at(RunSpec.parse(cell), folder))
+        except UserError as error:
+            problems += [_located(problem, lines, changed) for problem in error.problems]
+    if problems:
+        unique = list(dict.fromkeys(_located(p, lines, {}) for p in problems))
+        raise UserError(sorted(unique, key=lambda p: p.line or 0))
+    return runs
+
+
+def find_spec(source: str | Path) -> Path:
+    """A file as given, or a shipped spec by its name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    folders = [SHIPPED, Path(__file__).parent.parent / "specs"]
+    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if str(source) in shipped:
+        return shipped[str(source)]
+    raise UserError(f"no spec file '{source}'; {nearest(str(source), shipped)}")
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """A YAML mapping and the line of every key and item in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or "not UTF-8 text"
+        raise UserError(Problem(f"not valid YAML: {what}", (path.name,), mark.line + 1 if mark else None)) from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path.name}: a spec is a mapping (`model: ...`), got {type(data).__name__}")
+    lines: Lines = {}
+    problems: list[Problem] = []
+    _walk(node, (), lines, problems)
+    if problems:
+        raise UserError(problems)
+    return data, lines
+
+
+def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, problems: list[Problem]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = (*path, key.value)
+            line = key.start_mark.line + 1
+            if below in lines:
+                problems.append(Problem(f"given twice, first in line {lines[below]}", below, line))
+            lines[below] = line
+            _walk(value, below, lines, problems)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, index)] = value.start_mark.line + 1
+            _walk(value, (*path, index), lines, problems)
+
+
+def _parse_change(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text}: expected dotted.key=value")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}: '{value}' is not a YAML value") from None
+
+
+def _load_plugins(data: dict[str, Any], folder: Path) -> list[Problem]:
+    """Run the plugin files first: what they register is what the rest is validated against."""
+    problems: list[Problem] = []
+    named = data.get("plugins")
+    for index, plugin in enumerate(named if isinstance(named, list) else []):
+        try:
+            load_plugin_file(_beside(str(plugin), folder))
+        except UserError as error:
+            problems += [problem.under("plugins", index) for problem in error.problems]
+    return problems
+
+
+def _beside(name: str, folder: Path) -> str:
+    """A path as the spec file means it: relative to itself first, then to where one stands."""
+    beside = folder / name
+    return str(beside) if beside.exists() else name
+
+
+def _at(spec: RunSpec, folder: Path) -> RunSpec:
+    """The spec with its paths resolved."""
+    paths = {name: _beside(value, folder) for name in ("model", "text_tower") if (value := getattr(spec, name))}
+    task = spec.task
+    if task.data:
+        task = task.model_copy(update={"data": _beside(task.data, folder)})
+    return spec.model_copy(
+        update={**paths, "task": task, "plugins": [_beside(plugin, folder) for plugin in spec.plugins]}
+    )
+
+
+def _located(problem: Problem, lines: Lines, changed: dict[str, tuple[str | int, ...]]) -> Problem:
+    """The problem with the line where its value stands: in the case or matrix that set it, else in the base."""
+    if problem.line is not None:
+        return problem
+    where = problem.where
+    for size in range(len(where), 0, -1):
+        dotted = ".".join(map(str, where[:size]))
+        for path in (changed.get(dotted), where[:size]):
+            if path is not None and path in lines:
+                return replace(problem, line=lines[path])
+    return problem
