@@ -50,10 +50,7 @@ def run(
     with _progress() as report:
         making = Engine(runs, batch_size, device, trust_remote_code, report)
         plan = [making.plan(one) for one in specs]
-        if dry_run:
-            records = []
-        else:
-            records = [making.run(one, fresh) for one in specs]
+        records = [] if dry_run else [making.run(one, fresh) for one in specs]
     if dry_run:
         out.print(_plan_table(plan))
         return

@@ -47,7 +47,8 @@ class Tally:
         from statsmodels.stats.proportion import proportion_confint
 
         low, high = proportion_confint(self.k, self.n, alpha=1 - LEVEL, method="wilson")
-        return float(low), float(high)
+        # Rounding must not leave the accuracy of 0 or 1 outside.
+        return min(float(low), self.accuracy), max(float(high), self.accuracy)
 
     @property
     def low(self) -> float:

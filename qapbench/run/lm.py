@@ -161,7 +161,8 @@ class CompressedLM(LM):
             doc = question.first.doc
             answers.append({
                 "task": question.first.task_name, "doc": question.first.doc_id,
-                "id": str(doc.get("pid", question.first.doc_id)), "answer": question.answer(outputs), "outputs": outputs,
+                "id": str(doc.get("pid", question.first.doc_id)), "answer": question.answer(outputs),
+                "outputs": outputs,
             })  # fmt: skip
         if batch[0].images:
             self._note_tokens(batch, answers)

@@ -1,0 +1,1 @@
+"""DiagramQA: procedural multiple-choice questions over small diagrams, in the format of ScienceQA."""

@@ -1,0 +1,200 @@
+"""Generate DiagramQA scenes, freeze a split, or draw a contact sheet.
+
+``sample(seed, index, split)`` depends on nothing but its arguments. Splits are disjoint by construction: the
+checksum of an image (or of a text-only question) decides which split may contain it.
+
+    python -m qapbench.tasks.diagramqa.generate --split test --seed 2026 --n 2400 --out test.parquet
+    python -m qapbench.tasks.diagramqa.generate --sheet sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .families import FAMILIES
+from .scene import Question, Scene
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+SPLITS = {"train": 0, "val": 1, "test": 2, "heldout": 3}
+BUCKETS = 8
+"""Checksums modulo 8: 0 is for test and heldout, 1 for val, the rest for train."""
+TEXT_TRIES = 200
+PER_IMAGE = 2
+COLUMNS = ["pid", "image", "question", "choices", "answer", "hint", "subject", "grade", "topic", "family"]
+
+
+def _owns(split: str, checksum: int) -> bool:
+    bucket = checksum % BUCKETS
+    if split == "train":
+        return bucket >= 2
+    return bucket == (1 if split == "val" else 0)
+
+
+def _text_key(question: Question) -> int:
+    # The order of the choices is left out: a reordered question is the same question.
+    return zlib.crc32("|".join([question.question, question.hint, *sorted(question.choices)]).encode())
+
+
+@functools.cache
+def _names(modality: str) -> tuple[str, ...]:
+    return tuple(name for name, family in FAMILIES.items() if modality in ("", family.modality))
+
+
+@functools.cache
+def _cumulative(modality: str) -> np.ndarray:
+    weights = np.array([FAMILIES[name].weight for name in _names(modality)])
+    return np.cumsum(weights / weights.sum())
+
+
+def image_families() -> list[str]:
+    """Names of the families whose questions come with an image."""
+    return list(_names("image"))
+
+
+def text_families() -> list[str]:
+    """Names of the text-only families."""
+    return list(_names("text"))
+
+
+def sample(
+    seed: int, index: int, split: str = "train", *, modality: str | None = None, family: str | None = None
+) -> Scene:
+    """Scene ``index`` of a split; the same arguments always give the same scene.
+
+    Half of all scenes have an image, unless ``modality`` ("image" or "text") or one ``family`` is asked for.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {list(SPLITS)}, not {split!r}")
+    if modality not in (None, "image", "text"):
+        raise ValueError(f"modality must be 'image' or 'text', not {modality!r}")
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"no family called {family!r}; there are {sorted(FAMILIES)}")
+    rng = np.random.default_rng([SPLITS[split], seed, index])
+    if family is None:
+        kind = modality or ("image" if rng.random() < 0.5 else "text")
+        names = _names(kind)
+        family = names[min(int(np.searchsorted(_cumulative(kind), rng.random(), "right")), len(names) - 1)]
+    make = FAMILIES[family].make
+    for _ in range(TEXT_TRIES):
+        scene = make(rng, split)
+        if scene.image is not None:
+            if _owns(split, zlib.crc32(scene.image.tobytes())):
+                return scene
+            continue
+        scene.questions = [q for q in scene.questions if _owns(split, _text_key(q))]
+        if scene.questions:
+            return scene
+    raise RuntimeError(f"family {family!r} has too few different questions for split {split!r}")
+
+
+def png_bytes(scene: Scene) -> bytes:
+    """The image of the scene as a lossless PNG."""
+    if scene.image is None:
+        raise ValueError("this scene has no image")
+    stream = io.BytesIO()
+    scene.image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def build(split: str, seed: int, n: int) -> pd.DataFrame:
+    """``n`` questions of a split, one half with an image; at most two questions share an image."""
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    index = 0
+    left = {"image": n // 2, "text": n - n // 2}
+    while sum(left.values()):
+        for modality in ("image", "text"):
+            if not left[modality]:
+                continue
+            scene = sample(seed, index, split, modality=modality)
+            image = None
+            if scene.image is not None:
+                image = {"bytes": png_bytes(scene), "path": f"{split}-{seed}-{index}.png"}
+            taken = 0
+            for question in scene.questions:
+                key = (
+                    _text_key(question) if image is None else zlib.crc32(image["bytes"], _text_key(question))
+                )
+                if key in seen or taken == PER_IMAGE or not left[modality]:
+                    continue
+                seen.add(key)
+                taken += 1
+                left[modality] -= 1
+                rows.append(_row(f"{split}-{seed}-{modality}-{index}-{taken}", question, image))
+        index += 1
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _row(pid: str, question: Question, image: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "pid": pid,
+        "image": image,
+        "question": question.question,
+        "choices": question.choices,
+        "answer": question.answer,
+        "hint": question.hint,
+        "subject": question.subject,
+        "grade": question.grade,
+        "topic": question.topic,
+        "family": question.family,
+    }
+
+
+def schema() -> pa.Schema:
+    """The schema of a frozen split."""
+    import pyarrow as pa
+
+    text = pa.string()
+    kinds = {
+        "image": pa.struct([("bytes", pa.binary()), ("path", text)]),
+        "choices": pa.list_(text),
+        "answer": pa.int64(),
+    }
+    return pa.schema([(name, kinds.get(name, text)) for name in COLUMNS])
+
+
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """Write a split as parquet, with the Pillow version that drew it in the metadata."""
+    import PIL
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = schema().with_metadata({"pillow": PIL.__version__})
+    table = pa.Table.from_pylist(frame.to_dict("records"), schema=fields)
+    # A row group of 200 rows keeps equal images within the dictionary page limit, so each is stored once.
+    pq.write_table(table, path, compression="zstd", row_group_size=200, dictionary_pagesize_limit=4 << 20)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Generate DiagramQA.")
+    parser.add_argument("--split", default="test", choices=list(SPLITS))
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--n", type=int, default=2400, help="number of questions")
+    parser.add_argument("--out", type=Path, help="parquet file to write")
+    parser.add_argument("--sheet", type=Path, help="draw a contact sheet of the image families instead")
+    args = parser.parse_args(argv)
+    if args.sheet is not None:
+        from .sheet import contact_sheet
+
+        contact_sheet(args.seed, args.split).save(args.sheet, optimize=True)
+    elif args.out is not None:
+        write(build(args.split, args.seed, args.n), args.out)
+    else:
+        parser.error("give --out or --sheet")
+
+
+if __name__ == "__main__":
+    main()

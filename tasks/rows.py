@@ -1,0 +1,295 @@
+"""Rows of a multiple-choice data set: read once, checked, with the images left on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qapbench.errors import Problem, UserError, nearest
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+    from PIL import Image
+
+WHERE = ("task", "data")
+REQUIRED = ("image", "question", "choices", "answer", "hint", "subject", "grade")
+KINDS = {
+    "image": "a struct {bytes, path}, null where there is none",
+    "question": "text",
+    "choices": "a list of texts",
+    "answer": "an integer, the index of the right choice",
+    "hint": "text",
+    "subject": "text",
+    "grade": "text",
+}
+SHOWN = 5
+"""Mistakes in rows that one message lists; a torn column would otherwise give one line a question."""
+
+
+class LazyImage:
+    """One image, still encoded and still on disk.
+
+    It holds the name of the data, a row and nothing else, so it is cheap to keep, copy and pickle; the bytes
+    come from the memory-mapped table whenever they are asked for.
+    """
+
+    __slots__ = ("_digest", "data", "row", "stamp")
+
+    def __init__(self, data: str, stamp: int, row: int) -> None:
+        self.data, self.stamp, self.row = data, stamp, row
+        self._digest: str | None = None
+
+    def encoded(self) -> bytes:
+        """The file's bytes (PNG, JPEG, ...).
+
+        Raises:
+            UserError: the data changed or went away, or the row names a picture file that is not there.
+        """
+        cell = _pictures(self.data, self.stamp).cell(self.row)
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        path = Path(self.data).parent / cell["path"]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(Problem(f"{self}: cannot read {path}: {error.strerror}", WHERE)) from None
+
+    def load(self) -> Image.Image:
+        """The decoded picture, RGB.
+
+        Raises:
+            UserError: the bytes are not a picture.
+        """
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self.encoded())) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(Problem(f"{self}: not a readable picture ({error})", WHERE)) from None
+
+    def digest(self) -> str:
+        """SHA-256 of the encoded bytes, in hexadecimal: equal files have equal digests."""
+        if self._digest is None:
+            self._digest = hashlib.sha256(self.encoded()).hexdigest()
+        return self._digest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LazyImage, (self.data, self.stamp, self.row)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LazyImage) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash(self.__reduce__()[1])
+
+    # No address in it: lm-eval hashes a document by its repr.
+    def __repr__(self) -> str:
+        return f"LazyImage({Path(self.data).name}, row {self.row})"
+
+
+def read(data: str) -> tuple[list[dict[str, Any]], str]:
+    """Every row of a data set, checked, and its fingerprint.
+
+    Args:
+        data: a parquet file, or `owner/name` of a data set on the hub (its split `test`).
+
+    Returns:
+        rows: the data's own columns; `image` is a `LazyImage` or None, `pid` a string (the row's index where
+            the data have no such column), a null `hint`, `subject` or `grade` is "".
+        fingerprint: SHA-256 of the file; for the hub, the fingerprint that `datasets` gives.
+
+    Raises:
+        UserError: unreachable or unreadable data, a column missing or of another type, wrong rows.
+    """
+    data, path = _locate(data)
+    stamp = path.stat().st_mtime_ns if path else 0
+    if path:
+        _check_columns(_parquet_schema(path), path.name)
+    table = _open(data, stamp)
+    schema = table.data.table.schema
+    _check_columns(schema, data)
+    has_image = _has_image(table.data.table.column("image"))
+    rows = table.remove_columns("image").to_list()
+    for index, row in enumerate(rows):
+        row["image"] = LazyImage(data, stamp, index) if has_image[index] else None
+        row["pid"] = str(row["pid"]) if row.get("pid") is not None else str(index)
+        for name in ("hint", "subject", "grade"):
+            row[name] = row[name] or ""
+    _check_rows(rows, path.name if path else data)
+    return rows, _sha256(path) if path else str(table._fingerprint)
+
+
+def _locate(data: str) -> tuple[str, Path | None]:
+    """Tell a file from a hub id: the absolute path and itself, or the id and None."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return str(path.resolve()), path.resolve()
+    if path.exists():
+        raise UserError(Problem(f"{data}: a folder; name one parquet file", WHERE))
+    local = path.suffix or path.is_absolute() or data.startswith(".") or data.count("/") != 1
+    if local:
+        raise UserError(Problem(f"{data}: no such file (a hub data set is written owner/name)", WHERE))
+    return data, None
+
+
+class _Pictures:
+    """The image column, memory-mapped anew every REMAP bytes: pages once read would else stay resident."""
+
+    REMAP = 32 << 20
+
+    def __init__(self, data: str, stamp: int) -> None:
+        self._source = (data, stamp)
+        self._table: datasets.Dataset | None = None
+        self._read = 0
+
+    def cell(self, row: int) -> dict[str, Any]:
+        table = self._table
+        if table is None:
+            table = self._table = _open(*self._source).select_columns(["image"])
+        cell = table[row]["image"]
+        self._read += len(cell["bytes"] or b"")
+        if self._read > self.REMAP and self._source[1]:
+            self._table, self._read = None, 0
+        return cell
+
+
+_pictures = functools.lru_cache(maxsize=8)(_Pictures)
+
+
+def _open(data: str, stamp: int) -> datasets.Dataset:
+    """The memory-mapped table; `stamp` is the file's modification time in ns, 0 for the hub."""
+    import datasets
+
+    if not stamp:
+        return _from_hub(data)
+    path = Path(data)
+    if not path.is_file() or path.stat().st_mtime_ns != stamp:
+        raise UserError(Problem(f"{data}: changed or went away while it was in use", WHERE))
+    try:
+        # datasets writes an uncompressed copy into its own cache (HF_DATASETS_CACHE) and maps that.
+        table = datasets.Dataset.from_parquet(str(path))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise UserError(Problem(f"{data}: cannot be read as parquet ({_first_line(error)})", WHERE)) from None
+    if isinstance(table.features["image"], datasets.Image):
+        table = table.cast_column("image", datasets.Image(decode=False))
+    return table
+
+
+def _from_hub(name: str) -> datasets.Dataset:
+    import datasets
+    import huggingface_hub
+
+    way_out = f"give a local parquet file, e.g. task.data={name.split('/')[-1]}.parquet"
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            # Without this first question, datasets retries an unreachable hub for half a minute.
+            huggingface_hub.HfApi().dataset_info(name, timeout=10)
+        table = datasets.load_dataset(name, split="test")
+    except Exception as error:  # httpx, OSError, hub and datasets errors: no common base
+        message = f"cannot load {name} from the hub ({_first_line(error)}); {way_out}"
+        raise UserError(Problem(message, WHERE)) from None
+    _check_columns(table.data.table.schema, name)
+    if isinstance(table.features["image"], datasets.Image):
+        table = table.cast_column("image", datasets.Image(decode=False))
+    return table
+
+
+def _parquet_schema(path: Path) -> pa.Schema:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        message = f"{path}: not a readable parquet file ({_first_line(error)})"
+        raise UserError(Problem(message, WHERE)) from None
+
+
+def _check_columns(schema: pa.Schema, name: str) -> None:
+    problems = []
+    for column in REQUIRED:
+        if column not in schema.names:
+            hint = nearest(column, set(schema.names) - set(REQUIRED))
+            message = f"{name}: column '{column}' is missing ({KINDS[column]})"
+            problems.append(Problem(f"{message}; {hint}" if hint.startswith("did") else message, WHERE))
+        elif not _fits(column, kind := schema.field(column).type):
+            wrong = f"{name}: column '{column}' is {kind}, expected {KINDS[column]}"
+            problems.append(Problem(wrong, WHERE))
+    if problems:
+        raise UserError(problems)
+
+
+def _fits(column: str, kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    def text(kind: pa.DataType) -> bool:
+        return types.is_string(kind) or types.is_large_string(kind)
+
+    if column == "image":
+        names = {kind.field(i).name for i in range(kind.num_fields)} if types.is_struct(kind) else set()
+        return types.is_null(kind) or names >= {"bytes", "path"}
+    if column == "choices":
+        return (types.is_list(kind) or types.is_large_list(kind)) and text(kind.value_type)
+    if column == "answer":
+        return types.is_integer(kind)
+    return text(kind) or (column != "question" and types.is_null(kind))
+
+
+def _has_image(column: pa.ChunkedArray) -> list[bool]:
+    """Which rows have a picture, from the validity bitmaps alone: no picture is read."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_null(column.type):
+        return [False] * len(column)
+    parts = [pc.is_valid(pc.struct_field(column, name)) for name in ("bytes", "path")]
+    return pc.and_(pc.is_valid(column), pc.or_(*parts)).to_pylist()
+
+
+def _check_rows(rows: list[dict[str, Any]], name: str) -> None:
+    if not rows:
+        raise UserError(Problem(f"{name}: no rows", WHERE))
+    problems, total, seen = [], 0, dict[str, int]()
+    for index, row in enumerate(rows):
+        column, wrong = _mistake(row)
+        if not column and row["pid"] in seen:
+            column, wrong = "pid", f"'{row['pid']}' is also row {seen[row['pid']]}"
+        seen.setdefault(row["pid"], index)
+        if column:
+            total += 1
+            if total <= SHOWN:
+                problems.append(Problem(f"{name}: column '{column}', row {index}: {wrong}", WHERE))
+    if total > SHOWN:
+        problems.append(Problem(f"{name}: and {total - SHOWN} more rows like these", WHERE))
+    if problems:
+        raise UserError(problems)
+
+
+def _mistake(row: dict[str, Any]) -> tuple[str, str]:
+    """The column and the mistake of a row; two empty strings where it is right."""
+    choices, answer = row["choices"], row["answer"]
+    if not row["question"]:
+        return "question", "empty"
+    if not choices:
+        return "choices", "empty"
+    if len(choices) > 26:
+        return "choices", f"{len(choices)} choices, but there are 26 letters"
+    if any(choice is None for choice in choices):
+        return "choices", "holds a null"
+    if answer is None or not 0 <= answer < len(choices):
+        return "answer", f"{answer} is not an index of its {len(choices)} choices"
+    return "", ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

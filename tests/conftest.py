@@ -1,0 +1,52 @@
+"""Shared fixtures: keep this file small."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from qapbench import VisionTokens
+
+
+def make_tokens(batch: int = 3, grid: tuple[int, int] = (7, 7), seed: int = 0) -> VisionTokens:
+    """Random visual tokens with every field present; images of one batch differ in everything."""
+    draw = torch.Generator().manual_seed(seed)
+    count = grid[0] * grid[1]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=draw)
+
+    return VisionTokens(
+        projected=normal(count, 96) * (1 + 3 * torch.rand(batch, count, 1, generator=draw)),
+        patches=normal(count, 40),
+        cls_attention=normal(count).softmax(dim=-1),
+        keys=normal(count, 32),
+        heads=4,
+        cls_token=normal(40),
+        image_embeds=normal(count, 24),
+        text_embeds=normal(2, 24),
+        prompt_embeds=normal(5, 96),
+        grid=grid,
+        image_ids=tuple(f"image-{seed}-{index}" for index in range(batch)),
+    )
+
+
+@pytest.fixture
+def tokens() -> VisionTokens:
+    """B=3, N=49 (7 x 7), D=96."""
+    return make_tokens()
+
+
+@pytest.fixture(scope="session")
+def tokens_of() -> Callable[..., VisionTokens]:
+    """`make_tokens`, for tests that choose the batch, the grid or the seed."""
+    return make_tokens
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors on a shared machine: waiting for a second thread costs ten times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,103 @@
+"""The receipt says what reached the matmul, and a run that was not quantized fails."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qapbench import PTQ, Format, LinearPlan, compress, fake_quantize, ptq, ptqs
+from qapbench.receipt import NotQuantizedError, measured_bits
+
+FORMAT = {"bits": 4, "group_size": 16}
+
+
+@pytest.fixture
+def lazy_method() -> Iterator[str]:
+    """A PTQ method that promises and does nothing."""
+
+    @ptq("lazy")
+    @dataclass(frozen=True)
+    class Lazy(PTQ):
+        """Leaves every linear as it is."""
+
+        def prepare(
+            self, model: nn.Module, linears: Mapping[str, nn.Linear], weights: Format | None,
+            activations: Format | None, calibration: Any = None,
+        ) -> dict[str, LinearPlan]:  # fmt: skip
+            return {name: LinearPlan() for name in list(linears)[1:]}
+
+    yield "lazy"
+    del ptqs._entries["lazy"]
+
+
+@pytest.mark.parametrize(("weight", "activation"), [(4, 4), (4, 8), (8, 8), (4, None), (None, 8)])
+def test_measured_bits_are_those_asked_for(
+    weight: int | None, activation: int | None, model: Any, one: dict[str, Any]
+) -> None:
+    spec = {
+        "method": "rtn", "scope": ["language"],
+        "weights": {"bits": weight, "group_size": 16} if weight else None,
+        "activations": {"bits": activation} if activation else None,
+    }  # fmt: skip
+    with compress(model, {"quantize": spec}) as receipt, torch.no_grad():
+        model(**one)
+    receipt.check()
+    assert len(receipt.linears) == 14
+    assert {line.weight_bits for line in receipt.linears} == {weight or 32}
+    assert {line.activation_bits for line in receipt.linears} == {activation or 32}
+    assert {line.calls for line in receipt.linears} == {1}
+    assert {line.part for line in receipt.linears} == {"language"}
+
+
+def test_scope_is_what_is_quantized(model: Any, one: dict[str, Any]) -> None:
+    spec = {"method": "rtn", "weights": FORMAT, "activations": FORMAT, "scope": ["projector", "vision"]}
+    with compress(model, {"quantize": spec}) as receipt, torch.no_grad():
+        model(**one)
+    assert {line.part for line in receipt.linears} == {"projector", "vision"}
+    assert not any("language_model" in line.name or "lm_head" in line.name for line in receipt.linears)
+
+
+def test_a_method_that_does_nothing_fails_the_run(lazy_method: str, model: Any, one: dict[str, Any]) -> None:
+    spec = {"method": lazy_method, "weights": FORMAT, "activations": FORMAT}
+    with compress(model, {"quantize": spec}) as receipt, torch.no_grad():
+        model(**one)
+    assert len(receipt.fallbacks) == 1
+    assert {line.weight_bits for line in receipt.linears} == {32}
+    with pytest.raises(NotQuantizedError, match="no weight was quantized"):
+        receipt.check()
+
+
+def test_activations_that_something_undoes_fail_the_run(model: Any, one: dict[str, Any]) -> None:
+    """A hook of somebody else's that puts full precision back is seen, because the probe looks last."""
+    spec = {"quantize": {"method": "rtn", "activations": FORMAT}}
+    noise = torch.Generator().manual_seed(0)
+    with compress(model, spec) as receipt, torch.no_grad():
+        for line in receipt.linears:
+            linear = model.get_submodule(line.name)
+            probe_id, probe = linear._forward_pre_hooks.popitem()
+            linear.register_forward_pre_hook(lambda _, args: (torch.randn(args[0].shape, generator=noise),))
+            linear._forward_pre_hooks[probe_id] = probe
+        model(**one)
+    with pytest.raises(NotQuantizedError, match="none of the 14 linears"):
+        receipt.check()
+
+
+def test_a_model_that_never_ran_fails(model: Any) -> None:
+    with compress(model, {"quantize": {"method": "rtn", "activations": FORMAT}}) as receipt:
+        pass
+    with pytest.raises(NotQuantizedError, match=r"\(0 were called\)"):
+        receipt.check()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 32, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_bits_are_measured_also_where_groups_are_small(bits: int, group_size: int | None, symmetric: bool) -> None:
+    x = torch.randn(6, 256, generator=torch.Generator().manual_seed(bits))
+    format = Format(bits=bits, group_size=group_size, symmetric=symmetric)
+    assert measured_bits(fake_quantize(x, bits, group_size, symmetric), format)[0] == bits
+    assert measured_bits(x, format)[0] == 32
+    assert measured_bits(x.bfloat16(), format)[0] == 16
