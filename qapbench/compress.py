@@ -125,7 +125,7 @@ def _pruned(
 ) -> Iterator[None]:
     receipt.pruning = spec.label
     pruner = pruners.create(spec.method.name, **spec.method.params)
-    if missing := pruner.needs - family.offers - QuestionReader.FIELDS:
+    if missing := pruner.needs - pruner.optional - family.offers - QuestionReader.FIELDS:
         raise UserError(
             f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
         )

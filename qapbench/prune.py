@@ -102,7 +102,8 @@ class PrunedCalls:
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         placeholders = ids == self.family.image_token
-        tokens = self.family.see(pixels, self.pruner.needs - QuestionReader.FIELDS | self.reader.visual)
+        needs = (self.pruner.needs & self.family.offers) | self.reader.visual
+        tokens = self.family.see(pixels, needs)
         owners = self._owners(placeholders, tokens)
         selection = self._select(tokens, ids, mask, placeholders, owners, relevance_text)
         features = self._features(tokens, selection)

@@ -96,6 +96,8 @@ class Registry(Generic[T]):
                     f"{self.kind} '{name}' is registered twice: by {held.origin} and by {origin}. "
                     "Rename one, or import the package under one name only."
                 )
+            if default and (other := next((e for e in self._entries.values() if e.default and e.name != name), None)):
+                raise UserError(f"{self.kind}: '{other.name}' ({other.origin}) is the default already, not {origin}")
             params = _params_model(f"{self.kind}:{name}", target, self._positional)
             self._entries[name] = Entry(name, target, params, origin, default)
             return target
@@ -122,7 +124,10 @@ class Registry(Generic[T]):
     @property
     def default(self) -> str:
         """Name of the item registered with `default=True`."""
-        return next(entry.name for entry in self if entry.default)
+        for entry in self:
+            if entry.default:
+                return entry.name
+        raise UserError(f"no {self.kind} is registered as the default; name one")
 
     def validate(self, name: str, params: dict[str, Any]) -> dict[str, Any]:
         """All parameters of the item with defaults filled in. Every mistake in one UserError."""

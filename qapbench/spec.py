@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
@@ -254,14 +255,29 @@ class SweepSpec(Strict):
                 places |= {key: ("matrix", key, at) for key, (at, _) in zip(self.matrix, point, strict=True)}
                 cell = override(self.base, {**changes, **crossed})
                 if self.matrix or self.cases:
-                    parts = [label or self.name] + [f"{key.split('.')[-1]}={_brief(v)}" for key, v in crossed.items()]
-                    cell["name"] = " ".join(parts)
+                    varied = [f"{_shortest(key, self.matrix)}={_brief(value)}" for key, value in crossed.items()]
+                    cell["name"] = " ".join([label or self.name, *varied])
                 cells.append((cell, places))
         return cells
 
 
 def _brief(value: Any) -> str:
-    return next(iter(value)) if isinstance(value, dict) and value else str(value)
+    """A value in a row's name: a lone item by its name and parameters, anything else as JSON has it."""
+    if isinstance(value, dict) and len(value) == 1:
+        name, params = next(iter(value.items()))
+        inner = ",".join(f"{k}={_brief(v)}" for k, v in params.items()) if isinstance(params, dict) else params
+        return f"{name}({inner})" if inner else str(name)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _shortest(key: str, keys: Iterable[str]) -> str:
+    """The last parts of a dotted key that no other of the keys ends with."""
+    parts = key.split(".")
+    for start in range(len(parts) - 1, 0, -1):
+        tail = ".".join(parts[start:])
+        if sum(other == tail or other.endswith(f".{tail}") for other in keys) == 1:
+            return tail
+    return key
 
 
 def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

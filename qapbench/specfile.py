@@ -140,9 +140,10 @@ def _located(problem: Problem, lines: Lines, changed: dict[str, tuple[str | int,
     if problem.line is not None:
         return problem
     where = problem.where
-    for size in range(len(where), 0, -1):
-        dotted = ".".join(map(str, where[:size]))
-        for path in (changed.get(dotted), where[:size]):
-            if path is not None and path in lines:
+    roots = [(changed.get(".".join(map(str, where[:size]))), size) for size in range(len(where), 0, -1)]
+    for root, size in [*((root, size) for root, size in roots if root is not None), ((), 0)]:
+        for end in range(len(where), max(size, 1) - 1, -1):
+            path = (*root, *where[size:end])
+            if path in lines:
                 return replace(problem, line=lines[path])
     return problem

@@ -32,7 +32,8 @@ def find_model(name: str) -> Source:
     Raises:
         UserError: there is no such model, or the hub cannot be reached.
     """
-    if (EMBEDDED / name / "config.json").is_file():
+    embedded = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
+    if name in embedded:
         return Source(EMBEDDED / name, embedded=True)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -41,7 +42,6 @@ def find_model(name: str) -> Source:
         if not list(folder.glob("*.safetensors")):
             raise UserError(f"model: {folder} holds no .safetensors weights; other formats are not loaded")
         return Source(folder)
-    embedded = sorted(path.name for path in EMBEDDED.glob("*") if path.is_dir())
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"model: no embedded model or folder '{name}'; {nearest(name, embedded)}")
     from huggingface_hub import snapshot_download

@@ -74,9 +74,7 @@ def sheet() -> Image.Image:
 def icons(category: str = "", held_out: bool = False) -> tuple[str, ...]:
     """Names of the icons in ``category`` ("" = all), either the held-out ones or the others."""
     return tuple(
-        name
-        for name, entry in index().items()
-        if entry["held_out"] == held_out and category in ("", entry["category"])
+        name for name, entry in index().items() if entry["held_out"] == held_out and category in ("", entry["category"])
     )
 
 
@@ -152,14 +150,10 @@ class Canvas:
         ux, uy = dx / length, dy / length
         neck = (end[0] - 11 * ux, end[1] - 11 * uy)
         self.draw.line([start, neck], fill=color, width=4)
-        self.draw.polygon(
-            [end, (neck[0] - 7 * uy, neck[1] + 7 * ux), (neck[0] + 7 * uy, neck[1] - 7 * ux)], fill=color
-        )
+        self.draw.polygon([end, (neck[0] - 7 * uy, neck[1] + 7 * ux), (neck[0] + 7 * uy, neck[1] - 7 * ux)], fill=color)
         xs, ys = (start[0], end[0]), (start[1], end[1])
         pad = 5
-        return self.thing(
-            "arrow", (int(min(xs)) - pad, int(min(ys)) - pad, int(max(xs)) + pad, int(max(ys)) + pad)
-        )
+        return self.thing("arrow", (int(min(xs)) - pad, int(min(ys)) - pad, int(max(xs)) + pad, int(max(ys)) + pad))
 
     def decorate(self, rng: np.random.Generator) -> None:
         """Paste one held-out icon where nothing else is, as a distractor no training image contains."""

@@ -124,9 +124,7 @@ def build(split: str, seed: int, n: int) -> pd.DataFrame:
                 image = {"bytes": png_bytes(scene), "path": f"{split}-{seed}-{index}.png"}
             taken = 0
             for question in scene.questions:
-                key = (
-                    _text_key(question) if image is None else zlib.crc32(image["bytes"], _text_key(question))
-                )
+                key = _text_key(question) if image is None else zlib.crc32(image["bytes"], _text_key(question))
                 if key in seen or taken == PER_IMAGE or not left[modality]:
                     continue
                 seen.add(key)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+
 from qapbench.tasks.diagramqa.draw import PALE, Canvas, Color
 from qapbench.tasks.diagramqa.scene import Box, Question, Scene
 
@@ -124,9 +125,7 @@ class Asker:
             )
         )
 
-    def scene(
-        self, split: str, canvas: Canvas | None = None, facts: Sequence[str] = (), keep: int = 6
-    ) -> Scene:
+    def scene(self, split: str, canvas: Canvas | None = None, facts: Sequence[str] = (), keep: int = 6) -> Scene:
         """The finished scene with at most ``keep`` of its questions, in random order."""
         if canvas is None:
             return Scene(None, draw_some(self.rng, self.questions, keep), [], list(facts))

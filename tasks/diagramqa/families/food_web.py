@@ -46,13 +46,9 @@ def food_web(rng: Rng, split: str) -> Scene:
         around = [boxes[i], arrow, boxes[i + 1]]
         facts += [f"the {eater} eats the {food}.", f"an arrow goes from the {food} to the {eater}."]
         rest = [c for c in chain if c != eater]
-        asker.ask(
-            "prey", [f"What does the {eater} eat?", f"What is the food of the {eater}?"], food, rest, around
-        )
+        asker.ask("prey", [f"What does the {eater} eat?", f"What is the food of the {eater}?"], food, rest, around)
         rest = [c for c in chain if c != food]
-        asker.ask(
-            "predator", [f"Which animal eats the {food}?", f"What eats the {food}?"], eater, rest, around
-        )
+        asker.ask("predator", [f"Which animal eats the {food}?", f"What eats the {food}?"], eater, rest, around)
         text = [f"Where does the arrow from the {food} point?", f"To which animal does the {food} arrow go?"]
         asker.ask("arrow", text, eater, rest, around)
     everything = [*boxes]

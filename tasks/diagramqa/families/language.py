@@ -176,7 +176,5 @@ def figures(rng: Rng, split: str) -> Scene:
             "alliteration": f"{pick(rng, ECHO).capitalize()} {where}.",
         }[kind]
         facts.append(f"{said} This is {kind}.")
-        asker.ask(
-            "figures of speech", [f"Which figure of speech is this? {said}"], kind, draw_some(rng, FIGURES, 4)
-        )
+        asker.ask("figures of speech", [f"Which figure of speech is this? {said}"], kind, draw_some(rng, FIGURES, 4))
     return asker.scene(split, None, facts, keep=3)

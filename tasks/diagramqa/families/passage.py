@@ -60,9 +60,7 @@ SCARCE = {
     "number of people": ("The town of {a} has {x} people.", "has more people", "has fewer people"),
     "area": ("The land of {a} is {x} miles long.", "is longer", "is shorter"),
 }
-TOWNS = listed(
-    "Alton Bristol Camden Dover Essex Florence Granby Hudson Irving Jasper Kent Lowell Milton Norton"
-)
+TOWNS = listed("Alton Bristol Camden Dover Essex Florence Granby Hudson Irving Jasper Kent Lowell Milton Norton")
 GOODS = listed("chair table lamp book coat hat bag ball kite drum bed clock")
 
 

@@ -39,9 +39,7 @@ def solutions(rng: Rng, split: str) -> Scene:
     color = pick(rng, DOTS)
     names = ["Solution A", "Solution B"]
     shift = int(rng.integers(-2, 3))
-    boxes = [
-        _beaker(canvas, rng, x + shift, n, color, s) for x, n, s in zip((4, 52), counts, "AB", strict=True)
-    ]
+    boxes = [_beaker(canvas, rng, x + shift, n, color, s) for x, n, s in zip((4, 52), counts, "AB", strict=True)]
     asker = Asker(rng, "solutions", HINTS, 0.7)
     higher = ["Solution B", "Solution A", "neither; they are the same"][relation]
     lower = ["Solution A", "Solution B", "neither; they are the same"][relation]

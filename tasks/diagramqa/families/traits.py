@@ -23,9 +23,7 @@ def traits(rng: Rng, split: str) -> Scene:
     big = pick(rng, "ABDEFGHLR")
     small = big.lower()
     asker = Asker(rng, "traits")
-    asker.hint = (
-        f"Gene {big} gives a {beast} the {trait} {strong}. Gene {small} gives {weak}. {big} is dominant."
-    )
+    asker.hint = f"Gene {big} gives a {beast} the {trait} {strong}. Gene {small} gives {weak}. {big} is dominant."
     facts = [f"The {trait} with {big}{big} is {strong}.", f"The {trait} with {small}{small} is {weak}."]
     # The recessive pair is the only one that shows the weak trait, so it is asked about half of the time.
     pair = pick(rng, [big + big, big + small, small + small, small + small])
@@ -62,7 +60,5 @@ def matter(rng: Rng, split: str) -> Scene:
         text = [f"Is {thing} a solid, a liquid, or a gas?", f"Which state of matter is {thing}?"]
         asker.ask("states of matter", text, state, list(MATTER))
         away = draw_some(rng, [t for t in STATE if STATE[t] != state], 3)
-        asker.ask(
-            "states of matter", [f"Which of these is a {state}?"], thing, away, limit=pick(rng, [2, 3, 4])
-        )
+        asker.ask("states of matter", [f"Which of these is a {state}?"], thing, away, limit=pick(rng, [2, 3, 4]))
     return asker.scene(split, None, facts, keep=3)

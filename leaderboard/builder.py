@@ -1,0 +1,122 @@
+"""Build the page: one HTML file that loads nothing, beside it the same rows as CSV and JSON."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qapbench import UserError
+
+from .export import csv_text, json_text, page_data, percent, plain, script_json
+from .paper import paper_rows, reference
+from .rows import Row, clean, column_names, from_record, mapping, stand_in_notes
+
+TITLE = "qapbench leaderboard"
+FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion")
+APP = ("dom.js", "details.js", "chart.js", "table.js")
+HINTS = {
+    "NAT": "natural science",
+    "SOC": "social science",
+    "LAN": "language science",
+    "TXT": "questions with a text context",
+    "IMG": "questions with an image context",
+    "NO": "questions without any context",
+    "G1-6": "grades 1 to 6",
+    "G7-12": "grades 7 to 12",
+    "Avg": "all questions",
+}
+
+
+def build(records: list[dict[str, Any]], out: Path | str, title: str = TITLE) -> Path:
+    """Write the page to `out` (an .html file) and the rows to its .csv and .json siblings; return `out`."""
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"the leaderboard is an HTML page: {out.name!r} should end in .html")
+    cleaned = [mapping(clean(record)) for record in records]
+    rows = [*map(from_record, cleaned), *paper_rows()]
+    columns = column_names(rows)
+    page = _render(title, cleaned, rows, columns)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, content in (
+        (out.with_suffix(".csv"), csv_text(rows, columns)),
+        (out.with_suffix(".json"), json_text(rows)),
+        (out, page),
+    ):
+        path.write_text(content, encoding="utf-8", newline="\n")
+    return out
+
+
+def _render(title: str, records: Sequence[dict[str, Any]], rows: Sequence[Row], columns: Sequence[str]) -> str:
+    own = [row for row in rows if row.kind == "run"]
+    notes = dict.fromkeys(note for record in records for note in stand_in_notes(record))
+    scripts = {
+        "theme": _asset("theme.js"),
+        "app": "\n".join(map(_asset, APP)),
+        "datatables": _inline((files("itables") / "html" / "dt_bundle.js").read_text("utf-8")),
+        "plotly": _plotly(),
+    }
+    template = _environment().get_template("page.html")
+    return template.render(
+        title=clean(title),
+        rows=rows,
+        own=own,
+        columns=columns,
+        hints=HINTS,
+        facets={name: sorted({getattr(row, name) for row in rows}) for name in FACETS},
+        stand_ins=sum(row.stand_in for row in own),
+        stand_in_notes=list(notes),
+        newest=max((row.created for row in own), default=""),
+        paper=reference(),
+        style=Markup(_asset("style.css")),
+        scripts={name: Markup(script) for name, script in scripts.items()},
+        script_hashes=[_csp_hash(script) for script in scripts.values()],
+        data=Markup(script_json(page_data(rows, records, columns))),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """Every value is escaped; only what this module marks as markup (its own assets, and the JSON) is not."""
+    environment = Environment(
+        loader=PackageLoader(__package__, "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "plain": plain}
+    return environment
+
+
+@cache
+def _asset(name: str) -> str:
+    return _inline((files(__package__) / "templates" / name).read_text("utf-8"))
+
+
+@cache
+def _plotly() -> str:
+    return _inline((files("plotly") / "package_data" / "plotly.min.js").read_text("utf-8"))
+
+
+def _inline(source: str) -> str:
+    """Source that may stand inside <script> or <style>, with the same meaning as before.
+
+    HTML would act on the end tags and the comment opener. They occur in strings and regular expressions only,
+    where a backslash before `/` or `!` changes nothing.
+    """
+    source = source.replace("\r\n", "\n").replace("<!--", "<\\!--")
+    return re.sub(r"</(script|style)", r"<\\/\1", source, flags=re.IGNORECASE)
+
+
+def _csp_hash(script: str) -> str:
+    """The script's hash for the page's content security policy, under which no other script runs."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

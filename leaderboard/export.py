@@ -1,0 +1,111 @@
+"""The table's rows as CSV, as JSON, and as what the page's script reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from .rows import Cell, Row, mapping, sequence, text
+
+FIELDS = ["kind", "name", "model", "quantization", "pruner", "sensitivity", "fusion", "keep"]
+FIELDS += ["tokens", "tokens_min", "tokens_max", "kept", "merged", "available"]
+LAST_FIELDS = ["receipt", "fallbacks", "run_id", "created", "stand_in"]
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A share of 1 as a percentage without its sign; an empty string for None."""
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
+def plain(value: float | int | None, digits: int = 1) -> str:
+    """A number as the table prints it: whole numbers without a point."""
+    if value is None:
+        return ""
+    return str(int(value)) if value == int(value) else f"{value:.{digits}f}"
+
+
+def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
+    """One line per row; accuracies in percent, as in the table, each followed by k, n and its interval.
+
+    A text that a spreadsheet would read as a formula gets an apostrophe in front.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    scores = [*columns, "unparsed"]
+    heads = [f"{name}{part}" for name in scores for part in ("", " k", " n", " low", " high")]
+    writer.writerow([_harmless(name) for name in (*FIELDS, *heads, *LAST_FIELDS)])
+    for row in rows:
+        line = [getattr(row, name) for name in FIELDS]
+        for cell in (*(row.cells.get(name, Cell()) for name in columns), row.unparsed):
+            line += [percent(cell.accuracy), cell.k, cell.n, percent(cell.low), percent(cell.high)]
+        line += [getattr(row, name) for name in LAST_FIELDS]
+        writer.writerow([_harmless(value) for value in line])
+    return buffer.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+
+
+def json_text(rows: Iterable[Row]) -> str:
+    """The rows with every field, accuracies as fractions."""
+    return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def script_json(data: Any) -> str:
+    """JSON that may stand inside <script>: nothing in it can end the element or start a comment."""
+    dumped = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return dumped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def page_data(rows: Sequence[Row], records: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
+    """What the page's script reads. The first rows are the records', in their order; the paper's follow.
+
+    Runs of one model share their per-linear receipts, so each different receipt is held once.
+    """
+    pool: dict[str, int] = {}
+    details = []
+    for record in records:
+        receipt = mapping(record.get("receipt"))
+        table = _columnar(sequence(receipt.get("linears")))
+        details.append(
+            {
+                "yaml": spec_yaml(record.get("spec")),
+                "linears": pool.setdefault(json.dumps(table), len(pool)),
+                "fallbacks": [text(item) for item in sequence(receipt.get("fallbacks"))],
+                "receipt_notes": [text(item) for item in sequence(receipt.get("notes"))],
+                "notes": [text(item) for item in sequence(record.get("notes"))],
+                "environment": _flat(record.get("environment")),
+                "fingerprints": _flat(record.get("fingerprints")),
+                "timing": _flat(record.get("timing")),
+            }
+        )
+    return {
+        "columns": list(columns),
+        "rows": [asdict(row) for row in rows],
+        "details": details,
+        "linears": [json.loads(table) for table in pool],
+    }
+
+
+def spec_yaml(spec: Any) -> str:
+    """The spec as YAML that reads back equal."""
+    return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=100) if spec is not None else ""
+
+
+def _columnar(items: Sequence[Any]) -> dict[str, Any]:
+    keys = list(dict.fromkeys(key for item in items for key in mapping(item)))
+    return {"keys": keys, "rows": [[mapping(item).get(key) for key in keys] for item in items]}
+
+
+def _flat(value: Any) -> list[list[str]]:
+    """Key and value as texts, in the record's order."""
+    items = mapping(value).items()
+    return [[key, item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)] for key, item in items]

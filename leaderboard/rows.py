@@ -1,0 +1,201 @@
+"""From run records to table rows. A record is untrusted: any key may be missing and any value of any type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+Z95 = 1.959963984540054
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One accuracy, as fractions in [0, 1]; where `accuracy` is None, `reason` says why."""
+
+    k: int | None = None
+    n: int | None = None
+    accuracy: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `tokens` is what a run measured, `available` what there was to keep from."""
+
+    kind: str = "run"
+    name: str = ""
+    model: str = ""
+    quantization: str = ""
+    pruner: str = NONE
+    sensitivity: str = NONE
+    fusion: str = NONE
+    keep: int | float | None = None
+    tokens: float | None = None
+    tokens_min: float | None = None
+    tokens_max: float | None = None
+    kept: float | None = None
+    merged: float | None = None
+    available: float | None = None
+    cells: dict[str, Cell] = field(default_factory=dict)
+    unparsed: Cell = field(default_factory=Cell)
+    receipt: str = ""
+    fallbacks: int = 0
+    run_id: str = ""
+    created: str = ""
+    stand_in: bool = False
+
+    @property
+    def position(self) -> float | None:
+        """Where the chart puts the row: the measured tokens, or what was asked for where none were."""
+        return next((value for value in (self.tokens, self.keep, self.available) if value is not None), None)
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """The Wilson 95 % interval of k of n."""
+    p, z2 = k / n, Z95 * Z95
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def counted(k: int, n: int) -> Cell:
+    """The cell of k correct answers of n."""
+    return Cell(k, n, k / n, *wilson(k, n))
+
+
+def clean(value: Any) -> Any:
+    """The value as plain JSON data: string keys, no NaN, no lone surrogates; anything else as its text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int | float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {clean(str(key)): clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    return clean(str(value))
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def sequence(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def number(value: Any) -> int | float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _whole(value: Any) -> int | None:
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def item_label(value: Any) -> str:
+    """`cdpruner`; `convex (semantic 0.7)` for `{convex: {semantic: 0.7}}`; `none` for nothing."""
+    if isinstance(value, dict) and len(value) == 1:
+        name, params = next(iter(value.items()))
+        inner = ", ".join(f"{key} {item}" for key, item in mapping(params).items())
+        return f"{name} ({inner})" if inner else text(name)
+    return text(value) or NONE
+
+
+def quantization_label(quantize: Any, dtype: Any = None) -> str:
+    """`rtn W4A4 g128`, with the scope where it is not the language model alone; `none (bfloat16)`."""
+    spec = mapping(quantize)
+    if not spec:
+        label = text(quantize)
+        return label or (NONE if dtype in (None, "auto") else f"{NONE} ({dtype})")
+    weights, activations = mapping(spec.get("weights")), mapping(spec.get("activations"))
+    bits = "".join(
+        f"{letter}{text(part.get('bits')) or '?'}" if part else f"{letter}16"
+        for letter, part in (("W", weights), ("A", activations))
+    )
+    groups = [text(part.get("group_size")) for part in (weights, activations) if part.get("group_size")]
+    parts = [item_label(spec.get("method")), bits, *(f"g{group}" for group in dict.fromkeys(groups))]
+    scope = [text(name) for name in sequence(spec.get("scope"))]
+    if scope and scope != ["language"]:
+        parts.append("on " + "+".join(scope))
+    return " ".join(parts)
+
+
+def _share(value: Any) -> float | None:
+    found = number(value)
+    return found if found is not None and 0 <= found <= 1 else None
+
+
+def _cell(data: dict[str, Any], rate: str = "accuracy") -> Cell:
+    """Counts come first: a rate beside k and n is derived again; a given interval is kept."""
+    if data.get("unavailable") is not None:
+        return Cell(reason=text(data["unavailable"]))
+    k, n = _whole(data.get("k")), _whole(data.get("n"))
+    low, high = _share(data.get("low")), _share(data.get("high"))
+    if k is not None and n is not None and 0 <= k <= n and n > 0:
+        derived = counted(k, n)
+        return derived if low is None or high is None else Cell(k, n, derived.accuracy, low, high)
+    accuracy = _share(data.get(rate))
+    return Cell(k, n, accuracy, low, high, "" if accuracy is not None else "the record holds no result")
+
+
+def from_record(record: dict[str, Any]) -> Row:
+    """The row of one cleaned record."""
+    spec, scores, tokens = (mapping(record.get(key)) for key in ("spec", "scores", "tokens"))
+    receipt, prune = mapping(record.get("receipt")), mapping(spec.get("prune"))
+    cells = {
+        text(column.get("name")): _cell(column)
+        for column in map(mapping, sequence(scores.get("columns")))
+        if text(column.get("name"))
+    }
+    return Row(
+        name=text(record.get("name")) or "run",
+        model=text(spec.get("model")),
+        quantization=quantization_label(spec.get("quantize"), spec.get("dtype")),
+        pruner=item_label(prune.get("method")),
+        sensitivity=item_label(prune.get("sensitivity")),
+        fusion=item_label(prune.get("fusion")),
+        keep=number(prune.get("keep")),
+        tokens=number(tokens.get("mean")),
+        tokens_min=number(tokens.get("min")),
+        tokens_max=number(tokens.get("max")),
+        kept=number(tokens.get("kept")),
+        merged=number(tokens.get("merged")),
+        available=number(tokens.get("available")),
+        cells=cells,
+        unparsed=_cell(mapping(scores.get("unparsed")), "rate"),
+        receipt=text(receipt.get("summary")),
+        fallbacks=len(sequence(receipt.get("fallbacks"))),
+        run_id=text(record.get("run_id")),
+        created=text(record.get("created")),
+        stand_in=bool(stand_in_notes(record)),
+    )
+
+
+def stand_in_notes(record: dict[str, Any]) -> list[str]:
+    """The record's notes that say its model or data is an embedded stand-in."""
+    notes = map(text, sequence(record.get("notes")))
+    return [note for note in notes if "stand-in" in note.lower()]
+
+
+def column_names(rows: Iterable[Row]) -> list[str]:
+    """The union of the rows' columns; a new one goes where its own row has it, after the one before it."""
+    names: list[str] = []
+    for row in rows:
+        after = -1
+        for name in row.cells:
+            if name not in names:
+                names.insert(after + 1, name)
+            after = names.index(name)
+    return names

@@ -1,0 +1,7 @@
+// Before the first paint: the theme chosen earlier, where one was. Without it the system's own applies.
+try {
+  const stored = localStorage.getItem("qapbench-theme");
+  if (stored === "light" || stored === "dark") document.documentElement.dataset.theme = stored;
+} catch {
+  // Storage may be closed to local files; the system's theme stays.
+}

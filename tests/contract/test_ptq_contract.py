@@ -1,0 +1,101 @@
+"""What every post-training quantization method owes to a model's linears."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qapbench import Format, LinearPlan, ptqs
+
+each_ptq = pytest.mark.parametrize("name", ptqs.names())
+
+# Methods whose weights may leave a plain grid of 2^bits levels a group, each with its reason.
+OFF_GRID: dict[str, str] = {}
+
+FORMATS = [
+    Format(bits=4),
+    Format(bits=3, group_size=32),
+    Format(bits=4, group_size=40),  # does not divide 96
+    Format(bits=4, group_size=32, symmetric=True),
+    Format(bits=2, symmetric=True),
+]
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 40), nn.GELU(), nn.Linear(40, 24, bias=False)).to(dtype)
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def plan(name: str, model: nn.Module, weights: Format | None, activations: Format | None) -> dict[str, LinearPlan]:
+    draw = torch.Generator().manual_seed(1)
+    samples = [torch.randn(5, 96, generator=draw) for _ in range(4)]
+    return ptqs.create(name).prepare(model, linears_of(model), weights, activations, samples)
+
+
+def levels(row: Tensor, group_size: int | None) -> int:
+    """Most distinct values in any group of a row."""
+    return max(len(group.unique()) for group in row.split(group_size or len(row)))
+
+
+@each_ptq
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_weights(name: str, weights: Format, dtype: torch.dtype) -> None:
+    model = small_model(dtype)
+    before = copy.deepcopy(model.state_dict())
+    plans = plan(name, model, weights, None)
+    assert set(plans) == {"0", "2"}
+    for key, linear in linears_of(model).items():
+        new = plans[key].weight
+        assert new is not None
+        assert new.shape == linear.weight.shape
+        assert new.dtype == dtype
+        assert not new.requires_grad
+        assert torch.isfinite(new).all()
+        assert not torch.equal(new, linear.weight)
+        assert plans[key].activation is None
+        if name not in OFF_GRID:
+            assert max(levels(row, weights.group_size) for row in new) <= 2**weights.bits
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "model changed"
+
+
+@each_ptq
+def test_deterministic(name: str) -> None:
+    first, second = (plan(name, small_model(), Format(bits=4), None) for _ in range(2))
+    for key, one in first.items():
+        other = second[key].weight
+        assert one.weight is not None
+        assert other is not None
+        assert torch.equal(one.weight, other)
+
+
+@each_ptq
+@pytest.mark.parametrize("activations", FORMATS, ids=str)
+def test_activations_are_batch_invariant(name: str, activations: Format) -> None:
+    model = small_model()
+    plans = plan(name, model, None, activations)
+    for key, linear in linears_of(model).items():
+        assert plans[key].weight is None
+        quantize = plans[key].activation
+        assert quantize is not None
+        x = torch.randn(3, 7, linear.in_features, generator=torch.Generator().manual_seed(4))
+        out = quantize(x)
+        assert out.shape == x.shape
+        assert out.dtype == x.dtype
+        assert not torch.equal(out, x)
+        assert torch.equal(out, torch.cat([quantize(x[index : index + 1]) for index in range(3)]))
+        assert torch.equal(out[:, :2], quantize(x[:, :2])), "a token depends on those after it"
+        assert quantize(x.bfloat16()).dtype == torch.bfloat16
+        assert levels(out[0, 0], activations.group_size) <= 2**activations.bits
+
+
+@each_ptq
+def test_nothing_asked_nothing_planned(name: str) -> None:
+    for entry in plan(name, small_model(), None, None).values():
+        assert entry.weight is None
+        assert entry.activation is None

@@ -1,0 +1,140 @@
+"""Synthetic run records: a small ablation, hostile texts, and any number of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from typing import Any
+
+IMG = "<img src=x onerror=alert(1)>"
+SCRIPT_END = "</script><script>alert(2)</script><!-- \u2028\u2029 ]]>"
+SIZES = {"NAT": 500, "SOC": 300, "LAN": 200, "TXT": 450, "IMG": 420, "NO": 350, "Avg": 1000}
+NOTE = "Embedded stand-in: diagram-llava is a toy of 3 M parameters, trained on drawn diagrams."
+METHODS: list[tuple[Any, Any, Any]] = [
+    ("cdpruner", None, None),
+    ("cdpruner", "combined", {"convex": {"semantic": 0.7}}),
+    ({"cdpruner": {"theta": 0.5}}, "group_error", {"convex": {"semantic": 0.7}}),
+    ("visionzip", None, None),
+    ("random", "outlier_intensity", "rank"),
+]
+
+
+Data = dict[str, Any]
+
+
+def record(index: int, prune: Data | None, model: str = "diagram-llava", bits: int = 4) -> Data:
+    """One whole record, the same for the same arguments."""
+    draw = random.Random(f"{index} {model} {bits}")
+    keep = prune["keep"] if prune else 144
+    share = 0.5 + 0.05 * min(keep, 144) ** 0.33 + 0.02 * draw.random()
+    columns: list[Data] = []
+    for name, n in SIZES.items():
+        k = sum(draw.random() < share for _ in range(n))
+        columns.append({"name": name, "k": k, "n": n, "accuracy": k / n})
+    grades = [{"name": name, "unavailable": "grade unknown for all questions"} for name in ("G1-6", "G7-12")]
+    merged = 5.0 if prune and prune["method"] == "visionzip" else 0.0
+    quantize = {
+        "method": "rtn",
+        "weights": {"bits": bits, "group_size": 128, "symmetric": False},
+        "activations": {"bits": bits, "group_size": 128},
+        "scope": ["language"],
+    }
+    modules = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
+    linears = [
+        {
+            "name": f"model.language_model.layers.{layer}.{module}",
+            "weight_bits": bits,
+            "activation_bits": bits,
+            "calls": 1000,
+        }
+        for layer in range(6)
+        for module in modules
+    ]
+    method = prune["method"] if prune else "all tokens"
+    label = method if isinstance(method, str) else next(iter(method))
+    return {
+        "schema": 1,
+        "run_id": hashlib.sha256(f"{index} {model}".encode()).hexdigest()[:16],
+        "name": f"{label}-{keep}-{index}",
+        "created": f"2026-11-{1 + index % 28:02}T19:00:00Z",
+        "spec": {
+            "model": model,
+            "dtype": "auto",
+            "task": {"name": "diagramqa", "data": None, "limit": None, "answers": "letter"},
+            "quantize": quantize if bits < 16 else None,
+            "prune": prune,
+            "plugins": [],
+            "seed": 0,
+        },
+        "scores": {
+            "columns": [*columns[:-1], *grades, columns[-1]],
+            "unparsed": {"k": index % 3, "n": 1000, "rate": index % 3 / 1000},
+        },
+        "tokens": {
+            "available": 144,
+            "mean": float(keep),
+            "min": keep,
+            "max": keep,
+            "kept": keep - merged,
+            "merged": merged,
+        },
+        "receipt": {
+            "summary": f"rtn W{bits}A{bits} on 30 linears (language); keeps {keep} of 144",
+            "linears": linears,
+            "fallbacks": ["lm_head: left in 16 bits, tied to the embedding"] if index % 5 == 0 else [],
+            "notes": ["positions are compact"],
+        },
+        "environment": {"python": "3.11.7", "torch": "2.13.0+cpu", "device": "cpu", "threads": 2},
+        "fingerprints": {"model": "a" * 64, "data": "b" * 64},
+        "timing": {"seconds": 12.3, "questions": 1000, "peak_memory_mb": 900},
+        "notes": [NOTE],
+    }
+
+
+def pruned(method: Any, sensitivity: Any, fusion: Any, keep: int) -> Data:
+    """A `prune` block."""
+    chosen = {"method": method, "keep": keep, "sensitivity": sensitivity, "fusion": fusion}
+    return {**chosen, "positions": "compact"}
+
+
+def ablation(rows: int) -> list[Data]:
+    """That many records: an unpruned one, then methods by budgets by models."""
+    grid = itertools.product(("diagram-llava", "diagram-llava-wide"), (4, 8, 16), (64, 32, 16, 8), METHODS)
+    cells = itertools.cycle(grid)
+    found = [record(0, None)]
+    for index in range(1, rows):
+        model, bits, keep, method = next(cells)
+        found.append(record(index, pruned(*method, keep), model, bits))
+    return found
+
+
+def hostile() -> list[Data]:
+    """Records that attack the page, and records with wrong types or nothing in them."""
+    attack = record(900, pruned(f"cdpruner{SCRIPT_END}", {f"{IMG}": {IMG: SCRIPT_END}}, "'\"><b>x", 32), IMG)
+    attack["name"] = f"{SCRIPT_END}{IMG}"
+    attack["run_id"] = f'"{IMG}'
+    attack["spec"]["task"]["data"] = f"a: b # {SCRIPT_END}\n- 'x'\t\x00\x85{IMG}"
+    attack["receipt"]["summary"] = attack["receipt"]["notes"][0] = IMG
+    attack["receipt"]["linears"][0]["name"] = IMG
+    attack["environment"][IMG] = {"deep": [SCRIPT_END]}
+    attack["scores"]["columns"].insert(0, {"name": IMG, "k": 1, "n": 2})
+    attack["scores"]["columns"].insert(1, {"name": "__proto__", "unavailable": IMG})
+    attack["notes"] = [f"stand-in {IMG}", SCRIPT_END]
+    formula = record(901, None, "=HYPERLINK(1)")
+    formula["name"] = "=1+1"
+    nan = float("nan")
+    return [
+        attack,
+        formula,
+        {},
+        {"spec": "no mapping", "scores": [1], "tokens": 3, "receipt": None, "notes": "text", "name": 7},
+        {
+            "spec": {"quantize": 4, "prune": ["x"]},
+            "scores": {"columns": [None, {"name": "Avg", "accuracy": nan}]},
+        },
+        {
+            "name": "lone \ud800 surrogate",
+            "scores": {"columns": [{"name": "Avg", "k": 9, "n": 3, "accuracy": 7}]},
+        },
+    ]

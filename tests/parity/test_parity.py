@@ -1,0 +1,185 @@
+"""Against what the methods' own public code answers on fixed inputs.
+
+The vectors are an optional folder, named by QAPBENCH_PARITY; without it these tests skip and the float64
+oracles under tests/strategies stand alone.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from qapbench import VisionTokens, fake_quantize, pruners, quantizers
+from qapbench.strategies.pruners.cdpruner import greedy_map
+
+ROOT = Path(__file__).parents[2]
+VECTORS = Path(os.environ.get("QAPBENCH_PARITY") or ROOT.parent / "shared" / "parity")
+
+pytestmark = pytest.mark.skipif(not VECTORS.is_dir(), reason=f"no reference vectors at {VECTORS} (set QAPBENCH_PARITY)")
+
+
+def load(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = VECTORS / case
+    if not path.with_suffix(".safetensors").is_file():
+        pytest.skip(f"no case {case} among the reference vectors")
+    return load_file(path.with_suffix(".safetensors")), json.loads(path.with_suffix(".json").read_text())
+
+
+def cosines(features: Tensor) -> Tensor:
+    unit = normalize(features.float(), dim=-1)
+    return unit @ unit.mT
+
+
+def budgets(tensors: dict[str, Tensor]) -> list[int]:
+    prefix = "out.greedy_order_T"
+    return sorted(int(key.removeprefix(prefix)) for key in tensors if key.startswith(prefix))
+
+
+def question(tensors: dict[str, Tensor]) -> VisionTokens:
+    batch = len(tensors["in.projected_features"])
+    return VisionTokens(
+        projected=tensors["in.projected_features"],
+        image_embeds=tensors["in.image_embeds"],
+        text_embeds=tensors["in.text_embeds"].unsqueeze(0).expand(batch, -1, -1),
+    )
+
+
+def test_cdpruner_one_image() -> None:
+    tensors, about = load("pruners/cdpruner/case01_b1_n64")
+    tokens, pruner = question(tensors), pruners.create("cdpruner")
+    torch.testing.assert_close(pruner.scores(tokens, None, None), tensors["mid.relevance"], rtol=0, atol=1e-5)
+    for keep in budgets(tensors):
+        status = about["status"][f"T{keep}"]
+        assert all(status["fp64_same_set"]), "not a case to compare"
+        assert status["min_rel_margin"] > 1e-5, "not a case to compare"
+        assert torch.equal(pruner.select(tokens, keep).indices, tensors[f"out.kept_sorted_T{keep}"])
+        order = greedy_map(cosines(tokens.projected), tensors["mid.relevance"], keep)
+        assert torch.equal(order, tensors[f"out.greedy_order_T{keep}"])
+    quality = tensors["mid.relevance"]
+    kernel = quality.unsqueeze(2) * cosines(tokens.projected) * quality.unsqueeze(1)
+    torch.testing.assert_close(kernel, tensors["mid.kernel"], rtol=0, atol=1e-5)
+
+
+def test_cdpruner_batch_of_crops() -> None:
+    """The reference normalises relevance over the batch, ours per image: compare the stages around that."""
+    tensors, about = load("pruners/cdpruner/case05_b5_n144_crops")
+    assert all(about["status"]["T32"]["fp64_same_set"])
+    tokens, pruner = question(tensors), pruners.create("cdpruner")
+    raw = pruner.relevance(tokens)
+    assert raw is not None
+    over_batch = (raw - raw.min() + 1e-6) / (raw.max() - raw.min())
+    torch.testing.assert_close(over_batch, tensors["mid.relevance"], rtol=0, atol=1e-5)
+    order = greedy_map(cosines(tokens.projected), tensors["mid.relevance"], 32)
+    assert torch.equal(order, tensors["out.greedy_order_T32"])
+    assert torch.equal(order.sort(dim=-1).values, tensors["out.kept_sorted_T32"])
+    assert not torch.equal(pruner.select(tokens, 32).indices, order.sort(dim=-1).values), "ours is per image"
+
+
+def test_cdpruner_keeps_all() -> None:
+    tensors, _about = load("pruners/cdpruner/case12_keep_all_T_eq_N")
+    tokens, pruner = question(tensors), pruners.create("cdpruner")
+    torch.testing.assert_close(pruner.scores(tokens, None, None), tensors["mid.relevance"], rtol=0, atol=1e-5)
+    assert torch.equal(pruner.select(tokens, 16).indices, tensors["out.kept_sorted_T16"])
+    order = greedy_map(cosines(tokens.projected), tensors["mid.relevance"], 16)
+    assert sorted(order[0].tolist()) == list(range(16))
+
+
+@pytest.mark.parametrize("case", ["case01_b1_n64_d16c4", "case03_b1_n576_54_10"])
+def test_visionzip(case: str) -> None:
+    tensors, about = load(f"pruners/visionzip/{case}")
+    assert about["status"]["fp64_same_dominant"]
+    assert about["status"]["fp64_same_assignment"]
+    hidden, params = tensors["in.hidden_states"], about["params"]
+    tokens = VisionTokens(
+        projected=hidden[:, 1:],  # not read by the method
+        patches=hidden[:, 1:],
+        cls_token=hidden[:, 0],
+        cls_attention=tensors["in.cls_attn_row"].mean(dim=1)[:, 1:],
+        keys=tensors["in.key_metric_headmean"][:, 1:],
+    )
+    keep = params["dominant_public_arg"] + params["contextual"]
+    pruner = pruners.create("visionzip", contextual=params["contextual"] / keep)
+    selection = pruner.select(tokens, keep)
+    with_cls = torch.cat([torch.zeros(1, 1, dtype=torch.long), selection.indices + 1], dim=1)
+    assert torch.equal(with_cls, tensors["out.dominant_sorted_incl_cls"])
+    assert selection.merged is not None
+    assert selection.front == 1
+    kept = tokens.require("patches", "test")[0, selection.indices[0]].unsqueeze(0)
+    spliced = torch.cat([selection.merged[:, :1], kept, selection.merged[:, 1:]], dim=1)
+    torch.testing.assert_close(spliced, tensors["out.tokens"], rtol=0, atol=1e-5)
+    if case.startswith("case03"):  # the released split is our default
+        assert torch.equal(pruners.create("visionzip").select(tokens, keep).indices, selection.indices)
+
+
+BITS = (4, 8)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("library", ["ct", "ao"])
+def test_asymmetric_is_the_libraries(bits: int, library: str) -> None:
+    """compressed-tensors and torchao, float32: zero, constant and all-positive groups included."""
+    tensors, _about = load("quant/conventions/group128")
+    ours = fake_quantize(tensors["x_float32"], bits, 128)
+    torch.testing.assert_close(ours, tensors[f"{library}_float32_b{bits}_asym"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_symmetric_is_the_plain_formula(bits: int, dtype: str) -> None:
+    """absmax / (2^(b-1) - 1), which is not the libraries' scale; the reference is float32 for both inputs."""
+    tensors, _about = load("quant/conventions/group128")
+    x, plain = tensors[f"x_{dtype}"], tensors[f"plain_qmax_{dtype}_b{bits}_sym"]
+    torch.testing.assert_close(fake_quantize(x.float(), bits, 128, symmetric=True), plain, rtol=0, atol=1e-5)
+    assert torch.equal(fake_quantize(x, bits, 128, symmetric=True), plain.to(x.dtype))
+    library = tensors[f"ct_{dtype}_b{bits}_sym"].float()
+    assert (plain - library).abs().max() > 0.1, "the conventions differ; the vectors show it"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("library", ["ct", "ao"])
+def test_asymmetric_in_bfloat16(bits: int, library: str) -> None:
+    """The libraries compute in bfloat16; ours computes in float32 and rounds once: they agree to a bound.
+
+    Either result is within half a level of x but for its own roundings, so they are at most one level apart
+    plus those. bfloat16 rounds by 2^-9 of the value, and no value exceeds the group's range, which is 2^b - 1
+    levels. Five roundings count: the libraries' scale, quotient, zero point and result, and our result.
+    """
+    tensors, _about = load("quant/conventions/group128")
+    x = tensors["x_bfloat16"]
+    theirs = tensors[f"{library}_bfloat16_b{bits}_asym"].float()
+    ours = fake_quantize(x, bits, 128)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, fake_quantize(x.float(), bits, 128).bfloat16())
+    groups = x.float().unflatten(-1, (-1, 128))
+    span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
+    bound = (span * (1 / (2**bits - 1) + 5 * 2**-9)).repeat_interleave(128, dim=-1)
+    assert ((ours.float() - theirs).abs() <= bound).all()
+    # And float32 inside is what it is for: never farther from x on the whole.
+    assert (ours - x).float().norm() <= (theirs - x).float().norm()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_all_positive_groups_reach_zero_unlike_awq(bits: int) -> None:
+    """AWQ clamps the zero point of a group without zero in its range; elsewhere it is the same."""
+    tensors, _about = load("quant/conventions/group128")
+    x = tensors["x_float32"]
+    ours, awq = fake_quantize(x, bits, 128), tensors[f"awqstyle_fp32_float32_b{bits}_asym"]
+    groups = x.unflatten(-1, (-1, 128))
+    inside = ((groups.amin(-1) <= 0) & (groups.amax(-1) >= 0)).repeat_interleave(128, dim=-1)
+    torch.testing.assert_close(ours[inside], awq[inside], rtol=0, atol=1e-5)
+    assert (ours - x)[~inside].abs().max() < (awq - x)[~inside].abs().max()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_absmax_is_smoothquants(bits: int) -> None:
+    """Activations per token and weights per output channel."""
+    tensors, _about = load("quant/smoothquant/absmax_primitives")
+    absmax = quantizers.create("absmax", bits=bits)
+    torch.testing.assert_close(absmax(tensors["x"]), tensors[f"act_tok_b{bits}"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(absmax(tensors["w"]), tensors[f"w_ch_b{bits}"], rtol=0, atol=1e-5)

@@ -1,0 +1,156 @@
+"""The real command, in its own process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUESTIONS
+
+Spec = Callable[..., dict[str, Any]]
+Write = Callable[[dict[str, Any]], Path]
+COMMAND = [sys.executable, "-m", "qapbench.cli"]
+METRIC = '''from qapbench import metric
+
+@metric("median_magnitude")
+def median_magnitude(tokens, power: float = 1.0):
+    """Median over channels of |x|^power."""
+    return (tokens.abs() ** power).median(dim=-1).values
+'''
+
+
+def qapbench(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment, **more
+    )
+
+
+def test_run_prints_a_table_and_writes_the_page(spec_of: Spec, write_spec: Write, tmp_path: Path) -> None:
+    spec = write_spec({**spec_of(), "cases": {"full": {}, "pruned": {"prune": {"method": "random", "keep": 4}}}})
+    done = qapbench("run", spec, "--runs", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    assert "pruned" in done.stdout
+    assert "Avg" in done.stdout
+    page = tmp_path / "runs" / "leaderboard.html"
+    assert page.exists()
+    assert str(page) in done.stdout
+    again = qapbench("run", spec, "--runs", tmp_path / "runs", "--dry-run")
+    assert again.stdout.count(f"{QUESTIONS} of {QUESTIONS}") == 2
+    new = qapbench("run", spec, "--runs", tmp_path / "runs", "--dry-run", "--set", "task.limit=5")
+    assert new.stdout.count("0 of 5") == 2
+
+
+def test_a_metric_of_five_lines_beside_a_spec(spec_of: Spec, write_spec: Write, tmp_path: Path) -> None:
+    (tmp_path / "my_metric.py").write_text(METRIC)
+    prune = {"method": "attention", "keep": 4, "sensitivity": {"median_magnitude": {"power": 2.0}}}
+    spec = write_spec({**spec_of(prune=prune), "plugins": ["my_metric.py"]})
+    done = qapbench("run", spec, "--runs", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/record.json"))
+    assert record["spec"]["prune"]["sensitivity"] == {"median_magnitude": {"power": 2.0}}
+    assert "plugin my_metric.py" in record["fingerprints"]
+
+
+def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
+    spec = tmp_path / "bad.yaml"
+    spec.write_text(
+        "model: diagram-llava\n"
+        "task: {name: diagramqa, limt: 5}\n"
+        "quantize: {method: rtn, weights: {bits: 99}, scope: [langage]}\n"
+        "prune:\n"
+        "  method: {cdpruner: {relevance_sing: positive}}\n"
+        "  keep: 32\n"
+        "  sensitivity: combind\n"
+    )
+    done = qapbench("validate", spec)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: line 2: task.limt: unknown field; did you mean 'limit'?",
+        "error: line 3: quantize.weights.bits: input should be less than or equal to 16 (got 99)",
+        "error: line 3: quantize.scope.0: input should be 'language', 'projector' or 'vision' (got 'langage')",
+        "error: line 5: prune.method.cdpruner.relevance_sing: unknown field of pruner 'cdpruner'; "
+        "did you mean 'relevance_sign'?",
+        "error: line 7: prune.sensitivity: no metric 'combind'; did you mean 'combined'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "not valid YAML"),
+        ("- a\n- b\n", "a spec is a mapping"),
+        ("model: x\nmodel: y\n", "line 2: model: given twice, first in line 1"),
+        ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("model: diagram-llava\n", "task: this field is required"),
+        ("model: diagram-llava\ntask: diagramqa\nplugins: [none.py]\n", "line 3: plugins.0: no such plugin file"),
+    ],
+)
+def test_unreadable_specs(text: str, message: str, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(text)
+    done = qapbench("run", spec, "--runs", tmp_path / "runs")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_kill_9_and_go_on(tmp_path: Path) -> None:
+    """Killed in the middle, started again: the same bytes as a run that was left alone."""
+    arguments = ["run", "quickstart", "--set", "task.limit=60", "--set", "prune.method=attention"]
+    arguments += ["--set", "prune.keep=16", "--set", "cases=null"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*COMMAND, *arguments, "--runs", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while _lines(tmp_path / "killed") < 8 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    interrupted = _lines(tmp_path / "killed")
+    assert 8 <= interrupted < 60
+    assert not list((tmp_path / "killed").glob("*/record.json"))
+    assert qapbench(*arguments, "--runs", tmp_path / "killed").returncode == 0
+    assert qapbench(*arguments, "--runs", tmp_path / "alone").returncode == 0
+    (killed,), (alone,) = (list((tmp_path / name).glob("*/answers.jsonl")) for name in ("killed", "alone"))
+    assert killed.read_bytes() == alone.read_bytes()
+    assert _lines(tmp_path / "killed") == 60
+
+
+def _lines(runs: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in runs.glob("*/answers.jsonl"))
+
+
+def test_list_show_and_leaderboard(spec_of: Spec, write_spec: Write, tmp_path: Path) -> None:
+    listed = qapbench("list", "pruners")
+    assert listed.returncode == 0
+    assert "cdpruner" in listed.stdout
+    shown = qapbench("show", "metric", "clip_error")
+    assert '"percentile"' in shown.stdout
+    wrong = qapbench("show", "metric", "l3")
+    assert wrong.returncode == 2
+    assert "did you mean 'l1'" in wrong.stderr or "did you mean 'l2'" in wrong.stderr
+    empty = qapbench("leaderboard", "--runs", tmp_path / "none")
+    assert empty.returncode == 2
+    assert "no records below" in empty.stderr
+    assert qapbench("run", write_spec(spec_of()), "--runs", tmp_path / "runs").returncode == 0
+    page = tmp_path / "board.html"
+    assert qapbench("leaderboard", "--runs", tmp_path / "runs", "--out", page).returncode == 0
+    assert page.stat().st_size > 10_000
+
+
+def test_scoring_stored_answers_gives_the_runs_own_table(spec_of: Spec, write_spec: Write, tmp_path: Path) -> None:
+    spec = write_spec(spec_of(task={"answers": "generate"}))
+    assert qapbench("run", spec, "--runs", tmp_path / "runs").returncode == 0
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/record.json"))
+    (stored,) = (tmp_path / "runs").glob("*/answers.jsonl")
+    task = spec_of()["task"]
+    done = qapbench("score", stored, "--task", task["name"], "--data", task["data"], "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["columns"] == record["scores"]["columns"]

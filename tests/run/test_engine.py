@@ -1,0 +1,165 @@
+"""Runs: stores, resumes, shares, and never depends on how it was batched."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUESTIONS
+
+import qapbench
+from qapbench import RunSpec, UserError
+from qapbench.receipt import NotQuantizedError
+from qapbench.run.engine import Engine, read_records
+from qapbench.run.store import Store
+
+Spec = Callable[..., dict[str, Any]]
+W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
+PRUNE = {"method": "cdpruner", "keep": 5, "sensitivity": "combined"}
+
+
+def run(spec: dict[str, Any], runs: Path, **more: Any) -> dict[str, Any]:
+    (record,) = qapbench.run(RunSpec.parse(spec), runs, **more)
+    return record
+
+
+def answers(runs: Path, record: dict[str, Any]) -> bytes:
+    return (runs / record["run_id"] / "answers.jsonl").read_bytes()
+
+
+def column(record: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(c for c in record["scores"]["columns"] if c["name"] == name)
+
+
+def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
+    record = run(spec_of(quantize=W4A4, prune=PRUNE), tmp_path)
+    assert column(record, "Avg")["n"] == QUESTIONS
+    assert column(record, "IMG")["n"] == 7
+    assert record["tokens"] == {
+        "images": 7, "available": 16, "mean": 5, "min": 5, "max": 5, "kept": 5, "merged": 0,
+    }  # fmt: skip
+    assert record["receipt"]["summary"].startswith("rtn: W4A4 at 14 of 14 linears (language); cdpruner 5 + combined")
+    assert set(record["fingerprints"]) == {"model", "data"}
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["spec"]["quantize"]["weights"] == {"bits": 4, "group_size": 16, "symmetric": False}
+    assert record["task"]["chance"] == pytest.approx((7 / 2 + 7 / 3) / QUESTIONS)
+    assert record["notes"] == []
+    lines = answers(tmp_path, record).splitlines()
+    assert len(lines) == QUESTIONS
+    assert {len(image["kept"]) for line in lines for image in json.loads(line).get("images", [])} == {5}
+    assert read_records(tmp_path) == [record]
+
+
+def test_a_done_run_is_read_and_a_fresh_one_sets_it_aside(spec_of: Spec, tmp_path: Path) -> None:
+    first = run(spec_of(), tmp_path)
+    again = run({**spec_of(), "name": "another name"}, tmp_path)
+    assert again == {**first, "name": "another name"}
+    fresh = run(spec_of(), tmp_path, fresh=True)
+    assert fresh["run_id"] == first["run_id"]
+    kept = tmp_path / f"{first['run_id']}.old1"
+    assert json.loads((kept / "record.json").read_text()) == first
+    assert answers(tmp_path, fresh) == (kept / "answers.jsonl").read_bytes()
+    assert len(read_records(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 999, -1, -37])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_torn_store_is_taken_up_and_ends_with_the_same_bytes(
+    cut: int, batch_size: int, spec_of: Spec, tmp_path: Path
+) -> None:
+    spec = spec_of(quantize=W4A4, prune=PRUNE)
+    record = run(spec, tmp_path / "whole", batch_size=batch_size)
+    whole = answers(tmp_path / "whole", record)
+    torn = tmp_path / "torn" / record["run_id"]
+    torn.mkdir(parents=True)
+    (torn / "answers.jsonl").write_bytes(whole[:cut])
+    resumed = run(spec, tmp_path / "torn", batch_size=batch_size)
+    assert answers(tmp_path / "torn", resumed) == whole
+    assert resumed["scores"] == record["scores"]
+    assert resumed["tokens"] == record["tokens"]
+    assert resumed["timing"]["computed"] >= 1
+
+
+@pytest.mark.parametrize("mode", ["letter", "generate"])
+@pytest.mark.parametrize("more", [{"quantize": W4A4}, {"prune": PRUNE}])
+def test_answers_do_not_depend_on_the_batch_size(mode: str, more: Any, spec_of: Spec, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 3, 16):
+        record = run(spec_of(task={"answers": mode}, **more), tmp_path / str(size), batch_size=size)
+        rows = map(json.loads, answers(tmp_path / str(size), record).splitlines())
+        found.append([(row["id"], row["answer"], row.get("images")) for row in rows])
+    assert found[0] == found[1] == found[2]
+
+
+def test_text_only_answers_do_not_depend_on_the_pruner(spec_of: Spec, tmp_path: Path) -> None:
+    """The NO column is constant over pruners of one quantizer, alone or in one sweep."""
+    specs = [spec_of(quantize=W4A4)] + [
+        spec_of(quantize=W4A4, prune={"method": method, "keep": keep})
+        for method in qapbench.pruners.names()
+        for keep in (3, 9)
+    ]
+    together = qapbench.run([RunSpec.parse(spec) for spec in specs], tmp_path / "sweep")
+    alone = [run(spec, tmp_path / "alone") for spec in specs]
+    text = set()
+    for shared, single in zip(together, alone, strict=True):
+        assert answers(tmp_path / "sweep", shared) == answers(tmp_path / "alone", single)
+        lines = answers(tmp_path / "sweep", shared).splitlines()
+        text.add(tuple(line for line in lines if b'"images"' not in line))
+    assert len(text) == 1
+    assert {column(record, "NO")["k"] for record in together} == {column(together[0], "NO")["k"]}
+    assert together[1]["timing"]["computed"] == 7
+
+
+def test_two_writers_are_refused(spec_of: Spec, tmp_path: Path) -> None:
+    spec = RunSpec.parse(spec_of())
+    planned = Engine(tmp_path).plan(spec)
+    with Store(planned.folder).locked(), pytest.raises(UserError, match="another process is writing"):
+        qapbench.run(spec, tmp_path)
+
+
+def test_the_id_follows_content_not_names(spec_of: Spec, tmp_path: Path, tiny_model: Path, questions: Path) -> None:
+    import shutil
+
+    engine = Engine(tmp_path)
+    first = engine.plan(RunSpec.parse(spec_of()))
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_model, moved)
+    shutil.copy(questions, tmp_path / "copy.parquet")
+    same = {**spec_of(task={"data": str(tmp_path / "copy.parquet")}), "model": str(moved)}
+    assert engine.plan(RunSpec.parse(same)).id == first.id
+    (moved / "generation_config.json").write_text("{}\n")
+    other = shutil.copytree(moved, tmp_path / "changed")
+    assert engine.plan(RunSpec.parse({**same, "model": str(other)})).id != first.id
+    assert engine.plan(RunSpec.parse({**spec_of(), "seed": 1})).id != first.id
+
+
+def test_a_run_that_was_not_quantized_fails_and_leaves_no_record(
+    spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qapbench.strategies.ptq.rtn import RTN
+
+    monkeypatch.setattr(RTN, "prepare", lambda *_, **__: {})
+    with pytest.raises(NotQuantizedError):
+        run(spec_of(quantize=W4A4), tmp_path)
+    assert read_records(tmp_path) == []
+
+
+def test_models_that_cannot_be_had_are_named(spec_of: Spec, tmp_path: Path) -> None:
+    for name, message in [
+        ("diagram-lava", "did you mean 'diagram-llava'"),
+        (str(tmp_path), "no config.json"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run({**spec_of(), "model": name}, tmp_path)
+
+
+def test_an_image_placeholder_in_the_text_is_only_text(spec_of: Spec, tmp_path: Path, questions: Path) -> None:
+    import pandas as pd
+
+    frame = pd.read_parquet(questions).head(4)
+    frame["question"] = "What does <image> mean? " + frame["question"]
+    frame.to_parquet(tmp_path / "hostile.parquet")
+    record = run(spec_of(task={"data": str(tmp_path / "hostile.parquet")}, prune=PRUNE), tmp_path)
+    assert column(record, "Avg")["n"] == 4
