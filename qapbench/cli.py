@@ -111,6 +111,24 @@ def leaderboard(
 
 
 @app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A run: its id or the start of it, its name, or its folder.")],
+    second: Annotated[str, typer.Argument(help="The run to compare with it.")],
+    runs: RunsOption = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, flipped questions included.")] = False,
+) -> None:
+    """Compare two runs question by question: paired differences, exact McNemar test, flips."""
+    from .analysis import paired
+    from .analysis.table import comparison_table
+
+    comparison = paired.compare(*(paired.read_scored(paired.find_run(name, runs)) for name in (first, second)))
+    if as_json:
+        typer.echo(json.dumps(comparison.to_json()))
+    else:
+        out.print(comparison_table(comparison))
+
+
+@app.command()
 def score(
     file: Annotated[Path, typer.Argument(help="Stored outputs: LLaVA's JSON, or JSON lines.")],
     task: Annotated[str, typer.Option(help="Task that the outputs answer.")],

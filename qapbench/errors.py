@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+SHOWN = 16  # valid names that a message lists
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -48,4 +50,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"valid: {', '.join(names)}" if names else "there are none"
+    if not names:
+        return "there are none"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"valid: {', '.join(names[:SHOWN])}{more}"

@@ -8,6 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from .paired import Comparison
+
 NAME, FIXED, COLUMN = 28, 36, 9  # widths of the run's name, of tokens + interval + n, of one accuracy
 
 
@@ -50,6 +52,24 @@ def scores_table(scores: dict[str, Any]) -> Table:
             table.add_row(escape(column["name"]), _cell(column), f"{column['k']} / {column['n']}", _interval(column))
     unparsed = scores["unparsed"]
     table.add_row("unparsed", f"{100 * unparsed['rate']:.2f}", f"{unparsed['k']} / {unparsed['n']}", "")
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row a column: both accuracies, the paired difference with its interval, flips and p."""
+    table = Table(
+        title=escape(f"{comparison.second} against {comparison.first}"), title_justify="left",
+        caption="paired: points, bootstrap 95 % interval, exact McNemar p (not corrected for many columns)",
+    )  # fmt: skip
+    table.add_column("column")
+    for name in ("n", "first", "second", "difference", "95 % interval", "gained", "lost", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in comparison.differences:
+        table.add_row(
+            escape(row.column), str(row.n), f"{100 * row.first / row.n:.2f}", f"{100 * row.second / row.n:.2f}",
+            f"{100 * row.difference:+.2f}", f"{100 * row.low:+.2f} … {100 * row.high:+.2f}",
+            str(row.gained), str(row.lost), f"{row.p:.3g}",
+        )  # fmt: skip
     return table
 
 

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -92,7 +92,8 @@ def category_of(name: str) -> str:
 @functools.cache
 def sprite(name: str, size: int) -> Image.Image:
     """The icon ``name`` as RGBA of ``size`` x ``size`` pixels."""
-    column, row = index()[name]["cell"]  # type: ignore[misc]
+    cell_of: Any = index()[name]["cell"]
+    column, row = cell_of
     cell = sheet().crop((column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL))
     return cell if size == CELL else cell.resize((size, size), Image.Resampling.LANCZOS)
 

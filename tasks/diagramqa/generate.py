@@ -119,12 +119,11 @@ def build(split: str, seed: int, n: int) -> pd.DataFrame:
             if not left[modality]:
                 continue
             scene = sample(seed, index, split, modality=modality)
-            image = None
-            if scene.image is not None:
-                image = {"bytes": png_bytes(scene), "path": f"{split}-{seed}-{index}.png"}
+            encoded = None if scene.image is None else png_bytes(scene)
+            image = None if encoded is None else {"bytes": encoded, "path": f"{split}-{seed}-{index}.png"}
             taken = 0
             for question in scene.questions:
-                key = _text_key(question) if image is None else zlib.crc32(image["bytes"], _text_key(question))
+                key = _text_key(question) if encoded is None else zlib.crc32(encoded, _text_key(question))
                 if key in seen or taken == PER_IMAGE or not left[modality]:
                     continue
                 seen.add(key)

@@ -52,8 +52,8 @@ def punnett(rng: Rng, split: str) -> Scene:
         boxes.append((x, y, x + 37, y + 37))
     asker = Asker(rng, "punnett", HINTS)
     if reading:
-        for text in ("Which genotype is in the {} box?", "What is in the {} box of the Punnett square?"):
-            asker.ask("read a genotype", [text.format(PLACES[place])], kind, kinds, [boxes[place]])
+        for wording in ("Which genotype is in the {} box?", "What is in the {} box of the Punnett square?"):
+            asker.ask("read a genotype", [wording.format(PLACES[place])], kind, kinds, [boxes[place]])
     else:
         text = [f"How many boxes have the genotype {kind}?", f"In how many boxes is {kind}?"]
         asker.ask("count genotypes", text, str(number), [str(n) for n in pool], boxes)

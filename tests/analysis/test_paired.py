@@ -1,0 +1,60 @@
+"""Paired comparison of two runs, against formulas worked out by hand."""
+
+from math import comb
+from typing import Any
+
+import pytest
+
+from qapbench import UserError
+from qapbench.analysis.paired import Scored, compare
+
+
+def scored(name: str, right: list[int], data: str = "d") -> Scored:
+    """Questions q0, q1, ...; the even ones have an image."""
+    rows = {f"q{i}": {"Avg": float(r), **({"IMG": float(r)} if i % 2 == 0 else {})} for i, r in enumerate(right)}
+    columns: list[dict[str, Any]] = [
+        {"name": "IMG", "k": 0},
+        {"name": "G1-6", "unavailable": "?"},
+        {"name": "Avg", "k": 0},
+    ]
+    return Scored({"name": name, "fingerprints": {"data": data}, "scores": {"columns": columns}}, rows)
+
+
+def test_counts_flips_and_exact_p() -> None:
+    first = scored("a", [1, 1, 1, 0, 0, 0, 0, 0, 0, 1])
+    second = scored("b", [1, 1, 0, 1, 1, 1, 1, 1, 1, 1])
+    found = compare(first, second)
+    image, overall = found.differences
+    assert (overall.n, overall.first, overall.second, overall.gained, overall.lost) == (10, 4, 9, 6, 1)
+    assert overall.p == pytest.approx(2 * sum(comb(7, k) for k in (0, 1)) / 2**7)
+    assert (image.n, image.gained, image.lost) == (5, 3, 1)
+    assert found.gained == ["q3", "q4", "q5", "q6", "q7", "q8"]
+    assert found.lost == ["q2"]
+    assert overall.low < overall.difference < overall.high
+    assert overall.difference == 0.5
+
+
+def test_a_run_against_itself() -> None:
+    one = scored("a", [1, 0, 1])
+    for difference in compare(one, one).differences:
+        assert (difference.p, difference.low, difference.high, difference.gained, difference.lost) == (1, 0, 0, 0, 0)
+
+
+def test_swapping_runs_swaps_everything() -> None:
+    first, second = scored("a", [1, 1, 1, 0] * 20), scored("b", [1, 0, 0, 1] * 20)
+    there, back = compare(first, second).differences[-1], compare(second, first).differences[-1]
+    assert (there.gained, there.lost, there.p) == (back.lost, back.gained, back.p)
+    assert there.low == pytest.approx(-back.high, abs=0.02)
+
+
+def test_the_interval_covers_as_a_normal_one_does() -> None:
+    """Variance of a paired difference: (gained + lost)/n - difference^2, over n."""
+    difference = compare(scored("a", [1, 1, 0, 0] * 250), scored("b", [1, 0, 1, 1] * 250)).differences[-1]
+    error = ((0.75 - 0.25**2) / 1000) ** 0.5
+    assert difference.low == pytest.approx(0.25 - 1.96 * error, abs=0.004)
+    assert difference.high == pytest.approx(0.25 + 1.96 * error, abs=0.004)
+
+
+def test_different_data_cannot_be_paired() -> None:
+    with pytest.raises(UserError, match="different data"):
+        compare(scored("a", [1]), scored("b", [1], data="other"))
