@@ -69,7 +69,7 @@ def _render(title: str, records: Sequence[dict[str, Any]], rows: Sequence[Row], 
         title=clean(title),
         rows=rows,
         own=own,
-        columns=columns,
+        columns=[*columns[-1:], *columns[:-1]],  # overall accuracy first: it has to show without scrolling
         hints=HINTS,
         facets={name: sorted({getattr(row, name) for row in rows}) for name in FACETS},
         stand_ins=sum(row.stand_in for row in own),

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-Z95 = 1.959963984540054
+from qapbench.analysis.score import Tally
+
 NONE = "none"
 
 
@@ -55,17 +56,10 @@ class Row:
         return next((value for value in (self.tokens, self.keep, self.available) if value is not None), None)
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """The Wilson 95 % interval of k of n."""
-    p, z2 = k / n, Z95 * Z95
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def counted(k: int, n: int) -> Cell:
     """The cell of k correct answers of n."""
-    return Cell(k, n, k / n, *wilson(k, n))
+    tally = Tally(k, n)
+    return Cell(k, n, tally.accuracy, *tally.interval)
 
 
 def clean(value: Any) -> Any:
@@ -154,6 +148,7 @@ def from_record(record: dict[str, Any]) -> Row:
     """The row of one cleaned record."""
     spec, scores, tokens = (mapping(record.get(key)) for key in ("spec", "scores", "tokens"))
     receipt, prune = mapping(record.get("receipt")), mapping(spec.get("prune"))
+    labels = mapping(record.get("labels"))  # without the parameters that are at their defaults
     cells = {
         text(column.get("name")): _cell(column)
         for column in map(mapping, sequence(scores.get("columns")))
@@ -163,9 +158,9 @@ def from_record(record: dict[str, Any]) -> Row:
         name=text(record.get("name")) or "run",
         model=text(spec.get("model")),
         quantization=quantization_label(spec.get("quantize"), spec.get("dtype")),
-        pruner=item_label(prune.get("method")),
-        sensitivity=item_label(prune.get("sensitivity")),
-        fusion=item_label(prune.get("fusion")),
+        pruner=text(labels.get("pruner")) or item_label(prune.get("method")),
+        sensitivity=text(labels.get("sensitivity")) or item_label(prune.get("sensitivity")),
+        fusion=text(labels.get("fusion")) or item_label(prune.get("fusion")),
         keep=number(prune.get("keep")),
         tokens=number(tokens.get("mean")),
         tokens_min=number(tokens.get("min")),

@@ -55,9 +55,14 @@ def run(
         out.print(_plan_table(plan))
         return
     out.print(ablation_table(records, out.width))
+    spent = [record["timing"] for record in records]
+    out.print(
+        f"{sum(t['questions'] for t in spent)} questions in {sum(t['seconds'] for t in spent):.0f} s as made, "
+        f"peak memory {max(t['peak_memory_mb'] for t in spent)} MB"
+    )
     for note in dict.fromkeys(note for record in records for note in record.get("notes", [])):
         out.print(f"[yellow]{escape(note)}[/]")
-    _write_page(records, page or runs / "leaderboard.html", specs[0].name)
+    _write_page(records, page or runs / "leaderboard.html", Path(spec).stem)
 
 
 @app.command()
@@ -121,7 +126,8 @@ def compare(
     from .analysis import paired
     from .analysis.table import comparison_table
 
-    comparison = paired.compare(*(paired.read_scored(paired.find_run(name, runs)) for name in (first, second)))
+    one, other = (paired.read_scored(paired.find_run(name, runs)) for name in (first, second))
+    comparison = paired.compare(one, other)
     if as_json:
         typer.echo(json.dumps(comparison.to_json()))
     else:

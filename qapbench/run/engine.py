@@ -14,8 +14,10 @@ import torch
 
 from qapbench.compress import compress
 from qapbench.errors import UserError
-from qapbench.spec import RunSpec, SweepSpec
+from qapbench.registry import Registry
+from qapbench.spec import Item, RunSpec, SweepSpec
 from qapbench.specfile import load_spec
+from qapbench.strategy import fusions, metrics, pruners
 
 from .environment import environment, peak_memory_mb
 from .loading import find_model, fingerprints, load_model
@@ -171,6 +173,7 @@ class Engine:
             "name": spec.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "spec": spec.model_dump(mode="json"),
+            "labels": _labels(spec),
             "task": {"name": task.name, "questions": task.count, "chance": _chance(task)},
             "scores": scores.to_json(),
             "tokens": _tokens(store.read()),
@@ -187,7 +190,7 @@ class Engine:
             "notes": _notes(spec, task),
         }  # fmt: skip
         write_json(planned.folder / RECORD, record)
-        return record
+        return read_record(planned.folder)
 
 
 def read_record(folder: Path) -> Record:
@@ -244,6 +247,22 @@ def _chance(task: LoadedTask) -> float | None:
     """Accuracy of guessing: mean of 1 / number of choices."""
     sizes = [len(doc["choices"]) for doc in (task.docs[i] for i in range(task.count)) if doc.get("choices")]
     return sum(1 / size for size in sizes) / len(sizes) if sizes else None
+
+
+def _labels(spec: RunSpec) -> dict[str, str]:
+    """The items of the spec as a table shows them: parameters only where they differ from the default."""
+    items: dict[str, tuple[Registry[Any], Item | None]] = {}
+    if spec.prune:
+        items |= {"pruner": (pruners, spec.prune.method), "sensitivity": (metrics, spec.prune.sensitivity)}
+        items |= {"fusion": (fusions, spec.prune.fusion)}
+    labels = {}
+    for name, (registry, item) in items.items():
+        if item:
+            fields = registry.entry(item.name).params.model_fields
+            other = {key: value for key, value in item.params.items() if fields[key].default != value}
+            inner = ", ".join(f"{key} {value}" for key, value in other.items())
+            labels[name] = f"{item.name} ({inner})" if inner else item.name
+    return labels
 
 
 def _tokens(answers: list[Answer]) -> dict[str, float]:

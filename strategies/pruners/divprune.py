@@ -29,7 +29,10 @@ class DivPrune(Pruner):
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         features = normalize(tokens.projected.float(), dim=-1)
-        return Selection(max_min(1 - features @ features.mT, scores, keep))
+        cosine = features @ features.mT
+        # Two tokens may be each other's nearest and tie for the first place: no rounding may decide between them.
+        cosine = (cosine + cosine.mT) / 2
+        return Selection(max_min(1 - cosine, scores, keep))
 
 
 def max_min(distance: Tensor, weight: Tensor, keep: int) -> Tensor:

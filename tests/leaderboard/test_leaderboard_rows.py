@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from qapbench import UserError
 from qapbench.leaderboard import build
 from qapbench.leaderboard.paper import as_count, paper_rows, reference
-from qapbench.leaderboard.rows import column_names, from_record, quantization_label, wilson
+from qapbench.leaderboard.rows import column_names, counted, from_record, quantization_label
 
 
 def test_every_printed_percentage_is_an_integer_of_its_questions() -> None:
@@ -52,7 +52,8 @@ def test_pruning_leaves_questions_without_image_alone_in_the_paper() -> None:
 @pytest.mark.parametrize(("k", "n"), [(0, 7), (7, 7), (1, 2), (3429, 4241)])
 def test_wilson_agrees_with_scipy(k: int, n: int) -> None:
     expected = binomtest(k, n).proportion_ci(method="wilson")
-    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    cell = counted(k, n)
+    assert (cell.low, cell.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_counts_win_over_a_rate_that_disagrees() -> None:

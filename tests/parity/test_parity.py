@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import layer_norm, normalize
 
 from qapbench import VisionTokens, fake_quantize, pruners, quantizers
 from qapbench.strategies.pruners.cdpruner import greedy_map
+from qapbench.strategies.pruners.divprune import max_min
+from qapbench.strategies.pruners.vispruner import distinct
 
 ROOT = Path(__file__).parents[2]
 VECTORS = Path(os.environ.get("QAPBENCH_PARITY") or ROOT.parent / "shared" / "parity")
@@ -115,6 +117,62 @@ def test_visionzip(case: str) -> None:
     torch.testing.assert_close(spliced, tensors["out.tokens"], rtol=0, atol=1e-5)
     if case.startswith("case03"):  # the released split is our default
         assert torch.equal(pruners.create("visionzip").select(tokens, keep).indices, selection.indices)
+
+
+@pytest.mark.parametrize("case", ["case01_fixed_b1_n64", "case03_auto_b1_n576"])
+def test_trim(case: str) -> None:
+    """Of the automatic budget only its number is taken over; the reference's tokens are float16."""
+    tensors, about = load(f"pruners/trim/{case}")
+    assert about["status"]["fp64_same_mask"]
+    patches = tensors["in.image_features"]
+    weight, bias = tensors["in.post_layernorm.weight"], tensors["in.post_layernorm.bias"]
+    normed = layer_norm(patches, weight.shape, weight, bias, about["params"]["layer_norm_eps"])
+    tokens = VisionTokens(
+        projected=patches,  # not read by the method
+        patches=patches,
+        image_embeds=normed @ tensors["in.visual_projection.weight"].T,
+        text_embeds=tensors["in.text_embeds"].unsqueeze(1),
+    )
+    pruner = pruners.create("trim")
+    relevance = pruner.relevance(tokens)
+    assert relevance is not None
+    torch.testing.assert_close(relevance.softmax(dim=-1), tensors["mid.softmax_scores"], rtol=0, atol=1e-5)
+    selection = pruner.select(tokens, about["status"]["n_out"])
+    assert torch.equal(selection.indices, tensors["out.kept_sorted"])
+    assert selection.merged is not None
+    spliced = torch.cat([patches[:, selection.indices[0]], selection.merged], dim=1)
+    assert torch.equal(spliced[:, :-1].half(), tensors["out.tokens"][:, :-1])
+    # The mean's last bits are the order of summation, and one of them may carry over a rounding to float16.
+    torch.testing.assert_close(spliced.half().float(), tensors["out.tokens"].float(), rtol=2**-10, atol=1e-5)
+
+
+def test_divprune() -> None:
+    tensors, about = load("pruners/divprune/case01_n64")
+    assert about["status"]["fp64_same_order"]
+    assert about["status"]["min_rel_margin"] > 1e-5
+    tokens = VisionTokens(projected=tensors["in.visual_tokens"].unsqueeze(0))
+    distance = 1 - cosines(tokens.projected)
+    torch.testing.assert_close(distance[0], tensors["mid.cosine_distance"], rtol=0, atol=1e-5)
+    wanted = tensors["out.selection_order"]
+    assert torch.equal(max_min(distance, torch.ones(1, 64), 16)[0], wanted)
+    selection = pruners.create("divprune").select(tokens, 16)
+    assert torch.equal(selection.indices[0], tensors["out.kept_sorted"])
+
+
+def test_vispruner() -> None:
+    tensors, about = load("pruners/vispruner/case01_b1_n64_T16")
+    params, patches = about["params"], tensors["in.image_features"]
+    attention = tensors["in.cls_attn_heads"].mean(dim=1)
+    tokens = VisionTokens(projected=patches, patches=patches, cls_attention=attention)
+    keep, share = params["visual_token_num"], params["important_ratio"]
+    selection = pruners.create("vispruner", important=share).select(tokens, keep)
+    assert torch.equal(selection.mask(params["N"]), tensors["out.index_mask"])
+    assert torch.equal(pruners.create("vispruner").select(tokens, keep).indices, selection.indices), "our default"
+    order = attention.argsort(dim=-1, descending=True)
+    important = tensors["out.important_indices"]
+    assert torch.equal(order[:, : important.shape[1]], important)
+    diverse = distinct(cosines(patches), order[:, important.shape[1] :], keep - important.shape[1])
+    assert torch.equal(diverse, tensors["out.diverse_indices"])
 
 
 BITS = (4, 8)
