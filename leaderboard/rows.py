@@ -140,7 +140,7 @@ def _cell(data: dict[str, Any], rate: str = "accuracy") -> Cell:
     if k is not None and n is not None and 0 <= k <= n and n > 0:
         derived = counted(k, n)
         return derived if low is None or high is None else Cell(k, n, derived.accuracy, low, high)
-    accuracy = _share(data.get(rate))
+    accuracy = _share(data.get(rate, data.get("mean")))
     return Cell(k, n, accuracy, low, high, "" if accuracy is not None else "the record holds no result")
 
 

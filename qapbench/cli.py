@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tqdm.auto
 import typer
@@ -16,6 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from .run.engine import Engine
+    from .spec import RunSpec
+
+WIDE = 200  # characters of a table that is not printed to a terminal
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -46,15 +52,22 @@ def run(
     from .run.engine import Engine
     from .specfile import load_spec
 
-    specs = load_spec(spec, changes or ())
-    with _progress() as report:
-        making = Engine(runs, batch_size, device, trust_remote_code, report)
-        plan = [making.plan(one) for one in specs]
-        records = [] if dry_run else [making.run(one, fresh) for one in specs]
+    target = page or runs / "leaderboard.html"
+    if target.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {target}: the page is an .html file")
+    bars = _Progress()
+    making = Engine(runs, batch_size, device, trust_remote_code, bars.report)
+    specs = load_spec(spec, changes or (), making.check)
     if dry_run:
-        out.print(_plan_table(plan))
+        out.print(_plan_table(specs, making))
         return
-    out.print(ablation_table(records, out.width))
+    try:
+        with bars:
+            records = [making.run(one, fresh) for one in specs]
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here", highlight=False)
+        raise typer.Exit(130) from None
+    out.print(ablation_table(records, out.width if out.is_terminal else WIDE))
     spent = [record["timing"] for record in records]
     out.print(
         f"{sum(t['questions'] for t in spent)} questions in {sum(t['seconds'] for t in spent):.0f} s as made, "
@@ -62,15 +75,16 @@ def run(
     )
     for note in dict.fromkeys(note for record in records for note in record.get("notes", [])):
         out.print(f"[yellow]{escape(note)}[/]")
-    _write_page(records, page or runs / "leaderboard.html", Path(spec).stem)
+    _write_page(records, target, Path(spec).stem)
 
 
 @app.command()
 def validate(spec: SpecArgument, changes: SetOption = None) -> None:
-    """Check a spec and list its runs."""
+    """Check a spec, its task, data and local model, and list its runs."""
+    from .run.engine import Engine
     from .specfile import load_spec
 
-    specs = load_spec(spec, changes or ())
+    specs = load_spec(spec, changes or (), Engine(Path("runs")).check)
     for one in specs:
         out.print(escape(f"{one.name}: {one.model} on {one.task.name}"), highlight=False)
     out.print(f"{len(specs)} run(s), all valid")
@@ -174,30 +188,34 @@ def _write_page(records: list[dict[str, Any]], page: Path, title: str) -> None:
     out.print(f"Leaderboard: {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
 
 
-def _plan_table(plan: list[Any]) -> Table:
+def _plan_table(specs: list[RunSpec], engine: Engine) -> Table:
     table = Table(title="Plan", title_justify="left")
     for column in ("run", "id", "state"):
         table.add_column(column)
     table.add_column("answered", justify="right")
-    for planned in plan:
+    for spec in specs:
+        try:
+            planned = engine.plan(spec, fetch=False)
+        except UserError as error:
+            table.add_row(escape(spec.name), "–", escape(error.problems[0].message), "")
+            continue
         answered = planned.total if planned.done else planned.answered
-        table.add_row(escape(planned.spec.name), planned.id, planned.state, f"{answered} of {planned.total}")
+        table.add_row(escape(spec.name), planned.id, planned.state, f"{answered} of {planned.total}")
     return table
 
 
-class _progress:
-    """A rich progress bar per run, with rate and time left; on standard error, so tables can be piped."""
+class _Progress:
+    """A bar per run, with rate and time left; on standard error, so that tables can be piped."""
 
-    def __enter__(self) -> Any:
+    def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), console=err,
-        )  # fmt: skip
-        self.bar.__enter__()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=err)
         self.tasks: dict[str, Any] = {}
-        return self.report
+
+    def __enter__(self) -> None:
+        self.bar.start()
 
     def report(self, name: str, done: int, total: int) -> None:
         if name not in self.tasks:
@@ -206,8 +224,8 @@ class _progress:
         speed = self.bar.tasks[self.bar.task_ids.index(task)].speed
         self.bar.update(task, completed=done, rate=f"{speed:.1f}/s" if speed else "")
 
-    def __exit__(self, *exc: Any) -> None:
-        self.bar.__exit__(*exc)
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
 
 
 def main() -> None:
@@ -227,9 +245,11 @@ def main() -> None:
     except NotQuantizedError as error:
         err.print(f"[red]run failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("stopped; the same command goes on from here", highlight=False)
-        sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        err.print(f"[red]error:[/] {escape(f'{error.filename}: {error.strerror}')}", highlight=False, soft_wrap=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from torch import nn
 
 from .errors import UserError
 from .models import Family, family_of
-from .models.relevance import QuestionReader, TextTower
+from .models.family import default_tower
+from .models.relevance import QuestionReader, TextTower, find_tower, load_tower
 from .prune import PrunedCalls
 from .receipt import LinearReceipt, Receipt, measured_bits
 from .spec import PruneSpec, QuantizeSpec, RunSpec
@@ -46,13 +47,14 @@ def compress(
         UserError: the spec does not fit this model.
     """
     quantize, prune = _sections(spec)
+    owner = spec.text_tower if isinstance(spec, RunSpec) else None
     family = family_of(model)
     receipt = Receipt()
     with contextlib.ExitStack() as stack:
         if quantize:
             stack.enter_context(_quantized(family, quantize, receipt, calibration))
         if prune:
-            stack.enter_context(_pruned(family, prune, receipt, processor, text_tower, spec))
+            stack.enter_context(_pruned(family, prune, receipt, processor, text_tower, owner))
         yield receipt
 
 
@@ -78,12 +80,13 @@ def _quantized(family: Family, spec: QuantizeSpec, receipt: Receipt, calibration
             if plan is None:
                 receipt.fall_back(f"{name}: left in full precision by {spec.method}")
             elif plan.weight is not None:
-                stack.enter_context(_weight(linear, plan.weight))
+                stack.enter_context(_weight(linear, plan.weight(linear.weight.detach())))
             if plan is not None and plan.activation is not None:
                 quantize = plan.activation
                 handle = linear.register_forward_pre_hook(lambda _, args, q=quantize: (q(args[0]), *args[1:]))
                 stack.callback(handle.remove)
             line = _line(family, name, linear, spec)
+            line.planned = plan is not None
             receipt.linears.append(line)
             # Registered last: it sees what the matmul sees.
             stack.callback(linear.register_forward_pre_hook(_probe(line, spec)).remove)
@@ -121,7 +124,7 @@ def _weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pruned(
-    family: Family, spec: PruneSpec, receipt: Receipt, processor: Any, tower: TextTower | str | None, owner: Any
+    family: Family, spec: PruneSpec, receipt: Receipt, processor: Any, tower: TextTower | str | None, owner: str | None
 ) -> Iterator[None]:
     receipt.pruning = spec.label
     pruner = pruners.create(spec.method.name, **spec.method.params)
@@ -129,39 +132,33 @@ def _pruned(
         raise UserError(
             f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
         )
-    joint = None
-    if pruner.needs & {"image_embeds", "text_embeds"}:
-        named = tower or (owner.text_tower if isinstance(owner, RunSpec) else None)
-        joint = find_text_tower(family, named, receipt)
+    joint = _joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
     reader = QuestionReader(pruner.needs, joint, family.model.get_input_embeddings())
+    if reader.needs_text and processor is None:
+        processor = _own_tokenizer(family)
     sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None
     calls = PrunedCalls(family, spec, pruner, sensitivity, reader, receipt, processor)
     with calls.installed():
         yield
 
 
-def find_text_tower(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
-    """The companion CLIP: as named, or `clip/` in the model's own folder, or the family's default.
-
-    Where none can be had relevance falls back on the language model's embeddings, and the receipt says so.
-    """
-    from pathlib import Path
-
+def _joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
+    """The text tower; None, noted in the receipt, where relevance falls back on the language model."""
     if isinstance(named, TextTower):
         return named
-    width = family.model.config.vision_config.hidden_size
-    device = family.model.device
-    if named:
-        return TextTower(named, width, device)
-    beside = Path(str(family.model.name_or_path)) / "clip"
-    if beside.is_dir():
-        return TextTower(beside, width, device)
-    default = family.default_text_tower()
-    reason = "no CLIP text tower is known for this model"
-    if default:
-        try:
-            return TextTower(default, width, device)
-        except UserError as error:
-            reason = str(error)
-    receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
-    return None
+    config = family.model.config
+    folder, reason = find_tower(named, str(family.model.name_or_path), default_tower(config.to_dict()))
+    if folder is None:
+        receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
+        return None
+    return load_tower(folder, config.vision_config.hidden_size, family.model.device)
+
+
+def _own_tokenizer(family: Family) -> Any:
+    """The tokenizer in the model's folder, to read the question back from a prompt's ids; None where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(family.model.name_or_path)
+    except (OSError, ValueError):
+        return None

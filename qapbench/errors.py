@@ -44,6 +44,12 @@ class UserError(ValueError):
     __hash__ = ValueError.__hash__
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A phrase that names the closest valid name, or the valid names where none is close."""
     names = sorted(valid)

@@ -22,7 +22,7 @@ class Format(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    bits: Annotated[int, Field(ge=2, le=16)]
+    bits: Annotated[int, Field(ge=2, le=8)]
     group_size: Annotated[int, Field(ge=1)] | None = None
     symmetric: bool = False
 
@@ -39,11 +39,12 @@ class LinearPlan:
     """What becomes of one linear.
 
     Attributes:
-        weight: the fake-quantized weight [out, in] in the linear's dtype; None leaves it.
+        weight: makes the fake-quantized weight [out, in] of the original, in its dtype; None leaves it. It is called
+            linear by linear, so that never more than one original and its successor share a GPU.
         activation: fake-quantizes the linear's input [..., in]; None leaves it.
     """
 
-    weight: Tensor | None = None
+    weight: Callable[[Tensor], Tensor] | None = None
     activation: Callable[[Tensor], Tensor] | None = None
 
 

@@ -28,6 +28,7 @@ class LinearReceipt:
         activation_bits: the same of its input, at its first call; None while it was never called.
         weight_levels, activation_levels: most distinct values found in one group, the evidence for the bits.
         calls: forward passes.
+        planned: whether the method undertook to quantize it; what it left out is a fallback, not a fault.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LinearReceipt:
     activation_bits: int | None = None
     activation_levels: int | None = None
     calls: int = 0
+    planned: bool = True
 
 
 @dataclass
@@ -74,6 +76,17 @@ class Receipt:
         self.least = budget if self.least is None else min(self.least, budget)
         self.most = budget if self.most is None else max(self.most, budget)
 
+    def recount(self, images: list[dict[str, Any]]) -> None:
+        """Count images anew from what was stored beside the answers: also those of earlier sessions.
+
+        Each image holds `available`, and where it was pruned the indices `kept` and the number `merged`.
+        """
+        self.images = self.available = self.kept = self.merged = 0
+        self.least = self.most = None
+        for image in images:
+            kept = len(image["kept"]) if "kept" in image else image["available"]
+            self.saw_image(image["available"], kept, image.get("merged", 0))
+
     def fall_back(self, what: str) -> None:
         if what not in self.fallbacks:
             self.fallbacks.append(what)
@@ -85,25 +98,36 @@ class Receipt:
             return {}
         n = self.images
         return {
-            "available": self.available / n, "mean": (self.kept + self.merged) / n, "min": self.least or 0,
+            "images": n, "available": self.available / n, "mean": (self.kept + self.merged) / n, "min": self.least or 0,
             "max": self.most or 0, "kept": self.kept / n, "merged": self.merged / n,
         }  # fmt: skip
 
     def check(self) -> None:
-        """Raise NotQuantizedError where the spec asked for what never reached a matmul."""
-        if self.wants_weights and not any(line.weight_bits < 16 for line in self.linears):
-            raise NotQuantizedError(f"{self.quantization}: no weight was quantized ({len(self.linears)} linears)")
-        called = [line for line in self.linears if line.calls]
-        if self.wants_activations and not any((line.activation_bits or 32) < 16 for line in called):
-            raise NotQuantizedError(
-                f"{self.quantization}: activations were to be quantized, but none of the {len(self.linears)} "
-                f"linears in scope ({len(called)} were called) saw a quantized input"
-            )
+        """Raise NotQuantizedError where the spec asks for what did not reach a matmul.
+
+        Every linear that the method undertook must show it, those that were not called yet apart; and there must be
+        one that does.
+        """
+        planned = [line for line in self.linears if line.planned]
+        called = [line for line in planned if line.calls]
+        if self.wants_weights:
+            self._check("weights were", [line for line in planned if line.weight_bits < 16], planned)
+        if self.wants_activations:
+            self._check("activations were", [line for line in called if (line.activation_bits or 32) < 16], called)
+
+    def _check(self, what: str, good: list[LinearReceipt], of: list[LinearReceipt]) -> None:
+        if len(good) == len(of) and good:
+            return
+        bad = next((line.name for line in of if line not in good), "")
+        raise NotQuantizedError(
+            f"{self.quantization}: {what} to be quantized, but {len(good)} of {len(of)} linears in use show it"
+            + (f"; not {bad}" if bad else "")
+        )
 
     def summary(self) -> str:
         """One line for tables."""
         parts = [self._quantization_line() if self.quantization else "full precision"]
-        if self.tokens:
+        if self.tokens and self.pruning:
             t = self.tokens
             merged = f" ({t['kept']:g} kept + {t['merged']:g} merged)" if self.merged else ""
             parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}")

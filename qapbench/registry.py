@@ -229,16 +229,23 @@ def load_plugins() -> None:
         point.load()
 
 
-_loaded_files: dict[Path, Any] = {}
+_loaded_files: dict[Path, str] = {}
 
 
 def load_plugin_file(path: str | Path) -> None:
-    """Run a user's Python file, so that its decorators register. The same file is run once."""
+    """Run a user's Python file, so that its decorators register. The same file is run once.
+
+    Raises:
+        UserError: it is not there, fails, or changed since it was run: what it registered is the old code.
+    """
     file = Path(path).resolve()
-    if file in _loaded_files:
-        return
     if not file.is_file():
         raise UserError(f"no such plugin file: {file}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if (loaded := _loaded_files.get(file)) is not None:
+        if loaded != digest:
+            raise UserError(f"plugin {file} changed since this process loaded it; start a new process")
+        return
     load_plugins()
     # The path is part of the module's name: inspect finds a class's source by it, and stems repeat.
     name = f"qapbench_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
@@ -251,6 +258,6 @@ def load_plugin_file(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"plugin {file} failed to load: {type(error).__name__}: {error}") from error
-    _loaded_files[file] = module
+    _loaded_files[file] = digest

@@ -8,12 +8,20 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
-from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.functional_validators import BeforeValidator
 
-from .errors import UserError
+from .errors import Problem, UserError
 from .quantization import Format
-from .registry import Registry, problems_of
+from .registry import Registry, load_plugin_file, problems_of
 from .strategy import fusions, metrics, pruners, ptqs
 
 Scope = Literal["language", "projector", "vision"]
@@ -163,14 +171,14 @@ class RunSpec(Strict):
     """
 
     name: str = "run"
+    plugins: list[str] = []  # before the fields whose names they register
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     text_tower: str | None = None
     task: TaskSpec
     quantize: QuantizeSpec | None = None
     prune: PruneSpec | None = None
-    plugins: list[str] = []
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -178,6 +186,21 @@ class RunSpec(Strict):
         if isinstance(data, dict) and isinstance(data.get("task"), str):
             return {**data, "task": {"name": data["task"]}}
         return data
+
+    @field_validator("plugins")
+    @classmethod
+    def _readable(cls, plugins: list[str]) -> list[str]:
+        for plugin in plugins:
+            load_plugin_file(plugin)
+        return plugins
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> RunSpec:
+        """A pruner's own seed that is left at None is the run's."""
+        if self.prune and "seed" in self.prune.method.params and self.prune.method.params["seed"] is None:
+            method = Item(name=self.prune.method.name, params={**self.prune.method.params, "seed": self.seed})
+            object.__setattr__(self, "prune", self.prune.model_copy(update={"method": method}))  # frozen to others
+        return self
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> RunSpec:
@@ -191,15 +214,17 @@ class RunSpec(Strict):
         """JSON that is equal for equal runs: defaults filled in, keys sorted, the label left out."""
         return json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
 
-    def digest(self, fingerprints: dict[str, str]) -> str:
+    def digest(self, fingerprints: dict[str, str], task: dict[str, Any] | None = None) -> str:
         """Id of the run: how it compresses and asks, and the content of what it reads.
 
         Args:
             fingerprints: content hashes of the model, the data, the plugins; they stand for the names and paths
                 of these, so that a moved file keeps its results and a changed one does not.
+            task: what the task's fields come to, once its own defaults are filled in; as written where None.
         """
-        fields = self.model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins"})
+        fields = self.model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins", "dtype"})
         fields["task"].pop("data")
+        fields["task"] |= task or {}
         text = json.dumps([fields, fingerprints], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -235,7 +260,14 @@ class SweepSpec(Strict):
     def parse(cls, data: Any) -> SweepSpec:
         """Validate what varies (the runs themselves are validated one by one); every mistake in one UserError."""
         try:
-            return cls.model_validate(data)
+            sweep = cls.model_validate(data)
+            varied: list[tuple[str, ...]] = [("matrix", key) for key in sweep.matrix]
+            varied += [("cases", label, key) for label, changes in sweep.cases.items() for key in changes]
+            if wrong := [where for where in varied if where[-1].split(".")[0] == "plugins"]:
+                raise UserError(
+                    [Problem("plugins belong to the whole file, not to some of its runs", w) for w in wrong]
+                )
+            return sweep
         except ValidationError as error:
             raise UserError(problems_of(error, cls)) from None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,35 +18,42 @@ Lines = dict[tuple[str | int, ...], int]
 SHIPPED = Path(__file__).parent / "specs"  # where an installed wheel has them
 
 
-def load_spec(source: str | Path, changes: Sequence[str] = ()) -> list[RunSpec]:
+def load_spec(
+    source: str | Path, changes: Sequence[str] = (), check: Callable[[RunSpec], None] | None = None
+) -> list[RunSpec]:
     """The runs of a spec file, validated; a file without `matrix` or `cases` gives one.
 
     Args:
         source: a path, or the name of a shipped spec ("quickstart").
         changes: `dotted.key=value` strings; the value is YAML. They apply to the fields that all runs share.
+        check: looks at each run once more (is the task there, and the model?) and raises UserError.
 
     Raises:
         UserError: every mistake of the file, each with its line.
     """
     path = find_spec(source)
     data, lines = read_yaml(path)
-    if changes:
-        data = override(data, dict(map(_parse_change, changes)))
-    folder = path.resolve().parent
-    problems = _load_plugins(data, folder)
+    given = dict(map(_parse_change, changes))
+    data = override(data, given)
+    locate = functools.partial(_located, lines=lines, given=tuple(given))
+    data, problems = _load_plugins(data, path.resolve().parent)
+    problems = [locate(problem, {}) for problem in problems]
     runs: list[RunSpec] = []
     try:
-        sweep = SweepSpec.parse(data)
+        cells = SweepSpec.parse(data).cells_with_changes()
     except UserError as error:
-        raise UserError([_located(p, lines, {}) for p in (*problems, *error.problems)]) from None
-    for cell, changed in sweep.cells_with_changes():
+        problems += [locate(problem, {}) for problem in error.problems]
+        cells = [({key: value for key, value in data.items() if key not in ("matrix", "cases")}, {})]
+    for cell, changed in cells:
         try:
-            runs.append(_at(RunSpec.parse(cell), folder))
+            run = _at(RunSpec.parse(cell), path.resolve().parent)
+            if check:
+                check(run)
+            runs.append(run)
         except UserError as error:
-            problems += [_located(problem, lines, changed) for problem in error.problems]
+            problems += [locate(problem, changed) for problem in error.problems]
     if problems:
-        unique = list(dict.fromkeys(_located(p, lines, {}) for p in problems))
-        raise UserError(sorted(unique, key=lambda p: p.line or 0))
+        raise UserError(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
     return runs
 
 
@@ -65,20 +73,33 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     """A YAML mapping and the line of every key and item in it."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        node = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # safe: the loader below makes JSON's types only
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or "not UTF-8 text"
+        what = getattr(error, "problem", None) or getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(Problem(f"not valid YAML: {what}", (path.name,), mark.line + 1 if mark else None)) from None
     if not isinstance(data, dict):
         raise UserError(f"{path.name}: a spec is a mapping (`model: ...`), got {type(data).__name__}")
     lines: Lines = {}
     problems: list[Problem] = []
-    _walk(node, (), lines, problems)
+    try:
+        _walk(node, (), lines, problems)
+    except RecursionError:
+        raise UserError(f"{path.name}: an alias contains itself") from None
     if problems:
         raise UserError(problems)
     return data, lines
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader without dates: `2026-11-22` is text here, as everything that JSON has no type for."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, problems: list[Problem]) -> None:
@@ -101,21 +122,29 @@ def _parse_change(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"--set {text}: expected dotted.key=value")
     try:
-        return key, yaml.safe_load(value)
+        return key, yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {key}: '{value}' is not a YAML value") from None
 
 
-def _load_plugins(data: dict[str, Any], folder: Path) -> list[Problem]:
-    """Run the plugin files first: what they register is what the rest is validated against."""
-    problems: list[Problem] = []
+def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Problem]]:
+    """Run the plugin files first: what they register is what the rest is validated against.
+
+    Returns:
+        The data with the paths resolved and plugins that failed left out, and why they did.
+    """
     named = data.get("plugins")
-    for index, plugin in enumerate(named if isinstance(named, list) else []):
+    if not isinstance(named, list) or not all(isinstance(plugin, str) for plugin in named):
+        return data, []
+    problems: list[Problem] = []
+    loaded = []
+    for index, plugin in enumerate(named):
         try:
-            load_plugin_file(_beside(str(plugin), folder))
+            load_plugin_file(_beside(plugin, folder))
+            loaded.append(_beside(plugin, folder))
         except UserError as error:
             problems += [problem.under("plugins", index) for problem in error.problems]
-    return problems
+    return {**data, "plugins": loaded}, problems
 
 
 def _beside(name: str, folder: Path) -> str:
@@ -130,17 +159,23 @@ def _at(spec: RunSpec, folder: Path) -> RunSpec:
     task = spec.task
     if task.data:
         task = task.model_copy(update={"data": _beside(task.data, folder)})
-    return spec.model_copy(
-        update={**paths, "task": task, "plugins": [_beside(plugin, folder) for plugin in spec.plugins]}
-    )
+    return spec.model_copy(update={**paths, "task": task})
 
 
-def _located(problem: Problem, lines: Lines, changed: dict[str, tuple[str | int, ...]]) -> Problem:
-    """The problem with the line where its value stands: in the case or matrix that set it, else in the base."""
+def _located(
+    problem: Problem, changed: dict[str, tuple[str | int, ...]], lines: Lines, given: tuple[str, ...]
+) -> Problem:
+    """The problem with the line where its value stands: in the case or matrix that set it, else in the base.
+
+    A value that came by `--set` has no line; the message says where it came from.
+    """
     if problem.line is not None:
         return problem
     where = problem.where
     roots = [(changed.get(".".join(map(str, where[:size]))), size) for size in range(len(where), 0, -1)]
+    set_by = next((key for key in given if tuple(key.split("."))[: len(where)] == where[: len(key.split("."))]), None)
+    if set_by and all(root is None for root, _ in roots):
+        return replace(problem, message=f"{problem.message} (from --set {set_by})")
     for root, size in [*((root, size) for root, size in roots if root is not None), ((), 0)]:
         for end in range(len(where), max(size, 1) - 1, -1):
             path = (*root, *where[size:end])

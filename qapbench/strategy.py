@@ -77,7 +77,7 @@ class Pruner(abc.ABC):
 
     @abc.abstractmethod
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
-        """The selection of `keep` tokens (kept + merged) from scores [B, N] in [0, 1]; 1 <= keep < N."""
+        """The selection of `keep` tokens (kept + merged) from scores [B, N], not negative; 1 <= keep < N."""
 
     def select(
         self, tokens: VisionTokens, keep: int, sensitivity: Tensor | None = None, fusion: Fusion | None = None
@@ -104,7 +104,7 @@ class Pruner(abc.ABC):
         return self._checked(self.choose(tokens, scores, keep), tokens, keep)
 
     def scores(self, tokens: VisionTokens, sensitivity: Tensor | None, fusion: Fusion | None) -> Tensor:
-        """[B, N] what `choose` gets: relevance, fused with sensitivity where there is one, in [0, 1]."""
+        """[B, N] what `choose` gets: relevance, in [0, 1], fused with sensitivity where there is one."""
         semantic = self.relevance(tokens)
         given = {"relevance": semantic, "sensitivity": sensitivity}
         ready = {}
@@ -117,6 +117,8 @@ class Pruner(abc.ABC):
             fuse = fusion or fusions.create(fusions.default)
             fused = fuse(ready["relevance"], ready["sensitivity"])
             _check_scores(fused, tokens, "fusion: scores")
+            if (fused < 0).any():
+                raise UserError("fusion: scores must not be negative")
             return fused
         if ready:
             return next(iter(ready.values()))

@@ -135,7 +135,9 @@ class Docs(Sequence[dict[str, Any]]):
         features: the fields of a document (lm-eval reads its keys).
         unavailable: column -> why it cannot be counted in these data.
         fingerprint: of the data.
+        prompt, parser: the names in effect.
         generation: what the prompt asks of decoding, over the YAML's `generation_kwargs`.
+        numbered: the data have no ids; the questions' are row numbers.
     """
 
     def __init__(
@@ -143,11 +145,15 @@ class Docs(Sequence[dict[str, Any]]):
         docs: list[dict[str, Any]],
         unavailable: dict[str, str],
         fingerprint: str,
-        generation: dict[str, Any],
+        prompt: str,
+        parser: str,
     ) -> None:
         self._docs = docs
+        self.prompt, self.parser = prompt, parser
+        self.generation = {"max_gen_toks": PROMPTS[prompt].max_gen_toks}
+        self.numbered = bool(docs[0].get("numbered"))
         self.features: dict[str, None] = dict.fromkeys(docs[0])
-        self.unavailable, self.fingerprint, self.generation = unavailable, fingerprint, generation
+        self.unavailable, self.fingerprint = unavailable, fingerprint
 
     def __len__(self) -> int:
         return len(self._docs)
@@ -207,7 +213,7 @@ def dataset(
                 "seed": seed,
             }
         )
-    return {"test": Docs(docs, unavailable, fingerprint, {"max_gen_toks": form.max_gen_toks})}
+    return {"test": Docs(docs, unavailable, fingerprint, prompt, parser)}
 
 
 def _known(kind: str, name: str, valid: dict[str, Any]) -> str:

@@ -117,7 +117,8 @@ def read(data: str) -> tuple[list[dict[str, Any]], str]:
     rows = table.remove_columns("image").to_list()
     for index, row in enumerate(rows):
         row["image"] = LazyImage(data, stamp, index) if has_image[index] else None
-        row["pid"] = str(row["pid"]) if row.get("pid") is not None else str(index)
+        row["numbered"] = row.get("pid") is None
+        row["pid"] = str(index) if row["numbered"] else str(row["pid"])
         for name in ("hint", "subject", "grade"):
             row[name] = row[name] or ""
     _check_rows(rows, path.name if path else data)

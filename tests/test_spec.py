@@ -225,7 +225,6 @@ def test_an_integer_for_a_number_is_the_same_run() -> None:
         {"task.limit": 5},
         {"task.answers": "generate"},
         {"seed": 1},
-        {"dtype": "bfloat16"},
         {"quantize": None},
         {"quantize.weights.bits": 8},
         {"quantize.weights.group_size": 64},
@@ -260,10 +259,10 @@ def test_digest_follows_content() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model": "elsewhere"}, {"task.data": "moved.parquet"}, {"text_tower": "c"}, {"plugins": ["b.py"]}],
+    [{"model": "elsewhere"}, {"task.data": "moved.parquet"}, {"text_tower": "c"}, {"dtype": "bfloat16"}],
 )
 def test_paths_do_not_enter_the_digest(changes: dict[str, Any]) -> None:
-    """Their content does, by its fingerprint; the canonical spec still says where it was."""
+    """Their content does, and the precision in effect, as fingerprints; `canonical` says what was asked."""
     assert parse(**changes).digest(FILES) == RunSpec.parse(FULL).digest(FILES)
     assert parse(**changes).canonical() != RunSpec.parse(FULL).canonical()
 

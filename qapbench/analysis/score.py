@@ -198,6 +198,9 @@ def score_file(path: str | Path, task: TaskSpec, seed: int = 0) -> Scores:
     if not known & outputs.keys():
         message = f"{path}: no id of the {len(outputs)} outputs is in the data ({_few(outputs)}; "
         raise UserError(Problem(f"{message}the data have {_few(loaded.ids)})", WHERE))
+    if strangers and getattr(loaded.docs, "numbered", False):
+        message = f"{path}: {len(strangers)} of {len(outputs)} ids are not in the data, which have no `pid` and are "
+        raise UserError(Problem(f"{message}numbered by row; name data that have the column", WHERE))
     if strangers:
         LOG.warning("%s: %d outputs are not in the data: %s", path, len(strangers), _few(strangers))
     scores = tally(_rows(loaded, outputs), loaded.columns, loaded.unavailable)
@@ -229,6 +232,8 @@ def read_outputs(path: Path) -> tuple[dict[str, str], bool]:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
         whole, torn = None, error
+    except RecursionError:
+        raise UserError(Problem(f"{path}: nested too deeply", WHERE)) from None
     if isinstance(whole, dict) and "outputs" in whole:
         return _result_file(path, whole["outputs"]), False
     if whole is None and text.lstrip().startswith("{\n"):

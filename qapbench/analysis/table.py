@@ -10,33 +10,36 @@ from rich.table import Table
 
 from .paired import Comparison
 
-NAME, FIXED, COLUMN = 28, 36, 9  # widths of the run's name, of tokens + interval + n, of one accuracy
+NAME, TOKENS, COLUMN, INTERVAL = 28, 10, 9, 20  # widths of the run's name, tokens, one accuracy, interval and n
 
 
 def ablation_table(records: Iterable[dict[str, Any]], width: int = 200) -> Table:
     """One row a run: measured tokens, accuracies in percent, the interval of the last one.
 
-    Columns that do not fit in `width` characters are left out from the front; the page has them all.
+    Where not everything fits in `width` characters, interval and n go first, then columns from the front.
     """
     records = list(records)
     names = list(dict.fromkeys(column["name"] for r in records for column in r["scores"]["columns"]))
-    shown = names[-max(1, (width - NAME - FIXED) // COLUMN) :]
-    table = Table(title="Accuracy, % (Wilson 95 % interval of the last column)", title_justify="left")
+    room = width - NAME - TOKENS - 2
+    detailed = room >= len(names) * COLUMN + INTERVAL
+    shown = names[-max(1, room // COLUMN) :]
+    table = Table(title="Accuracy, %", title_justify="left", caption_justify="left")
     table.add_column("run", style="bold", overflow="fold", min_width=NAME - 4)
     table.add_column("tokens", justify="right", no_wrap=True)
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("interval", justify="right", no_wrap=True)
-    table.add_column("n", justify="right", no_wrap=True)
+    if detailed:
+        table.add_column("95 %", justify="right", no_wrap=True)
+        table.add_column("n", justify="right", no_wrap=True)
     for record in records:
         columns = {column["name"]: column for column in record["scores"]["columns"]}
         last = columns.get(names[-1], {}) if names else {}
-        table.add_row(
-            escape(record["name"]), f"{record['tokens']['mean']:g}" if record.get("tokens") else "–",
-            *(_cell(columns.get(name)) for name in shown), _interval(last), str(last.get("n", "")),
-        )  # fmt: skip
-    if len(shown) < len(names):
-        table.caption = f"not shown for lack of width: {', '.join(names[: -len(shown)])}"
+        tokens = f"{record['tokens']['mean']:g}" if record.get("tokens") else "–"
+        details = [_interval(last), str(last.get("n", ""))] if detailed else []
+        table.add_row(escape(record["name"]), tokens, *(_cell(columns.get(name)) for name in shown), *details)
+    notes = [f"Wilson interval of {names[-1]}"] if detailed and names else []
+    notes += [f"not shown for lack of width: {', '.join(names[: -len(shown)])}"] if len(shown) < len(names) else []
+    table.caption = "; ".join(notes) or None
     return table
 
 
@@ -49,9 +52,13 @@ def scores_table(scores: dict[str, Any]) -> Table:
         if "unavailable" in column:
             table.add_row(escape(column["name"]), "–", "", escape(column["unavailable"]))
         else:
-            table.add_row(escape(column["name"]), _cell(column), f"{column['k']} / {column['n']}", _interval(column))
+            counts = f"{column['k']} / {column['n']}" if "k" in column else f"mean of {column['n']}"
+            table.add_row(escape(column["name"]), _cell(column), counts, _interval(column))
     unparsed = scores["unparsed"]
     table.add_row("unparsed", f"{100 * unparsed['rate']:.2f}", f"{unparsed['k']} / {unparsed['n']}", "")
+    for name, meaning in (("missing", "no stored output: counted as wrong"), ("unknown", "not in the data: left out")):
+        if scores.get(name):
+            table.add_row(f"[yellow]{name}[/]", "", str(scores[name]), meaning)
     return table
 
 
@@ -74,7 +81,12 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def _cell(column: dict[str, Any] | None) -> str:
-    return "–" if not column or column.get("accuracy") is None else f"{100 * column['accuracy']:.2f}"
+    """A share in percent; the mean of a metric that is not one as it is."""
+    if not column:
+        return "–"
+    if column.get("mean") is not None:
+        return f"{column['mean']:.4g}"
+    return "–" if column.get("accuracy") is None else f"{100 * column['accuracy']:.2f}"
 
 
 def _interval(column: dict[str, Any]) -> str:

@@ -60,9 +60,17 @@ class Family(abc.ABC):
     def encoded(self, features: list[Tensor]) -> dict[str, Any]:
         """Keywords that hand ready features, one [K, D] an image, to the model in place of pixels."""
 
-    def default_text_tower(self) -> str | None:
-        """Hub id of the CLIP checkpoint whose vision tower this model took over, where it is known."""
+    @classmethod
+    def default_text_tower(cls, config: Mapping[str, Any]) -> str | None:
+        """Hub id of the CLIP checkpoint whose vision tower models of this config (as in JSON) took over."""
         return None
+
+    def complete(self, processor: Any) -> None:
+        """Fill in what older checkpoints leave out of their processor, and pad on the left."""
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
 
     def linears(self, scope: Iterable[str]) -> dict[str, nn.Linear]:
         """The linears of those parts, by their name in the model."""
@@ -92,6 +100,12 @@ def family(model_type: str) -> Callable[[type[Family]], type[Family]]:
         return cls
 
     return decorate
+
+
+def default_tower(config: Mapping[str, Any]) -> str | None:
+    """The default text tower of a checkpoint, by its config.json."""
+    cls = _families.get(str(config.get("model_type")))
+    return cls.default_text_tower(config) if cls else None
 
 
 def family_of(model: Any) -> Family:

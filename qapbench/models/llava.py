@@ -47,10 +47,20 @@ class Llava(Family):
             fields |= {"cls_attention", "keys", "cls_token"}
         return frozenset(fields)
 
-    def default_text_tower(self) -> str | None:
-        vision = self.model.config.vision_config
-        shape = (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)
+    @classmethod
+    def default_text_tower(cls, config: Mapping[str, Any]) -> str | None:
+        vision = config.get("vision_config") or {}
+        shape = tuple(vision.get(key) for key in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"))
         return CLIP_L_336 if shape == (1024, 24, 336, 14) else None
+
+    def complete(self, processor: Any) -> None:
+        super().complete(processor)
+        config = self.model.config
+        if processor.patch_size is None:
+            processor.patch_size = config.vision_config.patch_size
+            processor.num_additional_image_tokens = 1  # CLIP's CLS, which the strategy below drops again
+        if processor.vision_feature_select_strategy is None:
+            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
     @torch.no_grad()
     def see(self, pixels: Tensor, needs: frozenset[str]) -> VisionTokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qapbench.errors import UserError
+from qapbench.checkpoints import find_checkpoint
+from qapbench.errors import UserError, first_line
 from qapbench.tokens import VisionTokens
+
+BESIDE = "clip"  # folder of the companion inside a model's own
 
 
 class TextTower:
@@ -20,26 +24,25 @@ class TextTower:
     companion. The vision encoder of the companion is dropped after loading.
 
     Args:
-        source: folder or hub id that `CLIPModel.from_pretrained` can load, with its tokenizer.
+        folder: what `CLIPModel.from_pretrained` can load (safetensors), with its tokenizer.
         vision_width: hidden size of the model's own vision tower; the joint space must fit it.
     """
 
-    def __init__(self, source: str | Path, vision_width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: str | Path, vision_width: int, device: torch.device | str = "cpu") -> None:
         from transformers import AutoTokenizer, CLIPModel
 
         try:
-            clip: Any = CLIPModel.from_pretrained(source, dtype=torch.float32)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
+            clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError: no common base
             raise UserError(
-                f"text_tower: cannot load a CLIP checkpoint from '{source}': {_first_line(error)}"
+                f"text_tower: cannot load a CLIP checkpoint from '{folder}': {first_line(error)}"
             ) from error
         width = clip.config.vision_config.hidden_size
         if width != vision_width:
             raise UserError(
-                f"text_tower: '{source}' belongs to a vision tower of width {width}, the model's has {vision_width}"
+                f"text_tower: '{folder}' belongs to a vision tower of width {width}, the model's has {vision_width}"
             )
-        self.source = str(source)
         clip = clip.eval().requires_grad_(False).to(device)
         self.text: nn.Module = clip.text_model
         self.text_projection: nn.Module = clip.text_projection
@@ -69,6 +72,35 @@ class TextTower:
         return self.text_projection(out.pooler_output).unsqueeze(0)
 
 
+def find_tower(
+    named: str | None, model_folder: str, default: str | None, fetch: bool = True
+) -> tuple[Path | None, str]:
+    """(folder of the companion CLIP, "") or (None, why there is none).
+
+    In this order: as named; `clip/` in the model's own folder; the hub checkpoint whose vision tower the model took
+    over. Where none can be had, relevance falls back on the language model's embeddings.
+
+    Raises:
+        UserError: one is named and cannot be had.
+    """
+    if named:
+        return find_checkpoint(named, "text_tower", fetch).folder, ""
+    if model_folder and (Path(model_folder) / BESIDE).is_dir():
+        return Path(model_folder) / BESIDE, ""
+    if default is None:
+        return None, "no CLIP text tower is known for this model"
+    try:
+        return find_checkpoint(default, "text_tower", fetch).folder, ""
+    except UserError as error:
+        return None, str(error)
+
+
+@functools.lru_cache(maxsize=2)
+def load_tower(folder: Path, vision_width: int, device: torch.device) -> TextTower:
+    """The tower, loaded once for all runs of a process."""
+    return TextTower(folder, vision_width, device)
+
+
 class QuestionReader:
     """Adds the fields of VisionTokens that concern the question.
 
@@ -88,6 +120,11 @@ class QuestionReader:
         """What the model must record for these fields."""
         return frozenset({"patches"}) if self.tower and "image_embeds" in self.needs else frozenset()
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether the question is read as text, and not only as token ids."""
+        return self.tower is not None and "text_embeds" in self.needs
+
     def fields(self, image: VisionTokens, text: str | None, prompt: Tensor) -> dict[str, Tensor]:
         """The question's fields for one image.
 
@@ -96,25 +133,16 @@ class QuestionReader:
             text: the question for the text tower.
             prompt: [L] token ids of the prompt without placeholders and padding.
         """
-        out: dict[str, Tensor] = {}
-        if not self.needs:
-            return out
         embedded = self.embed(prompt).unsqueeze(0)
-        if "prompt_embeds" in self.needs:
-            out["prompt_embeds"] = embedded
-        if "image_embeds" in self.needs:
-            out["image_embeds"] = self.tower.embed_patches(_patches(image)) if self.tower else image.projected
-        if "text_embeds" in self.needs:
-            if self.tower and text is None:
-                raise UserError("relevance needs the question: pass `relevance_text=` or give `compress` a processor")
-            joint = self.tower.embed_text(text) if self.tower and text is not None else None
-            out["text_embeds"] = embedded.mean(dim=1, keepdim=True) if joint is None else joint
-        return out
-
-
-def _patches(image: VisionTokens) -> Tensor:
-    return image.require("patches", "the text tower")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if self.tower is None:
+            mean = embedded.mean(dim=1, keepdim=True)
+            found = {"image_embeds": image.projected, "text_embeds": mean, "prompt_embeds": embedded}
+        else:
+            found = {"prompt_embeds": embedded}
+            if "image_embeds" in self.needs:
+                found["image_embeds"] = self.tower.embed_patches(image.require("patches", "the text tower"))
+            if "text_embeds" in self.needs:
+                if text is None:
+                    raise UserError("relevance needs the question: pass `relevance_text=`, or `compress` a processor")
+                found["text_embeds"] = self.tower.embed_text(text)
+        return {name: value for name, value in found.items() if name in self.needs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -12,18 +13,21 @@ from typing import Any, Literal
 
 import torch
 
+from qapbench.checkpoints import find_checkpoint
 from qapbench.compress import compress
-from qapbench.errors import UserError
+from qapbench.errors import Problem, UserError
+from qapbench.receipt import Receipt
 from qapbench.registry import Registry
 from qapbench.spec import Item, RunSpec, SweepSpec
 from qapbench.specfile import load_spec
 from qapbench.strategy import fusions, metrics, pruners
 
-from .environment import environment, peak_memory_mb
-from .loading import find_model, fingerprints, load_model
+from .environment import environment, peak_memory
+from .loading import fingerprints, load_model, precision
 from .store import Answer, Store, set_aside, write_json
 from .tasks import LoadedTask, load_task, quiet
 
+LOG = logging.getLogger(__name__)
 SCHEMA = 1
 RECORD, SCORED = "record.json", "scored.jsonl"
 Record = dict[str, Any]
@@ -37,12 +41,14 @@ class Planned:
 
     Attributes:
         id: hash of how it compresses and asks, and of the content that it reads.
-        answered: questions in its store.
+        text_key: hash of what a text-only answer depends on: everything but the pruner.
+        total: questions to answer; answered: those in its store.
         done: whether its record is written.
     """
 
     spec: RunSpec
     id: str
+    text_key: str
     folder: Path
     total: int
     answered: int
@@ -101,35 +107,56 @@ class Engine:
         self.runs = runs
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError:
-            raise UserError(f"device: '{device}' is not a device; try cpu or cuda") from None
+            if self.device.type not in ("cpu", "cuda", "mps", "xpu"):
+                raise RuntimeError
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError):  # an AssertionError is what torch without CUDA raises
+            raise UserError(f"device: this machine has no '{device}'; try cpu or cuda") from None
         self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
         self.trust_remote_code = trust_remote_code
         self.report = report or (lambda name, done, total: None)
         self._loaded: tuple[Hashable, Any, Any] | None = None
         self._tasks: dict[Hashable, LoadedTask] = {}
         self._shared: dict[Hashable, Answer] = {}
+        self._recalled: set[str] = set()
 
-    def plan(self, spec: RunSpec) -> Planned:
-        """What a run would take up, without loading the model."""
+    def check(self, spec: RunSpec) -> None:
+        """Raise UserError where the task or a local model is not there; a hub is not asked."""
+        problems: list[Problem] = []
+        for look in (lambda: self.task(spec), lambda: _check_local(spec)):
+            try:
+                look()
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
+
+    def plan(self, spec: RunSpec, fetch: bool = True) -> Planned:
+        """What a run would take up, without loading the model.
+
+        Args:
+            fetch: whether checkpoints may be downloaded for it.
+        """
         task = self.task(spec)
-        content = fingerprints(spec, task.fingerprint)
-        run_id = spec.digest(content)
+        content = fingerprints(spec, task.fingerprint, self.device, fetch)
+        run_id = spec.digest(content, task.asked)
+        about_text = {key: content[key] for key in content if key in ("model", "data", "precision") or "ptq" in key}
+        text_key = spec.model_copy(update={"prune": None}).digest(about_text, task.asked)
         folder = self.runs / run_id
-        answered = len(Store(folder).read()) if folder.exists() else 0
-        done = (folder / RECORD).exists()
-        return Planned(spec, run_id, folder, task.count, answered, done, content)
+        answered = len(Store(folder).read())
+        return Planned(spec, run_id, text_key, folder, task.count, answered, (folder / RECORD).exists(), content)
 
     def run(self, spec: RunSpec, fresh: bool = False) -> Record:
         """One run's record, made now or read."""
         planned = self.plan(spec)
-        if fresh:
-            set_aside(planned.folder)
-        elif planned.done:
+        if planned.done and not fresh:
             self.report(spec.name, planned.total, planned.total)
             return {**read_record(planned.folder), "name": spec.name}
         store = Store(planned.folder)
         with store.locked():
+            if fresh:
+                set_aside(planned.folder)
+            planned.folder.mkdir(parents=True, exist_ok=True)
             write_json(planned.folder / "spec.json", spec.model_dump(mode="json"))
             return self._make(planned, store)
 
@@ -141,11 +168,22 @@ class Engine:
 
     def model(self, spec: RunSpec) -> tuple[Any, Any]:
         """The loaded model and processor; the latest one stays loaded."""
-        key = (find_model(spec.model).folder, spec.dtype)
+        key = (find_checkpoint(spec.model).folder, precision(spec, self.device))
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             self._loaded = (key, *load_model(spec, self.device, self.trust_remote_code))
         return self._loaded[1], self._loaded[2]
+
+    def _recall(self, planned: Planned) -> None:
+        """Take up text-only answers of finished runs that share them."""
+        if planned.text_key in self._recalled:
+            return
+        self._recalled.add(planned.text_key)
+        for record in read_records(self.runs):
+            if record.get("text_key") == planned.text_key:
+                for answer in Store(self.runs / record["run_id"]).read():
+                    if "images" not in answer:
+                        self._shared[planned.text_key, answer["task"], answer["doc"]] = answer
 
     def _make(self, planned: Planned, store: Store) -> Record:
         from qapbench.analysis.score import tally
@@ -154,29 +192,31 @@ class Engine:
 
         spec, task = planned.spec, self.task(planned.spec)
         model, processor = self.model(spec)
-        torch.manual_seed(spec.seed)
+        self._recall(planned)
         started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         with compress(model, spec, processor) as receipt:
             lm = CompressedLM(
-                model, processor, receipt, store, self.batch_size,
-                lambda done, total: self.report(spec.name, done, total), self._shared, _shared_key(planned),
+                model, processor, receipt, store, self.batch_size, spec.seed,
+                lambda done, total: self.report(spec.name, done, total), self._shared, planned.text_key,
             )  # fmt: skip
             samples = _evaluate(lm, task, spec.seed)
         seconds = time.perf_counter() - started
-        if lm.computed:
-            receipt.check()
+        receipt.recount([image for answer in store.read() for image in answer.get("images", [])])
         scores = tally((sample["metrics"] for sample in samples), task.columns, task.unavailable)
         _write_scored(planned.folder / SCORED, samples)
         record = {
             "schema": SCHEMA,
             "run_id": planned.id,
+            "text_key": planned.text_key,
             "name": spec.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "spec": spec.model_dump(mode="json"),
             "labels": _labels(spec),
             "task": {"name": task.name, "questions": task.count, "chance": _chance(task)},
             "scores": scores.to_json(),
-            "tokens": _tokens(store.read()),
+            "tokens": receipt.tokens,
             "receipt": receipt.to_json(),
             "environment": {
                 **environment(self.device), "batch_size": self.batch_size, "dtype": str(model.dtype).split(".")[-1],
@@ -185,12 +225,19 @@ class Engine:
             "fingerprints": planned.fingerprints,
             "timing": {
                 "seconds": round(seconds, 3), "questions": lm.answered, "computed": lm.computed,
-                "questions_per_second": round(lm.answered / seconds, 2), "peak_memory_mb": round(peak_memory_mb()),
+                "questions_per_second": round(lm.computed / seconds, 2), **peak_memory(self.device),
             },
-            "notes": _notes(spec, task),
+            "notes": _notes(spec, task, receipt),
         }  # fmt: skip
         write_json(planned.folder / RECORD, record)
         return read_record(planned.folder)
+
+
+def _check_local(spec: RunSpec) -> None:
+    """Raise UserError for a model or text tower that is neither here nor written like a hub id."""
+    for name, where in ((spec.model, "model"), (spec.text_tower, "text_tower")):
+        if name and (name.count("/") != 1 or Path(name).exists()):
+            find_checkpoint(name, where)
 
 
 def read_record(folder: Path) -> Record:
@@ -201,9 +248,16 @@ def read_record(folder: Path) -> Record:
 
 
 def read_records(runs: Path) -> list[Record]:
-    """Every record below a folder of results, oldest first."""
+    """Every record below a folder of results, oldest first; what is not a record of ours is left out."""
     folders = sorted({path.parent for path in runs.glob(f"*/{RECORD}") if ".old" not in path.parent.name})
-    return sorted((read_record(folder) for folder in folders), key=lambda record: record["created"])
+    found = []
+    for folder in folders:
+        record = read_record(folder)
+        if isinstance(record, dict) and {"run_id", "created", "scores", "name"} <= record.keys():
+            found.append(record)
+        else:
+            LOG.warning("%s is not a record of a run; left out", folder / RECORD)
+    return sorted(found, key=lambda record: str(record["created"]))
 
 
 def _evaluate(lm: Any, task: LoadedTask, seed: int) -> list[dict[str, Any]]:
@@ -236,17 +290,11 @@ def _write_scored(path: Path, samples: list[dict[str, Any]]) -> None:
     draft.replace(path)
 
 
-def _shared_key(planned: Planned) -> Hashable:
-    """What a text-only answer depends on: everything but the pruner."""
-    return planned.spec.model_copy(update={"prune": None}).digest(
-        {key: value for key, value in planned.fingerprints.items() if key in ("model", "data")}
-    )
-
-
 def _chance(task: LoadedTask) -> float | None:
-    """Accuracy of guessing: mean of 1 / number of choices."""
-    sizes = [len(doc["choices"]) for doc in (task.docs[i] for i in range(task.count)) if doc.get("choices")]
-    return sum(1 / size for size in sizes) / len(sizes) if sizes else None
+    """Accuracy of guessing, mean of 1 / number of choices; None where questions do not list theirs."""
+    listed = [doc.get("choices") for doc in (task.docs[i] for i in range(task.count))]
+    sizes = [len(choices) for choices in listed if isinstance(choices, list) and choices]
+    return sum(1 / size for size in sizes) / len(sizes) if sizes and len(sizes) == len(listed) else None
 
 
 def _labels(spec: RunSpec) -> dict[str, str]:
@@ -265,32 +313,16 @@ def _labels(spec: RunSpec) -> dict[str, str]:
     return labels
 
 
-def _tokens(answers: list[Answer]) -> dict[str, float]:
-    """Visual tokens per image over the whole run, from what was stored beside each answer."""
-    images = [image for answer in answers for image in answer.get("images", [])]
-    if not images:
-        return {}
-    available = [image["available"] for image in images]
-    kept = [len(image["kept"]) if "kept" in image else image["available"] for image in images]
-    merged = [image.get("merged", 0) for image in images]
-    budgets = [k + m for k, m in zip(kept, merged, strict=True)]
-    n = len(images)
-    return {
-        "images": n, "available": sum(available) / n, "mean": sum(budgets) / n, "min": min(budgets),
-        "max": max(budgets), "kept": sum(kept) / n, "merged": sum(merged) / n,
-    }  # fmt: skip
-
-
-def _notes(spec: RunSpec, task: LoadedTask) -> list[str]:
+def _notes(spec: RunSpec, task: LoadedTask, receipt: Receipt) -> list[str]:
     """What a reader of the numbers has to know."""
     notes = []
-    if find_model(spec.model).embedded:
+    if find_checkpoint(spec.model).embedded:
         notes.append(
             f"Embedded stand-in model: {spec.model} is a few million parameters, trained by this project on "
             "procedural questions; its numbers say nothing about LLaVA-7B."
         )
-        if not task.stand_in:
+        if not task.embedded:
             notes.append(f"{spec.model} was never trained for {task.name}: expect accuracy near chance.")
     if task.stand_in:
         notes.append(f"Stand-in data: {task.stand_in}")
-    return notes
+    return notes + [f"Fallback: {what}" for what in receipt.fallbacks]

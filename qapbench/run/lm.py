@@ -19,6 +19,7 @@ from qapbench.receipt import Receipt
 from .store import Answer, Store
 
 TAIL = 32  # characters of a prompt that decide how the next token is spelled
+MARK = "<image>"  # lm-eval's own, whatever the model's placeholder is
 Progress = Callable[[int, int], None]
 
 
@@ -53,6 +54,11 @@ class Question:
         return (-len(self.images), -len(self.prompt), self.first.task_name, self.first.doc_id)
 
 
+Solved = tuple[list[Any], list[dict[str, Any]]]
+"""The outputs of one question's requests, and what was seen of each of its images."""
+Solve = Callable[[list[Question]], list[Solved]]
+
+
 class CompressedLM(LM):
     """An lm-eval model around a loaded, compressed Hugging Face model.
 
@@ -66,7 +72,8 @@ class CompressedLM(LM):
 
     def __init__(
         self, model: Any, processor: Any, receipt: Receipt, store: Store, batch_size: int,
-        progress: Progress | None = None, shared: dict[Hashable, Answer] | None = None, shared_key: Hashable = (),
+        seed: int = 0, progress: Progress | None = None, shared: dict[Hashable, Answer] | None = None,
+        shared_key: Hashable = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -74,6 +81,7 @@ class CompressedLM(LM):
         self.receipt = receipt
         self.store = store
         self.batch_size = batch_size
+        self.seed = seed
         self.progress = progress or (lambda done, total: None)
         self.shared = {} if shared is None else shared
         self.shared_key = shared_key
@@ -93,12 +101,13 @@ class CompressedLM(LM):
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
 
     def _content(self, text: str) -> list[dict[str, str]]:
-        """lm-eval marks an image by `<image>` in front; anywhere else those characters are the question's own."""
-        items = []
-        while text.startswith("<image>"):
-            items.append({"type": "image"})
-            text = text.removeprefix("<image>").lstrip("\n")
-        return [*items, {"type": "text", "text": text.replace(self.processor.image_token, "< image >")}]
+        """lm-eval marks each image by `<image>` where it stands in the text."""
+        items: list[dict[str, str]] = []
+        for index, part in enumerate(text.split(MARK)):
+            items += [{"type": "image"}] if index else []
+            part = part.removeprefix("\n") if index else part
+            items += [{"type": "text", "text": part}] if part else []
+        return items
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation. One prefill answers all one-token continuations of a question."""
@@ -113,7 +122,7 @@ class CompressedLM(LM):
 
     # -- plan, resume, store --
 
-    def _answer(self, requests: list[Instance], solve: Callable[[list[Question]], list[list[Any]]]) -> list[Any]:
+    def _answer(self, requests: list[Instance], solve: Solve) -> list[Any]:
         """Answer every request, batch by batch in a fixed order, taking up where the store ends."""
         grouped: dict[tuple[Any, Any], Question] = {}
         for request in requests:
@@ -145,50 +154,58 @@ class CompressedLM(LM):
         whole = max(sum(1 for end in ends if end <= len(stored)) - 1, 0)
         kept = ends[whole - 1] if whole else 0
         planned = [(q.first.task_name, q.first.doc_id) for batch in batches[:whole] for q in batch]
-        if [(answer["task"], answer["doc"]) for answer in stored[:kept]] != planned:
-            raise RuntimeError(f"{self.store.path} does not hold the answers that this plan expects")
+        if [(answer.get("task"), answer.get("doc")) for answer in stored[:kept]] != planned:
+            raise UserError(
+                f"{self.store.path} does not hold the answers that this run would write; --fresh sets it aside"
+            )
         self.store.keep(kept)
         return whole
 
-    def _batch(self, batch: list[Question], solve: Callable[[list[Question]], list[list[Any]]]) -> list[Answer]:
-        keys = [(self.shared_key, q.first.task_name, q.first.doc_id, q.prompt) for q in batch]
+    def _batch(self, batch: list[Question], solve: Solve) -> list[Answer]:
+        keys = [(self.shared_key, q.first.task_name, q.first.doc_id) for q in batch]
         if not batch[0].images and all(key in self.shared for key in keys):
             return [self.shared[key] for key in keys]
-        self.receipt.latest = None
-        self.computed += len(batch)
+        first = not self.computed
         answers = []
-        for question, outputs in zip(batch, solve(batch), strict=True):
+        for question, (outputs, images) in zip(batch, solve(batch), strict=True):
             doc = question.first.doc
-            answers.append({
+            answer = {
                 "task": question.first.task_name, "doc": question.first.doc_id,
                 "id": str(doc.get("pid", question.first.doc_id)), "answer": question.answer(outputs),
                 "outputs": outputs,
-            })  # fmt: skip
-        if batch[0].images:
-            self._note_tokens(batch, answers)
-        else:
+            }  # fmt: skip
+            answers.append({**answer, "images": images} if images else answer)
+        self.computed += len(batch)
+        if first:
+            self.receipt.check()  # a run that is not what its spec says ends here, not after hours
+        if not batch[0].images:
             self.shared.update(zip(keys, answers, strict=True))
         return answers
 
-    def _note_tokens(self, batch: list[Question], answers: list[Answer]) -> None:
-        """Beside each answer: how many visual tokens of each image the language model saw, and which."""
+    def _seen(self, batch: list[Question]) -> list[list[dict[str, Any]]]:
+        """For each question, of each image: the visual tokens that the latest call gave the language model."""
         selection, rows = self.receipt.latest, itertools.count()
-        for question, answer in zip(batch, answers, strict=True):
-            if selection is None:
-                answer["images"] = [{"available": self._tokens_per_image} for _ in question.images]
-                continue
-            kept = [selection.indices[next(rows)].tolist() for _ in question.images]
-            merged = selection.budget - selection.indices.shape[1]
-            answer["images"] = [
-                {"available": self._tokens_per_image, "kept": indices, "merged": merged} for indices in kept
+        if selection is None:
+            return [[{"available": self._tokens_per_image} for _ in question.images] for question in batch]
+        merged = selection.budget - selection.indices.shape[1]
+        return [
+            [
+                {"available": self._tokens_per_image, "kept": selection.indices[next(rows)].tolist(), "merged": merged}
+                for _ in question.images
             ]
+            for question in batch
+        ]
 
     # -- the model --
 
     def _inputs(self, batch: list[Question], prompts: list[str]) -> dict[str, Any]:
         images = [_decoded(image) for question in batch for image in question.images]
-        inputs = self.processor(text=prompts, images=images or None, return_tensors="pt", padding=True)
+        # Without an image to stand for, the placeholder's spelling is the question's own text.
+        mark = self.processor.image_token
+        texts = [p if q.images else p.replace(mark, f"< {mark[1:]}") for p, q in zip(prompts, batch, strict=True)]
+        inputs = self.processor(text=texts, images=images or None, return_tensors="pt", padding=True)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
+        self.receipt.latest = None
         if images:
             self._tokens_per_image = int((inputs["input_ids"] == self.image_token).sum()) // len(images)
         if images and self.receipt.pruning:
@@ -200,29 +217,28 @@ class CompressedLM(LM):
         return question.first.doc.get("relevance_text") or question.prompt
 
     @torch.inference_mode()
-    def _score(self, batch: list[Question]) -> list[list[Any]]:
+    def _score(self, batch: list[Question]) -> list[Solved]:
         """For each question [log-likelihood, is greedy] per continuation."""
-        spelled = [[self._spell(q.prompt, i.args[1]) for i in q.instances] for q in batch]
-        if all(len(ids) == 1 for question in spelled for ids in question):
-            logits = self.model(**self._inputs(batch, [q.prompt for q in batch]), logits_to_keep=1).logits
-            scores = logits[:, -1].float().log_softmax(dim=-1)
-            return [
-                [_scored(row.unsqueeze(0), ids) for ids in question]
-                for row, question in zip(scores, spelled, strict=True)
-            ]
-        return [
-            [self._score_long(question, ids) for ids in continuations]
-            for question, continuations in zip(batch, spelled, strict=True)
-        ]
+        spelled = [[self._spell(i.args[0], i.args[1]) for i in q.instances] for q in batch]
+        one_prefill = all(len(ids) == 1 for question in spelled for ids in question)
+        if not one_prefill or any(i.args[0] != q.prompt for q in batch for i in q.instances):
+            return [self._score_each(question, ids) for question, ids in zip(batch, spelled, strict=True)]
+        logits = self.model(**self._inputs(batch, [q.prompt for q in batch]), logits_to_keep=1).logits
+        scores = logits[:, -1].float().log_softmax(dim=-1)
+        outputs = [[_scored(row.unsqueeze(0), ids) for ids in q] for row, q in zip(scores, spelled, strict=True)]
+        return list(zip(outputs, self._seen(batch), strict=True))
 
-    def _score_long(self, question: Question, ids: list[int]) -> list[Any]:
-        """One continuation of several tokens, appended to its prompt."""
-        inputs = self._inputs([question], [question.prompt])
-        extra = torch.tensor([ids], device=inputs["input_ids"].device)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], extra], dim=1)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(extra)], dim=1)
-        logits = self.model(**inputs, logits_to_keep=len(ids) + 1).logits
-        return _scored(logits[0, :-1].float().log_softmax(dim=-1), ids)
+    def _score_each(self, question: Question, spelled: list[list[int]]) -> Solved:
+        """Continuations of several tokens, or behind prompts of their own: one forward pass each."""
+        outputs = []
+        for instance, ids in zip(question.instances, spelled, strict=True):
+            inputs = self._inputs([question], [instance.args[0]])
+            extra = torch.tensor([ids], device=inputs["input_ids"].device)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], extra], dim=1)
+            inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(extra)], dim=1)
+            logits = self.model(**inputs, logits_to_keep=len(ids) + 1).logits
+            outputs.append(_scored(logits[0, :-1].float().log_softmax(dim=-1), ids))
+        return outputs, self._seen([question])[0]
 
     def _spell(self, prompt: str, continuation: str) -> list[int]:
         """Token ids of a continuation behind a prompt; a space joins them where neither side has one."""
@@ -242,19 +258,21 @@ class CompressedLM(LM):
         return self._spelled[key]
 
     @torch.inference_mode()
-    def _generate(self, batch: list[Question]) -> list[list[Any]]:
-        """For each question [text], greedy unless the task samples; seeded by torch."""
+    def _generate(self, batch: list[Question]) -> list[Solved]:
+        """For each question [text]: greedy, unless the task samples; then seeded by the batch, not by its order."""
         options = dict(batch[0].first.args[1])
         until = options.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
         length = options.pop("max_gen_toks", None) or options.pop("max_new_tokens", 256)
-        options = {**options, "do_sample": bool(options.get("do_sample", False))}
-        if not options["do_sample"]:
+        if options.get("do_sample"):
+            torch.manual_seed(self.seed + batch[0].first.doc_id)
+        else:
             options = {"do_sample": False, "num_beams": options.get("num_beams", 1)}
         inputs = self._inputs(batch, [q.prompt for q in batch])
         out = self.model.generate(**inputs, max_new_tokens=length, **options)
-        texts = self.processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [[_until(text, until)] for text in texts]
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [([_until(text, until)], images) for text, images in zip(texts, self._seen(batch), strict=True)]
 
 
 def _batches(questions: Iterable[Question], size: int) -> Iterable[list[Question]]:

@@ -1,55 +1,20 @@
-"""Models and their content: embedded names, folders, hub ids."""
+"""What a run reads: the model in memory, and the content hashes of everything."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from dataclasses import dataclass
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qapbench.errors import UserError, nearest
+from qapbench.checkpoints import digest_file, digest_tree, find_checkpoint
+from qapbench.errors import Problem, UserError, first_line
+from qapbench.models.family import default_tower, family_of
+from qapbench.models.relevance import QuestionReader, find_tower
+from qapbench.registry import Entry
 from qapbench.spec import RunSpec
-
-EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
-CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint lies, and whether it is one of the project's own stand-ins."""
-
-    folder: Path
-    embedded: bool = False
-
-
-@functools.cache
-def find_model(name: str) -> Source:
-    """An embedded name, a checkpoint folder, or a hub id (fetched or taken from the local cache).
-
-    Raises:
-        UserError: there is no such model, or the hub cannot be reached.
-    """
-    embedded = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
-    if name in embedded:
-        return Source(EMBEDDED / name, embedded=True)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model: {folder} is not a checkpoint folder (no config.json)")
-        if not list(folder.glob("*.safetensors")):
-            raise UserError(f"model: {folder} holds no .safetensors weights; other formats are not loaded")
-        return Source(folder)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model: no embedded model or folder '{name}'; {nearest(name, embedded)}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Source(Path(snapshot_download(name, allow_patterns=list(CHECKPOINT_FILES))))
-    except Exception as error:
-        raise UserError(f"model: cannot get '{name}' from the hub: {type(error).__name__}") from error
+from qapbench.strategy import fusions, metrics, pruners, ptqs
 
 
 def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -60,41 +25,66 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    source = find_model(spec.model)
-    dtype: Any = spec.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
+    folder = find_checkpoint(spec.model).folder
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            folder, dtype=precision(spec, device), use_safetensors=True, trust_remote_code=trust_remote_code
         )
-        processor = AutoProcessor.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model: cannot load {source.folder}: {first}") from error
-    processor.tokenizer.padding_side = "left"
-    return model.eval().requires_grad_(False).to(device), processor
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ImportError: no common base
+        raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
+    model = model.eval().requires_grad_(False).to(device)
+    family_of(model).complete(processor)
+    return model, processor
 
 
-def fingerprints(spec: RunSpec, data: str) -> dict[str, str]:
+def precision(spec: RunSpec, device: torch.device) -> str:
+    """The dtype that "auto" comes to: the checkpoint's own on a GPU, float32 on a CPU."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    if device.type == "cpu":
+        return "float32"
+    config = read_config(spec)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def read_config(spec: RunSpec, fetch: bool = True) -> dict[str, Any]:
+    """The checkpoint's config.json."""
+    file = find_checkpoint(spec.model, "model", fetch).folder / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(f"{file} cannot be read: {first_line(error)}", ("model",))) from error
+
+
+def fingerprints(spec: RunSpec, data: str, device: torch.device, fetch: bool = True) -> dict[str, str]:
     """Content hashes of all that a run reads: the spec's names and paths may change, these say what was there."""
-    found = {"model": _digest_tree(find_model(spec.model).folder), "data": data}
-    if spec.text_tower:
-        found["text_tower"] = _digest_tree(find_model(spec.text_tower).folder)
-    for plugin in spec.plugins:
-        found[f"plugin {Path(plugin).name}"] = _digest_file(Path(plugin))
+    folder = find_checkpoint(spec.model, "model", fetch).folder
+    found = {"model": digest_tree(folder), "data": data, "precision": f"{precision(spec, device)} on {device.type}"}
+    for kind, entry in used_items(spec):
+        if entry.source and entry.source.is_file():
+            found[f"{kind} {entry.name}"] = digest_file(entry.source)
+    for index, plugin in enumerate(spec.plugins):
+        found[f"plugin {index} {Path(plugin).name}"] = digest_file(Path(plugin))
+    if needs_tower(spec):
+        tower, reason = find_tower(spec.text_tower, str(folder), default_tower(read_config(spec, fetch)), fetch)
+        found["text_tower"] = digest_tree(tower) if tower else f"none: {reason}"
     return found
 
 
-@functools.cache
-def _digest_tree(folder: Path) -> str:
-    files = sorted({file for pattern in CHECKPOINT_FILES for file in folder.rglob(pattern)})
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.relative_to(folder)}\0{_digest_file(file)}\0".encode())
-    return total.hexdigest()
+def needs_tower(spec: RunSpec) -> bool:
+    """Whether the pruner weighs the question in a joint space."""
+    if spec.prune is None:
+        return False
+    needs = pruners.create(spec.prune.method.name, **spec.prune.method.params).needs
+    return bool(needs & QuestionReader.FIELDS - {"prompt_embeds"})
 
 
-def _digest_file(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def used_items(spec: RunSpec) -> list[tuple[str, Entry[Any]]]:
+    """The registered items that a run uses, by kind."""
+    items: list[tuple[Any, Any]] = []
+    if spec.quantize:
+        items.append((ptqs, spec.quantize.method))
+    if spec.prune:
+        items += [(pruners, spec.prune.method), (metrics, spec.prune.sensitivity), (fusions, spec.prune.fusion)]
+    return [(registry.kind, registry.entry(item.name)) for registry, item in items if item]

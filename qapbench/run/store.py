@@ -25,13 +25,14 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / ANSWERS
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One writer at a time; a second one is told so."""
-        with (self.folder / ".lock").open("w") as handle:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the folder, not in it: a folder that is set aside does not take the lock away.
+        with self.folder.with_name(f".{self.folder.name}.lock").open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -47,9 +48,12 @@ class Store:
             if not line.endswith(b"\n"):
                 break
             try:
-                answers.append(json.loads(line))
+                answer = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(answer, dict):
+                break
+            answers.append(answer)
         return answers
 
     def keep(self, count: int) -> None:

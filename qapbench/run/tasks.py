@@ -33,12 +33,11 @@ class LoadedTask:
 
     Attributes:
         name: as the spec has it, without the ending of its letter variant.
-        task: lm-eval's task; `simple_evaluate(tasks=[loaded.task], task_manager=loaded.manager,
-            limit=loaded.count)`.
-        manager: lm-eval's task manager that found it.
+        task: lm-eval's task, for its evaluator.
         columns: the names that `process_results` may give, in the order of the tables; without `unparsed`.
         unavailable: columns that these data cannot give, with the reason.
-        higher_is_better: column -> direction.
+        embedded: one of this project's own stand-ins, whatever data it is asked on.
+        asked: what the spec's task fields come to, defaults filled in: prompt, parser, how answers are made, count.
         stand_in: why these data only stand in for a real benchmark; "" where they do not.
         fingerprint: of the data, in hexadecimal where it is a file's SHA-256.
         count: questions that will be asked, `limit` considered.
@@ -48,10 +47,10 @@ class LoadedTask:
 
     name: str
     task: Task
-    manager: TaskManager
     columns: list[str]
     unavailable: dict[str, str]
-    higher_is_better: dict[str, bool]
+    embedded: bool
+    asked: dict[str, Any]
     stand_in: str
     fingerprint: str
     count: int
@@ -104,7 +103,7 @@ def _load_own(spec: TaskSpec, seed: int, own: dict[str, bool]) -> LoadedTask:
     # lm-eval merges the manager's metadata over the YAML's and hands the result to `custom_dataset`.
     manager = _manager({key: value for key, value in given.items() if value is not None})
     task = _only_task(spec.name, manager.load([spec.name + LETTER if letter else spec.name])["tasks"])
-    loaded = _describe(spec, task, manager)
+    loaded = _describe(spec, task)
     if not letter and (generation := getattr(loaded.docs, "generation", None)):
         task.set_config("generation_kwargs", generation, update=True)
     return loaded
@@ -132,7 +131,7 @@ def _load_foreign(spec: TaskSpec, own: dict[str, bool]) -> LoadedTask:
     if "answers" in spec.model_fields_set and (spec.answers == "generate") != generates:
         message = f"lm-eval's task '{spec.name}' is of the kind {task.OUTPUT_TYPE}; leave `answers` out"
         raise UserError(Problem(message, ("task", "answers")))
-    return _describe(spec, task, manager)
+    return _describe(spec, task)
 
 
 def _unknown(name: str, valid: Iterable[str]) -> UserError:
@@ -152,19 +151,25 @@ def _refuse_options(spec: TaskSpec) -> None:
         raise UserError(problems)
 
 
-def _describe(spec: TaskSpec, task: Task, manager: TaskManager) -> LoadedTask:
+def _describe(spec: TaskSpec, task: Task) -> LoadedTask:
     docs = task.eval_docs
     metadata = task.get_config("metadata") or {}
+    count = min(spec.limit or len(docs), len(docs))
     return LoadedTask(
         name=spec.name,
         task=task,
-        manager=manager,
         columns=[str(name) for name in task.aggregation() if name != UNPARSED],
         unavailable=dict(getattr(docs, "unavailable", {})),
-        higher_is_better=dict(task.higher_is_better()),
+        embedded=bool(metadata.get("embedded")),
+        asked={
+            "limit": count,
+            "answers": "letter" if task.OUTPUT_TYPE == "multiple_choice" else "generate",
+            "prompt": getattr(docs, "prompt", None),
+            "parser": getattr(docs, "parser", None),
+        },
         stand_in="" if spec.data else str(metadata.get("stand_in") or ""),
         fingerprint=_fingerprint(docs),
-        count=min(spec.limit or len(docs), len(docs)),
+        count=count,
         letter=task.OUTPUT_TYPE == "multiple_choice",
         stored_parser=metadata.get("stored_parser"),
     )

@@ -14,16 +14,17 @@ from qapbench import Pruner, Selection, VisionTokens, pruner, top
 class Random(Pruner):
     """Uniform noise as relevance, drawn per image from the seed and the image's content.
 
-    Where images carry no id, every image gets the same draw, so that no batch can change it.
+    A seed of None is the run's own. Where images carry no id, every image gets the same draw, so that no batch can
+    change it.
     """
 
     needs = frozenset({"image_ids"})
     optional = frozenset({"image_ids"})
-    seed: int = 0
+    seed: int | None = None
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
         ids = tokens.image_ids or ("",) * tokens.batch
-        rows = [torch.rand(tokens.count, generator=_generator(self.seed, image)) for image in ids]
+        rows = [torch.rand(tokens.count, generator=_generator(self.seed or 0, image)) for image in ids]
         return torch.stack(rows).to(tokens.projected.device)
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:

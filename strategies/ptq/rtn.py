@@ -22,7 +22,4 @@ class RTN(PTQ):
         activations: Format | None,
         calibration: Any = None,
     ) -> dict[str, LinearPlan]:
-        return {
-            name: LinearPlan(weights(linear.weight.detach()) if weights else None, activations)
-            for name, linear in linears.items()
-        }
+        return dict.fromkeys(linears, LinearPlan(weights, activations))

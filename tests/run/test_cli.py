@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUESTIONS
+from run_questions import QUESTIONS
 
 Spec = Callable[..., dict[str, Any]]
 Write = Callable[[dict[str, Any]], Path]
@@ -55,7 +55,7 @@ def test_a_metric_of_five_lines_beside_a_spec(spec_of: Spec, write_spec: Write, 
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/record.json"))
     assert record["spec"]["prune"]["sensitivity"] == {"median_magnitude": {"power": 2.0}}
-    assert "plugin my_metric.py" in record["fingerprints"]
+    assert "plugin 0 my_metric.py" in record["fingerprints"]
 
 
 def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: line 2: task.limt: unknown field; did you mean 'limit'?",
-        "error: line 3: quantize.weights.bits: input should be less than or equal to 16 (got 99)",
+        "error: line 3: quantize.weights.bits: input should be less than or equal to 8 (got 99)",
         "error: line 3: quantize.scope.0: input should be 'language', 'projector' or 'vision' (got 'langage')",
         "error: line 5: prune.method.cdpruner.relevance_sing: unknown field of pruner 'cdpruner'; "
         "did you mean 'relevance_sign'?",
@@ -97,6 +97,49 @@ def test_unreadable_specs(text: str, message: str, tmp_path: Path) -> None:
     spec.write_text(text)
     done = qapbench("run", spec, "--runs", tmp_path / "runs")
     assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_not_there_is_told_at_once_with_lines(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "model: diagram-llaav\ntask: {name: diagramqaa}\ncases:\n  one: {prune: {method: random, keep: 0}}\n"
+        "  two:\n    prune.method: random\n    prune.keeep: 3\n"
+    )
+    done = qapbench("validate", spec)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert any("line 4: prune.keep:" in line for line in lines), lines
+    assert any("line 7: prune.keeep: unknown field" in line for line in lines), lines
+    spec.write_text("model: diagram-llaav\ntask: {name: diagramqaa}\nname: 2026-11-22\n")
+    done = qapbench("run", spec, "--runs", tmp_path / "runs")
+    assert done.returncode == 2
+    assert [line.partition(";")[0] for line in done.stderr.splitlines()] == [
+        "error: line 1: model: no embedded model or folder 'diagram-llaav'",
+        "error: line 2: task.name: unknown task 'diagramqaa'",
+    ]
+    done = qapbench("validate", "quickstart", "--set", "task.limit=abc")
+    assert "line" not in done.stderr
+    assert "(from --set task.limit)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quickstart", "--device", "cuda:7"], "this machine has no 'cuda:7'"),
+        (["run", "quickstart", "--out", "board.txt"], "the page is an .html file"),
+        (["run", "quickstart", "--runs", "/dev/null"], "/dev/null"),
+        (["run", "quickstrt"], "did you mean 'quickstart'"),
+        (["run"], "Missing argument"),
+        (["score", "/nowhere.json", "--task", "diagramqa"], "cannot be read"),
+        (["compare", "a", "b", "--runs", "/nowhere"], "no run 'a'"),
+        (["list", "prunners"], "did you mean 'pruner'"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str) -> None:
+    done = qapbench(*arguments)
+    assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 

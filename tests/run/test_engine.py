@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS
+from run_questions import QUESTIONS
 
 import qapbench
 from qapbench import RunSpec, UserError
@@ -41,7 +41,10 @@ def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
         "images": 7, "available": 16, "mean": 5, "min": 5, "max": 5, "kept": 5, "merged": 0,
     }  # fmt: skip
     assert record["receipt"]["summary"].startswith("rtn: W4A4 at 14 of 14 linears (language); cdpruner 5 + combined")
-    assert set(record["fingerprints"]) == {"model", "data"}
+    assert set(record["fingerprints"]) == {
+        "model", "data", "precision", "text_tower", "ptq rtn", "pruner cdpruner", "metric combined", "fusion convex",
+    }  # fmt: skip
+    assert record["fingerprints"]["precision"] == "float32 on cpu"
     assert record["environment"]["torch"] == torch.__version__
     assert record["spec"]["quantize"]["weights"] == {"bits": 4, "group_size": 16, "symmetric": False}
     assert record["task"]["chance"] == pytest.approx((7 / 2 + 7 / 3) / QUESTIONS)
@@ -110,6 +113,55 @@ def test_text_only_answers_do_not_depend_on_the_pruner(spec_of: Spec, tmp_path: 
     assert len(text) == 1
     assert {column(record, "NO")["k"] for record in together} == {column(together[0], "NO")["k"]}
     assert together[1]["timing"]["computed"] == 7
+
+
+def test_a_resumed_run_has_the_receipt_of_the_whole(spec_of: Spec, tmp_path: Path) -> None:
+    """Killed after its last answer: the one batch that is made again has no image, the receipt still counts all."""
+    spec = spec_of(quantize=W4A4, prune=PRUNE)
+    record = run(spec, tmp_path / "whole")
+    torn = tmp_path / "torn" / record["run_id"]
+    torn.mkdir(parents=True)
+    (torn / "answers.jsonl").write_bytes(answers(tmp_path / "whole", record))
+    resumed = run(spec, tmp_path / "torn")
+    assert resumed["timing"]["computed"] == 1
+    assert resumed["receipt"]["summary"] == record["receipt"]["summary"]
+    assert resumed["tokens"] == record["tokens"]
+
+
+def test_a_row_added_to_a_finished_sweep_shares_its_text_answers(spec_of: Spec, tmp_path: Path) -> None:
+    run(spec_of(quantize=W4A4), tmp_path)
+    added = run(spec_of(quantize=W4A4, prune=PRUNE), tmp_path)  # another engine, as another process would be
+    assert added["timing"]["computed"] == 7
+    other = run(spec_of(prune=PRUNE), tmp_path)
+    assert other["timing"]["computed"] == QUESTIONS
+
+
+def test_fresh_does_not_take_a_run_from_its_writer(spec_of: Spec, tmp_path: Path) -> None:
+    spec = RunSpec.parse(spec_of())
+    planned = Engine(tmp_path).plan(spec)
+    with Store(planned.folder).locked(), pytest.raises(UserError, match="another process is writing"):
+        qapbench.run(spec, tmp_path, fresh=True)
+    assert not list(tmp_path.glob("*.old*"))
+
+
+def test_the_seed_of_a_run_reaches_its_pruner(spec_of: Spec, tmp_path: Path) -> None:
+    specs = [spec_of(seed=seed, prune={"method": "random", "keep": 5}) for seed in (0, 1)]
+    first, second = (answers(tmp_path, run(spec, tmp_path)) for spec in specs)
+    assert first != second
+
+
+def test_a_tower_that_appears_later_is_another_run(spec_of: Spec, tmp_path: Path, tiny_model: Path) -> None:
+    """Relevance without a text tower falls back; with one it is another result, so another id."""
+    import shutil
+
+    bare = shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
+    spec = {**spec_of(prune={"method": "cdpruner", "keep": 5}), "model": str(bare)}
+    record = run(spec, tmp_path / "runs")
+    assert record["notes"] == [f"Fallback: {record['receipt']['fallbacks'][0]}"]
+    assert record["fingerprints"]["text_tower"].startswith("none")
+    named = run({**spec, "text_tower": str(tiny_model / "clip")}, tmp_path / "runs")
+    assert named["run_id"] != record["run_id"]
+    assert named["receipt"]["fallbacks"] == []
 
 
 def test_two_writers_are_refused(spec_of: Spec, tmp_path: Path) -> None:

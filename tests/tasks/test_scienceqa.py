@@ -46,9 +46,7 @@ class Scripted(LM):
 
 def evaluate(loaded: LoadedTask, lm: LM) -> dict[str, Any]:
     with quiet():
-        return simple_evaluate(
-            model=lm, tasks=[loaded.task], task_manager=loaded.manager, limit=loaded.count, bootstrap_iters=0
-        )
+        return simple_evaluate(model=lm, tasks=[loaded.task], limit=loaded.count, bootstrap_iters=0)
 
 
 # -- through lm-eval --

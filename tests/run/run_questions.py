@@ -1,0 +1,24 @@
+"""The questions that the run tests ask."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+QUESTIONS = 14
+
+
+def row(index: int) -> dict[str, Any]:
+    image = None
+    if index % 2 == 0:
+        pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        image = {"bytes": buffer.getvalue(), "path": None}
+    return {
+        "pid": f"q{index}", "image": image, "question": "Where does the red fox live?" + " What is this?" * (index % 3),
+        "choices": ["cat", "dog", "tree"][: 2 + index % 2], "answer": index % 2, "hint": "picture" if index % 3 else "",
+        "subject": ["natural science", "social science", "language science"][index % 3],
+        "grade": f"grade{1 + index % 12}",
+    }  # fmt: skip

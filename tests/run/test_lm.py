@@ -1,0 +1,108 @@
+"""What lm-eval may ask of us, beyond our own tasks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llava_checkpoints import TOKENS, picture
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qapbench import UserError, compress
+from qapbench.run.lm import CompressedLM
+from qapbench.run.store import Store
+
+PRUNE = {"prune": {"method": "cdpruner", "keep": 5}}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model: Path) -> tuple[Any, Any]:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model).eval()
+    return model, AutoProcessor.from_pretrained(tiny_model)
+
+
+def ask(loaded: Any, folder: Path, requests: list[Instance], spec: dict[str, Any], size: int = 1) -> Any:
+    model, processor = loaded
+    folder.mkdir(exist_ok=True)
+    with compress(model, spec, processor) as receipt:
+        lm = CompressedLM(model, processor, receipt, Store(folder), size)
+        kind = requests[0].request_type
+        return getattr(lm, kind)(requests), Store(folder).read()
+
+
+def choice(doc: int, context: str, continuation: str, index: int, images: list[Any] | None = None) -> Instance:
+    arguments = (context, continuation, {"visual": images}) if images is not None else (context, continuation)
+    metadata = ("foreign", doc, 1)
+    return Instance("loglikelihood", {"id": doc}, arguments, index, metadata=metadata)
+
+
+def likelihood(loaded: Any, context: str, continuation: str, image: Any = None) -> float:
+    """The oracle: the whole text in one pass, log-probabilities of its last tokens summed."""
+    model, processor = loaded
+    whole = processor(text=[context + continuation], images=[image] if image else None, return_tensors="pt")
+    prompt = processor(text=[context], images=[image] if image else None, return_tensors="pt")
+    start = prompt["input_ids"].shape[1]
+    with torch.no_grad():
+        scores = model(**whole).logits[0].log_softmax(-1)
+    ids = whole["input_ids"][0]
+    return float(sum(scores[at - 1, ids[at]] for at in range(start, len(ids))))
+
+
+def test_continuations_of_several_tokens(loaded: Any, tmp_path: Path) -> None:
+    context = "USER: What is this? ASSISTANT:"
+    requests = [choice(0, context, f" {text}", index) for index, text in enumerate(["cat dog", "tree", "red fox live"])]
+    found, _ = ask(loaded, tmp_path, requests, {})
+    for (score, _), text in zip(found, ["cat dog", "tree", "red fox live"], strict=True):
+        assert score == pytest.approx(likelihood(loaded, context, f" {text}"), abs=1e-3)
+
+
+def test_contexts_that_differ_by_choice(loaded: Any, tmp_path: Path) -> None:
+    contexts = ["USER: cat ASSISTANT:", "USER: dog tree ASSISTANT:"]
+    found, _ = ask(loaded, tmp_path, [choice(0, c, " tree", i) for i, c in enumerate(contexts)], {})
+    expected = [likelihood(loaded, context, " tree") for context in contexts]
+    assert [score for score, _ in found] == pytest.approx(expected, abs=1e-3)
+    assert expected[0] != pytest.approx(expected[1], abs=1e-2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_long_continuations_with_images_and_pruning(size: int, loaded: Any, tmp_path: Path) -> None:
+    requests = [
+        choice(doc, "USER: <image>\nWhat is this? ASSISTANT:", text, index, [picture(doc)])
+        for doc in range(3)
+        for index, text in enumerate([" cat dog", " tree fox live"])
+    ]
+    found, stored = ask(loaded, tmp_path / str(size), requests, PRUNE, size)
+    alone, _ = ask(loaded, tmp_path / "alone", requests, PRUNE)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in alone], abs=1e-4)
+    assert [[len(image["kept"]) for image in answer["images"]] for answer in stored] == [[5]] * 3
+    assert {image["available"] for answer in stored for image in answer["images"]} == {TOKENS}
+
+
+def test_the_image_stands_where_the_text_says(loaded: Any) -> None:
+    lm = CompressedLM(*loaded, receipt=None, store=None, batch_size=1)  # type: ignore[arg-type]
+    assert lm._content("What is shown in <image>? And <image>\nhere") == [
+        {"type": "text", "text": "What is shown in "},
+        {"type": "image"},
+        {"type": "text", "text": "? And "},
+        {"type": "image"},
+        {"type": "text", "text": "here"},
+    ]
+
+
+def test_generation_stops_where_the_task_says(loaded: Any, tmp_path: Path) -> None:
+    def generate(until: list[str], folder: str) -> str:
+        options = {"until": until, "max_gen_toks": 12, "do_sample": False}
+        request = Instance("generate_until", {}, ("USER: cat ASSISTANT:", options), 0, metadata=("t", 0, 1))
+        return ask(loaded, tmp_path / folder, [request], {})[0][0]
+
+    whole = generate([], "whole")
+    assert len(whole) > 3
+    stop = whole[2:4]
+    assert generate([stop], "cut") == whole.split(stop)[0].strip()
+
+
+def test_perplexity_is_refused(loaded: Any) -> None:
+    lm = CompressedLM(*loaded, receipt=None, store=None, batch_size=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="perplexity"):
+        lm.loglikelihood_rolling([])
