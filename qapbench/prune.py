@@ -155,16 +155,20 @@ class PrunedCalls:
     def _features(self, tokens: VisionTokens, selection: Selection) -> list[Tensor]:
         """What the language model gets for each image: [K + M, D], merged tokens at their place."""
         width = tokens.projected.shape[-1]
-        chosen = tokens.projected.gather(1, selection.indices.unsqueeze(-1).expand(-1, -1, width))
+        if selection.updated is not None:
+            chosen = self._in_language_space(tokens, selection, selection.updated)
+        else:
+            chosen = tokens.projected.gather(1, selection.indices.unsqueeze(-1).expand(-1, -1, width))
         if selection.merged is not None:
-            merged = selection.merged
-            if selection.space == "patches":
-                source = tokens.require("patches", "merging")
-                merged = self.family.project(merged.to(source.dtype))
-            merged = merged.to(chosen.dtype)
+            merged = self._in_language_space(tokens, selection, selection.merged)
             front, back = merged[:, : selection.front], merged[:, selection.front :]
             chosen = torch.cat([front, chosen, back], dim=1)
         return list(chosen)
+
+    def _in_language_space(self, tokens: VisionTokens, selection: Selection, made: Tensor) -> Tensor:
+        if selection.space == "patches":
+            made = self.family.project(made.to(tokens.require("patches", "merging").dtype))
+        return made.to(tokens.projected.dtype)
 
     def _kept_columns(self, placeholders: Tensor, selection: Selection, count: int) -> Tensor:
         """[B, L] bool: the columns of the prompt that stay."""

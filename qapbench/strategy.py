@@ -134,6 +134,12 @@ class Pruner(abc.ABC):
             raise RuntimeError(f"{method} chose a token outside 0..{tokens.count - 1}")
         if (indices.diff(dim=-1) == 0).any():
             raise RuntimeError(f"{method} chose a token twice")
+        if chosen.updated is not None:
+            if chosen.updated.shape[:2] != indices.shape:
+                got, wanted = tuple(chosen.updated.shape[:2]), tuple(indices.shape)
+                raise RuntimeError(f"{method} updated {got} tokens where it kept {wanted}")
+            if not torch.equal(indices, chosen.indices):
+                raise RuntimeError(f"{method} updated tokens that are not in ascending order")
         return dataclasses.replace(chosen, indices=indices)
 
 

@@ -15,6 +15,8 @@ Space = Literal["patches", "projected"]
 _SHAPES = {
     "projected": "B N D", "patches": "B N C", "cls_attention": "B N", "keys": "B N K", "cls_token": "B C",
     "image_embeds": "B N P", "text_embeds": "B M P", "prompt_embeds": "B L D",
+    "last_cls_attention": "B N", "last_keys": "B N K",
+    "attention_received": "B N", "middle_attention_received": "B N",
 }  # fmt: skip
 
 
@@ -35,6 +37,12 @@ class VisionTokens:
         image_embeds: [B, N, P] patches in the CLIP joint space, not normalised.
         text_embeds: [B, M, P] the question in that space, in M segments, not normalised.
         prompt_embeds: [B, L, D] the language model's embeddings of the prompt's text.
+        last_cls_attention: [B, N] as `cls_attention`, but in the tower's last layer and of a single head over its full
+            width: softmax(q k^T / sqrt(K)).
+        last_keys: [B, N, K] key projections (with bias, unscaled) of the tower's last layer.
+        attention_received: [B, N] attention that each patch receives, mean over heads and over all queries (CLS among
+            them), in the layer whose output the projector takes; the CLS column is dropped.
+        middle_attention_received: [B, N] the same in a middle layer, the ninth of 24.
         grid: (height, width) of the patch grid; height * width = N.
         image_ids: one content hash per image, so that a seeded choice depends on the image and not on its
             place in a batch.
@@ -49,6 +57,10 @@ class VisionTokens:
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     prompt_embeds: Tensor | None = None
+    last_cls_attention: Tensor | None = None
+    last_keys: Tensor | None = None
+    attention_received: Tensor | None = None
+    middle_attention_received: Tensor | None = None
     grid: tuple[int, int] | None = None
     image_ids: tuple[str, ...] | None = None
 
@@ -111,16 +123,19 @@ class Selection:
     """What a pruner keeps.
 
     Attributes:
-        indices: [B, K] int64, ascending, no duplicates: raster positions of the tokens kept as they are.
+        indices: [B, K] int64, ascending, no duplicates: raster positions of the tokens kept.
         merged: [B, M, width] tokens made from others, or None.
-        space: where `merged` lives: "patches" (the model projects them) or "projected".
+        space: where `merged` and `updated` live: "patches" (the model projects them) or "projected".
         front: how many of the merged tokens stand before the kept ones (VisionZip's CLS); the rest follow.
+        updated: [B, K, width] what stands at the kept positions where they absorb others (PruMerge's centres); None
+            keeps the tokens as they are.
     """
 
     indices: Tensor
     merged: Tensor | None = None
     space: Space = "projected"
     front: int = 0
+    updated: Tensor | None = None
 
     @property
     def budget(self) -> int:
@@ -137,4 +152,5 @@ class Selection:
         """Selections of single images as one batch (all of one pruner and budget)."""
         first = parts[0]
         merged = None if first.merged is None else torch.cat([p.merged for p in parts if p.merged is not None])
-        return Selection(torch.cat([part.indices for part in parts]), merged, first.space, first.front)
+        updated = None if first.updated is None else torch.cat([p.updated for p in parts if p.updated is not None])
+        return Selection(torch.cat([part.indices for part in parts]), merged, first.space, first.front, updated)

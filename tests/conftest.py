@@ -26,6 +26,10 @@ def make_tokens(batch: int = 3, grid: tuple[int, int] = (7, 7), seed: int = 0) -
         image_embeds=normal(count, 24),
         text_embeds=normal(2, 24),
         prompt_embeds=normal(5, 96),
+        last_cls_attention=normal(count).softmax(dim=-1),
+        last_keys=normal(count, 32),
+        attention_received=normal(count).softmax(dim=-1),
+        middle_attention_received=normal(count).softmax(dim=-1),
         grid=grid,
         image_ids=tuple(f"image-{seed}-{index}" for index in range(batch)),
     )

@@ -17,6 +17,7 @@ from qapbench.tokens import VisionTokens
 
 from .family import Family, family
 
+MIDDLE = 9 / 24  # depth of the layer that HiPrune finds objects in
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 
 
@@ -42,9 +43,11 @@ class Llava(Family):
 
     @property
     def offers(self) -> frozenset[str]:
-        fields = {"patches", "image_ids"}
-        if self.model.config.vision_config.model_type == "clip_vision_model":
-            fields |= {"cls_attention", "keys", "cls_token"}
+        fields = {"patches", "image_ids", "grid"}  # CLIP's patch grid is square
+        vision = self.model.config.vision_config
+        if vision.model_type == "clip_vision_model":
+            fields |= {"cls_attention", "keys", "cls_token", "last_cls_attention", "last_keys"}
+            fields |= {"attention_received", "middle_attention_received"}
         return frozenset(fields)
 
     @classmethod
@@ -66,7 +69,7 @@ class Llava(Family):
     def see(self, pixels: Tensor, needs: frozenset[str]) -> VisionTokens:
         if missing := needs - self.offers:
             raise UserError(f"model: this vision tower cannot record {', '.join(sorted(missing))}")
-        with self._recording() as seen:
+        with self._recording(needs) as seen:
             outputs = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
         projected = torch.stack(list(outputs.pooler_output))
         fields: dict[str, Any] = {"projected": projected}
@@ -82,6 +85,14 @@ class Llava(Family):
             fields |= {"keys": seen["keys"][:, 1:], "heads": heads}
         if "cls_attention" in needs:
             fields["cls_attention"] = _cls_row(seen["queries"], seen["keys"], heads)
+        if "last_keys" in needs:
+            fields["last_keys"] = seen["last_keys"][:, 1:]
+        if "last_cls_attention" in needs:
+            fields["last_cls_attention"] = _cls_row(seen["last_queries"], seen["last_keys"], heads=1)
+        if "attention_received" in needs:
+            fields["attention_received"] = _received(seen["queries"], seen["keys"], heads)
+        if "middle_attention_received" in needs:
+            fields["middle_attention_received"] = _received(seen["middle_queries"], seen["middle_keys"], heads)
         if "image_ids" in needs:
             fields["image_ids"] = tuple(_digest(image) for image in pixels)
         return VisionTokens(**fields)
@@ -95,8 +106,8 @@ class Llava(Family):
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
 
     @contextlib.contextmanager
-    def _recording(self) -> Iterator[dict[str, Tensor]]:
-        """Hooks on one encoder layer and the projector; attention itself stays SDPA or flash."""
+    def _recording(self, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
+        """Hooks on the encoder layers that are needed and the projector; attention itself stays SDPA or flash."""
         seen: dict[str, Tensor] = {}
         layer = self._feature_layer()
 
@@ -115,6 +126,15 @@ class Llava(Family):
             layer.self_attn.k_proj.register_forward_hook(keep("keys")),
             self.model.model.multi_modal_projector.register_forward_pre_hook(keep_input),
         ]
+        layers = self.model.model.vision_tower.encoder.layers
+        more = {}
+        if needs & {"last_cls_attention", "last_keys"}:
+            more["last"] = layers[-1]
+        if "middle_attention_received" in needs:
+            more["middle"] = layers[max(round(len(layers) * MIDDLE), 1) - 1]
+        for name, other in more.items():
+            handles.append(other.self_attn.q_proj.register_forward_hook(keep(f"{name}_queries")))
+            handles.append(other.self_attn.k_proj.register_forward_hook(keep(f"{name}_keys")))
         try:
             yield seen
         finally:
@@ -135,6 +155,13 @@ def _cls_row(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
     key = keys.float().unflatten(-1, (heads, -1)).transpose(1, 2)
     logits = (query @ key.mT) / math.sqrt(query.shape[-1])
     return logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+
+
+def _received(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """[B, N]: what each patch gets of softmax(q k^T / sqrt(d)), mean over heads and queries (CLS too). Float32."""
+    query, key = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (queries, keys))
+    logits = (query @ key.mT) / math.sqrt(query.shape[-1])
+    return logits.softmax(dim=-1).mean(dim=(1, 2))[:, 1:]
 
 
 def _digest(image: Tensor) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qapbench import Share, fusion
+from qapbench import Share, fusion, min_max
 
 
 @fusion("rank")
@@ -13,12 +13,14 @@ def rank(relevance: Tensor, sensitivity: Tensor, semantic: Share = 0.7) -> Tenso
 
     Handing out the relevance's own values keeps its distribution, so that a pruner that multiplies by the score
     (CDPruner) sees the same scale, and `semantic=1` changes nothing. Equal values share their mean rank; ties in
-    the fused order go to the lower index.
+    the fused order go to the lower index. Where relevance tells no tokens apart it has no values to hand out, and
+    is scaled by the fused ranks instead.
     """
     fused = semantic * _mean_rank(relevance) + (1 - semantic) * _mean_rank(sensitivity)
     order = fused.argsort(dim=-1, descending=True, stable=True)
     values = relevance.sort(dim=-1, descending=True).values
-    return relevance.new_empty(relevance.shape).scatter_(-1, order, values)
+    handed = relevance.new_empty(relevance.shape).scatter_(-1, order, values)
+    return torch.where(values[..., :1] > values[..., -1:], handed, relevance * min_max(fused))
 
 
 def _mean_rank(scores: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ class DivPrune(Pruner):
     """Adds, again and again, the token farthest (1 - cosine) from the nearest of those chosen, on projected features.
 
     The method knows no relevance: to it every token is worth the same. Where a sensitivity is fused in, a token's
-    distance is multiplied by its score; without one this is the published method. The `rank` fusion, which hands out
-    relevance's own values again, has only equal ones to hand out here and so changes nothing.
+    distance is multiplied by its score; without one this is the published method.
 
     Differs from the reference: a token is never chosen twice. Tokens at no distance from those chosen come last, by
     score.

@@ -211,6 +211,52 @@ def test_what_the_family_records(llava_folder: Path, one: dict[str, Any]) -> Non
     assert seen.heads == 4
 
 
+def test_attention_of_other_layers(llava_folder: Path, one: dict[str, Any]) -> None:
+    """Received attention equals eager's; the last layer's single-head row is computed here from its projections."""
+    eager = AutoModelForImageTextToText.from_pretrained(llava_folder, attn_implementation="eager").eval()
+    needs = {"attention_received", "middle_attention_received", "last_cls_attention", "last_keys"}
+    seen = family_of(eager).see(one["pixel_values"], frozenset(needs))
+    layers, states = eager.model.vision_tower.encoder.layers, {}
+    handles = [
+        getattr(layers[-1].self_attn, name).register_forward_hook(
+            lambda module, args, output, name=name: states.update({name: output})
+        )
+        for name in ("q_proj", "k_proj")
+    ]
+    with torch.no_grad():
+        tower = eager.model.vision_tower(one["pixel_values"], output_attentions=True, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    for name, layer in (("attention_received", -2), ("middle_attention_received", 0)):
+        expected = tower.attentions[layer].mean(dim=1).mean(dim=1)[:, 1:]
+        torch.testing.assert_close(getattr(seen, name), expected, rtol=1e-4, atol=1e-6)
+    width = states["k_proj"].shape[-1]
+    row = (states["q_proj"][:, :1] @ states["k_proj"].mT / width**0.5).softmax(dim=-1)[:, 0, 1:]
+    torch.testing.assert_close(seen.last_cls_attention, row, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen.last_keys, states["k_proj"][:, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_updated_tokens_go_through_the_projector(model: Any, one: dict[str, Any]) -> None:
+    """PruMerge's centres stand at the kept places, the rest's sum after them."""
+    seen: list[torch.Tensor] = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad(), compress(model, prune("prumerge", 6)) as receipt:
+        model(**one)
+    handle.remove()
+    with torch.no_grad():
+        family = family_of(model)
+        pruner = pruners.create("prumerge")
+        selection = pruner.select(family.see(one["pixel_values"], pruner.needs), 6)
+        assert selection.updated is not None
+        assert selection.merged is not None
+        expected = family.project(torch.cat([selection.updated, selection.merged], dim=1))[0]
+    start = int((one["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+    torch.testing.assert_close(seen[0][0, start : start + 6], expected)
+    assert (receipt.tokens["kept"], receipt.tokens["merged"]) == (5, 1)
+
+
 def test_mistakes_are_named(model: Any, one: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="keep=17 is out of range"), compress(model, prune(keep=17)):
         logits(model, one)

@@ -175,6 +175,47 @@ def test_vispruner() -> None:
     assert torch.equal(diverse, tensors["out.diverse_indices"])
 
 
+@pytest.mark.parametrize("case", ["case01_adv_fixed_b2_n64", "case02_adv_adaptive_b1_n64"])
+def test_prumerge(case: str) -> None:
+    """Of the adaptive budget only its number is taken over; the reference orders centres by attention."""
+    tensors, about = load(f"pruners/prumerge/{case}")
+    status, hidden, keys = about["status"], tensors["in.hidden_states"], tensors["in.k_proj_out"]
+    assert status["fp64_same_kept"]
+    assert all(status["complement_matches_true"])
+    logits = tensors["in.q_proj_out_cls"] @ keys.mT / keys.shape[-1] ** 0.5
+    attention = logits.softmax(dim=-1)[:, 0, 1:]
+    torch.testing.assert_close(attention, tensors["mid.cls_attn"], rtol=0, atol=1e-5)
+    tokens = VisionTokens(
+        projected=hidden[:, 1:],  # not read by the method
+        patches=hidden[:, 1:],
+        last_cls_attention=attention,
+        last_keys=keys[:, 1:],
+    )
+    selection = pruners.create("prumerge").select(tokens, status["n_out"])
+    order = tensors["out.kept_indices_in_order"]
+    assert torch.equal(selection.indices, order.sort(dim=-1).values)
+    assert selection.updated is not None
+    assert selection.merged is not None
+    by_attention = order.argsort(dim=-1).argsort(dim=-1).unsqueeze(-1)
+    ours = torch.cat([selection.updated.take_along_dim(by_attention, dim=1), selection.merged], dim=1)
+    torch.testing.assert_close(ours, tensors["out.tokens"], rtol=0, atol=1e-5)
+
+
+def test_hiprune() -> None:
+    tensors, about = load("pruners/hiprune/case02_T64")
+    params = about["params"]
+    middle, deep = (tensors[f"in.attn_{name}_layer"].mean(dim=(1, 2))[:, 1:] for name in ("object", "deep"))
+    tokens = VisionTokens(
+        projected=torch.zeros(1, 576, 1), attention_received=deep, middle_attention_received=middle, grid=(24, 24)
+    )
+    anchor = int(middle.argmax())
+    assert 0 < anchor % 24 < 23, "at the edge the reference wraps around"
+    assert 24 <= anchor < 552, "at the edge the reference wraps around"
+    selection = pruners.create("hiprune", alpha=params["alpha"]).select(tokens, params["retention_total"])
+    assert torch.equal(selection.mask(576), tensors["out.index_mask"])
+    assert torch.equal(pruners.create("hiprune").select(tokens, 64).indices, selection.indices), "our default"
+
+
 BITS = (4, 8)
 
 
