@@ -20,6 +20,12 @@ class Checkpoint:
     folder: Path
     embedded: bool = False
 
+    @property
+    def status(self) -> str:
+        """One line on what a stand-in can do, from the file `status.txt` in its folder; "" where there is none."""
+        file = self.folder / "status.txt"
+        return file.read_text(encoding="utf-8").strip() if self.embedded and file.is_file() else ""
+
 
 @functools.lru_cache(maxsize=64)
 def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Checkpoint:

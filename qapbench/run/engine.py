@@ -316,11 +316,14 @@ def _labels(spec: RunSpec) -> dict[str, str]:
 def _notes(spec: RunSpec, task: LoadedTask, receipt: Receipt) -> list[str]:
     """What a reader of the numbers has to know."""
     notes = []
-    if find_checkpoint(spec.model).embedded:
+    checkpoint = find_checkpoint(spec.model)
+    if checkpoint.embedded:
         notes.append(
             f"Embedded stand-in model: {spec.model} is a few million parameters, trained by this project on "
             "procedural questions; its numbers say nothing about LLaVA-7B."
         )
+        if checkpoint.status:
+            notes.append(f"Stand-in model: {checkpoint.status}")
         if not task.embedded:
             notes.append(f"{spec.model} was never trained for {task.name}: expect accuracy near chance.")
     if task.stand_in:

@@ -1,0 +1,242 @@
+"""Configs, builders and export of ``diagram-llava``: a small LLaVA-1.5 and its companion CLIP.
+
+The two models share one vision tower.  ``LlavaForConditionalGeneration`` reads hidden state -2 of it
+through a two-layer projector; ``CLIPModel`` reads the same hidden state through ``post_layernorm`` and
+``visual_projection`` (per patch) and its last CLS (per image), against a small text tower.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from .initialise import place_lookup_heads
+
+IMAGE_SIZE, PATCH = 96, 8
+GRID = IMAGE_SIZE // PATCH
+N_PATCHES = GRID * GRID
+PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
+# Not 2 for </s>: CLIPTextModel treats eos_token_id == 2 as a legacy marker and pools at the largest id.
+PAD_ID, BOS_ID, IMAGE_ID, EOS_ID = 0, 1, 2, 3
+CLIP_TEXT_LEN = 128
+# LLaVA-1.5's template as published: images first, then text, no system prompt.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'].upper() + ':' }}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
+    "{% if message['role'] != 'assistant' %}{{ ' ' }}{% endif %}"
+    "{% for content in message['content'] if content['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] if content['type'] == 'text' %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}{{ content['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% else %}{{ ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int = 1536) -> Tokenizer:
+    """Trains the byte-level BPE, so that any text can be fed, on the generator's own text."""
+    tok = Tokenizer(models.BPE())
+    # add_prefix_space=False: "ASSISTANT: B" then splits into "ASSISTANT", ":", " B", one token a letter.
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, IMAGE, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(texts, trainer)
+    return tok
+
+
+def _wrap(tok: Tokenizer, single: str, **kwargs: Any) -> PreTrainedTokenizerFast:
+    copy = Tokenizer.from_str(tok.to_str())
+    copy.post_processor = processors.TemplateProcessing(single=single, special_tokens=[(BOS, BOS_ID), (EOS, EOS_ID)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=copy,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **kwargs,
+    )
+
+
+def build_tokenizers(tok: Tokenizer) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """The decoder's tokenizer (``<s>`` in front, left padding) and CLIP's (``</s>`` behind, right)."""
+    lm = _wrap(
+        tok,
+        f"{BOS} $A",
+        padding_side="left",
+        model_max_length=2048,
+        extra_special_tokens={"image_token": IMAGE},
+    )
+    clip = _wrap(tok, f"{BOS} $A {EOS}", padding_side="right", model_max_length=CLIP_TEXT_LEN)
+    return lm, clip
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """The LLaVA processor with the PIL image processor; 96 px edge and crop, so nothing square is lost."""
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        chat_template=CHAT_TEMPLATE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def build_configs(vocab_size: int) -> tuple[LlavaConfig, CLIPConfig]:
+    """The two configs; the vision config is the same in both."""
+    vision = CLIPVisionConfig(
+        hidden_size=160,
+        intermediate_size=640,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
+        projection_dim=128,
+        hidden_act="gelu",
+    )
+    text = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        tie_word_embeddings=False,
+    )
+    special: dict[str, Any] = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    llava = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_ID,
+        image_seq_length=N_PATCHES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        **special,
+    )
+    clip_text = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=CLIP_TEXT_LEN,
+        projection_dim=128,
+        hidden_act="gelu",
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+    )
+    clip = CLIPConfig(text_config=clip_text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
+    return llava, clip
+
+
+def build_models(vocab_size: int) -> tuple[Any, Any]:
+    """Both models, untrained, in float32, the CLIP's vision model being the LLaVA's vision tower."""
+    llava_cfg, clip_cfg = build_configs(vocab_size)
+    llava = LlavaForConditionalGeneration(llava_cfg)
+    clip = CLIPModel(clip_cfg)
+    clip.vision_model = llava.model.vision_tower
+    place_lookup_heads(llava)
+    vision = llava.model.vision_tower
+    with torch.no_grad():
+        for name, p in list(vision.named_parameters()) + list(clip.text_model.named_parameters()):
+            if p.ndim == 2 and "embedding" not in name:
+                # Residual branches start small, the rest at unit gain.
+                small = name.endswith(("out_proj.weight", "fc2.weight"))
+                nn.init.normal_(p, 0, (0.2 if small else 1.0) / math.sqrt(p.shape[1]))
+        emb = vision.embeddings
+        emb.patch_embedding.weight.normal_(0, 1.0 / math.sqrt(3 * PATCH * PATCH))
+        emb.position_embedding.weight.normal_(0, 0.3)
+        emb.class_embedding.normal_(0, 0.3)
+    return llava, clip
+
+
+def export(
+    llava: Any,
+    clip: Any,
+    bpe: Tokenizer,
+    out: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes both checkpoint folders; each file is put in place by a rename, so readers see old or new."""
+    lm_tok, clip_tok = build_tokenizers(bpe)
+    out.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=".export-"))
+    try:
+        for model, tok, sub in ((llava, lm_tok, tmp), (clip, clip_tok, tmp / "clip")):
+            cls: Any = type(model)
+            config = type(model.config).from_dict(model.config.to_dict())
+            with torch.device("meta"):
+                copy = cls(config)
+            copy = copy.to_empty(device="cpu").to(dtype)
+            state = {k: v.detach().to("cpu", dtype) for k, v in model.state_dict().items()}
+            missing = copy.load_state_dict(state, strict=False, assign=True)
+            if missing.missing_keys or missing.unexpected_keys:
+                raise RuntimeError(f"the export does not fit the model: {missing}")
+            copy.config.dtype = dtype
+            copy.save_pretrained(sub)
+            if sub is tmp:
+                build_processor(tok).save_pretrained(sub)
+            else:
+                tok.save_pretrained(sub)
+        for path in sorted(p for p in tmp.rglob("*") if p.is_file()):
+            target = out / path.relative_to(tmp)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o644)
+            path.replace(target)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def parameter_counts(llava: Any, clip: Any) -> dict[str, int]:
+    """Parameters by part."""
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    return {
+        "llava": count(llava),
+        "vision_tower": count(llava.model.vision_tower),
+        "projector": count(llava.model.multi_modal_projector),
+        "decoder": count(llava.model.language_model) + count(llava.lm_head),
+        "clip": count(clip),
+        "clip_text": count(clip.text_model) + count(clip.text_projection),
+    }
