@@ -121,7 +121,7 @@ def leaderboard(
     page: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("leaderboard.html"),
 ) -> None:
     """Write one offline HTML page of every record below RUNS."""
-    from .run.engine import read_records
+    from .run.record import read_records
 
     records = read_records(runs)
     if not records:

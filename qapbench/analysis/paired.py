@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from qapbench.errors import UserError, nearest
-from qapbench.run.engine import SCORED, Record, read_record, read_records
+from qapbench.run.record import SCORED, Record, read_record, read_records
 
 BOOTSTRAP = 10_000
 OVERALL = -1  # the last column of a task is its overall accuracy

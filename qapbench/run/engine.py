@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -16,21 +14,15 @@ import torch
 from qapbench.checkpoints import find_checkpoint
 from qapbench.compress import compress
 from qapbench.errors import Problem, UserError
-from qapbench.receipt import Receipt
-from qapbench.registry import Registry
-from qapbench.spec import Item, RunSpec, SweepSpec
+from qapbench.spec import RunSpec, SweepSpec
 from qapbench.specfile import load_spec
-from qapbench.strategy import fusions, metrics, pruners
 
 from .environment import environment, peak_memory
 from .loading import fingerprints, load_model, precision
+from .record import RECORD, SCHEMA, SCORED, Record, chance, labels, notes, read_record, read_records, write_scored
 from .store import Answer, Store, set_aside, write_json
 from .tasks import LoadedTask, load_task, quiet
 
-LOG = logging.getLogger(__name__)
-SCHEMA = 1
-RECORD, SCORED = "record.json", "scored.jsonl"
-Record = dict[str, Any]
 Report = Callable[[str, int, int], None]
 """Called with (run name, questions answered, questions in all)."""
 
@@ -205,7 +197,7 @@ class Engine:
         seconds = time.perf_counter() - started
         receipt.recount([image for answer in store.read() for image in answer.get("images", [])])
         scores = tally((sample["metrics"] for sample in samples), task.columns, task.unavailable)
-        _write_scored(planned.folder / SCORED, samples)
+        write_scored(planned.folder / SCORED, samples)
         record = {
             "schema": SCHEMA,
             "run_id": planned.id,
@@ -213,8 +205,8 @@ class Engine:
             "name": spec.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "spec": spec.model_dump(mode="json"),
-            "labels": _labels(spec),
-            "task": {"name": task.name, "questions": task.count, "chance": _chance(task)},
+            "labels": labels(spec),
+            "task": {"name": task.name, "questions": task.count, "chance": chance(task)},
             "scores": scores.to_json(),
             "tokens": receipt.tokens,
             "receipt": receipt.to_json(),
@@ -227,7 +219,7 @@ class Engine:
                 "seconds": round(seconds, 3), "questions": lm.answered, "computed": lm.computed,
                 "questions_per_second": round(lm.computed / seconds, 2), **peak_memory(self.device),
             },
-            "notes": _notes(spec, task, receipt),
+            "notes": notes(spec, task, receipt),
         }  # fmt: skip
         write_json(planned.folder / RECORD, record)
         return read_record(planned.folder)
@@ -238,26 +230,6 @@ def _check_local(spec: RunSpec) -> None:
     for name, where in ((spec.model, "model"), (spec.text_tower, "text_tower")):
         if name and (name.count("/") != 1 or Path(name).exists()):
             find_checkpoint(name, where)
-
-
-def read_record(folder: Path) -> Record:
-    try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder / RECORD} cannot be read: {error}") from error
-
-
-def read_records(runs: Path) -> list[Record]:
-    """Every record below a folder of results, oldest first; what is not a record of ours is left out."""
-    folders = sorted({path.parent for path in runs.glob(f"*/{RECORD}") if ".old" not in path.parent.name})
-    found = []
-    for folder in folders:
-        record = read_record(folder)
-        if isinstance(record, dict) and {"run_id", "created", "scores", "name"} <= record.keys():
-            found.append(record)
-        else:
-            LOG.warning("%s is not a record of a run; left out", folder / RECORD)
-    return sorted(found, key=lambda record: str(record["created"]))
 
 
 def _evaluate(lm: Any, task: LoadedTask, seed: int) -> list[dict[str, Any]]:
@@ -282,50 +254,3 @@ def _evaluate(lm: Any, task: LoadedTask, seed: int) -> list[dict[str, Any]]:
         }
         for doc, sample in sorted(first.items())
     ]
-
-
-def _write_scored(path: Path, samples: list[dict[str, Any]]) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(sample, sort_keys=True) + "\n" for sample in samples), encoding="utf-8")
-    draft.replace(path)
-
-
-def _chance(task: LoadedTask) -> float | None:
-    """Accuracy of guessing, mean of 1 / number of choices; None where questions do not list theirs."""
-    listed = [doc.get("choices") for doc in (task.docs[i] for i in range(task.count))]
-    sizes = [len(choices) for choices in listed if isinstance(choices, list) and choices]
-    return sum(1 / size for size in sizes) / len(sizes) if sizes and len(sizes) == len(listed) else None
-
-
-def _labels(spec: RunSpec) -> dict[str, str]:
-    """The items of the spec as a table shows them: parameters only where they differ from the default."""
-    items: dict[str, tuple[Registry[Any], Item | None]] = {}
-    if spec.prune:
-        items |= {"pruner": (pruners, spec.prune.method), "sensitivity": (metrics, spec.prune.sensitivity)}
-        items |= {"fusion": (fusions, spec.prune.fusion)}
-    labels = {}
-    for name, (registry, item) in items.items():
-        if item:
-            fields = registry.entry(item.name).params.model_fields
-            other = {key: value for key, value in item.params.items() if fields[key].default != value}
-            inner = ", ".join(f"{key} {value}" for key, value in other.items())
-            labels[name] = f"{item.name} ({inner})" if inner else item.name
-    return labels
-
-
-def _notes(spec: RunSpec, task: LoadedTask, receipt: Receipt) -> list[str]:
-    """What a reader of the numbers has to know."""
-    notes = []
-    checkpoint = find_checkpoint(spec.model)
-    if checkpoint.embedded:
-        notes.append(
-            f"Embedded stand-in model: {spec.model} is a few million parameters, trained by this project on "
-            "procedural questions; its numbers say nothing about LLaVA-7B."
-        )
-        if checkpoint.status:
-            notes.append(f"Stand-in model: {checkpoint.status}")
-        if not task.embedded:
-            notes.append(f"{spec.model} was never trained for {task.name}: expect accuracy near chance.")
-    if task.stand_in:
-        notes.append(f"Stand-in data: {task.stand_in}")
-    return notes + [f"Fallback: {what}" for what in receipt.fallbacks]

@@ -12,7 +12,8 @@ from run_questions import QUESTIONS
 import qapbench
 from qapbench import RunSpec, UserError
 from qapbench.receipt import NotQuantizedError
-from qapbench.run.engine import Engine, read_records
+from qapbench.run.engine import Engine
+from qapbench.run.record import read_records
 from qapbench.run.store import Store
 
 Spec = Callable[..., dict[str, Any]]
