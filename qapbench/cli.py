@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,7 +28,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
 )  # fmt: skip
-out, err = Console(), Console(stderr=True)
+# Piped or in a file a table may be as wide as it is; a terminal, or COLUMNS, sets the width otherwise.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+err = Console(stderr=True)
 
 SpecArgument = Annotated[str, typer.Argument(help="A spec file, or the name of a shipped spec (quickstart).")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key.")]
@@ -67,14 +70,14 @@ def run(
     except KeyboardInterrupt:
         err.print("stopped; the same command goes on from here", highlight=False)
         raise typer.Exit(130) from None
-    out.print(ablation_table(records, out.width if out.is_terminal else WIDE))
+    out.print(ablation_table(records, out.width))
     spent = [record["timing"] for record in records]
     out.print(
         f"{sum(t['questions'] for t in spent)} questions in {sum(t['seconds'] for t in spent):.0f} s as made, "
         f"peak memory {max(t['peak_memory_mb'] for t in spent)} MB"
     )
     for note in dict.fromkeys(note for record in records for note in record.get("notes", [])):
-        out.print(f"[yellow]{escape(note)}[/]")
+        out.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     _write_page(records, target, Path(spec).stem)
 
 
