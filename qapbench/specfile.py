@@ -51,10 +51,26 @@ def load_spec(
                 check(run)
             runs.append(run)
         except UserError as error:
-            problems += [locate(problem, changed) for problem in error.problems]
+            found = [*error.problems, *_checked_apart(cell, check)]
+            problems += [locate(problem, changed) for problem in found]
     if problems:
         raise UserError(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
     return runs
+
+
+def _checked_apart(cell: dict[str, Any], check: Callable[[RunSpec], None] | None) -> list[Problem]:
+    """What `check` says of the model and of the task of a cell that is not valid as a whole."""
+    found: list[Problem] = []
+    for field in ("model", "task") if check else ():
+        try:
+            alone = RunSpec.parse({"model": "?", "task": "?", field: cell.get(field)})
+        except UserError:
+            continue  # the cell's own errors say so already
+        try:
+            check(alone)  # type: ignore[misc]
+        except UserError as error:
+            found += [problem for problem in error.problems if problem.where[:1] == (field,)]
+    return found
 
 
 def find_spec(source: str | Path) -> Path:

@@ -110,6 +110,9 @@ def test_what_is_not_there_is_told_at_once_with_lines(tmp_path: Path) -> None:
     done = qapbench("validate", spec)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
+    assert any("line 1: model: no embedded model or folder 'diagram-llaav'" in line for line in lines), lines
+    assert any("line 2: task.name: unknown task 'diagramqaa'" in line for line in lines), lines
+    assert len(lines) == len(set(lines))
     assert any("line 4: prune.keep:" in line for line in lines), lines
     assert any("line 7: prune.keeep: unknown field" in line for line in lines), lines
     spec.write_text("model: diagram-llaav\ntask: {name: diagramqaa}\nname: 2026-11-22\n")
