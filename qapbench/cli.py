@@ -202,8 +202,7 @@ def _plan_table(specs: list[RunSpec], engine: Engine) -> Table:
         except UserError as error:
             table.add_row(escape(spec.name), "–", escape(error.problems[0].message), "")
             continue
-        answered = planned.total if planned.done else planned.answered
-        table.add_row(escape(spec.name), planned.id, planned.state, f"{answered} of {planned.total}")
+        table.add_row(escape(spec.name), planned.id, planned.state, f"{planned.answered} of {planned.total}")
     return table
 
 

@@ -72,6 +72,7 @@ def _quantized(family: Family, spec: QuantizeSpec, receipt: Receipt, calibration
     receipt.quantization = str(spec.method)
     receipt.wants_weights, receipt.wants_activations = spec.weights is not None, spec.activations is not None
     linears = family.linears(spec.scope)
+    parts = {name: part for part in spec.scope for name in family.linears([part])}
     method = ptqs.create(spec.method.name, **spec.method.params)
     plans = method.prepare(family.model, linears, spec.weights, spec.activations, calibration)
     with contextlib.ExitStack() as stack:
@@ -85,18 +86,13 @@ def _quantized(family: Family, spec: QuantizeSpec, receipt: Receipt, calibration
                 quantize = plan.activation
                 handle = linear.register_forward_pre_hook(lambda _, args, q=quantize: (q(args[0]), *args[1:]))
                 stack.callback(handle.remove)
-            line = _line(family, name, linear, spec)
-            line.planned = plan is not None
+            bits, levels = measured_bits(linear.weight, spec.weights)
+            shape = (linear.out_features, linear.in_features)
+            line = LinearReceipt(name, parts[name], shape, bits, levels, planned=plan is not None)
             receipt.linears.append(line)
             # Registered last: it sees what the matmul sees.
             stack.callback(linear.register_forward_pre_hook(_probe(line, spec)).remove)
         yield
-
-
-def _line(family: Family, name: str, linear: nn.Linear, spec: QuantizeSpec) -> LinearReceipt:
-    bits, levels = measured_bits(linear.weight, spec.weights)
-    shape = (linear.out_features, linear.in_features)
-    return LinearReceipt(name, family.part_of(name), shape, bits, levels)
 
 
 def _probe(line: LinearReceipt, spec: QuantizeSpec) -> Any:
@@ -147,7 +143,7 @@ def _joint_space(family: Family, named: TextTower | str | None, receipt: Receipt
     if isinstance(named, TextTower):
         return named
     config = family.model.config
-    folder, reason = find_tower(named, str(family.model.name_or_path), default_tower(config.to_dict()))
+    folder, reason = find_tower(named, str(family.model.name_or_path), default_tower(config.to_dict()), True)
     if folder is None:
         receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
         return None

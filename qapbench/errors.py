@@ -45,9 +45,8 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What an error of somebody else's says, in one line of at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

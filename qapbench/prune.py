@@ -107,8 +107,8 @@ class PrunedCalls:
         owners = self._owners(placeholders, tokens)
         selection = self._select(tokens, ids, mask, placeholders, owners, relevance_text)
         features = self._features(tokens, selection)
+        merged = selection.budget - selection.indices.shape[1]
         for feature in features:
-            merged = selection.budget - selection.indices.shape[1]
             self.receipt.saw_image(tokens.count, feature.shape[0] - merged, merged)
         self.receipt.latest = selection
         kept = self._kept_columns(placeholders, selection, tokens.count)
@@ -116,11 +116,8 @@ class PrunedCalls:
 
     def _owners(self, placeholders: Tensor, tokens: VisionTokens) -> list[int]:
         """The row of the batch that each image belongs to."""
-        per_row, rest = (
-            placeholders.sum(dim=1).div(tokens.count, rounding_mode="floor"),
-            placeholders.sum() % tokens.count,
-        )
-        if rest or int(per_row.sum()) != tokens.batch:
+        per_row = placeholders.sum(dim=1).div(tokens.count, rounding_mode="floor")
+        if placeholders.sum() % tokens.count or int(per_row.sum()) != tokens.batch:
             raise UserError(
                 f"input_ids hold {int(placeholders.sum())} image placeholders, but {tokens.batch} image(s) "
                 f"of {tokens.count} tokens were given"

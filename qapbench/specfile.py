@@ -51,23 +51,23 @@ def load_spec(
                 check(run)
             runs.append(run)
         except UserError as error:
-            found = [*error.problems, *_checked_apart(cell, check)]
-            problems += [locate(problem, changed) for problem in found]
+            apart = _checked_apart(cell, check) if check else []
+            problems += [locate(problem, changed) for problem in (*error.problems, *apart)]
     if problems:
         raise UserError(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
     return runs
 
 
-def _checked_apart(cell: dict[str, Any], check: Callable[[RunSpec], None] | None) -> list[Problem]:
+def _checked_apart(cell: dict[str, Any], check: Callable[[RunSpec], None]) -> list[Problem]:
     """What `check` says of the model and of the task of a cell that is not valid as a whole."""
     found: list[Problem] = []
-    for field in ("model", "task") if check else ():
+    for field in ("model", "task"):
         try:
             alone = RunSpec.parse({"model": "?", "task": "?", field: cell.get(field)})
         except UserError:
             continue  # the cell's own errors say so already
         try:
-            check(alone)  # type: ignore[misc]
+            check(alone)
         except UserError as error:
             found += [problem for problem in error.problems if problem.where[:1] == (field,)]
     return found

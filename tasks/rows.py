@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qapbench.errors import Problem, UserError, nearest
+from qapbench.errors import Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
     import datasets
@@ -175,7 +175,7 @@ def _open(data: str, stamp: int) -> datasets.Dataset:
         # datasets writes an uncompressed copy into its own cache (HF_DATASETS_CACHE) and maps that.
         table = datasets.Dataset.from_parquet(str(path))
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise UserError(Problem(f"{data}: cannot be read as parquet ({_first_line(error)})", WHERE)) from None
+        raise UserError(Problem(f"{data}: cannot be read as parquet ({first_line(error)})", WHERE)) from None
     if isinstance(table.features["image"], datasets.Image):
         table = table.cast_column("image", datasets.Image(decode=False))
     return table
@@ -192,7 +192,7 @@ def _from_hub(name: str) -> datasets.Dataset:
             huggingface_hub.HfApi().dataset_info(name, timeout=10)
         table = datasets.load_dataset(name, split="test")
     except Exception as error:  # httpx, OSError, hub and datasets errors: no common base
-        message = f"cannot load {name} from the hub ({_first_line(error)}); {way_out}"
+        message = f"cannot load {name} from the hub ({first_line(error)}); {way_out}"
         raise UserError(Problem(message, WHERE)) from None
     _check_columns(table.data.table.schema, name)
     if isinstance(table.features["image"], datasets.Image):
@@ -207,7 +207,7 @@ def _parquet_schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        message = f"{path}: not a readable parquet file ({_first_line(error)})"
+        message = f"{path}: not a readable parquet file ({first_line(error)})"
         raise UserError(Problem(message, WHERE)) from None
 
 
@@ -290,7 +290,3 @@ def _mistake(row: dict[str, Any]) -> tuple[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -82,15 +82,6 @@ class Family(abc.ABC):
             if isinstance(module, nn.Linear) and any(name.startswith(f"{prefix}.") for prefix in prefixes)
         }
 
-    def part_of(self, linear: str) -> str:
-        """The scope that a linear belongs to."""
-        modules = dict(self.model.named_modules())
-        for part, module in self.parts.items():
-            prefix = next(name for name, candidate in modules.items() if candidate is module)
-            if linear.startswith(f"{prefix}."):
-                return part
-        return "other"
-
 
 def family(model_type: str) -> Callable[[type[Family]], type[Family]]:
     """Decorator: this class serves models whose config says `model_type`."""

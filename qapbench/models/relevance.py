@@ -72,13 +72,14 @@ class TextTower:
         return self.text_projection(out.pooler_output).unsqueeze(0)
 
 
+@functools.lru_cache(maxsize=64)
 def find_tower(
     named: str | None, model_folder: str, default: str | None, fetch: bool = True
 ) -> tuple[Path | None, str]:
     """(folder of the companion CLIP, "") or (None, why there is none).
 
     In this order: as named; `clip/` in the model's own folder; the hub checkpoint whose vision tower the model took
-    over. Where none can be had, relevance falls back on the language model's embeddings.
+    over. Where none can be had, relevance falls back on the language model's embeddings. Looked for once a process.
 
     Raises:
         UserError: one is named and cannot be had.

@@ -23,6 +23,7 @@ from .record import RECORD, SCHEMA, SCORED, Record, chance, labels, notes, read_
 from .store import Answer, Store, set_aside, write_json
 from .tasks import LoadedTask, load_task, quiet
 
+TEXT_DEPENDS_ON = ("model", "data", "precision", "ptq")  # the kinds of fingerprint
 Report = Callable[[str, int, int], None]
 """Called with (run name, questions answered, questions in all)."""
 
@@ -34,7 +35,7 @@ class Planned:
     Attributes:
         id: hash of how it compresses and asks, and of the content that it reads.
         text_key: hash of what a text-only answer depends on: everything but the pruner.
-        total: questions to answer; answered: those in its store.
+        total: questions to answer; answered: those that are.
         done: whether its record is written.
     """
 
@@ -132,11 +133,12 @@ class Engine:
         task = self.task(spec)
         content = fingerprints(spec, task.fingerprint, self.device, fetch)
         run_id = spec.digest(content, task.asked)
-        about_text = {key: content[key] for key in content if key in ("model", "data", "precision") or "ptq" in key}
+        about_text = {key: value for key, value in content.items() if key.split()[0] in TEXT_DEPENDS_ON}
         text_key = spec.model_copy(update={"prune": None}).digest(about_text, task.asked)
         folder = self.runs / run_id
-        answered = len(Store(folder).read())
-        return Planned(spec, run_id, text_key, folder, task.count, answered, (folder / RECORD).exists(), content)
+        done = (folder / RECORD).exists()
+        answered = task.count if done else len(Store(folder).read())
+        return Planned(spec, run_id, text_key, folder, task.count, answered, done, content)
 
     def run(self, spec: RunSpec, fresh: bool = False) -> Record:
         """One run's record, made now or read."""

@@ -129,8 +129,7 @@ class CompressedLM(LM):
             grouped.setdefault((request.task_name, request.doc_id), Question()).instances.append(request)
         batches = list(_batches(sorted(grouped.values(), key=lambda q: q.order), self.batch_size))
         total = len(grouped)
-        done = self._resume(batches)
-        answers = self.store.read()
+        done, answers = self._resume(batches)
         self.progress(len(answers), total)
         for batch in batches[done:]:
             fresh = self._batch(batch, solve)
@@ -144,8 +143,8 @@ class CompressedLM(LM):
                 outputs[id(instance)] = output
         return [tuple(outputs[id(r)]) if isinstance(outputs[id(r)], list) else outputs[id(r)] for r in requests]
 
-    def _resume(self, batches: list[list[Question]]) -> int:
-        """How many batches the store holds; it is cut behind them.
+    def _resume(self, batches: list[list[Question]]) -> tuple[int, list[Answer]]:
+        """How many batches the store holds, and their answers; it is cut behind them.
 
         The last whole one is made again: every session then has a receipt of its own.
         """
@@ -159,7 +158,7 @@ class CompressedLM(LM):
                 f"{self.store.path} does not hold the answers that this run would write; --fresh sets it aside"
             )
         self.store.keep(kept)
-        return whole
+        return whole, stored[:kept]
 
     def _batch(self, batch: list[Question], solve: Solve) -> list[Answer]:
         keys = [(self.shared_key, q.first.task_name, q.first.doc_id) for q in batch]

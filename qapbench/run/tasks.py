@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qapbench.errors import Problem, UserError, nearest
+from qapbench.errors import Problem, UserError, first_line, nearest
 from qapbench.spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def _load_foreign(spec: TaskSpec, own: dict[str, bool]) -> LoadedTask:
     try:
         task = _only_task(spec.name, manager.load([spec.name])["tasks"])
     except Exception as error:  # lm-eval, datasets and the hub have no common base
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(Problem(f"lm-eval cannot load '{spec.name}': {line}", ("task", "name"))) from None
+        message = f"lm-eval cannot load '{spec.name}': {first_line(error)}"
+        raise UserError(Problem(message, ("task", "name"))) from None
     generates = task.OUTPUT_TYPE == "generate_until"
     if "answers" in spec.model_fields_set and (spec.answers == "generate") != generates:
         message = f"lm-eval's task '{spec.name}' is of the kind {task.OUTPUT_TYPE}; leave `answers` out"
