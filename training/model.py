@@ -30,11 +30,10 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .initialise import place_lookup_heads
-
 IMAGE_SIZE, PATCH = 96, 8
 GRID = IMAGE_SIZE // PATCH
 N_PATCHES = GRID * GRID
+PATCHES_SEEN = 0.3  # share of a patch that a thing must cover for the patch to show it
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 # Not 2 for </s>: CLIPTextModel treats eos_token_id == 2 as a legacy marker and pools at the largest id.
 PAD_ID, BOS_ID, IMAGE_ID, EOS_ID = 0, 1, 2, 3
@@ -55,7 +54,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int = 1536) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
     """Trains the byte-level BPE, so that any text can be fed, on the generator's own text."""
     tok = Tokenizer(models.BPE())
     # add_prefix_space=False: "ASSISTANT: B" then splits into "ASSISTANT", ":", " B", one token a letter.
@@ -174,18 +173,26 @@ def build_models(vocab_size: int) -> tuple[Any, Any]:
     llava = LlavaForConditionalGeneration(llava_cfg)
     clip = CLIPModel(clip_cfg)
     clip.vision_model = llava.model.vision_tower
-    place_lookup_heads(llava)
-    vision = llava.model.vision_tower
     with torch.no_grad():
-        for name, p in list(vision.named_parameters()) + list(clip.text_model.named_parameters()):
-            if p.ndim == 2 and "embedding" not in name:
-                # Residual branches start small, the rest at unit gain.
-                small = name.endswith(("out_proj.weight", "fc2.weight"))
-                nn.init.normal_(p, 0, (0.2 if small else 1.0) / math.sqrt(p.shape[1]))
-        emb = vision.embeddings
+        for part in (llava.model, clip.text_model):
+            for name, p in part.named_parameters():
+                if p.ndim == 2 and "embed" not in name:
+                    # Residual branches start small, the rest at unit gain.
+                    small = name.endswith(("out_proj.weight", "fc2.weight", "down_proj.weight"))
+                    nn.init.normal_(p, 0, (0.2 if small else 1.0) / math.sqrt(p.shape[1]))
+        emb = llava.model.vision_tower.embeddings
         emb.patch_embedding.weight.normal_(0, 1.0 / math.sqrt(3 * PATCH * PATCH))
         emb.position_embedding.weight.normal_(0, 0.3)
         emb.class_embedding.normal_(0, 0.3)
+        words = llava.get_input_embeddings().weight.normal_(0, 0.5)
+        # The untied head starts as the scaled embeddings: copying a token is then half learnt. So it is where like
+        # attends to like (keys resemble queries) and what is read is handed on (outputs resemble values).
+        llava.lm_head.weight.copy_(words * 0.1)
+        for layer in llava.model.language_model.layers:
+            attention = layer.self_attn
+            noise = torch.randn_like(attention.k_proj.weight) / math.sqrt(attention.k_proj.in_features)
+            attention.k_proj.weight.copy_(0.8 * attention.q_proj.weight + 0.6 * noise)
+            attention.o_proj.weight.copy_(0.3 * attention.v_proj.weight.T)
     return llava, clip
 
 

@@ -1,7 +1,8 @@
 """Muon for the hidden matrices and AdamW for everything else, as one optimizer.
 
 ``torch.optim.Muon`` orthogonalises matrix by matrix; here matrices of one shape are stacked and go through
-Newton-Schulz as one batched bfloat16 product, which is several times faster for many small matrices.
+Newton-Schulz as one batched product, which is several times faster for many small matrices (in float32 on a
+CPU, many of which compute bfloat16 slowly).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices (roughly) of a stack of matrices, by a quintic iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
+    x = g.bfloat16() if g.is_cuda else g.float()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

@@ -127,6 +127,12 @@ class Canvas:
         self.things.append(Thing(name, box))
         return box
 
+    def describe(self, box: Box, **about: str) -> None:
+        """Say what is true of the things drawn in exactly this box."""
+        for thing in self.things:
+            if thing.box == box:
+                thing.about |= about
+
     def icon(self, name: str, x: int, y: int, size: int = 24) -> Box:
         """Paste the icon centred on (x, y), moved inward if it would leave the image."""
         left = min(max(x - size // 2, 0), SIDE - size)

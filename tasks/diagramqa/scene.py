@@ -29,10 +29,15 @@ class Question:
 
 @dataclass
 class Thing:
-    """A named thing that was drawn, with its pixel box."""
+    """A named thing that was drawn, with its pixel box and what is true of it (slot -> value).
+
+    The answer to most questions about the image is a value of one slot of one thing, so these are labels that
+    a vision tower can be taught patch by patch.
+    """
 
     name: str
     box: Box
+    about: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -38,9 +38,13 @@ def chart(rng: Rng, split: str) -> Scene:
         canvas.draw.rectangle([x - 8, base - height, x + 8, base], fill=COLORS[colors[i]], outline=INK)
         boxes.append(canvas.thing(f"{colors[i]} bar", (x - 8, base - height, x + 9, base + 1)))
         if pictures:
-            canvas.icon(labels[i], x, 84, min(24, step - 2))
+            label = canvas.icon(labels[i], x, 84, min(24, step - 2))
         else:
-            canvas.text(labels[i], x, 87, 17)
+            label = canvas.text(labels[i], x, 87, 17)
+        rank = sorted(values).index(values[i])
+        place = "shortest" if rank == 0 else "tallest" if rank == k - 1 else "middle"
+        for box in (boxes[i], label):
+            canvas.describe(box, label=labels[i], color=colors[i], value=str(values[i]), rank=place)
         if numbers:
             canvas.text(str(values[i]), x, base - height - 8, 15)
         facts += [f"the bar of {who[i]} is {colors[i]}."]

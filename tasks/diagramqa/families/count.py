@@ -29,6 +29,10 @@ def count(rng: Rng, split: str) -> Scene:
             mine.append(canvas.icon(name, x + int(dx), y + int(dy), 26))
         used += number
         boxes.append(mine)
+        other = sum(numbers) - number
+        share = "more" if number > other else "fewer" if number < other else "same"
+        for box in mine:
+            canvas.describe(box, count=str(number), share=share)
         facts.append(f"the number of {name} pictures is {number}.")
         text = [f"How many {name} pictures are there?", f"How many times is the {name} shown?"]
         asker.ask("counting to four", text, str(number), NUMBERS, mine)

@@ -51,6 +51,11 @@ def food_web(rng: Rng, split: str) -> Scene:
         asker.ask("predator", [f"Which animal eats the {food}?", f"What eats the {food}?"], eater, rest, around)
         text = [f"Where does the arrow from the {food} point?", f"To which animal does the {food} arrow go?"]
         asker.ask("arrow", text, eater, rest, around)
+        canvas.describe(arrow, eaten=food, eater=eater)
+        canvas.describe(boxes[i], eater=eater)
+        canvas.describe(boxes[i + 1], eaten=food)
+    canvas.describe(boxes[0], role="start")
+    canvas.describe(boxes[-1], role="top")
     everything = [*boxes]
     if length == 3:
         text = ["Which animal is the start of the food chain?", "Which animal eats no other animal?"]

@@ -43,6 +43,7 @@ def position(rng: Rng, split: str) -> Scene:
         asker.ask("corner of a grid", text, names[k], names, [boxes[k]])
         asker.ask("color of a square", [f"What is on the {colors[k]} square?"], names[k], names, [boxes[k]])
         across, down = names[k ^ 1], names[k ^ 2]
+        canvas.describe(boxes[k], place=place, color=colors[k], across=across, down=down)
         side, height = ("right", "left")[column], ("below", "above")[row]
         text = [f"What is {side} of the {names[k]}?", f"Which thing is to the {side} of the {names[k]}?"]
         others = [n for n in names if n != names[k]]
@@ -76,6 +77,7 @@ def table(rng: Rng, split: str) -> Scene:
         box = canvas.icon(name, 39 + 38 * column + int(dx), 39 + 38 * row + int(dy), 26)
         boxes = [box, labels[row], heads[column]]
         letter = letters[row]
+        canvas.describe(box, row=letter, column=str(column + 1))
         facts.append(f"the {name} is in row {letter}, column {column + 1}.")
         text = [f"What is in row {letter}, column {column + 1}?", f"Which thing is at {cells[k]}?"]
         asker.ask("grid lookup", text, name, names, boxes)

@@ -38,6 +38,7 @@ def identify(rng: Rng, split: str) -> Scene:
     asker = Asker(rng, "identify", LOOK)
     for i, name in enumerate(names):
         side = WHERE[i]
+        canvas.describe(boxes[i], group=category_of(name), side=side if len(names) == 2 else "alone")
         for _ in range(2):
             # Either all from one category or all at random: a mixture would give the answer away.
             pool = icons(category_of(name)) if flip(rng) else icons()
@@ -64,6 +65,7 @@ def classify(rng: Rng, split: str) -> Scene:
     for i, (name, group) in enumerate(zip(names, groups, strict=True)):
         x = int(rng.integers(20, 77)) if len(names) == 1 else 24 + 48 * i + int(rng.integers(-6, 7))
         box = canvas.icon(name, x, int(rng.integers(18, 79)), int(rng.integers(24, 31)))
+        canvas.describe(box, group=group, side=WHERE[i] if len(names) == 2 else "alone")
         facts += [f"the picture shows {an(name)}.", f"the {name} is in the group {group}."]
         if len(names) == 1:
             text = ["What group is this thing in?", "Which group does this thing belong to?"]

@@ -58,6 +58,10 @@ def magnets(rng: Rng, split: str) -> Scene:
     text = ["Are the two poles in the middle the same or different?"]
     asker.ask("facing poles", text, same, ["same", "different"], inner)
     sides = ("top", "bottom") if upright else ("left", "right")
+    for box, pole, place in zip(
+        (*one, *two), first + second, ("first", "inner first", "inner second", "last"), strict=True
+    ):
+        canvas.describe(box, pole=POLES[pole], end=place, lies="upright" if upright else "flat", verb=verb)
     for pole, side, other, box in (
         (first[1], sides[0], sides[1], one[1]),
         (second[0], sides[1], sides[0], two[0]),
@@ -89,10 +93,14 @@ def force(rng: Rng, split: str) -> Scene:
     for i, gap in enumerate(gaps):
         y = 10 + 46 * i + int(rng.integers(-4, 5))
         start = 15 + (81 - 2 * long - gap) // 2
-        canvas.text(str(i + 1), 6, y + 13, 18)
+        number = canvas.text(str(i + 1), 6, y + 13, 18)
         left = _bar(canvas, start, y, long, 26, kind[0], False)
         right = _bar(canvas, start + long + gap, y, long, 26, kind[1], False)
         pairs.append(union(left[0], right[1]))
+        near_or_far = "closer" if gap == near else "farther"
+        attracts = "attract" if kind[0][1] != kind[1][0] else "repel"
+        for box in (number, *left, *right):
+            canvas.describe(box, pair=str(i + 1), gap=near_or_far, verb=attracts)
     strong = 1 if gaps[0] == near else 2
     asker = Asker(rng, "magnet force", FORCE, 0.7)
     names = ["Pair 1", "Pair 2"]

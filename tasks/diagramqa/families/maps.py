@@ -49,7 +49,11 @@ def states(rng: Rng, split: str) -> Scene:
         xs, ys = [p[0] for p in shape], [p[1] for p in shape]
         boxes.append(canvas.thing(f"{colors[k]} state", (min(xs), min(ys), max(xs) + 1, max(ys) + 1)))
         ink = (255, 255, 255) if colors[k] in DARK else INK
-        canvas.text(letters[k], sum(xs) // 4, sum(ys) // 4, 20, ink)
+        label = canvas.text(letters[k], sum(xs) // 4, sum(ys) // 4, 20, ink)
+        for box in (boxes[k], label):
+            canvas.describe(
+                box, label=letters[k], color=colors[k], place=PLACES[k], across=letters[k ^ 1], down=letters[k ^ 2]
+            )
     for k in range(4):
         row, column = divmod(k, 2)
         me = letters[k]

@@ -49,7 +49,9 @@ def punnett(rng: Rng, split: str) -> Scene:
         x, y = left + 37 * (k % 2), top + 37 * (k // 2)
         canvas.draw.rectangle([x, y, x + 36, y + 36], fill=tint, outline=INK, width=2)
         canvas.text(pair, x + 18, y + 18, 20, INK, pair)
-        boxes.append((x, y, x + 37, y + 37))
+        boxes.append(canvas.thing("box", (x, y, x + 37, y + 37)))
+        numbers = {f"number {n}": str(cells.count(name)) for n, name in enumerate(kinds)}
+        canvas.describe(boxes[-1], place=PLACES[k], genotype=pair, **numbers)
     asker = Asker(rng, "punnett", HINTS)
     if reading:
         for wording in ("Which genotype is in the {} box?", "What is in the {} box of the Punnett square?"):

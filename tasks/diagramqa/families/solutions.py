@@ -40,6 +40,10 @@ def solutions(rng: Rng, split: str) -> Scene:
     names = ["Solution A", "Solution B"]
     shift = int(rng.integers(-2, 3))
     boxes = [_beaker(canvas, rng, x + shift, n, color, s) for x, n, s in zip((4, 52), counts, "AB", strict=True)]
+    for box, n, letter in zip(boxes, counts, "AB", strict=True):
+        amount = "few" if n == few else "many"
+        share = "same" if relation == 2 else "lower" if n == few else "higher"
+        canvas.describe(box, label=letter, amount=amount, share=share, color=color)
     asker = Asker(rng, "solutions", HINTS, 0.7)
     higher = ["Solution B", "Solution A", "neither; they are the same"][relation]
     lower = ["Solution A", "Solution B", "neither; they are the same"][relation]

@@ -1,0 +1,131 @@
+"""The training code: its forward pass is the model's own, its rows are the benchmark's prompts, stages resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qapbench.tasks.diagramqa.generate import sample
+from training import train
+from training.companion import Companion
+from training.curriculum import lookup
+from training.language import NOWHERE, Joint, Language
+from training.loop import Loop
+from training.model import IMAGE, N_PATCHES, build_processor, build_tokenizers
+from training.rows import LETTERS, chunk, prompt_text
+from training.vision import Vision, pixels_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def scenes_of(modality: str, count: int) -> list:
+    return [sample(5, i, "train", modality=modality) for i in range(count)]
+
+
+def test_the_forward_pass_is_that_of_transformers(models: tuple, speller) -> None:
+    llava, _ = models
+    scenes = scenes_of("image", 2)
+    rows = [speller.row(scene.questions[0], image=True) for scene in scenes]
+    stage = Joint(llava, speller, seed=0)
+    _, prefix = stage.images(scenes)
+    part = chunk(rows, [0, 1], [NOWHERE, NOWHERE])
+    hidden, _ = stage.decoder.rows(part.ids, prefix, part.image, part.asked)
+    for i, (scene, row) in enumerate(zip(scenes, rows, strict=True)):
+        placeholders = [speller.ids(IMAGE)[0]] * N_PATCHES
+        ids = torch.tensor([speller.image_head + placeholders + row.ids])
+        out = llava(input_ids=ids, pixel_values=pixels_of([scene]), attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(
+            llava.lm_head(hidden[i, : len(row.ids)]), out[0, -len(row.ids) :], atol=2e-4, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_rows_are_the_prompts_of_the_benchmark(speller, modality: str) -> None:
+    """Head, image and row, spelled apart, are the ids that the processor makes of the whole chat."""
+    tokenizer, _ = build_tokenizers(speller.bpe)
+    processor = build_processor(tokenizer)
+    for scene in scenes_of(modality, 25):
+        question = scene.questions[0]
+        image = scene.image is not None
+        text = prompt_text(question, image).strip().removesuffix(" ASSISTANT:")
+        content = [{"type": "text", "text": text}]
+        chat = [{"role": "user", "content": [{"type": "image"}, *content] if image else content}]
+        whole = processor.apply_chat_template(chat, add_generation_prompt=True)
+        spelled = processor(images=scene.image, text=whole, return_tensors="pt")["input_ids"][0].tolist()
+        row = speller.row(question, image)
+        front = speller.image_head + [speller.ids(IMAGE)[0]] * N_PATCHES if image else []
+        assert front + row.ids[:-2] == spelled
+        assert row.ids[-2] == speller.ids(f" {LETTERS[question.answer]}")[0]
+        assert row.asked == len(row.ids) - 3
+        for end, choice in zip(row.ends, question.choices, strict=True):
+            assert speller.bpe.decode(row.ids[: end + 1]).endswith(choice)
+
+
+def test_support_is_where_the_hint_names_the_answer(speller) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        question = lookup(rng, ["lion", "cat", "boat", "apple", "drum", "key", "fox", "cake", "train", "pear"], easy=0)
+        row = speller.row(question, image=False)
+        assert row.support
+        for at in row.support:
+            assert question.choices[question.answer].startswith(speller.bpe.decode([row.ids[at]]).strip())
+
+
+def stages(models: tuple, speller, labeller) -> list:
+    llava, clip = models
+    return [
+        Vision(llava, labeller, seed=1),
+        Language(llava, speller, seed=1),
+        Joint(llava, speller, seed=1),
+        Companion(llava, clip, speller, seed=1),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_every_stage_reaches_all_that_it_trains(models, speller, labeller, which: int) -> None:
+    stage = stages(models, speller, labeller)[which]
+    loss, parts = stage.loss(0, 0.1)
+    again, _ = stage.loss(0, 0.1)
+    assert torch.equal(loss, again) and parts
+    loss.backward()
+    unreached = [
+        f"{part}.{name}"
+        for part, module in stage.trained.items()
+        for name, p in module.named_parameters()
+        if p.grad is None and "embeddings.position" not in name
+    ]
+    # The tower's own last norm belongs to the companion's joint space.
+    assert [name for name in unreached if "post_layernorm" not in name] == []
+
+
+def test_a_stage_goes_on_from_its_checkpoint(models, speller, tmp_path: Path) -> None:
+    stage = Language(models[0], speller, seed=3)
+    loop = Loop(stage, tmp_path, minutes=1, lr=1e-3, rank=0, ranks=1)
+    loop.step, loop.used = 7, 12.0
+    loop.store()
+    kept = models[0].lm_head.weight.clone()
+    with torch.no_grad():
+        models[0].lm_head.weight.zero_()
+    other = Loop(stage, tmp_path, minutes=1, lr=1e-3, rank=0, ranks=1)
+    other.resume()
+    assert (other.step, other.used) == (7, 12.0)
+    assert torch.equal(models[0].lm_head.weight, kept)
+
+
+def test_the_command_trains_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speller, labeller) -> None:
+    """A budget of a moment: one step, a learning curve, a checkpoint folder that transformers loads."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    stored = {"bpe": speller.bpe.to_str(), "slots": labeller.slots}
+    (tmp_path / "vocabulary.json").write_text(json.dumps(stored))
+    export = tmp_path / "model"
+    argv = ["train", "vision", "--minutes", "0.001", "--out", str(tmp_path), "--export", str(export)]
+    monkeypatch.setattr("sys.argv", argv)
+    threads = torch.get_num_threads()
+    train.main()
+    torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["stage"] == "vision"
+    model = AutoModelForImageTextToText.from_pretrained(export)
+    assert AutoProcessor.from_pretrained(export).tokenizer.convert_tokens_to_ids(IMAGE) == model.config.image_token_id

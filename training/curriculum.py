@@ -1,0 +1,48 @@
+"""Synthetic look-up questions, in the form of the benchmark's text-only questions.
+
+"Which option names this?" and "which value belongs to this key?" are what every other question is made of. Random
+words as keys and values leave nothing to memorise, so only the look-up itself can be learnt from them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qapbench.tasks.diagramqa.families.base import draw_some, pick
+from qapbench.tasks.diagramqa.scene import Question
+
+FORMS = [
+    # fact, question about the value, question about the key
+    ("The {k} is {v}.", ["What is the {k}?", "Which word fits the {k}?"], ["What is {v}?", "Which one is {v}?"]),
+    ("{k} has {v}.", ["What does {k} have?"], ["Who has {v}?", "Which one has {v}?"]),
+    ("{k} goes to {v}.", ["Where does {k} go?", "What belongs to {k}?"], ["What goes to {v}?"]),
+    ("At {k} is {v}.", ["What is at {k}?", "Which thing is at {k}?"], ["Where is {v}?", "Where is the {v}?"]),
+]
+EASY, HARD = "find", "lookup"
+SAME = ["Which word is {w}?", "Which of these is {w}?", "Find {w}.", "Which option says {w}?"]
+
+
+def lookup(rng: np.random.Generator, words: list[str], easy: float) -> Question:
+    """A look-up question; with probability `easy` the question itself names the answer."""
+    options = int(rng.integers(2, 5))
+    if rng.random() < easy:
+        choices = draw_some(rng, words, options)
+        answer = int(rng.integers(options))
+        return _question(pick(rng, SAME).format(w=choices[answer]), "", choices, answer, EASY)
+    pairs = int(rng.integers(2, 6))
+    drawn = draw_some(rng, words, 2 * pairs)
+    keys, values = drawn[:pairs], drawn[pairs:]
+    fact, about_value, about_key = pick(rng, FORMS)
+    hint = " ".join(fact.format(k=k, v=v) for k, v in zip(keys, values, strict=True))
+    options = min(options, pairs)
+    asked = draw_some(rng, range(pairs), options)
+    answer = int(rng.integers(options))
+    if rng.random() < 0.5:
+        text = pick(rng, about_value).format(k=keys[asked[answer]])
+        return _question(text, hint, [values[i] for i in asked], answer)
+    text = pick(rng, about_key).format(v=values[asked[answer]])
+    return _question(text, hint, [keys[i] for i in asked], answer)
+
+
+def _question(text: str, hint: str, choices: list[str], answer: int, family: str = HARD) -> Question:
+    return Question(text, hint, choices, answer, family, "language science", "grade1", "lookup")

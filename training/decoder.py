@@ -1,0 +1,186 @@
+"""The decoder's forward pass for training: one image prefix shared by several rows, and the losses on them.
+
+The mathematics is that of `LlamaForCausalLM` (a test compares the two); what differs is that keys and values of an
+image are computed once for all of its questions, and that a few attention rows can be looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .rows import Chunk
+
+LOOK, SAY, PICK = 2, 3, 4
+"""Blocks whose attention is shown the evidence, after which the answer's word is read out, and whose attention is
+shown the right option. Without these hints the two look-ups (question -> answer -> letter) did not form within the
+time that a CPU has."""
+HINTED_HEADS = 2
+
+
+class Hints(nn.Module):
+    """What exists only in training: a judge of options where they stand, and how far the look-ups have come.
+
+    Attributes:
+        mastery: [2] running share right of look-ups whose question names the answer, and of the others.
+    """
+
+    mastery: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.aux_judge = nn.Linear(width, 1)
+        self.register_buffer("mastery", torch.zeros(2))
+
+
+@dataclass
+class Prefix:
+    """Keys and values [B, heads, P, d] per block of what stands in front of rows."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2] if self.keys else 0
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin
+
+
+class Decoder:
+    """A view of a `LlavaForConditionalGeneration`'s language model.
+
+    Args:
+        options: ids of the option letters, as answers are spelled.
+    """
+
+    def __init__(self, llava: Any, options: list[int]) -> None:
+        self.options = options
+        self.core, self.head = llava.model.language_model, llava.lm_head
+        self.heads = self.core.config.num_attention_heads
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.core.embed_tokens(ids)
+
+    def prefix(self, embeds: Tensor) -> Prefix:
+        """[B, P, D] embeddings -> their keys and values."""
+        out = Prefix([], [])
+        self._blocks(embeds, None, None, out, {})
+        return out
+
+    def rows(self, ids: Tensor, prefix: Prefix | None, image: Tensor, asked: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """[R, L] rows behind their prefixes -> ([R, L, D] final states, what was looked at on the way).
+
+        Padding is on the right, where causal attention never sees it.
+        """
+        seen: dict[str, Any] = {"asked": asked}
+        owner = image if prefix is not None else None
+        x = self._blocks(self.embed(ids), prefix, owner, None, seen)
+        return self.core.norm(x), seen
+
+    def _blocks(
+        self, x: Tensor, prefix: Prefix | None, owner: Tensor | None, store: Prefix | None, seen: dict[str, Any]
+    ) -> Tensor:
+        start = prefix.length if prefix is not None else 0
+        length = x.shape[1]
+        positions = torch.arange(start, start + length, device=x.device)[None]
+        cos, sin = self.core.rotary_emb(x, positions)
+        cos, sin = cos[:, None], sin[:, None]
+        mask = None
+        if start:
+            mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
+        for i, layer in enumerate(self.core.layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(x)
+            q, k, v = (
+                proj(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            if store is not None:
+                store.keys.append(k)
+                store.values.append(v)
+            if prefix is not None and owner is not None:
+                k = torch.cat([prefix.keys[i][owner], k], dim=2)
+                v = torch.cat([prefix.values[i][owner], v], dim=2)
+            if "asked" in seen and i in (LOOK, PICK):
+                seen[i] = _row_of_attention(q, k, seen["asked"], start)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if "asked" in seen and i == SAY:
+                seen["said"] = x
+        return x
+
+
+def _row_of_attention(q: Tensor, k: Tensor, asked: Tensor, start: int) -> Tensor:
+    """[R, heads, P + L] log-attention of the asking position, in the hinted heads."""
+    rows = torch.arange(len(q), device=q.device)
+    query = q[rows, :HINTED_HEADS, asked]
+    logits = torch.einsum("rhd,rhld->rhl", query, k[:, :HINTED_HEADS]) / q.shape[-1] ** 0.5
+    later = torch.arange(k.shape[2], device=q.device)[None] > (start + asked)[:, None]
+    return logits.masked_fill(later[:, None], -torch.inf).log_softmax(-1)
+
+
+WEIGHTS = {"letter": 1.0, "word": 0.5, "look": 0.2, "pick": 0.3, "judge": 0.3, "own": 0.3, "text": 0.1}
+
+
+def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -> dict[str, Tensor]:
+    """Loss of each kind summed over rows (`text`: over tokens), the counts that they are means over, and hits."""
+    hidden, seen = decoder.rows(part.ids, prefix, part.image, part.asked)
+    rows = torch.arange(len(part.ids), device=part.ids.device)
+    start = prefix.length if prefix is not None else 0
+    out: dict[str, Tensor] = {}
+    logits = decoder.head(hidden[rows, part.asked])
+    out["letter"] = F.cross_entropy(logits, part.letter, reduction="sum")
+    out["hit"] = logits.argmax(-1) == part.letter
+    worded = part.word >= 0
+    said = decoder.head(decoder.core.norm(seen["said"][rows, part.asked][worded]))
+    out["word"] = F.cross_entropy(said, part.word[worded], reduction="sum")
+    out["word_hit"] = (said.argmax(-1) == part.word[worded]).sum()
+    out["word_n"] = worded.sum()
+    evidence = torch.cat([_padded(part.patches, start), part.support], dim=1)
+    shown = evidence.any(1)
+    if shown.any():
+        mass = seen[LOOK][shown].masked_fill(~evidence[shown][:, None], -torch.inf).logsumexp(-1)
+        out["look"] = -mass.mean(1).sum()
+        out["look_n"] = shown.sum()
+    chosen = part.ends[rows, part.answer] + start
+    out["pick"] = -seen[PICK][rows, :, chosen].mean(1).sum()
+    judged = hints.aux_judge(F.rms_norm(seen["said"], seen["said"].shape[-1:]))[..., 0]
+    judged = judged.gather(1, part.ends.clamp(min=0)).masked_fill(part.ends < 0, -torch.inf)
+    out["judge"] = F.cross_entropy(judged, part.answer, reduction="sum")
+    out["judge_hit"] = (judged.argmax(-1) == part.answer).sum()
+    ends = part.ends >= 0
+    own = decoder.head(decoder.core.norm(seen["said"][rows[:, None], part.ends.clamp(min=0)][ends]))
+    options = torch.tensor(decoder.options, device=own.device).expand(ends.shape)[ends]
+    out["own"] = F.cross_entropy(own, options, reduction="sum")
+    out["own_n"] = ends.sum()
+    inside = torch.arange(part.ids.shape[1] - 1, device=part.ids.device)[None] < part.lengths[:, None] - 1
+    inside[rows, part.asked] = False
+    text = decoder.head(hidden[:, :-1][inside])
+    out["text"] = F.cross_entropy(text, part.ids[:, 1:][inside], reduction="sum")
+    out["text_n"] = inside.sum()
+    return out
+
+
+def _padded(patches: Tensor, start: int) -> Tensor:
+    """[R, N] patch marks as marks on the prefix, whose last N places are the patches."""
+    return F.pad(patches, (start - patches.shape[1], 0)) if start else patches[:, :0]
+
+
+@torch.no_grad()
+def letters(decoder: Decoder, part: Chunk, prefix: Prefix | None) -> Tensor:
+    """[R] index of the likeliest letter among those that a row offers."""
+    hidden, _ = decoder.rows(part.ids, prefix, part.image, part.asked)
+    rows = torch.arange(len(part.ids), device=part.ids.device)
+    scores = decoder.head(hidden[rows, part.asked])[:, decoder.options]
+    return scores.masked_fill(part.ends < 0, -torch.inf).argmax(-1)

@@ -1,0 +1,65 @@
+"""What is true of each patch, as labels that a vision tower can be taught."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qapbench.tasks.diagramqa.generate import sample
+from qapbench.tasks.diagramqa.scene import Box, Scene, Thing
+
+from .model import GRID, N_PATCHES, PATCH, PATCHES_SEEN
+from .rows import Speller
+
+Slots = dict[str, list[str]]
+"""Values of each slot. The first value of "name" is "", the background."""
+
+
+def covered(boxes: Sequence[Box]) -> Tensor:
+    """[N] share of each patch that the boxes cover."""
+    mask = torch.zeros(GRID * PATCH, GRID * PATCH)
+    for x0, y0, x1, y1 in boxes:
+        mask[max(0, y0) : y1, max(0, x0) : x1] = 1
+    return mask.view(GRID, PATCH, GRID, PATCH).mean((1, 3)).flatten()
+
+
+def find_slots(seed: int, count: int = 6000) -> Slots:
+    """Every slot and value of the first training scenes."""
+    found: dict[str, Counter[str]] = {"name": Counter()}
+    for i in range(count):
+        for thing in sample(seed, i, "train", modality="image").things:
+            found["name"][thing.name] += 1
+            for slot, value in thing.about.items():
+                found.setdefault(slot, Counter())[value] += 1
+    return {slot: ([""] if slot == "name" else []) + sorted(values) for slot, values in found.items()}
+
+
+def thing_words(thing: Thing, speller: Speller) -> list[int]:
+    """The first token of every word for a thing: its name and what is true of it."""
+    name = thing.name.split()[-1] if thing.name.startswith(("letter ", "number ")) else thing.name
+    return [speller.ids(f" {text}")[0] for text in (name, *thing.about.values())]
+
+
+class Labeller:
+    """Scenes -> label matrices."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.places = {slot: i for i, slot in enumerate(slots)}
+        self.values = {slot: {value: i for i, value in enumerate(values)} for slot, values in slots.items()}
+        self.sizes = [len(values) for values in slots.values()]
+
+    def patches(self, scene: Scene) -> Tensor:
+        """[N, slots] index of the value, -1 where nothing is to be said; the smallest thing wins."""
+        out = torch.full((N_PATCHES, len(self.slots)), -1)
+        out[:, self.places["name"]] = 0
+        for thing in sorted(scene.things, key=lambda t: -(t.box[2] - t.box[0]) * (t.box[3] - t.box[1])):
+            inside = covered([thing.box]) > PATCHES_SEEN
+            for slot, value in {"name": thing.name, **thing.about}.items():
+                index = self.values.get(slot, {}).get(value)
+                if index is not None:
+                    out[inside, self.places[slot]] = index
+        return out

@@ -1,0 +1,129 @@
+"""Questions as token rows, with what the training-only losses need to know about each of them.
+
+A row is the text behind the image (or, without an image, the whole prompt), in exactly the form in which the
+benchmark asks it, followed by the letter of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from qapbench.tasks.diagramqa.scene import Question
+
+from .model import BOS, EOS
+
+LETTERS = "ABCDE"
+INSTRUCTION = "Answer with the option's letter from the given choices directly."
+HEAD = f"{BOS}USER:"
+
+
+def prompt_text(question: Question, image: bool) -> str:
+    """The prompt of lmms-eval's LLaVA-1.5 ScienceQA ("cqm_a") from behind the image, or from behind `HEAD`."""
+    hint = f"Context: {question.hint}\n" if question.hint else ""
+    options = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(question.choices))
+    return f"{chr(10) if image else ' '}{hint}{question.question}\n{options}\n{INSTRUCTION} ASSISTANT:"
+
+
+@dataclass
+class Row:
+    """One question.
+
+    Attributes:
+        ids: tokens, the answer's letter and the end of the turn last.
+        asked: position of the last prompt token, which predicts the letter.
+        word: id of the token by which the right choice differs from the others, or -1 where there is none.
+        ends: position of the last token of each option.
+        answer: index of the right option.
+        support: positions before the question that name the right choice.
+    """
+
+    ids: list[int]
+    asked: int
+    word: int
+    ends: list[int]
+    answer: int
+    support: list[int]
+
+
+class Speller:
+    """Turns questions into rows under one tokenizer."""
+
+    def __init__(self, bpe: Tokenizer) -> None:
+        self.bpe = bpe
+        self.head = self.ids(HEAD)
+        self.image_head = self.ids(f"{HEAD} ")
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids without added special tokens."""
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def key(self, question: Question) -> int:
+        """The first token of the right choice that no other choice has; -1 where there is none."""
+        spelled = [self.ids(f" {choice}") for choice in question.choices]
+        others = {t for i, choice in enumerate(spelled) if i != question.answer for t in choice}
+        return next((t for t in spelled[question.answer] if t not in others), -1)
+
+    def row(self, question: Question, image: bool) -> Row:
+        """The row of a question; without an image it starts at `HEAD`."""
+        text = prompt_text(question, image)
+        encoded = self.bpe.encode(text, add_special_tokens=False)
+        stops = [stop for _, stop in encoded.offsets]
+        at, ends = text.rindex(f"\n{LETTERS[0]}. "), []
+        for letter, choice in zip(LETTERS, question.choices, strict=False):
+            at += len(f"\n{letter}. {choice}")
+            ends.append(stops.index(at))
+        shift = 0 if image else len(self.head)
+        word = self.key(question)
+        told = text.index(question.question) if question.hint else 0
+        support = [i for i, (t, stop) in enumerate(zip(encoded.ids, stops, strict=True)) if t == word and stop <= told]
+        ids = ([] if image else self.head) + encoded.ids
+        answer = self.ids(f" {LETTERS[question.answer]}{EOS}")
+        return Row(
+            ids + answer, len(ids) - 1, word, [e + shift for e in ends], question.answer, [s + shift for s in support]
+        )
+
+
+@dataclass
+class Chunk:
+    """Rows of similar length, padded on the right.
+
+    Attributes:
+        ids: [R, L]; lengths: [R]; image: [R] index of the image a row continues (-1 for text).
+        asked, letter, word: [R]; letter is the target token at `asked`.
+        ends: [R, 5] positions of the options' last tokens, -1 where there is no such option; answer: [R].
+        support: [R, L] bool, for text; patches: [R, N] bool, the patches that the answer depends on.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    image: Tensor
+    asked: Tensor
+    letter: Tensor
+    word: Tensor
+    ends: Tensor
+    answer: Tensor
+    support: Tensor
+    patches: Tensor
+
+
+def chunk(rows: Sequence[Row], images: Sequence[int], patches: Sequence[Tensor]) -> Chunk:
+    """Rows as one padded chunk."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    support = torch.zeros(len(rows), longest, dtype=torch.bool)
+    ends = torch.full((len(rows), len(LETTERS)), -1)
+    for r, row in enumerate(rows):
+        ids[r, : len(row.ids)] = torch.tensor(row.ids)
+        support[r, row.support] = True
+        ends[r, : len(row.ends)] = torch.tensor(row.ends)
+    asked = torch.tensor([row.asked for row in rows])
+    return Chunk(
+        ids, torch.tensor([len(row.ids) for row in rows]), torch.tensor(images), asked,
+        ids.gather(1, asked[:, None] + 1)[:, 0], torch.tensor([row.word for row in rows]), ends,
+        torch.tensor([row.answer for row in rows]), support, torch.stack(list(patches)),
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""The vision tower's stage: what is true of each patch, and, for the CLS token, of the whole image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qapbench.tasks.diagramqa.generate import sample
+from qapbench.tasks.diagramqa.scene import Scene
+
+from .labels import Labeller
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+IMAGES = 32
+
+
+def pixels_of(scenes: list[Scene]) -> Tensor:
+    """[B, 3, H, W], as CLIP's processor normalises."""
+    images = np.stack([np.asarray(scene.image) for scene in scenes])
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+
+
+def see(llava: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches of hidden state -2, which the projector takes, and the CLS token of the last layer."""
+    out = llava.model.vision_tower(pixels, output_hidden_states=True)
+    return out.hidden_states[-2][:, 1:], out.last_hidden_state[:, 0]
+
+
+class Heads(nn.Module):
+    """Heads that exist only in training: values of slots, per patch and for the image."""
+
+    def __init__(self, width: int, values: int) -> None:
+        super().__init__()
+        self.aux_norm = nn.LayerNorm(width)
+        self.aux_patch = nn.Linear(width, values)
+        self.aux_image = nn.Linear(width, values)
+
+
+class Vision:
+    """Trains the vision tower alone."""
+
+    name = "vision"
+
+    def __init__(self, llava: Any, labeller: Labeller, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        self.llava, self.labeller = llava, labeller
+        self.seed, self.rank, self.ranks = seed, rank, ranks
+        self.heads = Heads(llava.config.vision_config.hidden_size, sum(labeller.sizes))
+        self.trained: dict[str, nn.Module] = {"tower": llava.model.vision_tower, "heads": self.heads}
+
+    def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        del progress
+        first = (step * self.ranks + self.rank) * IMAGES
+        scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(IMAGES)]
+        return self.score(scenes)
+
+    def score(self, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy of slots at patches and of what the CLS token says of the image; share right."""
+        patches, cls = see(self.llava, pixels_of(scenes))
+        labels = torch.stack([self.labeller.patches(scene) for scene in scenes])
+        total, logged = torch.zeros(()), {}
+        parts = self.heads.aux_patch(self.heads.aux_norm(patches)).split(self.labeller.sizes, dim=-1)
+        right = said = 0
+        for (slot, place), scores in zip(self.labeller.places.items(), parts, strict=True):
+            label = labels[..., place]
+            # Half of an image is background: a fifth of it is enough.
+            kept = (label >= 0) if slot != "name" else (label > 0) | (torch.arange(label.shape[1]) % 5 == 0)
+            if not kept.any():
+                continue
+            total = total + F.cross_entropy(scores[kept], label[kept], reduction="sum")
+            hits = scores[kept].argmax(-1) == label[kept]
+            logged[slot] = float(hits.float().mean())
+            right, said = right + int(hits.sum()), said + len(hits)
+        bag = torch.zeros(len(scenes), sum(self.labeller.sizes))
+        offset = 0
+        for place, size in enumerate(self.labeller.sizes):
+            label = labels[..., place]
+            for image in range(len(scenes)):
+                there = label[image][label[image] >= 0].unique()
+                bag[image, offset + there] = 1
+            offset += size
+        bag[:, 0] = 0
+        bag = bag / bag.sum(-1, keepdim=True).clamp(min=1)
+        whole = -(self.heads.aux_image(F.layer_norm(cls, cls.shape[-1:])).log_softmax(-1) * bag).sum(-1).mean()
+        patch = total / said
+        shown = {key: logged[key] for key in ("name", "across", "eater", "count", "rank", "share") if key in logged}
+        return patch + 0.2 * whole, {
+            "patch": float(patch.detach()),
+            "cls": float(whole.detach()),
+            "right": right / said,
+            **shown,
+        }
+
+    @torch.no_grad()
+    def validate(self, count: int = 192) -> dict[str, Any]:
+        """The same on scenes of the validation split."""
+        _, logged = self.score([sample(0, i, "val", modality="image") for i in range(count)])
+        return {f"val_{key}": round(value, 4) for key, value in logged.items()}
