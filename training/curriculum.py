@@ -1,10 +1,12 @@
-"""Synthetic look-up questions, in the form of the benchmark's text-only questions.
+"""Synthetic look-up: questions in the form of the benchmark's text-only ones, and drills.
 
 "Which option names this?" and "which value belongs to this key?" are what every other question is made of. Random
 words as keys and values leave nothing to memorise, so only the look-up itself can be learnt from them.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,3 +48,44 @@ def lookup(rng: np.random.Generator, words: list[str], easy: float) -> Question:
 
 def _question(text: str, hint: str, choices: list[str], answer: int, family: str = HARD) -> Question:
     return Question(text, hint, choices, answer, family, "language science", "grade1", "lookup")
+
+
+@dataclass
+class Drill:
+    """Text in which every other word has to be answered at once: look-up without a question around it.
+
+    Attributes:
+        facts: the text in front, piece by piece.
+        names: the two words of each fact.
+        asked: (word, answer that has to come next, index of the fact that tells it).
+        option: whether the facts are options and the answers their letters; else one of a fact's words is asked for
+            by the other.
+    """
+
+    facts: list[str]
+    names: list[tuple[str, str]]
+    asked: list[tuple[str, str, int]]
+    option: bool
+
+
+def drill(rng: np.random.Generator, words: list[str]) -> Drill:
+    """Options and words to find among them, or pairs and keys to look up: a dozen answers in a row of text.
+
+    Look-up circuits form under dense targets only; what they learn here on a word that stands in the text, the
+    questions use on a word that the decoder has said to itself.
+    """
+    option = bool(rng.random() < 0.5)
+    count = int(rng.integers(2, 6))
+    drawn = draw_some(rng, words, 2 * count)
+    keys, values = drawn[:count], drawn[count:]
+    if option:
+        shown = [" ".join(pair) for pair in zip(keys, values, strict=True)] if rng.random() < 0.2 else keys
+        facts = [f"\n{letter}. {text}" for letter, text in zip("ABCDE", shown, strict=False)]
+        asked, answers = [text.split(" ")[-1] for text in shown], list("ABCDE"[:count])
+    else:
+        fact = pick(rng, FORMS)[0]
+        facts = [" " + fact.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
+        asked, answers = (keys, values) if rng.random() < 0.5 else (values, keys)
+    order = [int(i) for _ in range(3) for i in rng.permutation(count)][:12]
+    names = list(zip(keys, values, strict=True))
+    return Drill(facts, names, [(asked[i], answers[i], i) for i in order], option)

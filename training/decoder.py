@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rows import Chunk
+from .rows import Chunk, DrillRows
 
-LOOK, SAY, PICK = 2, 3, 4
-"""Blocks whose attention is shown the evidence, after which the answer's word is read out, and whose attention is
-shown the right option. Without these hints the two look-ups (question -> answer -> letter) did not form within the
-time that a CPU has."""
+TELL, LOOK, PICK = 1, 3, 4
+"""Blocks whose attention is shown the two words of a sentence (at its end), the evidence, and the right option. The
+answer's word is read out after LOOK. Without these hints the two look-ups (question -> answer -> letter) did not form
+within the time that a CPU has."""
 HINTED_HEADS = 2
 
 
@@ -70,20 +70,32 @@ class Decoder:
     def embed(self, ids: Tensor) -> Tensor:
         return self.core.embed_tokens(ids)
 
+    def say(self, states: Tensor) -> Tensor:
+        """Logits of the word that states in mid-depth stand for, in the space of the embeddings: what the decoder says
+        to itself is then the same to later blocks as a word that stands in the text."""
+        return F.rms_norm(states, states.shape[-1:]) @ self.core.embed_tokens.weight.T * 0.2
+
     def prefix(self, embeds: Tensor) -> Prefix:
         """[B, P, D] embeddings -> their keys and values."""
         out = Prefix([], [])
         self._blocks(embeds, None, None, out, {})
         return out
 
-    def rows(self, ids: Tensor, prefix: Prefix | None, image: Tensor, asked: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def rows(
+        self,
+        ids: Tensor,
+        prefix: Prefix | None,
+        image: Tensor | None,
+        asked: Tensor,
+        row: Tensor | None = None,
+        told: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
         """[R, L] rows behind their prefixes -> ([R, L, D] final states, what was looked at on the way).
 
         Padding is on the right, where causal attention never sees it.
         """
-        seen: dict[str, Any] = {"asked": asked}
-        owner = image if prefix is not None else None
-        x = self._blocks(self.embed(ids), prefix, owner, None, seen)
+        seen: dict[str, Any] = {"asked": asked, "row": row, "told": told}
+        x = self._blocks(self.embed(ids), prefix, image, None, seen)
         return self.core.norm(x), seen
 
     def _blocks(
@@ -111,26 +123,29 @@ class Decoder:
             if prefix is not None and owner is not None:
                 k = torch.cat([prefix.keys[i][owner], k], dim=2)
                 v = torch.cat([prefix.values[i][owner], v], dim=2)
-            if "asked" in seen and i in (LOOK, PICK):
-                seen[i] = _row_of_attention(q, k, seen["asked"], start)
+            if "asked" in seen and i in (TELL, LOOK, PICK):
+                seen[i] = _row_of_attention(q, k, seen["asked"], start, seen["row"])
+                if seen["told"] is not None:
+                    row, end, *_ = seen["told"].T
+                    seen[i, "told"] = _row_of_attention(q, k, end, start, row)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            if "asked" in seen and i == SAY:
+            if "asked" in seen and i == LOOK:
                 seen["said"] = x
         return x
 
 
-def _row_of_attention(q: Tensor, k: Tensor, asked: Tensor, start: int) -> Tensor:
-    """[R, heads, P + L] log-attention of the asking position, in the hinted heads."""
-    rows = torch.arange(len(q), device=q.device)
-    query = q[rows, :HINTED_HEADS, asked]
-    logits = torch.einsum("rhd,rhld->rhl", query, k[:, :HINTED_HEADS]) / q.shape[-1] ** 0.5
+def _row_of_attention(q: Tensor, k: Tensor, asked: Tensor, start: int, row: Tensor | None) -> Tensor:
+    """[Q, heads, P + L] log-attention of the asking positions (one a row unless `row` says whose they are)."""
+    query = q[torch.arange(len(q), device=q.device) if row is None else row, :HINTED_HEADS, asked]
+    k = k[:, :HINTED_HEADS] if row is None else k[row, :HINTED_HEADS]
+    logits = torch.einsum("rhd,rhld->rhl", query, k) / q.shape[-1] ** 0.5
     later = torch.arange(k.shape[2], device=q.device)[None] > (start + asked)[:, None]
     return logits.masked_fill(later[:, None], -torch.inf).log_softmax(-1)
 
 
-WEIGHTS = {"letter": 1.0, "word": 0.5, "look": 0.2, "pick": 0.3, "judge": 0.3, "own": 0.3, "text": 0.1}
+WEIGHTS = {"letter": 1.0, "word": 0.5, "look": 0.3, "pick": 0.3, "tell": 0.2, "judge": 0.3, "own": 0.3, "text": 0.1}
 
 
 def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -> dict[str, Tensor]:
@@ -143,7 +158,7 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
     out["letter"] = F.cross_entropy(logits, part.letter, reduction="sum")
     out["hit"] = logits.argmax(-1) == part.letter
     worded = part.word >= 0
-    said = decoder.head(decoder.core.norm(seen["said"][rows, part.asked][worded]))
+    said = decoder.say(seen["said"][rows, part.asked][worded])
     out["word"] = F.cross_entropy(said, part.word[worded], reduction="sum")
     out["word_hit"] = (said.argmax(-1) == part.word[worded]).sum()
     out["word_n"] = worded.sum()
@@ -170,6 +185,30 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
     out["text"] = F.cross_entropy(text, part.ids[:, 1:][inside], reduction="sum")
     out["text_n"] = inside.sum()
     return out
+
+
+def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:
+    """Loss of each kind over the answers of drills, summed, with counts and hits."""
+    hidden, seen = decoder.rows(part.ids, None, None, part.at, part.row, part.told if len(part.told) else None)
+    out: dict[str, Tensor] = {}
+    logits = decoder.head(hidden[part.row, part.at])
+    each = F.cross_entropy(logits, part.answer, reduction="none")
+    hits = logits.argmax(-1) == part.answer
+    queries = torch.arange(len(part.at), device=part.at.device)
+    for name, block, mine in (("pick", PICK, part.option), ("look", LOOK, ~part.option)):
+        if mine.any():
+            mass = seen[block][queries, :, part.evidence].mean(1)
+            out |= {name: -mass[mine].sum(), f"{name}_n": mine.sum(), f"{name}_hit": hits[mine].sum()}
+    if len(part.told):
+        facts = torch.arange(len(part.told), device=part.at.device)
+        mass = [seen[TELL, "told"][facts, head, part.told[:, 2 + head]] for head in range(HINTED_HEADS)]
+        out |= {"tell": -sum(mass).sum() / HINTED_HEADS, "tell_n": torch.tensor(len(facts))}
+    values = ~part.option
+    if values.any():
+        said = decoder.say(seen["said"][part.row, part.at][values])
+        out |= {"word": F.cross_entropy(said, part.answer[values], reduction="sum"), "word_n": values.sum()}
+        out["word_hit"] = (said.argmax(-1) == part.answer[values]).sum()
+    return out | {"letter": each.sum(), "letter_n": torch.tensor(len(each))}
 
 
 def _padded(patches: Tensor, start: int) -> Tensor:

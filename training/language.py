@@ -15,15 +15,16 @@ from qapbench.tasks.diagramqa.draw import icons
 from qapbench.tasks.diagramqa.generate import sample
 from qapbench.tasks.diagramqa.scene import Question, Scene
 
-from .curriculum import EASY, HARD, lookup
-from .decoder import WEIGHTS, Decoder, Hints, Prefix, letters, losses
+from .curriculum import EASY, HARD, drill, lookup
+from .decoder import WEIGHTS, Decoder, Hints, Prefix, drill_losses, letters, losses
 from .labels import covered, thing_words
 from .model import N_PATCHES, PATCHES_SEEN
-from .rows import LETTERS, Chunk, Row, Speller, chunk
+from .rows import LETTERS, Chunk, Row, Speller, chunk, drill_rows
 from .vision import pixels_of, see
 
-TEXT_ROWS, IMAGES, QUESTIONS = 64, 12, 6
+TEXT_ROWS, DRILLS, IMAGES, QUESTIONS = 48, 24, 12, 6
 Item = tuple[Row, int, Tensor, str]  # row, its image, the patches it depends on, its family
+HINTS = ("look", "pick", "judge", "own")  # they fade out
 NOWHERE = torch.zeros(N_PATCHES, dtype=torch.bool)
 
 
@@ -60,7 +61,16 @@ class Language:
         return [(self.speller.row(question, image=False), -1, NOWHERE, question.family) for question in questions]
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        return self.combined({"t": (self.text_items(self.rng(step), step, TEXT_ROWS), None)}, progress)
+        rng = self.rng(step)
+        total, logged = self.combined({"t": (self.text_items(rng, step, TEXT_ROWS), None)}, progress)
+        # Drills give way to questions as look-up is mastered.
+        drills = [drill(rng, self.words) for _ in range(max(4, round(DRILLS * (1 - logged["lookup"]))))]
+        found = drill_losses(self.decoder, drill_rows(drills, self.speller))
+        for name in ("pick", "look", "word"):
+            if f"{name}_hit" in found:
+                logged[f"drill_{name}_loss"] = float(found[name].detach() / found[f"{name}_n"])
+                logged[f"drill_{name}"] = float(found[f"{name}_hit"] / found[f"{name}_n"])
+        return total + sum(WEIGHTS[key] * found[key] / found[f"{key}_n"] for key in WEIGHTS if key in found), logged
 
     def combined(self, kinds: dict[str, tuple[list[Item], Prefix | None]], progress: float) -> Any:
         """Weighted losses over rows of each kind, in chunks of similar length."""
@@ -86,7 +96,7 @@ class Language:
         total = torch.zeros(())
         for key, weight in WEIGHTS.items():
             if key in sums:
-                factor = weight * (fade if key in ("look", "pick", "judge") else 1.0)
+                factor = weight * (fade if key in HINTS else 1.0)
                 mean = sums[key] / max(1, int(sums.get(f"{key}_n", sums["n"])))
                 total = total + factor * mean
                 logged[key] = float(mean.detach())
@@ -165,8 +175,7 @@ class Joint(Language):
                     words += spelled
                     weights += [1 / len(spelled)] * len(spelled)
         flat = features.flatten(0, 1)[torch.tensor(where)]
-        logits = F.rms_norm(flat, flat.shape[-1:]) @ self.decoder.core.embed_tokens.weight.T * 0.1
-        each = F.cross_entropy(logits, torch.tensor(words), reduction="none")
+        each = F.cross_entropy(self.decoder.say(flat), torch.tensor(words), reduction="none")
         weight = torch.tensor(weights)
         return (each * weight).sum() / weight.sum()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qapbench.tasks.diagramqa.scene import Question
 
+from .curriculum import Drill
 from .model import BOS, EOS
 
 LETTERS = "ABCDE"
@@ -39,7 +40,7 @@ class Row:
         word: id of the token by which the right choice differs from the others, or -1 where there is none.
         ends: position of the last token of each option.
         answer: index of the right option.
-        support: positions before the question that name the right choice.
+        support: where the sentences of the hint end that name the right choice.
     """
 
     ids: list[int]
@@ -80,12 +81,38 @@ class Speller:
         shift = 0 if image else len(self.head)
         word = self.key(question)
         told = text.index(question.question) if question.hint else 0
-        support = [i for i, (t, stop) in enumerate(zip(encoded.ids, stops, strict=True)) if t == word and stop <= told]
+        support = []
+        for i, (token, stop) in enumerate(zip(encoded.ids, stops, strict=True)):
+            if token == word and stop <= told:
+                end = text.find(".", stop)
+                support += [stops.index(end + 1)] if end + 1 in stops[i:] and end < told else [i]
         ids = ([] if image else self.head) + encoded.ids
         answer = self.ids(f" {LETTERS[question.answer]}{EOS}")
         return Row(
             ids + answer, len(ids) - 1, word, [e + shift for e in ends], question.answer, [s + shift for s in support]
         )
+
+
+@dataclass
+class DrillRows:
+    """Drills of one batch, padded on the right.
+
+    Attributes:
+        ids: [R, L].
+        row, at: [Q] where an answer is due: the last token of the word that is asked about.
+        answer: [Q] the token that has to come next.
+        evidence: [Q] position of the last token of the fact that tells it.
+        option: [Q] bool, of which kind the drill is.
+        told: [F, 4] row of each fact that pairs two words, where it ends, and where its words are.
+    """
+
+    ids: Tensor
+    row: Tensor
+    at: Tensor
+    answer: Tensor
+    evidence: Tensor
+    option: Tensor
+    told: Tensor
 
 
 @dataclass
@@ -109,6 +136,32 @@ class Chunk:
     answer: Tensor
     support: Tensor
     patches: Tensor
+
+
+def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
+    """Drills as token rows: the facts, then word and answer by turns."""
+    rows, queries, told = [], [], []
+    for r, drill in enumerate(drills):
+        ids, ends = list(speller.head), []
+        for fact, pair in zip(drill.facts, drill.names, strict=True):
+            new, start = speller.ids(fact), len(ids)
+            ids += new
+            ends.append(len(ids) - 1)
+            tokens = [speller.ids(f" {name}")[-1] for name in pair]
+            if not drill.option and all(token in new for token in tokens):
+                told.append((r, ends[-1], *(start + new.index(token) for token in tokens)))
+        ids += speller.ids(f"\n{INSTRUCTION}" if drill.option and r % 2 else "\n")
+        for word, answer, fact in drill.asked:
+            ids += speller.ids(f" {word}")
+            token = speller.ids(f" {answer}")[0]
+            queries.append((r, len(ids) - 1, token, ends[fact], drill.option))
+            ids.append(token)
+        rows.append(ids)
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for r, row in enumerate(rows):
+        padded[r, : len(row)] = torch.tensor(row)
+    row, at, answer, evidence, option = (torch.tensor(column) for column in zip(*queries, strict=True))
+    return DrillRows(padded, row, at, answer, evidence, option, torch.tensor(told).view(-1, 4))
 
 
 def chunk(rows: Sequence[Row], images: Sequence[int], patches: Sequence[Tensor]) -> Chunk:

@@ -31,7 +31,7 @@ from .vision import Vision
 from .vocabulary import build_bpe
 
 STAGES = ("vision", "language", "joint", "companion")
-LEARNING_RATE = {"vision": 3e-3, "language": 3e-3, "joint": 2e-3, "companion": 2e-3}
+LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "joint": 2e-3, "companion": 2e-3}
 
 
 def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Module]) -> None:

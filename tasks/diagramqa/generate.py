@@ -3,7 +3,7 @@
 ``sample(seed, index, split)`` depends on nothing but its arguments. Splits are disjoint by construction: the
 checksum of an image (or of a text-only question) decides which split may contain it.
 
-    python -m qapbench.tasks.diagramqa.generate --split test --seed 2026 --n 2400 --out test.parquet
+    python -m qapbench.tasks.diagramqa.generate --split test --seed 2026 --images 2400 --texts 1200 --out test.parquet
     python -m qapbench.tasks.diagramqa.generate --sheet sheet.png
 """
 
@@ -13,6 +13,7 @@ import argparse
 import functools
 import io
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,14 +107,18 @@ def png_bytes(scene: Scene) -> bytes:
     return stream.getvalue()
 
 
-def build(split: str, seed: int, n: int) -> pd.DataFrame:
-    """``n`` questions of a split, one half with an image; at most two questions share an image."""
+def build(split: str, seed: int, images: int, texts: int) -> pd.DataFrame:
+    """Questions of a split, with and without an image; at most two questions share an image.
+
+    The rows are ordered such that every beginning of them is stratified: each family is spread evenly, so the first n
+    rows hold its share to within one question.
+    """
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
     seen: set[int] = set()
     index = 0
-    left = {"image": n // 2, "text": n - n // 2}
+    left = {"image": images, "text": texts}
     while sum(left.values()):
         for modality in ("image", "text"):
             if not left[modality]:
@@ -131,7 +136,19 @@ def build(split: str, seed: int, n: int) -> pd.DataFrame:
                 left[modality] -= 1
                 rows.append(_row(f"{split}-{seed}-{modality}-{index}-{taken}", question, image))
         index += 1
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(_spread(rows), columns=COLUMNS)
+
+
+def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with each family at even distances; questions of one image keep together where families allow."""
+    sizes = Counter(row["family"] for row in rows)
+    met: Counter[str] = Counter()
+    places = []
+    for row in rows:
+        name = row["family"]
+        places.append(((met[name] + 0.5) / sizes[name], name))
+        met[name] += 1
+    return [rows[i] for i in sorted(range(len(rows)), key=places.__getitem__)]
 
 
 def _row(pid: str, question: Question, image: dict[str, Any] | None) -> dict[str, Any]:
@@ -179,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Generate DiagramQA.")
     parser.add_argument("--split", default="test", choices=list(SPLITS))
     parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--n", type=int, default=2400, help="number of questions")
+    parser.add_argument("--images", type=int, default=2400, help="number of questions with an image")
+    parser.add_argument("--texts", type=int, default=1200, help="number of questions without one")
     parser.add_argument("--out", type=Path, help="parquet file to write")
     parser.add_argument("--sheet", type=Path, help="draw a contact sheet of the image families instead")
     args = parser.parse_args(argv)
@@ -188,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
 
         contact_sheet(args.seed, args.split).save(args.sheet, optimize=True)
     elif args.out is not None:
-        write(build(args.split, args.seed, args.n), args.out)
+        write(build(args.split, args.seed, args.images, args.texts), args.out)
     else:
         parser.error("give --out or --sheet")
 
