@@ -70,6 +70,8 @@ class Language:
             if f"{name}_hit" in found:
                 logged[f"drill_{name}_loss"] = float(found[name].detach() / found[f"{name}_n"])
                 logged[f"drill_{name}"] = float(found[f"{name}_hit"] / found[f"{name}_n"])
+        if "tell" in found:
+            logged["drill_tell_loss"] = float(found["tell"].detach() / found["tell_n"])
         return total + sum(WEIGHTS[key] * found[key] / found[f"{key}_n"] for key in WEIGHTS if key in found), logged
 
     def combined(self, kinds: dict[str, tuple[list[Item], Prefix | None]], progress: float) -> Any:

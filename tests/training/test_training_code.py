@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from qapbench.tasks.diagramqa.draw import icons
 from qapbench.tasks.diagramqa.generate import sample
 from training import train
 from training.companion import Companion
@@ -65,13 +66,15 @@ def test_rows_are_the_prompts_of_the_benchmark(speller, modality: str) -> None:
 
 def test_support_is_where_the_hint_names_the_answer(speller) -> None:
     rng = np.random.default_rng(0)
+    words = [name for name in icons() if len(speller.ids(f" {name}")) == 1]
+    assert len(words) > 30
     for _ in range(30):
-        question = lookup(rng, ["lion", "cat", "boat", "apple", "drum", "key", "fox", "cake", "train", "pear"], easy=0)
+        question = lookup(rng, words, easy=0)
         row = speller.row(question, image=False)
         assert row.support
         for at in row.support:
-            sentence = speller.bpe.decode(row.ids[: at + 1]).removesuffix(".").rpartition(".")[2]
-            assert question.choices[question.answer] in sentence and row.ids[at] == speller.ids(".")[0]
+            sentence = speller.bpe.decode(row.ids[: at + 1]).rpartition(".")[2]
+            assert question.choices[question.answer] in sentence
 
 
 def stages(models: tuple, speller, labeller) -> list:
