@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .family import Family
 
 MIDDLE = 9 / 24  # depth of the layer that HiPrune finds objects in
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+EMPTY: Mapping[nn.Module, str] = {}
 RECEIVED = "the tower has no CLS token; attention received from all patches stands in"
 
 
@@ -137,24 +138,30 @@ class TowerFamily(Family):
 
 
 @contextlib.contextmanager
-def recorded(outputs: list[tuple[nn.Module, str]], inputs: Mapping[nn.Module, str]) -> Iterator[dict[str, Tensor]]:
-    """A dict that fills with what these modules give, and what is given to these, while they run."""
-    seen: dict[str, Tensor] = {}
+def recorded(
+    outputs: Iterable[tuple[nn.Module, str]], inputs: Mapping[nn.Module, str], calls: Mapping[nn.Module, str] = EMPTY
+) -> Iterator[dict[str, Any]]:
+    """A dict that fills while these modules run: with what they give, what they are given, the keywords of a call."""
+    seen: dict[str, Any] = {}
 
-    def keep(name: str) -> Any:
+    def keep_output(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             seen[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    def keep_input(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            seen[name] = args[0]
+    def keep_input(name: str, keywords: bool) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            seen[name] = kwargs if keywords else args[0]
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for module, name in outputs]
-    handles += [module.register_forward_pre_hook(keep_input(name)) for module, name in inputs.items()]
+    handles = [module.register_forward_hook(keep_output(name)) for module, name in outputs]
+    for named, keywords in ((inputs, False), (calls, True)):
+        handles += [
+            module.register_forward_pre_hook(keep_input(name, keywords), with_kwargs=True)
+            for module, name in named.items()
+        ]
     try:
         yield seen
     finally:

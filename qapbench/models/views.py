@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qapbench.tokens import VisionTokens
-
-NO_ROW = -1  # of a place that no separator closes
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,21 @@ class Views:
     tokens: VisionTokens
     owners: list[int]
     places: Tensor
+
+    @staticmethod
+    def grouped(views: Iterable[Views]) -> list[Views]:
+        """Views of one grid together, in the order in which each grid comes first."""
+        groups: dict[tuple[int, int] | int, list[Views]] = {}
+        for view in views:
+            groups.setdefault(view.tokens.grid or view.tokens.count, []).append(view)
+        return [
+            Views(
+                VisionTokens.cat([view.tokens for view in group]),
+                [owner for view in group for owner in view.owners],
+                torch.cat([view.places for view in group]),
+            )
+            for group in groups.values()
+        ]
 
 
 @dataclass(frozen=True)
