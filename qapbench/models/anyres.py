@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class AnyResFamily(TowerFamily):
     belongs to the tile that its centre is in.
     """
 
-    image_inputs = ("pixel_values", "image_sizes")
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
 
     @abc.abstractmethod
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from qapbench.errors import UserError, nearest
 
+from .layouts import layout_of
 from .views import Seen
 
 _families: dict[str, type[Family]] = {}
@@ -149,6 +150,8 @@ def family(model_type: str) -> Callable[[type[Family]], type[Family]]:
 
 def default_tower(config: Mapping[str, Any]) -> str | None:
     """The default text tower of a checkpoint, by its config.json."""
+    if layout := layout_of(config):
+        return layout.default_text_tower(config)
     cls = _families.get(str(config.get("model_type")))
     return cls.default_text_tower(config) if cls else None
 

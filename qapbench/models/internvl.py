@@ -23,7 +23,7 @@ class InternVL(Family):
     """Every tile is pruned by itself, the thumbnail (the last one, where there are several) as well.
 
     A token is four patches side by side, which is what `patches` holds; its attention and its keys are the mean over
-    these. The CLS token has a quarter of that width and cannot take part in the projector's input, so it is not offered.
+    these. The CLS token has a quarter of that width and does not fit the projector, so it is not offered.
     """
 
     processor_class = "InternVLProcessor"
