@@ -107,7 +107,8 @@ class InternVL(Family):
         return [length // tokens.count for length in lengths]
 
     def _fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
-        heads, found = self.model.config.vision_config.num_attention_heads, {}
+        heads = self.model.config.vision_config.num_attention_heads
+        found: dict[str, Any] = {}
         attention = {
             "cls_attention": (cls_row, "", heads), "last_cls_attention": (cls_row, "last_", 1),
             "attention_received": (received, "", heads), "middle_attention_received": (received, "middle_", heads),
