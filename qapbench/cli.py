@@ -94,8 +94,19 @@ def validate(spec: SpecArgument, changes: SetOption = None) -> None:
 
 
 @app.command("list")
-def list_items(kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ...")] = None) -> None:
-    """List what is registered."""
+def list_items(
+    kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ...")] = None,
+    matrix: Annotated[bool, typer.Option(help="Run every pruner on a tiny model of every family.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List what is registered; with --matrix, which pruner runs on which model family."""
+    if matrix:
+        _list_matrix(as_json)
+        return
+    if as_json:
+        items = [registry.describe(name) for registry in _registries(kind) for name in registry.names()]
+        typer.echo(json.dumps(items))
+        return
     for registry in _registries(kind):
         table = Table(title=registry.kind, title_justify="left")
         table.add_column("name", style="bold")
@@ -106,6 +117,33 @@ def list_items(kind: Annotated[str | None, typer.Argument(help="metric, quantize
             params = ", ".join(f"{k}={v.default!r}" for k, v in fields.items())
             table.add_row(escape(entry.name), escape(params), escape(entry.doc.partition("\n")[0]))
         out.print(table)
+
+
+def _list_matrix(as_json: bool) -> None:
+    from .matrix import run_matrix
+
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)  # what it warns of is in the table
+    cells = list(run_matrix())
+    if as_json:
+        typer.echo(json.dumps([cell.to_json() for cell in cells]))
+        return
+    found = {(cell.pruner, cell.family): cell for cell in cells}
+    families = list(dict.fromkeys(cell.family for cell in cells))
+    table = Table(title="pruner x model family, as found by running", title_justify="left")
+    for column in ("pruner", *families):
+        table.add_column(column)
+    marks: dict[str, int] = {}
+    for pruner in dict.fromkeys(cell.pruner for cell in cells):
+        row = []
+        for family in families:
+            cell = found[pruner, family]
+            said = [cell.reason] if cell.reason else cell.notes
+            numbers = "".join(f" [{marks.setdefault(text, len(marks) + 1)}]" for text in said)
+            row.append(escape(f"{cell.outcome}{numbers}"))
+        table.add_row(pruner, *row)
+    out.print(table)
+    for text, number in marks.items():
+        out.print(escape(f"[{number}] {text}"), soft_wrap=True, highlight=False)
 
 
 @app.command()
