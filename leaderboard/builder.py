@@ -41,9 +41,7 @@ HINTS = {
 }
 
 
-def build(
-    records: list[dict[str, Any]], out: Path | str, title: str = TITLE, runs: Path | str | None = None
-) -> Path:
+def build(records: list[dict[str, Any]], out: Path | str, title: str = TITLE, runs: Path | str | None = None) -> Path:
     """Write the page to `out` (an .html file) and the rows to its .csv and .json siblings; return `out`.
 
     Args:

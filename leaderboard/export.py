@@ -20,7 +20,7 @@ FIELDS = ["kind", "rank", "name", "model", "quantization", "pruner", "sensitivit
 FIELDS += ["tokens", "tokens_min", "tokens_max", "kept", "merged", "available"]
 VERSUS = ["name", "difference", "low", "high", "p", "q", "gained", "lost"]
 LAST_FIELDS = ["moved", "receipt", "fallbacks", "run_id", "created", "stand_in"]
-_NUMBER = re.compile(r"[+-]\d+(\.\d+)?")
+_NUMBER = re.compile(r"-\d+(\.\d+)?")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -59,7 +59,7 @@ def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
             line += [percent(cell.accuracy), cell.k, cell.n, percent(cell.low), percent(cell.high)]
         for kind in REFERENCES:
             versus = row.against.get(kind)
-            shares = [signed(getattr(versus, part)) for part in VERSUS[1:4]] if versus else [""] * 3
+            shares = [percent(getattr(versus, part)) for part in VERSUS[1:4]] if versus else [""] * 3
             rest = [getattr(versus, part) for part in VERSUS[4:]] if versus else [None] * len(VERSUS[4:])
             line += [versus.name if versus else "", *shares, *rest]
         line += [getattr(row, name) for name in LAST_FIELDS]

@@ -125,7 +125,9 @@ def leaderboard(
     runs: RunsOption = Path("runs"),
     page: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("leaderboard.html"),
     check: Annotated[Path | None, typer.Option(help="Verify a record (or its folder) instead.")] = None,
-    data: Annotated[str | None, typer.Option(help="For --check: the data, where the record's path is not here.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="For --check: the data, where the record's path is not here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For --check: print JSON.")] = False,
 ) -> None:
     """Write one offline HTML page of every record below RUNS, or verify one record."""

@@ -166,15 +166,11 @@ def _divergence(before: Tensor, after: Tensor) -> Tensor:
 def _error_terms(quantized: Sequence[Tensor], full: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Squared norms of the states and of their error, by layer and token: [layers, (C,) L] float64 each."""
     size = torch.stack([h.double().square().sum(dim=-1) for h in full])
-    wrong = torch.stack(
-        [(q.double() - h.double()).square().sum(dim=-1) for q, h in zip(quantized, full, strict=True)]
-    )
+    wrong = torch.stack([(q.double() - h.double()).square().sum(dim=-1) for q, h in zip(quantized, full, strict=True)])
     return (size[:, 0], wrong[:, 0]) if size.shape[1] == 1 else (size, wrong)
 
 
-def _growth(
-    size: Tensor, wrong: Tensor, gone: Sequence[Tensor], start: int, without: tuple[Tensor, Tensor]
-) -> Tensor:
+def _growth(size: Tensor, wrong: Tensor, gone: Sequence[Tensor], start: int, without: tuple[Tensor, Tensor]) -> Tensor:
     """[C]: relative error of the tokens that stay, mean over layers, with the unit gone minus with it there."""
     there = torch.ones(len(gone), size.shape[-1], dtype=torch.float64, device=size.device)
     for row, unit in zip(there, gone, strict=True):

@@ -12,7 +12,6 @@ from PIL import Image
 
 from qapbench.compress import compress
 from qapbench.errors import Problem, UserError, nearest
-from qapbench.receipt import Receipt
 from qapbench.run.loading import load_model
 from qapbench.run.record import notes as record_notes
 from qapbench.run.tasks import load_task
@@ -74,7 +73,7 @@ def choose_run(specs: Sequence[RunSpec], name: str | None) -> RunSpec:
         if spec.prune and spec.prune.sensitivity:
             return spec
     which = f"'{name}' does" if name else "no run of the spec does"
-    message = f"a choice with sensitivity is explained, and {which} prune with one; try --set prune.sensitivity=combined"
+    message = f"explain needs a sensitivity, and {which} prune with one; try --set prune.sensitivity=combined"
     raise UserError(Problem(message, ("prune", "sensitivity")))
 
 
@@ -93,16 +92,17 @@ def explain(spec: RunSpec, sample: str, device: torch.device, trust_remote_code:
     model, processor = load_model(spec, device, trust_remote_code)
     question = find_question(task, processor, sample)
     semantic = fused.model_copy(update={"sensitivity": None, "fusion": None})
-    receipt = Receipt()
-    sides = []
+    sides: list[Side] = []
+    notes: list[str] = []
     for name, prune in (("semantic only", semantic), (f"with {fused.sensitivity}", fused)):
         looker = Looker(model, processor, spec)
         with compress(model, spec.model_copy(update={"prune": None}), processor):
             look = looker.look(question, prune)
         with compress(model, spec.model_copy(update={"prune": prune}), processor) as receipt:
             sides.append(_answered(name, look, model, processor, question))
+        notes = record_notes(spec, task, receipt)
     image = seen_image(question.image, processor.image_processor)
-    return Explanation(spec, question, image, sides, record_notes(spec, task, receipt))
+    return Explanation(spec, question, image, sides, notes)
 
 
 @torch.inference_mode()
@@ -120,4 +120,3 @@ def save(explanation: Explanation, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(explanation).save(path)
-

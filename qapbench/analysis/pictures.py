@@ -23,7 +23,9 @@ def seen_image(image: Image.Image, image_processor: Any = None) -> Image.Image:
         made = image_processor(images=image, return_tensors="np")["pixel_values"]
         pixels = np.asarray(made[0], dtype=np.float32)
         if pixels.ndim == 3 and pixels.shape[0] == 3:
-            mean, std = (np.asarray(v, dtype=np.float32) for v in (image_processor.image_mean, image_processor.image_std))
+            mean, std = (
+                np.asarray(v, dtype=np.float32) for v in (image_processor.image_mean, image_processor.image_std)
+            )
             restored = pixels * std[:, None, None] + mean[:, None, None]
             return Image.fromarray((restored.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
     side = min(image.size)

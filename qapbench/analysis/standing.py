@@ -160,4 +160,3 @@ def _key(record: dict[str, Any], prune: Any) -> str:
     task = spec.get("task") if isinstance(spec.get("task"), dict) else {}
     asked = [task.get(name) for name in ("answers", "prompt", "parser")]
     return json.dumps([read, asked, spec.get("quantize"), spec.get("seed"), prune], sort_keys=True, default=str)
-
