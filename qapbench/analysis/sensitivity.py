@@ -85,7 +85,7 @@ class Study:
             seconds = time.perf_counter() - started
             summary = Summary(
                 id=digest, name=self.spec.name, created=datetime.now(UTC).isoformat(timespec="seconds"),
-                model=self.spec.model, task=task.name, quantization=self.spec.quantize.label if self.spec.quantize else "",
+                model=self.spec.model, task=task.name, quantization=_quantization(self.spec),
                 spec=self.spec.model_dump(mode="json"), questions=len(rows), sample=self.sample,
                 units=sum(len(row["harm"]["answer"]) for row in rows), block=self.block,
                 changed=float(np.mean([np.mean(row["changed"]) for row in rows])), targets=TARGETS,
@@ -152,6 +152,10 @@ def _once(texts: Iterator[str]) -> list[str]:
     return [text for text in dict.fromkeys(texts) if text]
 
 
+def _quantization(spec: RunSpec) -> str:
+    return spec.quantize.label if spec.quantize else "full precision"
+
+
 def studies_of(specs: Sequence[RunSpec], **options: Any) -> list[Study]:
     """One study for each (model, task, quantization) of a sweep, which asks the relevance of each of its pruners.
 
@@ -171,8 +175,7 @@ def studies_of(specs: Sequence[RunSpec], **options: Any) -> list[Study]:
     studies = []
     for members in groups.values():
         first = members[0]
-        label = first.quantize.label if first.quantize else ""
-        alone = first.model_copy(update={"prune": None, "name": f"{Path(first.model).name} {label}"})
+        alone = first.model_copy(update={"prune": None, "name": f"{Path(first.model).name} {_quantization(first)}"})
         prunes = {json.dumps([p.method.name, p.method.params], sort_keys=True): p for m in members if (p := m.prune)}
         studies.append(Study(alone, tuple(prunes.values()), **options))
     return studies

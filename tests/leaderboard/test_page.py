@@ -234,7 +234,8 @@ def test_chart_draws_every_row_with_its_interval(show: Show, pages: dict[str, Pa
     page = show(pages["long"])
     assert visible_rows(page) == 200
     traces = page.locator("#chart").evaluate(
-        "gd => gd.data.filter(t => t.error_y).map(t => [t.name, t.customdata, t.y, t.error_y.array, t.error_y.arrayminus])"
+        "gd => gd.data.filter(t => t.error_y)"
+        ".map(t => [t.name, t.customdata, t.y, t.error_y.array, t.error_y.arrayminus])"
     )
     drawn = {}
     for name, rows, y, up, down in traces:
