@@ -81,14 +81,14 @@ def _side(answer: Any) -> dict[str, Any]:
     """One run's answer to a question: its text and which tokens of the (first) image it kept; null for all."""
     answer = mapping(answer)
     image = mapping(next(iter(sequence(answer.get("images"))), None))
-    available = image.get("available")
-    whole = isinstance(available, int) and 0 < available <= 1 << 16
+    given = image.get("available")
+    available = given if isinstance(given, int) and 0 < given <= 1 << 16 else 0
     kept = image.get("kept")
-    valid = isinstance(kept, list) and whole and all(isinstance(i, int) and 0 <= i < available for i in kept)
+    valid = isinstance(kept, list) and all(isinstance(i, int) and 0 <= i < available for i in kept)
     merged = image.get("merged")
     return {
         "answer": text(answer.get("answer")),
-        "grid": grid_of(available) if whole and isinstance(available, int) else None,
+        "grid": grid_of(available),
         "kept": kept if valid else None,
         "merged": merged if isinstance(merged, int) else 0,
     }

@@ -50,8 +50,8 @@ def compared(rows: Sequence[Row], scored: Sequence[Scored | None]) -> list[Row]:
 
 def with_standing(row: Row, standing: Standing, rows: Sequence[Row], start: int, moved: str) -> Row:
     """The row with its standing among `rows`, the first of which is number `start` on the page."""
-    against = {kind: _versus(one, rows, start) for kind, one in (standing.against or {}).items()}
-    return replace(row, rank=standing.rank, among=standing.among, against=dict(against), moved=moved)
+    against: dict[str, Versus] = {k: _versus(one, rows, start) for k, one in (standing.against or {}).items()}
+    return replace(row, rank=standing.rank, among=standing.among, against=against, moved=moved)
 
 
 def _versus(against: Against, rows: Sequence[Row], start: int) -> Versus:

@@ -50,7 +50,7 @@ function drawStudy() {
   const traces = studyTraces(study);
   const { layout, axis } = baseLayout("study-chart", 90 + 40 * Math.max(study.predictors.length, 4));
   const names = traces[0]?.meta ?? [];
-  layout.xaxis = { ...axis, zeroline: true, zerolinecolor: GREY, title: { text: "Spearman’s rho with the harm" } };
+  layout.xaxis = { ...axis, zeroline: true, zerolinecolor: GREY, title: { text: "Spearman’s rho" } };
   layout.yaxis = { ...axis, tickvals: names.map((_, i) => i), ticktext: names, range: [-0.6, names.length - 0.4] };
   layout.legend = { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" };
   plot("study-chart", traces, layout);

@@ -182,8 +182,8 @@ def _check_identity(record: RecordSchema, spec: RunSpec, task: LoadedTask, folde
 def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path) -> list[str]:
     if not answers:
         return [f"{ANSWERS} is missing or empty in {folder}"]
-    found = [answer.get("doc") for answer in answers]
-    if not all(isinstance(doc, int) for doc in found) or sorted(found) != list(range(task.count)):
+    found = [doc for answer in answers if isinstance(doc := answer.get("doc"), int)]
+    if len(found) != len(answers) or sorted(found) != list(range(task.count)):
         return [f"{ANSWERS} does not answer each of the {task.count} questions once"]
     wrong = [a for a in answers if str(a.get("id")) != task.ids[a["doc"]] or not isinstance(a.get("outputs"), list)]
     return [f"{ANSWERS}: question {wrong[0]['doc']} has another id in the data, or no outputs"] if wrong else []

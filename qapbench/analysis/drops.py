@@ -82,7 +82,8 @@ class Spliced:
         cache = DynamicCache()
         if start:
             for index, layer in enumerate(self.cache.layers):
-                kept = [t[:, :, :start].expand(len(units), -1, -1, -1) for t in (layer.keys, layer.values)]
+                held: Any = layer  # annotated as any kind of layer; a DynamicCache holds keys and values
+                kept = [t[:, :, :start].expand(len(units), -1, -1, -1) for t in (held.keys, held.values)]
                 cache.update(kept[0], kept[1], index)
         return self._run(rest, cache, start)
 

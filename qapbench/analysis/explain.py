@@ -72,8 +72,8 @@ def choose_run(specs: Sequence[RunSpec], name: str | None) -> RunSpec:
     for spec in specs:
         if spec.prune and spec.prune.sensitivity:
             return spec
-    which = f"'{name}' does" if name else "no run of the spec does"
-    message = f"explain needs a sensitivity, and {which} prune with one; try --set prune.sensitivity=combined"
+    which = f"'{name}' does not prune" if name else "no run of the spec prunes"
+    message = f"explain needs a sensitivity, and {which} with one; try --set prune.sensitivity=combined"
     raise UserError(Problem(message, ("prune", "sensitivity")))
 
 

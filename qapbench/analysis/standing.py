@@ -157,6 +157,6 @@ def _key(record: dict[str, Any], prune: Any) -> str:
     """What two rows must have in common to be compared, where they are pruned as `prune` says."""
     spec, content = _spec(record), record.get("fingerprints") or {}
     read = {k: v for k, v in content.items() if k in ("model", "data", "precision") or k.startswith("ptq ")}
-    task = spec.get("task") if isinstance(spec.get("task"), dict) else {}
-    asked = [task.get(name) for name in ("answers", "prompt", "parser")]
+    task = spec.get("task")
+    asked = [isinstance(task, dict) and task.get(name) for name in ("answers", "prompt", "parser")]
     return json.dumps([read, asked, spec.get("quantize"), spec.get("seed"), prune], sort_keys=True, default=str)
