@@ -24,6 +24,7 @@ from .vision import pixels_of, see
 
 TEXT_ROWS, DRILLS, IMAGES, QUESTIONS = 48, 24, 12, 6
 Item = tuple[Row, int, Tensor, str]  # row, its image, the patches it depends on, its family
+ALONE = 0.03  # of the joint stage's time: the projector alone learns to speak
 HINTS = ("look", "pick", "judge", "own")  # they fade out
 NOWHERE = torch.zeros(N_PATCHES, dtype=torch.bool)
 
@@ -141,6 +142,15 @@ class Joint(Language):
         self.projector = llava.model.multi_modal_projector
         self.trained["projector"] = self.projector
 
+    @torch.no_grad()
+    def fit_projector(self) -> None:
+        """Bring the untrained projector's output to the size of the embeddings of words."""
+        scenes = [sample(self.seed + 1, i, "train", modality="image") for i in range(16)]
+        patches, _ = see(self.llava, pixels_of(scenes))
+        self.projector.linear_1.weight /= patches.std()
+        size = self.decoder.core.embed_tokens.weight.std() / self.projector(patches).std()
+        self.projector.linear_2.weight *= size
+
     def images(self, scenes: list[Scene]) -> tuple[Tensor, Prefix]:
         """([B, N, D] projected patches, the prefix that rows continue)."""
         with torch.no_grad():
@@ -153,6 +163,11 @@ class Joint(Language):
         rng = self.rng(step)
         first = (step * self.ranks + self.rank) * 64
         scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(IMAGES)]
+        if progress < ALONE:
+            with torch.no_grad():
+                patches, _ = see(self.llava, pixels_of(scenes))
+            spoken = self.spoken(self.projector(patches), scenes)
+            return spoken, {"speak": float(spoken.detach())}
         features, prefix = self.images(scenes)
         items: list[Item] = []
         for owner, scene in enumerate(scenes):

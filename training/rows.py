@@ -93,7 +93,7 @@ class Speller:
         asked = {word, *self.ids(f" {question.question}")}
         found: list[int] = []
         sentence: list[int] = []
-        for i, (token, stop) in enumerate(zip(ids, stops, strict=True)):
+        for i, stop in enumerate(stops):
             if stop > told:
                 break
             sentence.append(i)
