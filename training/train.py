@@ -5,7 +5,7 @@
     python -m training.train joint --minutes 60 --out runs/training
     python -m training.train companion --minutes 10 --out runs/training --export qapbench/models/embedded/diagram-llava
 
-`vision` and `language` do not depend on each other; `joint` takes both up, `companion` takes up `vision`. A stage that
+`vision` and `language` do not depend on each other; `joint` takes both up, `companion` takes up its tower. A stage that
 was stopped goes on from its checkpoint when it is called again.
 """
 
@@ -32,7 +32,7 @@ from .vocabulary import build_bpe
 
 STAGES = ("vision", "language", "joint", "companion")
 BEFORE: dict[str, tuple[str, ...]] = {
-    "vision": (), "language": (), "joint": ("vision", "language"), "companion": ("vision",),
+    "vision": (), "language": (), "joint": ("vision", "language"), "companion": ("vision", "joint"),
 }  # fmt: skip
 LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "joint": 2e-3, "companion": 2e-3}
 
@@ -40,6 +40,8 @@ LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "joint": 2e-3, "companion": 2
 def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Module]) -> None:
     """Take up what earlier stages trained; a later stage's weights win."""
     for stage in stages:
+        if not (out / f"{stage}.pt").exists():
+            raise SystemExit(f"{out / stage}.pt is missing: this stage goes on from `{stage}`")
         state = torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True)["modules"]
         for name in state.keys() & modules.keys():
             modules[name].load_state_dict(state[name])
@@ -86,7 +88,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     elif args.stage == "language":
         stage = Language(llava, speller, args.seed, rank, args.ranks)
     elif args.stage == "joint":
-        stage = Joint(llava, speller, args.seed, rank, args.ranks)
+        stage = Joint(llava, speller, labeller, args.seed, rank, args.ranks)
     else:
         stage = Companion(llava, clip, speller, args.seed, rank, args.ranks)
     restore(args.out, BEFORE[args.stage], {**modules, **stage.trained})
