@@ -47,7 +47,7 @@ class Spliced:
         """Take up one prompt [1, L] with one image: embed it and run it whole, keeping keys, values and states."""
         ids = inputs["input_ids"]
         self.columns = (ids[0] == self.family.image_token).nonzero()[:, 0]
-        self.seen = self.family.see(inputs[self.family.image_input], frozenset())
+        self.seen = self.family.look(inputs, frozenset()).single
         embeds = self.model.get_input_embeddings()(ids).clone()
         embeds[0, self.columns] = self.seen.projected[0].to(embeds.dtype)
         self.embeds = embeds

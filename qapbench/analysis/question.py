@@ -134,7 +134,7 @@ class Looker:
         reader = QuestionReader(pruner.needs, self._tower(pruner.needs), self.family.model.get_input_embeddings())
         inputs = question.inputs(self.processor, self.family.model.device)
         needs = (pruner.needs & self.family.offers) | reader.visual
-        seen = self.family.see(inputs[self.family.image_input], needs)
+        seen = self.family.look(inputs, needs).single
         if not reader.needs:
             return seen
         ids = inputs["input_ids"][0]
@@ -149,7 +149,9 @@ class Looker:
         if prune.sensitivity:
             sensitivity = metrics.create(prune.sensitivity.name, **prune.sensitivity.params)(tokens.projected)
         fusion = fusions.create(prune.fusion.name, **prune.fusion.params) if prune.fusion else None
-        selection = pruner.select(tokens, prune.keep, sensitivity, fusion)
+        # Where an image has as many tokens as its size makes, a small one keeps all it has.
+        keep = min(prune.keep, tokens.count) if self.family.view_tokens is None else prune.keep
+        selection = pruner.select(tokens, keep, sensitivity, fusion)
         relevance = pruner.relevance(tokens)
         scaled = [None if scores is None else min_max(scores.float())[0].cpu() for scores in (relevance, sensitivity)]
         return Look(scaled[0], scaled[1], selection, tokens.grid)
@@ -157,7 +159,10 @@ class Looker:
     def _tower(self, needs: frozenset[str]) -> Any:
         if not needs & {"image_embeds", "text_embeds"}:
             return None
-        config = self.family.model.config
+        width, config = self.family.clip_width, self.family.model.config
+        if width is None:
+            self.fallback = "the vision tower is no CLIP's"
+            return None
         folder = str(find_checkpoint(self.spec.model).folder)
         found, self.fallback = find_tower(self.spec.text_tower, folder, default_tower(config.to_dict()), True)
-        return load_tower(found, config.vision_config.hidden_size, self.family.model.device) if found else None
+        return load_tower(found, width, self.family.model.device) if found else None
