@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -54,12 +54,17 @@ class Shown:
         features: one [K, D] an image.
         images: as stored beside an answer: `available`, and where it was pruned the indices `kept` and `merged`.
         chosen: what became of each image; None where nothing was chosen.
+        inside: for what is chosen while the decoder runs: a context that is open meanwhile, and yields what then says
+            `images`. Such a prompt runs alone.
+        tag: what tells it from a prompt with the same inputs and features.
     """
 
     inputs: dict[str, Any]
     features: list[Tensor]
     images: list[dict[str, Any]]
     chosen: list[KeptImage] | None = None
+    inside: Callable[[], contextlib.AbstractContextManager[Callable[[], list[dict[str, Any]]]]] | None = None
+    tag: str = ""
 
 
 def whole(prompt: dict[str, Any], seen: Seen, family: Family) -> Shown:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qapbench.models import Family
 from qapbench.prune import Shown
 
+from .cells import Result
 from .questions import Question, Speller
 
 PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs that say 0 of text
@@ -45,7 +46,12 @@ class Row:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Rows of one kind can run side by side without any padding."""
-        return self.length, len(self.tail), bool(self.shown.features), self.options or "", self.seed or 0
+        return self.length, len(self.tail), bool(self.shown.features), self.options or "", self.alone
+
+    @property
+    def alone(self) -> bool:
+        """What samples, and what is pruned inside the decoder, has no neighbours."""
+        return self.seed is not None or self.shown.inside is not None
 
 
 class Answerer:
@@ -78,22 +84,28 @@ class Answerer:
         ]
 
     @torch.inference_mode()
-    def outputs(self, rows: Sequence[Row], longest: int) -> list[list[Any]]:
-        """For each row [text], or [log-likelihood, is most likely] of each of its continuations.
+    def results(self, rows: Sequence[Row], longest: int) -> list[Result]:
+        """For each row [text], or [log-likelihood, is most likely] of each of its continuations; and its images.
 
         Args:
             longest: tokens of the longest unpruned prompt that is under way.
         """
-        found: list[list[Any]] = [[] for _ in rows]
+        found: list[Result] = [([], [])] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: rows[index].kind)
         for kind, group in itertools.groupby(order, key=lambda index: rows[index].kind):
             members = list(group)
-            size = 1 if rows[members[0]].seed is not None else max(1, self.batch_size * longest // kind[0])
+            size = 1 if rows[members[0]].alone else max(1, self.batch_size * longest // kind[0])
             for at in range(0, len(members), size):
                 chunk = members[at : at + size]
-                for index, output in zip(chunk, self._run([rows[index] for index in chunk]), strict=True):
-                    found[index] = output
+                for index, result in zip(chunk, self._results([rows[index] for index in chunk]), strict=True):
+                    found[index] = result
         return found
+
+    def _results(self, rows: list[Row]) -> list[Result]:
+        if (inside := rows[0].shown.inside) is not None:
+            with inside() as images:
+                return [(outputs, images()) for outputs in self._run(rows)]
+        return [(outputs, row.shown.images) for row, outputs in zip(rows, self._run(rows), strict=True)]
 
     def _run(self, rows: list[Row]) -> list[list[Any]]:
         inputs = _stacked([_with_tail(row) for row in rows])

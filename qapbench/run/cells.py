@@ -20,6 +20,8 @@ from .questions import Question
 from .store import Answer, Store, write_json
 
 RECEIPT = "receipt.json"
+Result = tuple[list[Any], list[dict[str, Any]]]
+"""The outputs of one question's requests, and what the language model saw of each of its images."""
 FLUSH = 0.2  # seconds of answers that a crash may cost, at most (and one batch)
 
 
@@ -77,34 +79,33 @@ class Cell:
 
         Calls are not counted there, as a sweep shares them: 1 says that the linear was used.
         """
-        lines = [asdict(replace(line, calls=min(line.calls, 1))) for line in receipt.linears]
-        said = {
-            "group": group, "linears": lines, "fallbacks": [*receipt.fallbacks, *fallbacks],
-            "pruning": self.spec.prune.label if self.spec.prune else None,
-            **{name: getattr(receipt, name) for name in ("quantization", "wants_weights", "wants_activations")},
-        }  # fmt: skip
-        write_json(self.planned.folder / RECEIPT, said)
+        lines = [replace(line, calls=min(line.calls, 1)) for line in receipt.linears]
+        pruning = self.spec.prune.label if self.spec.prune else None
+        found = [*receipt.fallbacks, *fallbacks]
+        said = asdict(replace(receipt, linears=lines, fallbacks=found, pruning=pruning, latest=None))
+        write_json(self.planned.folder / RECEIPT, {"group": group, "receipt": said})
 
     def read_receipt(self, answers: Sequence[Answer]) -> Receipt:
         """The receipt of the whole run, its images counted from the stored answers."""
-        said = json.loads((self.planned.folder / RECEIPT).read_text(encoding="utf-8"))
-        said.pop("group")
+        said = json.loads((self.planned.folder / RECEIPT).read_text(encoding="utf-8"))["receipt"]
         lines = [LinearReceipt(**{**line, "shape": tuple(line["shape"])}) for line in said.pop("linears")]
         receipt = Receipt(linears=lines, **said)
         receipt.recount([image for answer in answers for image in answer.get("images", [])])
         return receipt
 
 
-def recall(runs: Path, group: str) -> dict[str, list[Any]]:
-    """Outputs by content key of every run below `runs`, finished or not, of one quantizer group."""
-    found: dict[str, list[Any]] = {}
+def recall(runs: Path, group: str) -> dict[str, Result]:
+    """Results by content key of every run below `runs`, finished or not, of one quantizer group."""
+    found: dict[str, Result] = {}
     for path in sorted(runs.glob(f"*/{RECEIPT}")):
         try:
             same = json.loads(path.read_text(encoding="utf-8")).get("group") == group
         except ValueError:
             continue
         if same and ".old" not in path.parent.name:
-            found |= {answer["key"]: answer["outputs"] for answer in Store(path.parent).read() if "key" in answer}
+            for answer in Store(path.parent).read():
+                if "key" in answer:
+                    found[answer["key"]] = answer["outputs"], answer.get("images", [])
     return found
 
 

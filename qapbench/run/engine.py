@@ -19,7 +19,7 @@ from .cells import Cell, worker_of
 from .environment import peak_memory
 from .loading import fingerprints, load_model, load_processor, precision
 from .plan import Planned, Shared, about_text, group_key, shared_work
-from .record import RECORD, Record, read_record
+from .record import RECORD, Record, named, read_record
 from .store import Store, set_aside, write_json
 from .tasks import LoadedTask, load_task
 
@@ -161,7 +161,7 @@ class Engine:
                 together.setdefault(self._together(plan.spec), []).append(plan)
             for some in together.values():
                 self._make(some, fast)
-        return [{**read_record(plan.folder), "name": plan.spec.name} for plan in plans]
+        return [named(read_record(plan.folder), plan.spec.name) for plan in plans]
 
     def task(self, spec: RunSpec) -> LoadedTask:
         key = (spec.task.model_dump_json(), spec.seed)
@@ -212,7 +212,7 @@ class Engine:
             why = verdict.to_json(len(questions)) if verdict else None
             record = scoring.finish(cell, task, asked, processor, machine, self.device, why)
             record["timing"] |= crew.peak
-            write_json(cell.planned.folder / RECORD, record)
+            write_json(cell.planned.folder / RECORD, named(record, cell.spec.name))
 
     def _rights(self, cell: Cell, task: LoadedTask, processor: Any, asked: Sequence[Any]) -> dict[str, bool]:
         """For each question of a subset whether a run had it right."""

@@ -83,6 +83,8 @@ def group_key(spec: RunSpec, about_text: dict[str, str]) -> str:
     """Hash of the model as quantized."""
     quantize = spec.quantize.model_dump(mode="json") if spec.quantize else None
     content: list[Any] = [quantize, spec.seed, about_text]
+    if quantize and (quantize.get("calibration") or {}).get("pruned"):  # calibrated as pruned: no other run shares it
+        content.append(look_of(spec))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -22,7 +22,8 @@ from qapbench.prune import PrunedCalls, Shown
 from qapbench.receipt import Receipt
 
 from .answering import Answerer, Row
-from .cells import FLUSH, Cell, Clock, recall
+from .cells import FLUSH, Cell, Clock, Result, recall
+from .plan import Planned
 from .questions import Question
 from .sight import Cabinet, Look, Sight
 
@@ -41,12 +42,13 @@ class Sweep:
         runs: folder of the results, whose finished answers are used again.
         limit: bytes of shown prompts that may wait in memory for a later quantizer group; spill: folder for a file
             that holds them instead.
+        calibrate: gives a quantizer group's calibration samples.
     """
 
     def __init__(
         self, model: Any, processor: Any, questions: Sequence[Question], cells: Sequence[Cell], runs: Path, *,
         batch_size: int = 1, seed: int = 0, limit: int = 1 << 30, spill: Path | None = None,
-        report: Report | None = None,
+        report: Report | None = None, calibrate: Callable[[Planned], Any] | None = None,
     ) -> None:  # fmt: skip
         self.family = family_of(model)
         self.processor = processor
@@ -55,6 +57,7 @@ class Sweep:
         self.runs = runs
         self.batch_size = batch_size
         self.report = report or (lambda name, done, total: None)
+        self.calibrate = calibrate or (lambda planned: None)
         self.clock = Clock()
         self.clock.cells = cells
         self.cabinet = Cabinet(limit, spill)
@@ -93,7 +96,8 @@ class Sweep:
         before = _vision_side(self.family)
         spec = cells[0].spec.model_copy(update={"prune": None})
         with self.clock.stage("quantize"):
-            context = compress(self.family.model, spec, self.processor)
+            samples = self.calibrate(cells[0].planned)
+            context = compress(self.family.model, spec, self.processor, calibration=samples)
             receipt = context.__enter__()
         try:
             own = group if _vision_side(self.family) != before or _touches_vision(spec) else None
@@ -119,7 +123,7 @@ class Sweep:
 
     def _answer_window(
         self, window: Sequence[Question], cells: list[Cell], later: list[Cell], sight: Sight, receipt: Receipt,
-        known: dict[str, list[Any]],
+        known: dict[str, Result],
     ) -> None:  # fmt: skip
         shown = {question.place: self._show(question, cells, later, sight) for question in window}
         lengths = [_length(one) for views in shown.values() for by in views.values() for one in by.values()]
@@ -141,11 +145,12 @@ class Sweep:
         fresh |= self._compute(jobs, longest)
         payers: set[str] = set()
         for question, cell, key in wanted:
-            outputs = fresh.get(key) or known[key]
-            paid = key in fresh and key not in payers
+            outputs, images = fresh.get(key) or known[key]
+            cell.computed += key in fresh and key not in payers
             payers.add(key)
-            cell.computed += paid
-            images = [image for by in shown[question.place].values() for image in by[cell.look].images]
+            views = [by[cell.look] for by in shown[question.place].values()]
+            if all(view.inside is None for view in views):  # equal content may have been chosen in another way
+                images = [image for view in views for image in view.images]
             cell.add(_answer(question, outputs, images[: len(question.images)], key))
         self._flush(cells)
 
@@ -178,16 +183,16 @@ class Sweep:
             if line.part == "language":  # what the tower's linears got was measured when the image was seen
                 line.calls, line.activation_bits, line.activation_levels = 0, None, None
         with self.clock.stage("measure", cells):
-            outputs = [output for row in rows for output in self.answerer.outputs([row], longest)[0]]
+            result = _joined([self.answerer.results([row], longest)[0] for row in rows])
         receipt.check()  # a run that is not what its spec says ends here, not after hours
         for cell in cells:
             calls = sight.calls.get(cell.look) if cell.look else None
             cell.write_receipt(receipt, cell.planned.group, calls.receipt.fallbacks if calls else ())
-        return outputs
+        return result
 
-    def _compute(self, jobs: dict[str, tuple[list[Row], list[Cell]]], longest: int) -> dict[str, list[Any]]:
-        """The outputs of each job, rows of equal length side by side."""
-        fresh: dict[str, list[Any]] = {}
+    def _compute(self, jobs: dict[str, tuple[list[Row], list[Cell]]], longest: int) -> dict[str, Result]:
+        """The result of each job, rows of equal length side by side."""
+        fresh: dict[str, Result] = {}
         for name, wanted in (("text", False), ("dense", True), ("pruned", True)):
             part = {
                 key: rows for key, (rows, cells) in jobs.items()
@@ -196,8 +201,8 @@ class Sweep:
             sharers = [cell for key in part for cell in jobs[key][1]]
             if part:
                 with self.clock.stage(name, sharers):
-                    outputs = iter(self.answerer.outputs([row for rows in part.values() for row in rows], longest))
-                    fresh |= {key: [out for _ in rows for out in next(outputs)] for key, rows in part.items()}
+                    found = iter(self.answerer.results([row for rows in part.values() for row in rows], longest))
+                    fresh |= {key: _joined([next(found) for _ in rows]) for key, rows in part.items()}
         return fresh
 
     # -- store --
@@ -224,11 +229,16 @@ def _answer(question: Question, outputs: list[Any], images: list[dict[str, Any]]
     return {**answer, "images": images} if images else answer
 
 
+def _joined(results: Sequence[Result]) -> Result:
+    """The results of a question's rows as one."""
+    return [output for outputs, _ in results for output in outputs], [image for _, seen in results for image in seen]
+
+
 def _key(group: str, rows: Sequence[Row]) -> str:
     """Hash of all that outputs depend on: the model as quantized, what it is shown, and what is asked of it."""
     total = hashlib.sha256(group.encode())
     for row in rows:
-        total.update(json.dumps([row.options, row.tail, row.spelled, row.seed]).encode())
+        total.update(json.dumps([row.options, row.tail, row.spelled, row.seed, row.shown.tag]).encode())
         for name, value in sorted(row.shown.inputs.items()):
             total.update(name.encode())
             _hash(total, value)
