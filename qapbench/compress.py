@@ -54,7 +54,7 @@ def compress(
         if quantize:
             stack.enter_context(_quantized(family, quantize, receipt, calibration))
         if prune:
-            stack.enter_context(_pruned(family, prune, receipt, processor, text_tower, owner))
+            stack.enter_context(pruned_calls(family, prune, receipt, processor, text_tower, owner).installed())
         yield receipt
 
 
@@ -118,10 +118,18 @@ def _weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
         linear.weight = original
 
 
-@contextlib.contextmanager
-def _pruned(
-    family: Family, spec: PruneSpec, receipt: Receipt, processor: Any, tower: TextTower | str | None, owner: str | None
-) -> Iterator[None]:
+def pruned_calls(
+    family: Family, spec: PruneSpec, receipt: Receipt, processor: Any = None, tower: TextTower | str | None = None,
+    owner: str | None = None,
+) -> PrunedCalls:  # fmt: skip
+    """The pruning of one spec, ready to shorten prompts of this model, but not installed on it.
+
+    Args:
+        tower: text tower as `compress` takes it; owner: the one that the spec names.
+
+    Raises:
+        UserError: the method needs what this model does not offer.
+    """
     receipt.pruning = spec.label
     pruner = pruners.create(spec.method.name, **spec.method.params)
     if missing := pruner.needs - pruner.optional - family.offers - QuestionReader.FIELDS:
@@ -137,9 +145,7 @@ def _pruned(
     if reader.needs_text and processor is None:
         processor = _own_tokenizer(family)
     sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None
-    calls = PrunedCalls(family, spec, pruner, sensitivity, reader, receipt, processor)
-    with calls.installed():
-        yield
+    return PrunedCalls(family, spec, pruner, sensitivity, reader, receipt, processor)
 
 
 def _joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
