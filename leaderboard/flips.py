@@ -67,7 +67,7 @@ def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
             for question in ids[:EACH]:
                 key = sources.add(other, question, found.questions)
                 if key:
-                    sides = [_side(side.get(question)) for side in answers]
+                    sides = [_side(side.get(question), found.questions[key]["square"]) for side in answers]
                     drawn[direction]["shown"].append({"question": key, "sides": sides})
         found.rows[index] = drawn
     return found
@@ -77,8 +77,12 @@ def _images(answers: dict[str, Any], question: str) -> list[Any]:
     return sequence(mapping(answers.get(question)).get("images"))
 
 
-def _side(answer: Any) -> dict[str, Any]:
-    """One run's answer to a question: its text and which tokens of the (first) image it kept; null for all."""
+def _side(answer: Any, square: bool) -> dict[str, Any]:
+    """One run's answer to a question: its text and which tokens of the (first) image it kept; null for all.
+
+    Args:
+        square: whether the image is; only then is the grid of its tokens known.
+    """
     answer = mapping(answer)
     image = mapping(next(iter(sequence(answer.get("images"))), None))
     given = image.get("available")
@@ -88,7 +92,7 @@ def _side(answer: Any) -> dict[str, Any]:
     merged = image.get("merged")
     return {
         "answer": text(answer.get("answer")),
-        "grid": grid_of(available),
+        "grid": grid_of(available) if square else None,
         "kept": kept if valid else None,
         "merged": merged if isinstance(merged, int) else 0,
     }
@@ -116,15 +120,15 @@ class _Sources:
             return None
         task, places = source
         doc = task.docs[places[question]]
-        shown: dict[str, Any] = {"id": question, "image": None}
+        shown: dict[str, Any] = {"id": question, "image": None, "square": False}
         shown["text"] = text(doc.get("question") or doc.get("text"))
         shown["hint"] = text(doc.get("hint"))
         shown["choices"] = [text(choice) for choice in sequence(doc.get("choices"))]
         shown["truth"] = text(doc.get("letter"))
         if doc.get("image") is not None:
             try:
-                picture = doc["image"].load()
-                shown["image"] = data_uri(seen_image(picture, self._processor(text(run.record["spec"].get("model")))))
+                picture = seen_image(doc["image"].load(), self._processor(text(run.record["spec"].get("model"))))
+                shown["image"], shown["square"] = data_uri(picture), picture.width == picture.height
             except UserError as error:
                 self._miss(f"an image cannot be read: {error}")
         questions[key] = shown

@@ -140,7 +140,7 @@ def pruned_calls(
         receipt.fall_back(f"{name}: {family.stand_ins[name]}")
     for name in sorted(pruner.optional - family.offers - QuestionReader.FIELDS):
         receipt.fall_back(f"{name}: this model has none, and {spec.method} does without")
-    joint = _joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
+    joint = joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
     reader = QuestionReader(pruner.needs, joint, family.model.get_input_embeddings())
     if reader.needs_text and processor is None:
         processor = _own_tokenizer(family)
@@ -148,7 +148,7 @@ def pruned_calls(
     return PrunedCalls(family, spec, pruner, sensitivity, reader, receipt, processor)
 
 
-def _joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
+def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
     """The text tower; None, noted in the receipt, where relevance falls back on the language model."""
     if family.clip_width is None:
         if named is not None:

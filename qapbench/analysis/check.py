@@ -259,8 +259,11 @@ def _check_receipt(record: RecordSchema, spec: RunSpec, answers: list[Answer]) -
         return [*problems, f"{ANSWERS}: images without the tokens that were kept"]
     if any(not _close(record.tokens.get(name), value) for name, value in counted.tokens.items()):
         problems.append("tokens are not those of the stored answers")
-    if spec.prune and counted.images and counted.most != min(spec.prune.keep, counted.available // counted.images):
-        problems.append(f"tokens: the spec keeps {spec.prune.keep}, the stored answers up to {counted.most}")
+    if spec.prune and counted.most is not None:
+        few = counted.most < min(spec.prune.keep, counted.available // counted.images)
+        many = counted.most > spec.prune.keep and spec.prune.per == "image"  # of each tile there may be as many
+        if few or many:
+            problems.append(f"tokens: the spec keeps {spec.prune.keep}, the stored answers up to {counted.most}")
     return problems
 
 

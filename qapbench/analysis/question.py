@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qapbench.checkpoints import find_checkpoint
+from qapbench.compress import joint_space
 from qapbench.errors import Problem, UserError, nearest
 from qapbench.models import family_of
-from qapbench.models.family import default_tower
-from qapbench.models.relevance import QuestionReader, find_tower, load_tower
+from qapbench.models.relevance import QuestionReader
+from qapbench.receipt import Receipt
 from qapbench.run.tasks import LoadedTask
 from qapbench.spec import PruneSpec, RunSpec
 from qapbench.strategy import fusions, metrics, min_max, pruners
@@ -126,20 +126,19 @@ class Looker:
         self.family = family_of(model)
         self.processor = processor
         self.spec = spec
-        self.fallback = ""
+        self.receipt = Receipt()  # of fallbacks alone
 
     def tokens(self, question: Question, prune: PruneSpec) -> VisionTokens:
         """Everything that the pruner reads about the question and its image: a batch of one."""
         pruner = pruners.create(prune.method.name, **prune.method.params)
         reader = QuestionReader(pruner.needs, self._tower(pruner.needs), self.family.model.get_input_embeddings())
         inputs = question.inputs(self.processor, self.family.model.device)
-        needs = (pruner.needs & self.family.offers) | reader.visual
-        seen = self.family.look(inputs, needs).single
+        tokens = self.family.look(inputs, (pruner.needs & self.family.offers) | reader.visual).single
         if not reader.needs:
-            return seen
+            return tokens
         ids = inputs["input_ids"][0]
-        asked: dict[str, Any] = reader.fields(seen, question.relevance_text, ids[ids != self.family.image_token])
-        return dataclasses.replace(seen, **asked)
+        asked: dict[str, Any] = reader.fields(tokens, question.relevance_text, ids[ids != self.family.image_token])
+        return dataclasses.replace(tokens, **asked)
 
     @torch.inference_mode()
     def look(self, question: Question, prune: PruneSpec) -> Look:
@@ -159,10 +158,4 @@ class Looker:
     def _tower(self, needs: frozenset[str]) -> Any:
         if not needs & {"image_embeds", "text_embeds"}:
             return None
-        width, config = self.family.clip_width, self.family.model.config
-        if width is None:
-            self.fallback = "the vision tower is no CLIP's"
-            return None
-        folder = str(find_checkpoint(self.spec.model).folder)
-        found, self.fallback = find_tower(self.spec.text_tower, folder, default_tower(config.to_dict()), True)
-        return load_tower(found, width, self.family.model.device) if found else None
+        return joint_space(self.family, self.spec.text_tower, self.receipt)
