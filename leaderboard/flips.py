@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qapbench import UserError
-from qapbench.analysis.paired import Comparison, Scored, compare
+from qapbench.analysis.paired import OVERALL, Scored, flipped
 from qapbench.analysis.pictures import data_uri, grid_of, seen_image
 from qapbench.checkpoints import find_checkpoint
 from qapbench.run.tasks import LoadedTask, load_task, own_tasks
@@ -46,21 +46,22 @@ class Flips:
 def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
     """The flips of every row that has a reference, within the page's bounds."""
     found = Flips()
-    pairs: dict[int, tuple[Scored, Scored, Comparison]] = {}
+    pairs: dict[int, tuple[Scored, Scored, dict[str, list[str]]]] = {}
     for index, row in enumerate(rows):
         against = next((row.against[kind] for kind in SHOWN if kind in row.against), None)
         one, other = (scored[against.row], scored[index]) if against else (None, None)
         if one and other:
-            pairs[index] = one, other, compare(one, other)
+            gained, lost = flipped(one, other, other.columns[OVERALL])
+            pairs[index] = one, other, {"gained": gained, "lost": lost}
     if not pairs:
         return found
     sources = _Sources(found.missing)
-    often = Counter(q for _, _, c in pairs.values() for q in (*c.gained, *c.lost))
+    often = Counter(q for _, _, directions in pairs.values() for ids in directions.values() for q in ids)
     stored: dict[str, dict[str, Any]] = {}
-    for index, (one, other, comparison) in pairs.items():
+    for index, (one, other, directions) in pairs.items():
         answers = [stored.setdefault(run.record["run_id"], run.answers()) for run in (one, other)]
         drawn: dict[str, Any] = {"against": one.name}
-        for direction, ids in (("gained", comparison.gained), ("lost", comparison.lost)):
+        for direction, ids in directions.items():
             # Images first, then what many rows flip: its image is on the page once.
             ids = sorted(ids, key=lambda q: (not _images(answers[1], q), -often[q], q))
             drawn[direction] = {"count": len(ids), "shown": []}

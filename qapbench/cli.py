@@ -254,7 +254,7 @@ def study_sensitivity(
     runs: RunsOption = Path("runs"),
     sample: Annotated[int, typer.Option(min=2, help="Questions with an image, drawn by the spec's seed.")] = 50,
     block: Annotated[int, typer.Option(min=1, help="Leave out squares of this side, in tokens.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Omissions a forward pass.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Omissions a forward pass.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let a checkpoint run its own Python code.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -49,7 +49,7 @@ class Study:
     block: int
     device: torch.device
     trust_remote_code: bool = False
-    batch_size: int = 32
+    batch_size: int = 16
 
     def make(self, runs: Path, report: Report = lambda name, done, total: None) -> Summary:
         """Ask the questions that are missing, write the summary and return it.
