@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,12 @@ from qapbench.errors import Problem, UserError, nearest
 from qapbench.models import family_of
 from qapbench.models.relevance import QuestionReader
 from qapbench.receipt import Receipt
+from qapbench.run.lm import MARK, content_items
+from qapbench.run.questions import Speller, decoded
 from qapbench.run.tasks import LoadedTask
 from qapbench.spec import PruneSpec, RunSpec
 from qapbench.strategy import fusions, metrics, min_max, pruners
 from qapbench.tokens import Selection, VisionTokens
-
-MARK = "<image>"
-TAIL = 32  # characters of a prompt that decide how the next token is spelled
 
 
 @dataclass(frozen=True)
@@ -79,31 +77,27 @@ def _question(task: LoadedTask, processor: Any, name: str, doc: Any) -> Question
     if not options or truth is None:
         raise UserError(Problem(f"{task.name} has no lettered options to compare", ("task",)))
     text = task.task.doc_to_text(doc)
-    content: list[dict[str, str]] = []
-    for index, part in enumerate(text.split(MARK)):
-        content += [{"type": "image"}] if index else []
-        part = part.removeprefix("\n") if index else part
-        content += [{"type": "text", "text": part}] if part else []
     if getattr(processor, "chat_template", None):
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        turn = {"role": "user", "content": content_items(text)}
+        prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
     else:
         prompt = text.replace(MARK, processor.image_token)
     (image,) = task.task.doc_to_image(doc)
-    picture = (image if isinstance(image, Image.Image) else image.load()).convert("RGB")
     read = text.replace(MARK, "").strip()
-    ids = list(_spelled(processor.tokenizer, prompt, options))
-    return Question(name, read, prompt, doc.get("relevance_text") or read, picture, list(options), ids, truth)
-
-
-def _spelled(tokenizer: Any, prompt: str, options: list[str]) -> Iterator[int]:
-    tail = prompt[-TAIL:]
-    before = tokenizer(tail, add_special_tokens=False).input_ids
-    glue = "" if tail[-1:].isspace() else " "
-    for option in options:
-        ids = tokenizer(tail + glue + option, add_special_tokens=False).input_ids
-        if ids[: len(before)] != before or len(ids) != len(before) + 1:
-            raise UserError(Problem(f"the tokenizer does not spell option {option!r} as one token", ("model",)))
-        yield ids[-1]
+    speller = Speller(processor.tokenizer)
+    ids = [speller.spell(prompt, option) for option in options]
+    if any(len(spelled) != 1 for spelled in ids):
+        raise UserError(Problem("the tokenizer spells an option's letter as several tokens", ("model",)))
+    return Question(
+        name,
+        read,
+        prompt,
+        doc.get("relevance_text") or read,
+        decoded(image),
+        list(options),
+        [spelled[0] for spelled in ids],
+        truth,
+    )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class AskingLM(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The processor's own template; images go in as its image items."""
-        messages = [{"role": turn["role"], "content": _content(turn["content"])} for turn in chat_history]
+        messages = [{"role": turn["role"], "content": content_items(turn["content"])} for turn in chat_history]
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -78,7 +78,7 @@ def refuse(requests: Iterable[Instance]) -> None:
         raise UserError("task: perplexity tasks (loglikelihood_rolling) are not supported")
 
 
-def _content(text: str) -> list[dict[str, str]]:
+def content_items(text: str) -> list[dict[str, str]]:
     """A message's items; lm-eval marks each image by `<image>` where it stands in the text."""
     items: list[dict[str, str]] = []
     for index, part in enumerate(text.split(MARK)):

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from qapbench import RunSpec, UserError
 from qapbench.models import family_of
 from qapbench.run.cells import Cell
-from qapbench.run.lm import AskingLM, _content, refuse
+from qapbench.run.lm import AskingLM, content_items, refuse
 from qapbench.run.plan import Planned
 from qapbench.run.questions import in_order
 from qapbench.run.store import Store
@@ -90,7 +90,7 @@ def test_long_continuations_with_images_and_pruning(size: int, loaded: Any, tmp_
 
 
 def test_the_image_stands_where_the_text_says() -> None:
-    assert _content("What is shown in <image>? And <image>\nhere") == [
+    assert content_items("What is shown in <image>? And <image>\nhere") == [
         {"type": "text", "text": "What is shown in "},
         {"type": "image"},
         {"type": "text", "text": "? And "},
