@@ -209,7 +209,7 @@ class Engine:
             verdict = stopped.get(cell.planned.id)
             had = {(answer["task"], answer["doc"]) for answer in cell.store.read()}
             asked = [question for question in questions if question.place in had] if verdict else questions
-            why = verdict.to_json(len(questions)) if verdict else None
+            why = {**verdict.to_json(len(questions)), "asked": len(asked)} if verdict else None
             record = scoring.finish(cell, task, asked, processor, machine, self.device, why)
             record["timing"] |= crew.peak
             write_json(cell.planned.folder / RECORD, named(record, cell.spec.name))

@@ -82,6 +82,7 @@ def test_a_stopped_row_is_marked_and_can_be_completed(
     assert "stopped" not in best
     assert stopped["stopped"]["by"] == "attention"
     assert stopped["notes"][0] == verdict.words(QUESTIONS)
+    assert stopped["name"] == f"random (stopped: {stopped['stopped']['asked']} of {QUESTIONS})"
     asked = stopped["task"]["questions"]
     assert 6 <= asked <= 7
     assert {c["n"] for c in stopped["scores"]["columns"] if c["name"] == "Avg"} == {asked}

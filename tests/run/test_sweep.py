@@ -4,7 +4,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -150,14 +150,26 @@ def test_a_cell_that_was_torn_is_completed_alone(spec_of: Spec, tmp_path: Path) 
     assert again[1]["receipt"] == records[1]["receipt"]
 
 
-def test_workers_end_with_the_same_bytes(spec_of: Spec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_workers_end_with_the_same_bytes(engine: Literal["local", "ray"], spec_of: Spec, tmp_path: Path) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
     cells = [spec_of(), spec_of(quantize=W4A4), spec_of(quantize=W4A4, prune={"method": "visionzip", "keep": 5})]
-    records, answers = sweep(cells, tmp_path / "two", workers=2)
+    records, answers = sweep(cells, tmp_path / "two", workers=2, engine=engine)
     single, expected = sweep(cells, tmp_path / "one")
     assert answers == expected
     assert [record["receipt"] for record in records] == [record["receipt"] for record in single]
     assert [record["scores"] for record in records] == [record["scores"] for record in single]
     assert sum(record["timing"]["questions"] for record in records) == 3 * QUESTIONS
+
+
+def test_a_mistake_in_a_worker_is_one_message(spec_of: Spec, tmp_path: Path, tiny_model: Path) -> None:
+    import shutil
+
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(qapbench.UserError, match="cannot load"):
+        sweep([{**spec_of(), "model": str(broken)}], tmp_path / "runs", workers=2)
 
 
 def _write(folder: Path, writer: int) -> None:
