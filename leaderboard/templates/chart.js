@@ -49,7 +49,7 @@ function baseLayout(id, height) {
     axis: { gridcolor: style.borderTopColor, zeroline: false, automargin: true },
     layout: {
       height,
-      margin: { l: 12, r: 16, t: 20, b: 12 },
+      margin: { l: 14, r: 16, t: 20, b: 22 },
       font: { family: style.fontFamily, size: 13, color: style.color },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
