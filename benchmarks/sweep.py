@@ -1,4 +1,4 @@
-"""What a sweep costs beside its cells alone: `python benchmarks/sweep.py --task diagramqa --limit 60`.
+"""What a sweep costs beside its cells alone: `python -m benchmarks.sweep --task diagramqa --limit 60`.
 
 The 12 rows of the spec `table2` on a LLaVA-shaped model of about 100 million random weights. The dense W4A4 cell, or
 every cell with `--alone all`, is made alone, then the whole sweep; the model is loaded before. Seconds are this
@@ -14,7 +14,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import random_llava
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,8 @@ from qapbench.run.engine import Engine
 from qapbench.run.tasks import load_task
 from qapbench.spec import RunSpec, TaskSpec
 from qapbench.specfile import load_spec
+
+from . import random_llava
 
 DENSE = "W4A4 dense"
 out = Console(width=120, highlight=False)

@@ -43,7 +43,6 @@ class Sight:
         self.calls = calls
         self.stage = stage
         self.needs = frozenset[str]().union(*(one.needs for one in calls.values()))
-        self.seen = 0  # images that went through the tower
         self._latest: tuple[tuple[str, ...], Seen, dict[Any, Any]] | None = None
 
     @torch.inference_mode()
@@ -57,7 +56,6 @@ class Sight:
             with self.stage("vision"):
                 self._latest = None
                 self._latest = question.pictures, self.family.look(inputs, self.needs), {}
-            self.seen += len(question.images)
         _, seen, of_image = self._latest
         memo = Memo(image=of_image)
         texts = [question.relevance_text] * len(question.images)

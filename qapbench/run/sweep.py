@@ -6,6 +6,7 @@ forgotten, and nothing grows with the number of questions but the cabinet, which
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -95,11 +96,11 @@ class Sweep:
         known = recall(self.runs, group)
         before = _vision_side(self.family)
         spec = cells[0].spec.model_copy(update={"prune": None})
-        with self.clock.stage("quantize"):
-            samples = self.calibrate(cells[0].planned)
-            context = compress(self.family.model, spec, self.processor, calibration=samples)
-            receipt = context.__enter__()
-        try:
+        with contextlib.ExitStack() as stack:
+            with self.clock.stage("quantize"):
+                samples = self.calibrate(cells[0].planned)
+                receipt = stack.enter_context(compress(self.family.model, spec, self.processor, calibration=samples))
+            stack.callback(self._flush, cells, force=True)
             own = group if _vision_side(self.family) != before or _touches_vision(spec) else None
             waiting = [cell for cell in later if own is None and not _touches_vision(cell.spec)]
             sight = sights.get(own) or self._sight([*cells, *waiting])
@@ -107,10 +108,6 @@ class Sweep:
             for at in range(0, len(missing), self.batch_size):
                 window = missing[at : at + self.batch_size]
                 self._answer_window(window, cells, waiting, sight, receipt, known)
-        finally:
-            self._flush(cells, force=True)
-            context.__exit__(None, None, None)
-            self._report(cells)
 
     def _sight(self, cells: Sequence[Cell]) -> Sight:
         """The eyes of all cells: every way of pruning once."""

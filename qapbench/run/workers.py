@@ -69,7 +69,7 @@ class Crew:
 
         def report() -> None:
             for cell in cells:
-                self.engine.report(cell.spec.name, len(cell.store.read()), cell.planned.total)
+                self.engine.report(cell.spec.name, cell.store.count(), cell.planned.total)
 
         return report
 
