@@ -68,15 +68,15 @@ class Drill:
     option: bool
 
 
-def drill(rng: np.random.Generator, words: list[str]) -> Drill:
-    """Options and words to find among them, or pairs and keys to look up: a dozen answers in a row of text.
+def drill(rng: np.random.Generator, answers: list[str], names: list[str]) -> Drill:
+    """Options and `answers` to find among them, or pairs of `names` to look up: a dozen answers in a row of text.
 
     Look-up circuits form under dense targets only; what they learn here on a word that stands in the text, the
     questions use on a word that the decoder has said to itself.
     """
     option = bool(rng.random() < 0.5)
     count = int(rng.integers(2, 6))
-    drawn = draw_some(rng, words, 2 * count)
+    drawn = draw_some(rng, answers if option else names, 2 * count)
     keys, values = drawn[:count], drawn[count:]
     if option:
         shown = [" ".join(pair) for pair in zip(keys, values, strict=True)] if rng.random() < 0.2 else keys

@@ -5,7 +5,7 @@
     python -m training.train joint --minutes 60 --out runs/training
     python -m training.train companion --minutes 10 --out runs/training --export qapbench/models/embedded/diagram-llava
 
-`vision` and `language` do not depend on each other; `joint` takes both up, `companion` takes up its tower. A stage that
+`vision` and `language` do not depend on each other; `joint` takes both up, `companion` takes up `vision`. A stage that
 was stopped goes on from its checkpoint when it is called again.
 """
 
@@ -32,7 +32,7 @@ from .vocabulary import build_bpe
 
 STAGES = ("vision", "language", "joint", "companion")
 BEFORE: dict[str, tuple[str, ...]] = {
-    "vision": (), "language": (), "joint": ("vision", "language"), "companion": ("vision", "joint"),
+    "vision": (), "language": (), "joint": ("vision", "language"), "companion": ("vision",),
 }  # fmt: skip
 LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "joint": 2e-3, "companion": 2e-3}
 
@@ -88,7 +88,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     elif args.stage == "language":
         stage = Language(llava, speller, args.seed, rank, args.ranks)
     elif args.stage == "joint":
-        stage = Joint(llava, speller, labeller, args.seed, rank, args.ranks)
+        stage = Joint(llava, speller, args.seed, rank, args.ranks)
     else:
         stage = Companion(llava, clip, speller, args.seed, rank, args.ranks)
     restore(args.out, BEFORE[args.stage], {**modules, **stage.trained})

@@ -63,12 +63,7 @@ class Vision:
         return self.score(scenes)
 
     def score(self, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
-        """Loss of scenes and what to log."""
-        _, loss, logged = self.seen(scenes)
-        return loss, logged
-
-    def seen(self, scenes: list[Scene]) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """([B, N, C] patches, cross-entropy of slots at patches and of what the CLS token says of the image, log)."""
+        """Cross-entropy of slots at patches and of what the CLS token says of the image, and what to log."""
         with self._watched() as seen:
             patches, cls = see(self.llava, pixels_of(scenes))
         labels = torch.stack([self.labeller.patches(scene) for scene in scenes])
@@ -105,7 +100,7 @@ class Vision:
         logged = {"right": right / said} | {key: value for key, value in logged.items() if key in SHOWN}
         for key, value in (("patch", patch), ("cls", whole), ("early", early), ("looked", looked)):
             logged[key] = float(value.detach())
-        return patches, patch + 0.2 * whole + 0.3 * early + 0.2 * looked, logged
+        return patch + 0.2 * whole + 0.3 * early + 0.2 * looked, logged
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[dict[str, Tensor]]:

@@ -25,11 +25,11 @@ def scenes_of(modality: str, count: int) -> list:
     return [sample(5, i, "train", modality=modality) for i in range(count)]
 
 
-def test_the_forward_pass_is_that_of_transformers(models: tuple, speller, labeller) -> None:
+def test_the_forward_pass_is_that_of_transformers(models: tuple, speller) -> None:
     llava, _ = models
     scenes = scenes_of("image", 2)
     rows = [speller.row(scene.questions[0], image=True) for scene in scenes]
-    stage = Joint(llava, speller, labeller, seed=0)
+    stage = Joint(llava, speller, seed=0)
     prefix = stage.prefix_of(stage.projector(see(llava, pixels_of(scenes))[0]))
     part = chunk(rows, [0, 1], [NOWHERE, NOWHERE])
     hidden, _ = stage.decoder.rows(part.ids, prefix, part.image, part.asked)
@@ -82,7 +82,7 @@ def stages(models: tuple, speller, labeller) -> list:
     return [
         Vision(llava, labeller, seed=1),
         Language(llava, speller, seed=1),
-        Joint(llava, speller, labeller, seed=1),
+        Joint(llava, speller, seed=1),
         Companion(llava, clip, speller, seed=1),
     ]
 
