@@ -77,7 +77,8 @@ class Sight:
             mark = self.processor.image_token
             prompt = prompt.replace(mark, f"< {mark[1:]}")
         images = [decoded(image) for image in question.images]
-        inputs = self.processor(text=[prompt], images=images or None, return_tensors="pt")
+        # As the images of one prompt: OneVision cuts tiles of an image that is alone, and of no others.
+        inputs = self.processor(text=[prompt], images=[images] if images else None, return_tensors="pt")
         found = {key: value.to(self.family.model.device) for key, value in inputs.items()}
         return {"attention_mask": torch.ones_like(found["input_ids"]), **found}
 
