@@ -1,0 +1,299 @@
+"""Pruning inside the decoder: visual tokens are dropped between two layers while the prompt passes through them.
+
+Attention runs as the model has it (SDPA, flash or eager); of the layer that a pruner reads, only the rows that it asks
+for are computed beside. Layers behind a drop get fewer columns: their masks, rotary embeddings and KV caches hold just
+these, and what they answer is put back at its column of the prompt, so that nobody outside has to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .layout import Layout, cut, cut_mask
+from .models.layers import DecoderLayers
+from .receipt import Receipt
+from .strategy import DecoderPruner, Fusion, Metric, Stage, check_budget
+from .tokens import Selection, VisionTokens
+
+
+@dataclass
+class Image:
+    """One image on its way through the layers.
+
+    Attributes:
+        row: of the batch.
+        entered: [E] columns of the prompt that its tokens entered at.
+        text: [L] columns of the text behind it, up to the end of the question.
+        columns: [n] columns where those stand that are left; made: [n] bool, which were made of several.
+        counts: tokens that each layer saw.
+    """
+
+    row: int
+    entered: Tensor
+    text: Tensor
+    columns: Tensor
+    made: Tensor
+    counts: list[int] = field(default_factory=list)
+
+    def narrow(self, selection: Selection) -> None:
+        kept = selection.indices[0]
+        self.columns, self.made = self.columns[kept], self.made[kept]
+        if selection.made is not None:
+            self.made = self.made | selection.made[0]
+
+
+@dataclass
+class Passage:
+    """One prompt's way through the decoder, and what its KV caches hold afterwards.
+
+    Attributes:
+        layouts: of each layer.
+        stages: by the index of the first layer behind them.
+        embedded: [B, L, D] the prompt as it entered, where a pruner reads that.
+    """
+
+    images: list[Image]
+    layouts: list[Layout]
+    stages: dict[int, Stage]
+    embedded: Tensor | None = None
+
+    def whole(self, index: int) -> bool:
+        """Whether that layer sees the whole prompt."""
+        return self.layouts[index] is self.layouts[0]
+
+
+class DecoderPruning:
+    """Hooks on a decoder's layers that let a pruner drop tokens between them."""
+
+    def __init__(
+        self, layers: DecoderLayers, pruner: DecoderPruner, keep: int, sensitivity: Metric | None,
+        fusion: Fusion | None, receipt: Receipt,
+    ) -> None:  # fmt: skip
+        self.layers = layers
+        self.pruner = pruner
+        self.keep = keep
+        self.sensitivity = sensitivity
+        self.fusion = fusion
+        self.receipt = receipt
+        self._announced: Passage | None = None  # a prompt that the next call will bring
+        self._now: Passage | None = None  # the prompt that is in the layers
+        self._passed: WeakKeyDictionary[Any, Passage] = WeakKeyDictionary()  # by the cache that it filled
+        self._projected: dict[nn.Module, Tensor] = {}  # queries and keys of the layer before a drop
+
+    @property
+    def _name(self) -> str:
+        return type(self.pruner).__name__
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for index, layer in enumerate(self.layers.layers):
+                stack.callback(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True).remove)
+                for projection in self.layers.projections(index):
+                    stack.callback(projection.register_forward_hook(self._record(index)).remove)
+            stack.callback(self.layers.layers[-1].register_forward_hook(self._leave).remove)
+            yield
+
+    @contextlib.contextmanager
+    def prompt(
+        self, placeholders: Tensor, mask: Tensor, owners: list[int], count: int, labels: Tensor | None = None
+    ) -> Iterator[None]:
+        """The call inside brings this prompt.
+
+        Args:
+            placeholders: [B, L] bool, the columns of visual tokens.
+            mask: [B, L] attention mask of the prompt, padded on either side.
+            owners: row of each image, ascending.
+            count: tokens of an image.
+            labels: [B, L] where an answer is scored: the question ends before the first that is not ignored.
+
+        Raises:
+            UserError: the budget is out of range, or nothing is asked behind an image.
+        """
+        check_budget(self.keep, count)
+        valid = mask.bool()
+        asked = valid & ~placeholders
+        if labels is not None:
+            asked &= (labels >= 0).cumsum(dim=1) == 0
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        images = []
+        for index, row in enumerate(owners):
+            start = owners[:index].count(row) * count
+            own = columns[placeholders[row]][start : start + count]
+            text = columns[asked[row] & (columns > own[-1])]
+            if not len(text):
+                raise UserError(f"{self._name} reads the text behind an image, and a prompt has none")
+            images.append(Image(row, own, text, own, torch.zeros_like(own, dtype=torch.bool)))
+        layout = Layout.of(columns.expand(len(valid), -1), valid)
+        self._announced = Passage(images, [layout] * len(self.layers), self._stages(count))
+        try:
+            yield
+            if self._announced is not None:
+                raise RuntimeError(f"{self._name}: the prompt never reached the decoder's layers")
+        finally:
+            self._announced = self._now = None
+            self._projected.clear()
+
+    def _stages(self, count: int) -> dict[int, Stage]:
+        if self.keep == count:
+            return {}
+        depth = len(self.layers)
+        stages = self.pruner.stages(count, self.keep, depth)
+        places, budgets = [stage.after for stage in stages], [count, *(stage.keep for stage in stages)]
+        if budgets != sorted(budgets, reverse=True) or budgets[-1] != self.keep:
+            raise RuntimeError(f"{self._name}: {stages} do not lead from {count} to {self.keep} tokens")
+        if places != sorted(set(places)) or not 1 <= places[0] <= places[-1] < depth:
+            raise RuntimeError(f"{self._name}: {stages} are not in order between {depth} layers")
+        return {stage.after: stage for stage in stages}
+
+    # -- hooks --
+
+    def _enter(self, index: int) -> Any:
+        """Before a layer: drop what is to be dropped, and cut what the layer is given."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            past = kwargs.get("past_key_values")
+            if self._announced is not None:
+                self._begin(args[0], past)
+            passage = self._now
+            if passage is None:
+                return self._decode(index, args, kwargs)
+            hidden = args[0]
+            if index in passage.stages:
+                hidden = self._drop(passage, index, hidden, kwargs["position_embeddings"])
+            for image in passage.images:
+                image.counts.append(len(image.columns))
+            if passage.whole(index):
+                return None
+            return (hidden, *args[1:]), {**kwargs, **cut(kwargs, passage.layouts[index], self._flash)}
+
+        return hook
+
+    def _begin(self, hidden: Tensor, past: Any) -> None:
+        if getattr(past, "is_compileable", False):
+            raise UserError(f"{self._name}: layers of different lengths need a dynamic KV cache, not a static one")
+        passage, self._announced = self._announced, None
+        self._now = passage
+        if passage is not None and past is not None:
+            self._passed[past] = passage
+        if passage is not None and self.pruner.needs & {"embedded", "prompt_embeds"}:
+            passage.embedded = hidden
+
+    def _decode(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """New tokens behind a prompt: the mask has to fit the keys that the prompt left in this layer."""
+        past = kwargs.get("past_key_values")
+        passage = self._passed.get(past) if past is not None else None
+        if passage is None or passage.whole(index):
+            return None
+        batch, fresh = args[0].shape[:2]
+        layout, prompt = passage.layouts[index], passage.layouts[0].columns.shape[1]
+        new = past.get_seq_length(index) - layout.columns.shape[1] + fresh
+        keys = layout.behind(prompt, new, batch)
+        return args, {**kwargs, "attention_mask": cut_mask(kwargs.get("attention_mask"), keys, fresh, self._flash)}
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in str(self.layers.config._attn_implementation)
+
+    def _record(self, index: int) -> Any:
+        def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
+            if not self.pruner.ahead and self._now is not None and index + 1 in self._now.stages:
+                self._projected[projection] = output
+
+        return hook
+
+    def _leave(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Behind the last layer: hidden states go back to their columns of the prompt; zero where they were dropped."""
+        passage, self._now = self._now, None
+        if passage is None:
+            return None
+        self._report(passage)
+        passage.embedded = None
+        if not passage.stages:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        layout = passage.layouts[-1]
+        whole = hidden.new_zeros(*passage.layouts[0].columns.shape, hidden.shape[-1])
+        rows, places = layout.valid.nonzero(as_tuple=True)
+        whole[rows, layout.columns[rows, places]] = hidden[rows, places]
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    # -- one drop --
+
+    def _drop(self, passage: Passage, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        layout, entering = passage.layouts[index], hidden
+        gone = torch.zeros_like(layout.valid)
+        chosen = []
+        for image in passage.images:  # one by one, so that no batch changes them
+            places, columns = layout.row(image.row)
+            own = torch.searchsorted(columns, image.columns)
+            tokens = self._tokens(passage, index, image, entering, rotary)
+            sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
+            selection = self.pruner.select(tokens, passage.stages[index].keep, sensitivity, self.fusion)
+            if selection.merged is not None or selection.space != "projected":
+                raise RuntimeError(f"{self._name}: what is merged inside the decoder needs a place: use `updated`")
+            stays = selection.mask(len(own))[0]
+            gone[image.row, places[own[~stays]]] = True
+            if selection.updated is not None:
+                hidden = hidden.clone() if hidden is entering else hidden
+                hidden[image.row, places[own[stays]]] = selection.updated[0].to(hidden.dtype)
+            chosen.append((image, selection))
+        for image, selection in chosen:
+            image.narrow(selection)
+        left, places = layout.without(gone)
+        passage.layouts[index:] = [left] * (len(passage.layouts) - index)
+        self._projected.clear()
+        return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+    def _tokens(
+        self, passage: Passage, index: int, image: Image, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> VisionTokens:
+        """What is left of one image as its pruner may see it: a batch of one."""
+        needs, row = self.pruner.needs, image.row
+        places, columns = passage.layouts[index].row(row)
+        own = torch.searchsorted(columns, image.columns)
+        fields: dict[str, Tensor] = {}
+        if needs & {"query_attention", "text_attention"}:
+            asking = image.text if "text_attention" in needs else image.text[-1:]
+            at = torch.searchsorted(columns, asking)
+            cos, sin = (x[row if len(x) > 1 else 0, columns] for x in rotary)
+            queries, keys, layer = self._queries_and_keys(index, hidden[row], row, places, at)
+            rows = self.layers.rows(layer, queries, keys, (cos, sin), at)[:, own]
+            fields = {"text_attention": rows.T, "query_attention": rows[-1]}
+        if passage.embedded is not None:
+            embedded = passage.embedded[row]
+            fields |= {"prompt_embeds": embedded[image.text], "embedded": embedded[image.entered]}
+        wanted = {name: value.unsqueeze(0) for name, value in fields.items() if name in needs}
+        return VisionTokens(hidden[row, places[own]].unsqueeze(0), **wanted)
+
+    def _queries_and_keys(
+        self, index: int, hidden: Tensor, row: int, places: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """Queries of the places `at`, keys of all, before rotation, and the layer that they are of."""
+        layer = index if self.pruner.ahead else index - 1
+        queries, keys = self.layers.projections(layer)
+        if not self.pruner.ahead:
+            return self._projected[queries][row, places[at]], self._projected[keys][row, places], layer
+        normed = self.layers.normed(layer, hidden[places].unsqueeze(0))
+        return queries(normed[:, at])[0], keys(normed)[0], layer
+
+    def _report(self, passage: Passage) -> None:
+        """What the layers saw, into the receipt."""
+        kept, made = [], []
+        for image in passage.images:
+            merged = int(image.made.sum())
+            layers = tuple(image.counts)
+            self.receipt.saw_image(len(image.entered), len(image.columns) - merged, merged, layers)
+            kept.append(torch.searchsorted(image.entered, image.columns))
+            made.append(image.made)
+        if kept:
+            self.receipt.latest = Selection(torch.stack(kept), made=torch.stack(made), layers=layers)
