@@ -8,9 +8,8 @@ these, and what they answer is put back at its column of the prompt, so that nob
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,12 +58,24 @@ class Passage:
         layouts: of each layer.
         stages: by the index of the first layer behind them.
         embedded: [B, L, D] the prompt as it entered, where a pruner reads that.
+        times: how often each row stands in the batch (beams).
     """
 
     images: list[Image]
     layouts: list[Layout]
     stages: dict[int, Stage]
     embedded: Tensor | None = None
+    times: int = 1
+
+    def repeat(self, batch: int) -> None:
+        """Every row several times in a row, as generate lays out beams."""
+        self.times = batch // len(self.layouts[0].columns)
+        self.layouts = [self.layouts[0].repeated(self.times)] * len(self.layouts)
+        self.images = [
+            replace(image, row=image.row * self.times + copy, counts=[])
+            for image in self.images
+            for copy in range(self.times)
+        ]
 
     def whole(self, index: int) -> bool:
         """Whether that layer sees the whole prompt."""
@@ -183,21 +194,24 @@ class DecoderPruning:
             raise UserError(f"{self._name}: layers of different lengths need a dynamic KV cache, not a static one")
         passage, self._announced = self._announced, None
         self._now = passage
-        if passage is not None and past is not None:
+        if passage is None:
+            return
+        passage.repeat(len(hidden))
+        if past is not None:
             self._passed[past] = passage
-        if passage is not None and self.pruner.needs & {"embedded", "prompt_embeds"}:
+        if self.pruner.needs & {"embedded", "prompt_embeds"}:
             passage.embedded = hidden
 
     def _decode(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """New tokens behind a prompt: the mask has to fit the keys that the prompt left in this layer."""
-        past = kwargs.get("past_key_values")
+        past: Any = kwargs.get("past_key_values")
         passage = self._passed.get(past) if past is not None else None
         if passage is None or passage.whole(index):
             return None
         batch, fresh = args[0].shape[:2]
         layout, prompt = passage.layouts[index], passage.layouts[0].columns.shape[1]
         new = past.get_seq_length(index) - layout.columns.shape[1] + fresh
-        keys = layout.behind(prompt, new, batch)
+        keys = layout.repeated(batch // len(layout.columns)).behind(prompt, new)
         return args, {**kwargs, "attention_mask": cut_mask(kwargs.get("attention_mask"), keys, fresh, self._flash)}
 
     @property
@@ -272,7 +286,7 @@ class DecoderPruning:
         if passage.embedded is not None:
             embedded = passage.embedded[row]
             fields |= {"prompt_embeds": embedded[image.text], "embedded": embedded[image.entered]}
-        wanted = {name: value.unsqueeze(0) for name, value in fields.items() if name in needs}
+        wanted: dict[str, Any] = {name: value.unsqueeze(0) for name, value in fields.items() if name in needs}
         return VisionTokens(hidden[row, places[own]].unsqueeze(0), **wanted)
 
     def _queries_and_keys(
@@ -289,7 +303,7 @@ class DecoderPruning:
     def _report(self, passage: Passage) -> None:
         """What the layers saw, into the receipt."""
         kept, made = [], []
-        for image in passage.images:
+        for image in passage.images[:: passage.times]:
             merged = int(image.made.sum())
             layers = tuple(image.counts)
             self.receipt.saw_image(len(image.entered), len(image.columns) - merged, merged, layers)

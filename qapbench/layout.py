@@ -42,19 +42,24 @@ class Layout:
         places = stays.int().argsort(dim=1, stable=True)[:, -longest:]
         return Layout.of(self.columns.gather(1, places), stays.gather(1, places)), places
 
-    def behind(self, prompt: int, new: int, batch: int) -> Layout:
-        """With `new` columns behind a prompt of that length, for a batch whose rows may have been repeated (beams)."""
-        times = batch // len(self.columns)
+    def repeated(self, times: int) -> Layout:
+        """Every row several times in a row."""
+        if times == 1:
+            return self
         columns, valid = (x.repeat_interleave(times, dim=0) for x in (self.columns, self.valid))
-        fresh = torch.arange(prompt, prompt + new, device=columns.device).expand(batch, -1)
-        keys = torch.cat([columns, fresh], dim=1)
-        return Layout(keys, torch.cat([valid, torch.ones_like(fresh, dtype=torch.bool)], dim=1), self.full)
+        return Layout(columns, valid, self.full)
+
+    def behind(self, prompt: int, new: int) -> Layout:
+        """With `new` columns behind a prompt of that length."""
+        fresh = torch.arange(prompt, prompt + new, device=self.columns.device).expand(len(self.columns), -1)
+        columns = torch.cat([self.columns, fresh], dim=1)
+        return Layout(columns, torch.cat([self.valid, torch.ones_like(fresh, dtype=torch.bool)], dim=1), self.full)
 
 
 def cut(kwargs: dict[str, Any], layout: Layout, flash: bool) -> dict[str, Any]:
     """What a layer is given for a whole prompt (mask, rotary embedding, positions), cut to the layout."""
     columns = layout.columns
-    short = {"attention_mask": cut_mask(kwargs.get("attention_mask"), layout, columns.shape[1], flash)}
+    short: dict[str, Any] = {"attention_mask": cut_mask(kwargs.get("attention_mask"), layout, columns.shape[1], flash)}
     rotary = kwargs["position_embeddings"]
     width = rotary[0].shape[-1]
     place = columns.unsqueeze(-1).expand(-1, -1, width)
