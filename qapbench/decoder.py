@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,79 +18,23 @@ from torch import Tensor, nn
 from .errors import UserError
 from .layout import Layout, cut, cut_mask
 from .models.layers import DecoderLayers
+from .models.views import SeenImage
+from .passage import Passage, Portion
 from .receipt import Receipt
-from .strategy import DecoderPruner, Fusion, Metric, Stage, check_budget
+from .splice import KeptImage
+from .strategy import DecoderPruner, Fusion, Metric
 from .tokens import Selection, VisionTokens
-
-
-@dataclass
-class Image:
-    """One image on its way through the layers.
-
-    Attributes:
-        row: of the batch.
-        entered: [E] columns of the prompt that its tokens entered at.
-        text: [L] columns of the text behind it, up to the end of the question.
-        columns: [n] columns where those stand that are left; made: [n] bool, which were made of several.
-        counts: tokens that each layer saw.
-    """
-
-    row: int
-    entered: Tensor
-    text: Tensor
-    columns: Tensor
-    made: Tensor
-    counts: list[int] = field(default_factory=list)
-
-    def narrow(self, selection: Selection) -> None:
-        kept = selection.indices[0]
-        self.columns, self.made = self.columns[kept], self.made[kept]
-        if selection.made is not None:
-            self.made = self.made | selection.made[0]
-
-
-@dataclass
-class Passage:
-    """One prompt's way through the decoder, and what its KV caches hold afterwards.
-
-    Attributes:
-        layouts: of each layer.
-        stages: by the index of the first layer behind them.
-        embedded: [B, L, D] the prompt as it entered, where a pruner reads that.
-        times: how often each row stands in the batch (beams).
-    """
-
-    images: list[Image]
-    layouts: list[Layout]
-    stages: dict[int, Stage]
-    embedded: Tensor | None = None
-    times: int = 1
-
-    def repeat(self, batch: int) -> None:
-        """Every row several times in a row, as generate lays out beams."""
-        self.times = batch // len(self.layouts[0].columns)
-        self.layouts = [self.layouts[0].repeated(self.times)] * len(self.layouts)
-        self.images = [
-            replace(image, row=image.row * self.times + copy, counts=[])
-            for image in self.images
-            for copy in range(self.times)
-        ]
-
-    def whole(self, index: int) -> bool:
-        """Whether that layer sees the whole prompt."""
-        return self.layouts[index] is self.layouts[0]
 
 
 class DecoderPruning:
     """Hooks on a decoder's layers that let a pruner drop tokens between them."""
 
     def __init__(
-        self, layers: DecoderLayers, pruner: DecoderPruner, keep: int, sensitivity: Metric | None,
-        fusion: Fusion | None, receipt: Receipt,
+        self, layers: DecoderLayers, pruner: DecoderPruner, sensitivity: Metric | None, fusion: Fusion | None,
+        receipt: Receipt,
     ) -> None:  # fmt: skip
         self.layers = layers
         self.pruner = pruner
-        self.keep = keep
         self.sensitivity = sensitivity
         self.fusion = fusion
         self.receipt = receipt
@@ -115,37 +58,20 @@ class DecoderPruning:
             yield
 
     @contextlib.contextmanager
-    def prompt(
-        self, placeholders: Tensor, mask: Tensor, owners: list[int], count: int, labels: Tensor | None = None
-    ) -> Iterator[None]:
-        """The call inside brings this prompt.
-
-        Args:
-            placeholders: [B, L] bool, the columns of visual tokens.
-            mask: [B, L] attention mask of the prompt, padded on either side.
-            owners: row of each image, ascending.
-            count: tokens of an image.
-            labels: [B, L] where an answer is scored: the question ends before the first that is not ignored.
+    def prompt(self, portions: list[Portion], mask: Tensor, images: list[SeenImage]) -> Iterator[None]:
+        """The call inside brings this prompt, with attention mask [B, L] and padded on either side.
 
         Raises:
-            UserError: the budget is out of range, or nothing is asked behind an image.
+            UserError: nothing is asked behind an image.
         """
-        check_budget(self.keep, count)
-        valid = mask.bool()
-        asked = valid & ~placeholders
-        if labels is not None:
-            asked &= (labels >= 0).cumsum(dim=1) == 0
-        columns = torch.arange(valid.shape[1], device=valid.device)
-        images = []
-        for index, row in enumerate(owners):
-            start = owners[:index].count(row) * count
-            own = columns[placeholders[row]][start : start + count]
-            text = columns[asked[row] & (columns > own[-1])]
-            if not len(text):
+        for portion in portions:
+            if not len(portion.text):
                 raise UserError(f"{self._name} reads the text behind an image, and a prompt has none")
-            images.append(Image(row, own, text, own, torch.zeros_like(own, dtype=torch.bool)))
-        layout = Layout.of(columns.expand(len(valid), -1), valid)
-        self._announced = Passage(images, [layout] * len(self.layers), self._stages(count))
+            portion.budgets = self._stages(len(portion.entered), portion.keep)
+        valid = mask.bool()
+        columns = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+        layout = Layout.of(columns, valid)
+        self._announced = Passage(portions, images, [layout] * len(self.layers))
         try:
             yield
             if self._announced is not None:
@@ -154,17 +80,18 @@ class DecoderPruning:
             self._announced = self._now = None
             self._projected.clear()
 
-    def _stages(self, count: int) -> dict[int, Stage]:
-        if self.keep == count:
+    def _stages(self, count: int, keep: int) -> dict[int, int]:
+        """Budgets by the index of the first layer behind each stage."""
+        if keep == count:
             return {}
         depth = len(self.layers)
-        stages = self.pruner.stages(count, self.keep, depth)
+        stages = self.pruner.stages(count, max(keep, 1), depth)
         places, budgets = [stage.after for stage in stages], [count, *(stage.keep for stage in stages)]
-        if budgets != sorted(budgets, reverse=True) or budgets[-1] != self.keep:
-            raise RuntimeError(f"{self._name}: {stages} do not lead from {count} to {self.keep} tokens")
+        if budgets != sorted(budgets, reverse=True) or budgets[-1] != max(keep, 1):
+            raise RuntimeError(f"{self._name}: {stages} do not lead from {count} to {keep} tokens")
         if places != sorted(set(places)) or not 1 <= places[0] <= places[-1] < depth:
             raise RuntimeError(f"{self._name}: {stages} are not in order between {depth} layers")
-        return {stage.after: stage for stage in stages}
+        return {stage.after: stage.keep if keep else 0 for stage in stages}
 
     # -- hooks --
 
@@ -181,8 +108,8 @@ class DecoderPruning:
             hidden = args[0]
             if index in passage.stages:
                 hidden = self._drop(passage, index, hidden, kwargs["position_embeddings"])
-            for image in passage.images:
-                image.counts.append(len(image.columns))
+            for portion in passage.portions:
+                portion.counts.append(len(portion.left))
             if passage.whole(index):
                 return None
             return (hidden, *args[1:]), {**kwargs, **cut(kwargs, passage.layouts[index], self._flash)}
@@ -246,38 +173,47 @@ class DecoderPruning:
     def _drop(self, passage: Passage, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         layout, entering = passage.layouts[index], hidden
         gone = torch.zeros_like(layout.valid)
-        chosen = []
-        for image in passage.images:  # one by one, so that no batch changes them
-            places, columns = layout.row(image.row)
-            own = torch.searchsorted(columns, image.columns)
-            tokens = self._tokens(passage, index, image, entering, rotary)
-            sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
-            selection = self.pruner.select(tokens, passage.stages[index].keep, sensitivity, self.fusion)
-            if selection.merged is not None or selection.space != "projected":
-                raise RuntimeError(f"{self._name}: what is merged inside the decoder needs a place: use `updated`")
-            stays = selection.mask(len(own))[0]
-            gone[image.row, places[own[~stays]]] = True
-            if selection.updated is not None:
-                hidden = hidden.clone() if hidden is entering else hidden
-                hidden[image.row, places[own[stays]]] = selection.updated[0].to(hidden.dtype)
-            chosen.append((image, selection))
-        for image, selection in chosen:
-            image.narrow(selection)
+        chosen: list[tuple[Portion, Selection | None]] = []
+        for portion in passage.portions:  # one by one, so that no batch changes them
+            if index not in portion.budgets:
+                continue
+            places, columns = layout.row(portion.row)
+            own = places[torch.searchsorted(columns, portion.columns)]
+            gone[portion.row, own] = True
+            selection = self._select(passage, index, portion, entering, rotary) if portion.budgets[index] else None
+            if selection is not None:
+                gone[portion.row, own[selection.indices[0]]] = False
+                if selection.updated is not None:
+                    hidden = hidden.clone() if hidden is entering else hidden
+                    hidden[portion.row, own[selection.indices[0]]] = selection.updated[0].to(hidden.dtype)
+            chosen.append((portion, selection))
+        for portion, selection in chosen:
+            portion.narrow(selection)
         left, places = layout.without(gone)
         passage.layouts[index:] = [left] * (len(passage.layouts) - index)
         self._projected.clear()
         return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
+    def _select(
+        self, passage: Passage, index: int, portion: Portion, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> Selection:
+        tokens = self._tokens(passage, index, portion, hidden, rotary)
+        sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
+        selection = self.pruner.select(tokens, portion.budgets[index], sensitivity, self.fusion)
+        if selection.merged is not None or (selection.updated is not None and selection.space != "projected"):
+            raise RuntimeError(f"{self._name}: what is merged inside the decoder needs a place: use `updated`")
+        return selection
+
     def _tokens(
-        self, passage: Passage, index: int, image: Image, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+        self, passage: Passage, index: int, portion: Portion, hidden: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> VisionTokens:
-        """What is left of one image as its pruner may see it: a batch of one."""
-        needs, row = self.pruner.needs, image.row
+        """What is left of one view as its pruner may see it: a batch of one."""
+        needs, row = self.pruner.needs, portion.row
         places, columns = passage.layouts[index].row(row)
-        own = torch.searchsorted(columns, image.columns)
+        own = torch.searchsorted(columns, portion.columns)
         fields: dict[str, Tensor] = {}
         if needs & {"query_attention", "text_attention"}:
-            asking = image.text if "text_attention" in needs else image.text[-1:]
+            asking = portion.text if "text_attention" in needs else portion.text[-1:]
             at = torch.searchsorted(columns, asking)
             cos, sin = (x[row if len(x) > 1 else 0, columns] for x in rotary)
             queries, keys, layer = self._queries_and_keys(index, hidden[row], row, places, at)
@@ -285,7 +221,7 @@ class DecoderPruning:
             fields = {"text_attention": rows.T, "query_attention": rows[-1]}
         if passage.embedded is not None:
             embedded = passage.embedded[row]
-            fields |= {"prompt_embeds": embedded[image.text], "embedded": embedded[image.entered]}
+            fields |= {"prompt_embeds": embedded[portion.text], "embedded": embedded[portion.entered]}
         wanted: dict[str, Any] = {name: value.unsqueeze(0) for name, value in fields.items() if name in needs}
         return VisionTokens(hidden[row, places[own]].unsqueeze(0), **wanted)
 
@@ -302,12 +238,17 @@ class DecoderPruning:
 
     def _report(self, passage: Passage) -> None:
         """What the layers saw, into the receipt."""
-        kept, made = [], []
-        for image in passage.images[:: passage.times]:
-            merged = int(image.made.sum())
-            layers = tuple(image.counts)
-            self.receipt.saw_image(len(image.entered), len(image.columns) - merged, merged, layers)
-            kept.append(torch.searchsorted(image.entered, image.columns))
-            made.append(image.made)
-        if kept:
-            self.receipt.latest = Selection(torch.stack(kept), made=torch.stack(made), layers=layers)
+        latest = []
+        for image, seen in enumerate(passage.images):
+            own = [portion for portion in passage.portions[:: passage.times] if portion.image == image]
+            places = torch.cat([portion.places[portion.left] for portion in own]).cpu()
+            made = torch.cat([portion.made for portion in own]).cpu()
+            layers = tuple(map(sum, zip(*(portion.counts for portion in own), strict=True)))
+            separators = 0 if seen.separators is None else int(seen.separators.sum())
+            kept = KeptImage(
+                seen.features[:0], places.sort().values, places[~made].sort().values, seen.count, int(made.sum()),
+                separators, layers,
+            )  # fmt: skip
+            self.receipt.saw_image(kept.available, len(kept.indices), kept.merged, separators, layers)
+            latest.append(kept)
+        self.receipt.latest = latest

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoder import DecoderPruning, portions
+from .decoder import DecoderPruning
 from .errors import UserError
 from .models import Family
 from .models.relevance import QuestionReader, recalled
 from .models.views import Seen
+from .passage import portions
 from .receipt import Receipt
 from .spec import PruneSpec
 from .splice import KeptImage, Part, budgets, detached, gather_columns, image_columns, kept_columns, splice

@@ -12,10 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from qapbench.errors import UserError, nearest
 
+from .layers import DecoderLayers
 from .layouts import layout_of
 from .views import Seen
-
-from .layers import DecoderLayers
 
 _families: dict[str, type[Family]] = {}
 
