@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .columns import Layout, cut, cut_mask
 from .errors import UserError
-from .layout import Layout, cut, cut_mask
 from .models.layers import DecoderLayers
 from .models.views import SeenImage
 from .passage import Passage, Portion

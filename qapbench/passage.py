@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .columns import Layout
 from .models.views import Seen, SeenImage
 from .tokens import Selection
 
