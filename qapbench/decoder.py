@@ -38,6 +38,7 @@ class DecoderPruning:
         self.sensitivity = sensitivity
         self.fusion = fusion
         self.receipt = receipt
+        self._installed = False
         self._announced: Passage | None = None  # a prompt that the next call will bring
         self._now: Passage | None = None  # the prompt that is in the layers
         self._passed: WeakKeyDictionary[Any, Passage] = WeakKeyDictionary()  # by the cache that it filled
@@ -49,7 +50,13 @@ class DecoderPruning:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
+        """The hooks, put in place where they are not: what a cache holds is known as long as they stay."""
+        if self._installed:
+            yield
+            return
         with contextlib.ExitStack() as stack:
+            self._installed = True
+            stack.callback(setattr, self, "_installed", False)
             for index, layer in enumerate(self.layers.layers):
                 stack.callback(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True).remove)
                 for projection in self.layers.projections(index):
@@ -60,6 +67,8 @@ class DecoderPruning:
     @contextlib.contextmanager
     def prompt(self, portions: list[Portion], mask: Tensor, images: list[SeenImage]) -> Iterator[None]:
         """The call inside brings this prompt, with attention mask [B, L] and padded on either side.
+
+        Columns behind the L are an answer that is scored; it has no say in what is kept.
 
         Raises:
             UserError: nothing is asked behind an image.
@@ -123,7 +132,7 @@ class DecoderPruning:
         self._now = passage
         if passage is None:
             return
-        passage.repeat(len(hidden))
+        passage.enter(*hidden.shape[:2])
         if past is not None:
             self._passed[past] = passage
         if self.pruner.needs & {"embedded", "prompt_embeds"}:

@@ -90,10 +90,16 @@ class Passage:
     embedded: Tensor | None = None
     times: int = 1
 
-    def repeat(self, batch: int) -> None:
-        """Every row several times in a row, as generate lays out beams."""
-        self.times = batch // len(self.layouts[0].columns)
-        self.layouts = [self.layouts[0].repeated(self.times)] * len(self.layouts)
+    def enter(self, batch: int, length: int) -> None:
+        """As it comes in: every row several times in a row (beams), and with what follows the prompt in the call."""
+        base = self.layouts[0]
+        prompt = base.columns.shape[1]
+        self.times = batch // len(base.columns)
+        if self.times > 1:
+            base = base.repeated(self.times)
+        if length > prompt:
+            base = base.behind(prompt, length - prompt)
+        self.layouts = [base] * len(self.layouts)
         self.portions = [
             replace(portion, row=portion.row * self.times + copy, counts=[])
             for portion in self.portions

@@ -199,26 +199,6 @@ class PrunedCalls:
         rows = [row for row, _ in spans]
         parts = self._select(seen, ids, mask, placeholders, rows, relevance_text, Memo() if memo is None else memo)
         images = [splice(image, own) for image, own in zip(seen.images, parts, strict=True)]
-            self.receipt.saw_image(image.available, len(image.indices), image.merged, image.separators)
-        return {**shown.inputs, **self.family.encoded(shown.features)}
-
-    def show(
-        self, prompt: dict[str, Any], seen: Seen, relevance_text: list[str] | None = None, memo: Memo | None = None
-    ) -> Shown:
-        """What the language model gets of a prompt and its images.
-
-        Args:
-            prompt: the call's keywords, a mask among them; its pixels are not looked at.
-            seen: its images, at least with the fields of `needs`.
-            relevance_text: one question an image; the prompt is decoded where it is None.
-            memo: what was computed of these images and this prompt for other selections.
-        """
-        ids, mask = prompt["input_ids"], prompt["attention_mask"]
-        placeholders = ids == self.family.image_token
-        spans = image_columns(placeholders, [len(image.features) for image in seen.images])
-        rows = [row for row, _ in spans]
-        parts = self._select(seen, ids, mask, placeholders, rows, relevance_text, Memo() if memo is None else memo)
-        images = [splice(image, own) for image, own in zip(seen.images, parts, strict=True)]
         if self.spec.positions == "keep" and any(image.merged for image in images):
             raise UserError(
                 f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
