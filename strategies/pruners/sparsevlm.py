@@ -84,7 +84,9 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     Returns:
         means [B, clusters, D], and the index of each one's centre [B, clusters], ascending.
     """
-    distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / sqrt(tokens.shape[-1])
+    wide = tokens.double()  # in float32 a matmul would lose small distances between long vectors
+    distance = torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist") / sqrt(tokens.shape[-1])
+    distance.diagonal(dim1=1, dim2=2).zero_()
     near = distance.topk(clusters if clusters > 1 else tokens.shape[1], dim=-1, largest=False).values
     density = (-near.square().mean(dim=-1)).exp()
     one, other = density.unsqueeze(2), density.unsqueeze(1)
