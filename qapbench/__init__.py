@@ -8,9 +8,12 @@ from .run import run
 from .spec import RunSpec, SweepSpec
 from .strategy import (
     Bits,
+    DecoderPruner,
     GroupSize,
     Pruner,
     Share,
+    Stage,
+    even_stages,
     fusion,
     fusions,
     metric,
@@ -29,6 +32,7 @@ from .tokens import Selection, VisionTokens
 __all__ = [
     "PTQ",
     "Bits",
+    "DecoderPruner",
     "Format",
     "GroupSize",
     "LinearPlan",
@@ -36,10 +40,12 @@ __all__ = [
     "RunSpec",
     "Selection",
     "Share",
+    "Stage",
     "SweepSpec",
     "UserError",
     "VisionTokens",
     "compress",
+    "even_stages",
     "fake_quantize",
     "fusion",
     "fusions",

@@ -16,7 +16,7 @@ from .models.relevance import QuestionReader, TextTower, find_tower, load_tower
 from .prune import PrunedCalls
 from .receipt import LinearReceipt, Receipt, measured_bits
 from .spec import PruneSpec, QuantizeSpec, RunSpec
-from .strategy import metrics, pruners, ptqs
+from .strategy import DecoderPruner, metrics, pruners, ptqs
 
 
 @contextlib.contextmanager
@@ -132,7 +132,9 @@ def pruned_calls(
     """
     receipt.pruning = spec.label
     pruner = pruners.create(spec.method.name, **spec.method.params)
-    if missing := pruner.needs - pruner.optional - family.offers - QuestionReader.FIELDS:
+    inside = isinstance(pruner, DecoderPruner)
+    offers = DecoderPruner.DECODER_FIELDS if inside else family.offers | QuestionReader.FIELDS
+    if missing := pruner.needs - pruner.optional - offers:
         raise UserError(
             f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
         )
@@ -141,7 +143,7 @@ def pruned_calls(
     for name in sorted(pruner.optional - family.offers - QuestionReader.FIELDS):
         receipt.fall_back(f"{name}: this model has none, and {spec.method} does without")
     joint = joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
-    reader = QuestionReader(pruner.needs, joint, family.model.get_input_embeddings())
+    reader = QuestionReader(frozenset() if inside else pruner.needs, joint, family.model.get_input_embeddings())
     if reader.needs_text and processor is None:
         processor = _own_tokenizer(family)
     sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None

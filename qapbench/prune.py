@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decoder import DecoderPruning
 from .errors import UserError
 from .models import Family
 from .models.relevance import QuestionReader, recalled
 from .models.views import Seen
+from .passage import portions
 from .receipt import Receipt
 from .spec import PruneSpec
 from .splice import KeptImage, Part, budgets, detached, gather_columns, image_columns, kept_columns, splice
-from .strategy import Metric, Pruner, fusions
+from .strategy import DecoderPruner, Metric, Pruner, fusions
 from .tokens import Selection, VisionTokens
 
 # Inputs as long as the prompt, beyond ids, mask and positions, and what pads them; the loss skips -100.
@@ -96,6 +98,9 @@ class PrunedCalls:
         self.reader = reader
         self.receipt = receipt
         self.processor = processor
+        self.decoder: DecoderPruning | None = None
+        if isinstance(pruner, DecoderPruner):
+            self.decoder = DecoderPruning(family.decoder, pruner, sensitivity, self.fusion, receipt)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -105,7 +110,8 @@ class PrunedCalls:
         model.forward = self._wrap_forward(model.forward)
         model.generate = self._wrap_generate(model.generate)
         try:
-            yield
+            with self.decoder.installed() if self.decoder else contextlib.nullcontext():
+                yield
         finally:
             for name in ("forward", "generate"):
                 if name in held:
@@ -120,9 +126,10 @@ class PrunedCalls:
         def pruned(*args: Any, relevance_text: list[str] | None = None, **kwargs: Any) -> Any:
             if args:
                 kwargs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-            if self._has_images(kwargs):
-                kwargs = self.shorten(kwargs, relevance_text)
-            return forward(**kwargs)
+            if not self._has_images(kwargs):
+                return forward(**kwargs)
+            with self.shortened(kwargs, relevance_text) as short:
+                return forward(**short)
 
         return pruned
 
@@ -135,11 +142,11 @@ class PrunedCalls:
             if not self._has_images(kwargs):
                 return generate(None, *args, **kwargs)
             prompt = kwargs["input_ids"]
-            short = self.shorten(kwargs, relevance_text)
-            removed = prompt.shape[1] - short["input_ids"].shape[1]
-            if short.get("max_length") is not None:  # counts the prompt, which got shorter
-                short["max_length"] -= removed
-            output = generate(None, *args, **short)
+            with self.shortened(kwargs, relevance_text) as short:
+                removed = prompt.shape[1] - short["input_ids"].shape[1]
+                if short.get("max_length") is not None:  # counts the prompt, which got shorter
+                    short["max_length"] -= removed
+                output = generate(None, *args, **short)
             return _with_prompt(output, prompt, short["input_ids"].shape[1])
 
         return pruned
@@ -154,8 +161,12 @@ class PrunedCalls:
         """What the model must record of an image."""
         return (self.pruner.needs & self.family.offers) | self.reader.visual
 
-    def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None) -> dict[str, Any]:
-        """The call's keywords with pruned placeholders gone and chosen features in place of pixels."""
+    @contextlib.contextmanager
+    def shortened(self, kwargs: dict[str, Any], relevance_text: list[str] | None) -> Iterator[dict[str, Any]]:
+        """The call's keywords with pruned placeholders gone and chosen features in place of pixels.
+
+        A pruner inside the decoder takes nothing out of the prompt; while the context is open it waits for it there.
+        """
         if kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
             raise UserError("pruning needs input_ids with image placeholders; inputs_embeds cannot be pruned")
         if kwargs.get("past_key_values") is not None:
@@ -166,7 +177,8 @@ class PrunedCalls:
         self.receipt.latest = shown.chosen
         for image in shown.chosen or ():
             self.receipt.saw_image(image.available, len(image.indices), image.merged, image.separators)
-        return {**shown.inputs, **self.family.encoded(shown.features)}
+        with shown.inside() if shown.inside else contextlib.nullcontext():
+            yield {**shown.inputs, **self.family.encoded(shown.features)}
 
     def show(
         self, prompt: dict[str, Any], seen: Seen, relevance_text: list[str] | None = None, memo: Memo | None = None
@@ -182,6 +194,8 @@ class PrunedCalls:
         ids, mask = prompt["input_ids"], prompt["attention_mask"]
         placeholders = ids == self.family.image_token
         spans = image_columns(placeholders, [len(image.features) for image in seen.images])
+        if self.decoder:
+            return self._show_inside(self.decoder, prompt, seen, spans, mask.bool() & ~placeholders)
         rows = [row for row, _ in spans]
         parts = self._select(seen, ids, mask, placeholders, rows, relevance_text, Memo() if memo is None else memo)
         images = [splice(image, own) for image, own in zip(seen.images, parts, strict=True)]
@@ -189,11 +203,35 @@ class PrunedCalls:
             raise UserError(
                 f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
             )
-        cut = self._cut(prompt, mask, kept_columns(placeholders, spans, images))
+        inputs = self._handed(prompt, mask, kept_columns(placeholders, spans, images))
+        said = [image.to_json() for image in images]
+        return Shown(inputs, [image.features for image in images], said, [detached(image) for image in images])
+
+    def _show_inside(
+        self, decoder: DecoderPruning, prompt: dict[str, Any], seen: Seen, spans: list[tuple[int, Tensor]], text: Tensor
+    ) -> Shown:
+        """The whole prompt, of which the decoder drops tokens on the way."""
+        mask = prompt["attention_mask"]
+        if prompt.get("labels") is not None:  # the answer has no say in what is kept
+            text = text & ((prompt["labels"] != PER_TOKEN["labels"]).cumsum(dim=1) == 0)
+        keeps = self._budgets(seen)
+
+        @contextlib.contextmanager
+        def inside() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+            with decoder.installed(), decoder.prompt(portions(seen, keeps, spans, text), mask, seen.images):
+                yield lambda: [image.to_json() for image in self.receipt.latest or ()]
+
+        everything = [torch.arange(mask.shape[1], device=mask.device)] * len(mask)
+        inputs, features = self._handed(prompt, mask, everything), [image.features for image in seen.images]
+        said = [{"available": image.count} for image in seen.images]
+        return Shown(inputs, features, said, inside=inside, tag=self.spec.model_dump_json())
+
+    def _handed(self, prompt: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
+        """The call's keywords without images, and those columns of its prompt."""
+        cut = self._cut(prompt, mask, columns)
         for name in self.family.image_inputs:
             cut.pop(name, None)
-        said = [image.to_json() for image in images]
-        return Shown(cut, [image.features for image in images], said, [detached(image) for image in images])
+        return cut
 
     def _select(
         self, seen: Seen, ids: Tensor, mask: Tensor, placeholders: Tensor, rows: list[int],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -48,7 +50,9 @@ class Receipt:
 
     Attributes:
         images: images that were pruned; `available`, `kept`, `merged`: tokens, summed over them.
-        least, most: smallest and largest budget (kept + merged) of an image.
+        least, most: smallest and largest budget (kept + merged) of an image; where tokens are dropped inside the
+            decoder, of what its last layer saw.
+        layers: tokens that each layer of the decoder saw, summed over images; empty where all see the same.
         fallbacks: what was done otherwise than asked, in words.
         separators: tokens of the model's own (new lines between rows of tiles) that stayed, summed; not in the budget.
         latest: what the latest pruned call kept of each image, for whoever stores or draws it; not part of the record.
@@ -65,13 +69,17 @@ class Receipt:
     merged: int = 0
     least: int | None = None
     most: int | None = None
+    layers: list[int] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     separators: int = 0
     latest: list[KeptImage] | None = field(default=None, repr=False, compare=False)
 
-    def saw_image(self, available: int, kept: int, merged: int, separators: int = 0) -> None:
+    def saw_image(
+        self, available: int, kept: int, merged: int, separators: int = 0, layers: Sequence[int] = ()
+    ) -> None:
         budget = kept + merged
         self.separators += separators
+        self.layers = [sum(pair) for pair in itertools.zip_longest(self.layers, layers, fillvalue=0)]
         self.images += 1
         self.available += available
         self.kept += kept
@@ -82,14 +90,16 @@ class Receipt:
     def recount(self, images: list[dict[str, Any]]) -> None:
         """Count images anew from what was stored beside the answers: also those of earlier sessions.
 
-        Each image holds `available`, and where it was pruned the indices `kept` and the numbers `merged` and
-        `separators`.
+        Each image holds `available`, and where it was pruned the indices `kept` and the numbers `merged`,
+        `separators` and `layers`.
         """
         self.images = self.available = self.kept = self.merged = self.separators = 0
         self.least = self.most = None
+        self.layers = []
         for image in images:
             kept = len(image["kept"]) if "kept" in image else image["available"]
-            self.saw_image(image["available"], kept, image.get("merged", 0), image.get("separators", 0))
+            more = image.get("merged", 0), image.get("separators", 0), image.get("layers", ())
+            self.saw_image(image["available"], kept, *more)
 
     def fall_back(self, what: str) -> None:
         if what not in self.fallbacks:
@@ -105,6 +115,8 @@ class Receipt:
             "images": n, "available": self.available / n, "mean": (self.kept + self.merged) / n, "min": self.least or 0,
             "max": self.most or 0, "kept": self.kept / n, "merged": self.merged / n,
         }  # fmt: skip
+        if self.layers:
+            counted["layer_mean"] = sum(self.layers) / n / len(self.layers)
         return {**counted, "separators": self.separators / n} if self.separators else counted
 
     def check(self) -> None:
@@ -136,7 +148,8 @@ class Receipt:
             t = self.tokens
             merged = f" ({t['kept']:g} kept + {t['merged']:g} merged)" if self.merged else ""
             lines = f" and {t['separators']:g} separators" if self.separators else ""
-            parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}{lines}")
+            layers = f" in the last layer, {t['layer_mean']:.4g} on the average of layers" if self.layers else ""
+            parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}{lines}{layers}")
         if self.fallbacks:
             parts.append(f"{len(self.fallbacks)} fallback(s)")
         return "; ".join(parts)

@@ -21,7 +21,7 @@ from .errors import Problem, UserError
 from .items import FusionItem, Item, MetricItem, PrunerItem, PTQItem
 from .quantization import Format
 from .registry import load_plugin_file, problems_of
-from .strategy import fusions
+from .strategy import DecoderPruner, fusions, pruners
 
 Scope = Literal["language", "projector", "vision"]
 
@@ -62,8 +62,10 @@ class PruneSpec(Strict):
     """Which visual tokens are kept. Without `sensitivity` the pruner chooses by meaning alone.
 
     `keep` counts tokens per image or, where a model cuts its images into tiles, per tile ("tile") or of all tiles of
-    an image together ("image"). An image or tile that has fewer keeps them all.
-    `positions`: "compact" numbers the shortened sequence anew; "keep" leaves every token its original position.
+    an image together ("image"). An image or tile that has fewer keeps them all. Of pruners inside the decoder it is
+    what the layers behind the last drop see.
+    `positions`: "compact" numbers the shortened sequence anew; "keep" leaves every token its original position, which
+    is all that pruners inside the decoder can do. None is the method's own: "keep" inside, else "compact".
     """
 
     method: PrunerItem
@@ -71,7 +73,7 @@ class PruneSpec(Strict):
     sensitivity: MetricItem | None = None
     fusion: FusionItem | None = None
     per: Literal["tile", "image"] = "tile"
-    positions: Literal["compact", "keep"] = "compact"
+    positions: Literal["compact", "keep"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -84,6 +86,19 @@ class PruneSpec(Strict):
     def _fusion_of_something(self) -> PruneSpec:
         if self.fusion is not None and self.sensitivity is None:
             raise ValueError("`fusion` without `sensitivity`: name the sensitivity metric to fuse")
+        return self
+
+    @model_validator(mode="after")
+    def _positions_of_the_method(self) -> PruneSpec:
+        target = pruners.entry(self.method.name).target
+        inside = isinstance(target, type) and issubclass(target, DecoderPruner)
+        if inside and self.positions == "compact":
+            raise ValueError(
+                f"`positions: compact` cannot be had of {self.method}: it drops tokens inside the decoder, whose first "
+                "layers have placed them already"
+            )
+        if self.positions is None:
+            object.__setattr__(self, "positions", "keep" if inside else "compact")  # frozen to others
         return self
 
     @property

@@ -23,6 +23,7 @@ class KeptImage:
         indices: [K] places of the tokens kept, ascending.
         available: tokens there were to keep from, separators not counted.
         merged, separators: how many of the M are tokens made from others, and tokens of the model's own.
+        layers: tokens that each layer of the decoder saw, where they are dropped inside it; the rest is as in its last.
     """
 
     features: Tensor
@@ -31,10 +32,12 @@ class KeptImage:
     available: int
     merged: int = 0
     separators: int = 0
+    layers: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored beside an answer."""
-        more = {"separators": self.separators} if self.separators else {}
+        more: dict[str, Any] = {"separators": self.separators} if self.separators else {}
+        more |= {"layers": list(self.layers)} if self.layers else {}
         return {"available": self.available, "kept": self.indices.tolist(), "merged": self.merged, **more}
 
 

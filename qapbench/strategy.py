@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -43,6 +43,11 @@ def top(scores: Tensor, keep: int) -> Tensor:
     """[B, keep] ascending indices of the highest scores; ties go to the lower index."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[:, :keep].sort(dim=-1).values
+
+
+def check_budget(keep: int, count: int) -> None:
+    if not 1 <= keep <= count:
+        raise UserError(f"keep={keep} is out of range: an image has {count} tokens (1..{count})")
 
 
 def _check_finite(x: Tensor, owner: str) -> None:
@@ -95,13 +100,11 @@ class Pruner(abc.ABC):
         Raises:
             UserError: the budget is out of range, or scores are not finite.
         """
-        if not 1 <= keep <= tokens.count:
-            raise UserError(f"keep={keep} is out of range: an image has {tokens.count} tokens (1..{tokens.count})")
+        check_budget(keep, tokens.count)
         for name in sorted(self.needs - self.optional):
             tokens.require(name, type(self).__name__)
         if keep == tokens.count:
-            everything = torch.arange(keep, device=tokens.projected.device)
-            return Selection(everything.expand(tokens.batch, keep).contiguous())
+            return Selection.everything(tokens)
         scores = self.scores(tokens, sensitivity, fusion, relevance)
         return self._checked(self.choose(tokens, scores, keep), tokens, keep)
 
@@ -144,7 +147,54 @@ class Pruner(abc.ABC):
                 raise RuntimeError(f"{method} updated {got} tokens where it kept {wanted}")
             if not torch.equal(indices, chosen.indices):
                 raise RuntimeError(f"{method} updated tokens that are not in ascending order")
+        if chosen.made is not None and (chosen.updated is None or chosen.made.shape != indices.shape):
+            raise RuntimeError(f"{method} says where it made tokens, but not which")
         return dataclasses.replace(chosen, indices=indices)
+
+
+class Stage(NamedTuple):
+    """One drop inside the decoder: behind its first `after` layers, every image keeps `keep` tokens."""
+
+    after: int
+    keep: int
+
+
+class DecoderPruner(Pruner):
+    """Chooses visual tokens between the layers of the language model, which all see the image at first.
+
+    `select` is called at every stage with the tokens that are left: `projected` are their hidden states there, on
+    which the sensitivity is computed, and the fields that `needs` can name are DECODER_FIELDS. Layers behind a stage
+    see the tokens chosen there, at their original positions.
+
+    Attributes:
+        ahead: whether attention is read in the layer that tokens are about to enter, not in the one they leave.
+    """
+
+    DECODER_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"query_attention", "text_attention", "prompt_embeds", "embedded"}
+    )
+    ahead: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def stages(self, count: int, keep: int, depth: int) -> list[Stage]:
+        """The drops, from front to back; the last one keeps `keep`.
+
+        Args:
+            count: visual tokens of an image.
+            keep: tokens that the layers behind the last drop see.
+            depth: layers of the decoder, at least two; a drop is behind 1 to depth - 1 of them.
+        """
+
+
+def even_stages(layers: Sequence[float], count: int, keep: int, depth: int) -> list[Stage]:
+    """Stages behind those layers, each of which keeps the same share of what the one before it left.
+
+    Stage s of S keeps round(count * (keep / count)^(s / S)). Layers are rounded and kept within the decoder; where
+    two fall on one layer of a shallow decoder, the later counts.
+    """
+    places = [min(max(round(layer), 1), depth - 1) for layer in layers]
+    budgets = [round(count * (keep / count) ** (step / len(places))) for step in range(1, len(places) + 1)]
+    return [Stage(*stage) for stage in dict(zip(places, budgets, strict=True)).items()]
 
 
 def _build_metric(entry: Entry[Metric], params: dict[str, Any]) -> Metric:

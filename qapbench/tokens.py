@@ -19,6 +19,7 @@ _SHAPES = {
     "image_embeds": "B N P", "text_embeds": "B M P", "prompt_embeds": "B L D",
     "last_cls_attention": "B N", "last_keys": "B N K",
     "attention_received": "B N", "middle_attention_received": "B N",
+    "query_attention": "B N", "text_attention": "B N L", "embedded": "B E D",
 }  # fmt: skip
 
 
@@ -29,7 +30,8 @@ class VisionTokens:
     A model records a field only when some strategy's `needs` names it; `projected` is always there.
 
     Attributes:
-        projected: [B, N, D] after the projector, in the language model's space. Sensitivity is computed on it.
+        projected: [B, N, D] in the language model's space: after the projector or, where tokens are chosen inside the
+            decoder, their hidden states between two of its layers. Sensitivity is computed on it.
         patches: [B, N, C] before the projector.
         cls_attention: [B, N] attention of the CLS token to each patch, mean over heads, in the layer whose
             output the projector takes; the CLS column is dropped and the rest is not renormalised.
@@ -38,13 +40,18 @@ class VisionTokens:
         cls_token: [B, C] the CLS token itself, before the projector.
         image_embeds: [B, N, P] patches in the CLIP joint space, not normalised.
         text_embeds: [B, M, P] the question in that space, in M segments, not normalised.
-        prompt_embeds: [B, L, D] the language model's embeddings of the prompt's text.
+        prompt_embeds: [B, L, D] the language model's embeddings of the prompt's text; inside the decoder, of the text
+            behind the image.
         last_cls_attention: [B, N] as `cls_attention`, but in the tower's last layer and of a single head over its full
             width: softmax(q k^T / sqrt(K)).
         last_keys: [B, N, K] key projections (with bias, unscaled) of the tower's last layer.
         attention_received: [B, N] attention that each patch receives, mean over heads and over all queries (CLS among
             them), in the layer whose output the projector takes; the CLS column is dropped.
         middle_attention_received: [B, N] the same in a middle layer, the ninth of 24.
+        query_attention: [B, N] inside the decoder: attention that the prompt's last token pays to each, in one layer,
+            mean over heads; the row's share of the text is left out and the rest is not renormalised.
+        text_attention: [B, N, L] the same from every token of the text behind the image.
+        embedded: [B, E, D] inside the decoder: the image's tokens as they entered it, also those dropped since; E >= N.
         grid: (height, width) of the patch grid; height * width = N.
         image_ids: one content hash per image, so that a seeded choice depends on the image and not on its
             place in a batch.
@@ -63,6 +70,9 @@ class VisionTokens:
     last_keys: Tensor | None = None
     attention_received: Tensor | None = None
     middle_attention_received: Tensor | None = None
+    query_attention: Tensor | None = None
+    text_attention: Tensor | None = None
+    embedded: Tensor | None = None
     grid: tuple[int, int] | None = None
     image_ids: tuple[str, ...] | None = None
 
@@ -162,6 +172,9 @@ class Selection:
         front: how many of the merged tokens stand before the kept ones (VisionZip's CLS); the rest follow.
         updated: [B, K, width] what stands at the kept positions where they absorb others (PruMerge's centres); None
             keeps the tokens as they are.
+        made: [B, K] bool, true where `updated` puts a token made of several (SparseVLM's clusters), which counts as
+            merged and not as kept.
+        layers: tokens of an image that each layer of the decoder sees, where they are dropped inside it.
     """
 
     indices: Tensor
@@ -169,6 +182,8 @@ class Selection:
     space: Space = "projected"
     front: int = 0
     updated: Tensor | None = None
+    made: Tensor | None = None
+    layers: tuple[int, ...] | None = None
 
     @property
     def budget(self) -> int:
@@ -181,9 +196,17 @@ class Selection:
         return mask.scatter_(1, self.indices, True)
 
     @staticmethod
+    def everything(tokens: VisionTokens) -> Selection:
+        """All tokens as they are."""
+        indices = torch.arange(tokens.count, device=tokens.projected.device)
+        return Selection(indices.expand(tokens.batch, -1).contiguous())
+
+    @staticmethod
     def stack(parts: list[Selection]) -> Selection:
         """Selections of single images as one batch (all of one pruner and budget)."""
         first = parts[0]
         merged = None if first.merged is None else torch.cat([p.merged for p in parts if p.merged is not None])
         updated = None if first.updated is None else torch.cat([p.updated for p in parts if p.updated is not None])
-        return Selection(torch.cat([part.indices for part in parts]), merged, first.space, first.front, updated)
+        made = None if first.made is None else torch.cat([p.made for p in parts if p.made is not None])
+        indices = torch.cat([part.indices for part in parts])
+        return Selection(indices, merged, first.space, first.front, updated, made, first.layers)

@@ -30,6 +30,9 @@ def make_tokens(batch: int = 3, grid: tuple[int, int] = (7, 7), seed: int = 0) -
         last_keys=normal(count, 32),
         attention_received=normal(count).softmax(dim=-1),
         middle_attention_received=normal(count).softmax(dim=-1),
+        query_attention=normal(count).softmax(dim=-1),
+        text_attention=normal(count, 5).softmax(dim=1),
+        embedded=normal(2 * count, 96),
         grid=grid,
         image_ids=tuple(f"image-{seed}-{index}" for index in range(batch)),
     )

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from qapbench.errors import UserError, nearest
 
+from .layers import DecoderLayers
 from .layouts import layout_of
 from .views import Seen
 
@@ -93,6 +94,11 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def tiny(cls) -> tuple[Any, dict[str, Any]]:
         """A random model of a few thousand weights and one call's inputs with an image, made in memory."""
+
+    @property
+    def decoder(self) -> DecoderLayers:
+        """The language model's layers, for pruners inside it; a UserError says why where they cannot be had."""
+        return DecoderLayers(self.parts["language"])
 
     @classmethod
     def default_text_tower(cls, config: Mapping[str, Any]) -> str | None:

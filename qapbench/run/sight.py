@@ -67,6 +67,8 @@ class Sight:
         if look is None:
             return dense
         shown = self.calls[look].show(inputs, seen, texts, memo)
+        if shown.inside is not None:
+            return shown
         same = len(shown.features) == len(dense.features) and all(map(torch.equal, shown.features, dense.features))
         # Equal to the dense prompt in every key, so that its answer is taken.
         return Shown(dense.inputs, dense.features, shown.images) if same else shown

@@ -166,7 +166,8 @@ class Sweep:
                 self.clock.cells = [*now, *then]
                 views |= sight.show(question, prompt, lacking)
                 self.clock.cells = cells
-            kept = {cell.look: views[cell.look] for cell in then if cell.look in views}
+            # What is chosen inside the decoder is the dense prompt and a promise: nothing to put away.
+            kept = {c.look: views[c.look] for c in then if c.look in views and views[c.look].inside is None}
             self.cabinet.drop(name)
             if kept:
                 with self.clock.stage("cabinet", then):

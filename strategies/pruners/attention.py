@@ -1,4 +1,4 @@
-"""CLS attention, top k (FasterVLM's criterion)."""
+"""FasterVLM: attention of CLS, top k (arXiv 2412.01818); also registered by its criterion's name."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,14 @@ from torch import Tensor
 from qapbench import Pruner, Selection, VisionTokens, pruner, top
 
 
+@pruner("fastervlm")
 @pruner("attention")
 @dataclass(frozen=True)
 class Attention(Pruner):
-    """Keeps the tokens that the vision tower's CLS token attends to most."""
+    """Keeps the tokens that the vision tower's CLS token attends to most, mean over heads.
+
+    FasterVLM is this and nothing else, so both names are one implementation. Sensitivity is fused with attention.
+    """
 
     needs = frozenset({"cls_attention"})
 

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from qapbench import Pruner, Selection, VisionTokens, pruner
 
-RANK_TOLERANCE = 1e-6  # of a unit vector's squared residual: float32 cannot tell less from zero
+from .dpp import greedy_map, greedy_map_lazy
 
 
 @pruner("cdpruner")
@@ -37,43 +36,7 @@ class CDPruner(Pruner):
         return cosine if self.relevance_sign == "positive" else -cosine
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
+        if tokens.projected.device.type == "cpu":
+            return Selection(greedy_map_lazy(tokens.projected, scores, keep))
         features = normalize(tokens.projected.float(), dim=-1)
         return Selection(greedy_map(features @ features.mT, scores, keep))
-
-
-def greedy_map(cosine: Tensor, quality: Tensor, keep: int) -> Tensor:
-    """Greedy MAP inference (Chen et al. 2018) of the DPP with kernel q_i S_ij q_j.
-
-    The gain of a token is q_i^2 times the squared residual of its unit vector outside the span of those chosen, so
-    quality stays out of the recursion and a quality of zero is harmless. Ties go to the lower index; tokens without
-    residual left are taken in order of quality.
-
-    Args:
-        cosine: [B, N, N] similarity of unit vectors.
-        quality: [B, N], not negative.
-
-    Returns:
-        [B, keep] distinct indices in the order of choice.
-    """
-    batch, count = quality.shape
-    rows = torch.arange(batch, device=quality.device)
-    weight = quality * quality
-    residual = cosine.diagonal(dim1=-2, dim2=-1).clone()
-    basis = cosine.new_zeros(batch, keep, count)
-    order = torch.empty(batch, keep, dtype=torch.long, device=quality.device)
-    # Below every gain (>= 0), and ordered by quality: what an exhausted token is worth.
-    spent = quality - quality.amax(dim=-1, keepdim=True) - 1
-    for step in range(keep):
-        gain = torch.where(residual > RANK_TOLERANCE, weight * residual, spent)
-        chosen = gain.argmax(dim=-1)
-        order[:, step] = chosen
-        if step + 1 < keep:
-            past = basis[:, :step]
-            row = cosine[rows, chosen] - (past[rows, :, chosen].unsqueeze(1) @ past).squeeze(1)
-            scale = residual[rows, chosen].clamp(min=RANK_TOLERANCE).rsqrt()
-            row = row * scale.unsqueeze(1)
-            basis[:, step] = row
-            residual = residual - row * row
-        residual[rows, chosen] = 0
-        spent[rows, chosen] = -torch.inf
-    return order

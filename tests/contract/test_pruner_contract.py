@@ -15,9 +15,9 @@ each_pair = pytest.mark.parametrize("name, fusion", list(itertools.product(prune
 
 PER_TOKEN = (
     "projected", "patches", "cls_attention", "keys", "image_embeds", "last_cls_attention", "last_keys",
-    "attention_received", "middle_attention_received",
+    "attention_received", "middle_attention_received", "query_attention", "text_attention",
 )  # fmt: skip
-PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds")
+PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds", "embedded")
 
 # Where permuting the tokens need not permute the answer: what of it does not follow, and why.
 NOT_EQUIVARIANT = {
@@ -71,6 +71,7 @@ def check(selection: Selection, batch: int, count: int, keep: int) -> None:
         assert selection.space in ("patches", "projected")
     if selection.updated is not None:
         assert selection.updated.shape[:2] == indices.shape
+        assert selection.made is None or selection.made.shape == indices.shape
         assert torch.isfinite(selection.updated).all()
 
 

@@ -50,7 +50,7 @@ def make_tokenizer(image: bool = True) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def save_llava(folder: Path, seed: int = 0) -> Path:
+def save_llava(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """A LLaVA of some 100,000 random weights, with processor and tokenizer, as `save_pretrained` lays it out."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -59,7 +59,7 @@ def save_llava(folder: Path, seed: int = 0) -> Path:
         patch_size=PATCH, projection_dim=24,
     )  # fmt: skip
     text = LlamaConfig(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.15,
     )  # fmt: skip
     image_id = tokenizer.convert_tokens_to_ids("<image>")

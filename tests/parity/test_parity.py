@@ -7,6 +7,7 @@ oracles under tests/strategies stand alone.
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
-from qapbench import VisionTokens, fake_quantize, pruners, quantizers
-from qapbench.strategies.pruners.cdpruner import greedy_map
+from qapbench import Selection, VisionTokens, fake_quantize, pruners, quantizers, top
+from qapbench.models.layers import DecoderLayers
 from qapbench.strategies.pruners.divprune import max_min
+from qapbench.strategies.pruners.dpp import greedy_map
+from qapbench.strategies.pruners.sparsevlm import cluster, rating
 from qapbench.strategies.pruners.vispruner import distinct
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +217,78 @@ def test_hiprune() -> None:
     selection = pruners.create("hiprune", alpha=params["alpha"]).select(tokens, params["retention_total"])
     assert torch.equal(selection.mask(576), tensors["out.index_mask"])
     assert torch.equal(pruners.create("hiprune").select(tokens, 64).indices, selection.indices), "our default"
+
+
+def test_fastv() -> None:
+    tensors, about = load("pruners/fastv/case05_hf_n64_small")
+    params = about["params"]
+    assert about["status"]["fp64_same_set"]
+    first, count = params["sys_len"], params["n_image"]
+    row = tensors["in.attn_last_query"].mean(dim=1)[:, first : first + count]
+    tokens = VisionTokens(projected=torch.zeros(1, count, 1), query_attention=row)
+    keep = about["status"]["n_keep_image"]
+    selection = pruners.create("fastv").select(tokens, keep)
+    assert torch.equal(selection.indices[0], tensors["out.image_kept_sorted_rel"])
+    assert torch.equal(row[0].argsort(descending=True)[:keep], tensors["out.image_topk_desc_rel"])
+    stays = torch.ones(params["seq_len"], dtype=torch.bool)
+    stays[first : first + count] = selection.mask(count)[0]
+    assert torch.equal(stays.nonzero()[:, 0], tensors["out.keep_sequence_indices"])
+
+
+def test_pyramiddrop() -> None:
+    """Query and keys come rotated already: the rows are computed with a rotation by nothing."""
+    tensors, about = load("pruners/pyramiddrop/case03_n64_keep16")
+    params = about["params"]
+    query, keys = tensors["in.query"], tensors["in.keys"]
+    width = params["head_dim"]
+    attention = SimpleNamespace(q_proj=None, k_proj=None, head_dim=width, scaling=width**-0.5)
+    layer = SimpleNamespace(self_attn=attention, input_layernorm=None)
+    layers = DecoderLayers(SimpleNamespace(layers=[layer, layer], config=SimpleNamespace()))
+    unturned = torch.ones(params["seq"], width), torch.zeros(params["seq"], width)
+    flat = (query.transpose(0, 1).flatten(1), keys.transpose(0, 1).flatten(1))
+    last = torch.tensor([params["seq"] - 1])
+    row = layers.rows(0, *flat, unturned, last)[:, params["image_index"] : params["image_index"] + params["N"]]
+    torch.testing.assert_close(row[0], tensors["mid.scores"], rtol=0, atol=1e-5)
+    tokens = VisionTokens(projected=torch.zeros(1, params["N"], 1), query_attention=row)
+    selection = pruners.create("pyramiddrop").select(tokens, params["keep"])
+    assert torch.equal(selection.indices[0], tensors["out.kept_sorted_rel"])
+
+
+def test_sparsevlm_raters_and_mask() -> None:
+    tensors, about = load("pruners/sparsevlm/case02_ret64_layer2")
+    params = about["params"]
+    hidden = tensors["in.hidden_states"]
+    start, stop = params["v_token_start"], params["v_token_start"] + params["n_vision"]
+    visual, words = hidden[:, start:stop], hidden[:, stop:]
+    raters = rating(visual, words)
+    assert torch.equal(raters[0].nonzero()[:, 0], tensors["out.text_raters_rel"])
+    attention = tensors["in.attn_text_rows"].mean(dim=1)[:, :, start:stop].mT
+    tokens = VisionTokens(projected=visual, text_attention=attention, prompt_embeds=words, embedded=visual)
+    relevance = pruners.create("sparsevlm").relevance(tokens)
+    torch.testing.assert_close(relevance, tensors["out.relation_vis_text"], rtol=0, atol=1e-5)
+    assert relevance is not None
+    kept = Selection(top(relevance, about["status"]["kept"])).mask(params["n_vision"])
+    assert torch.equal(kept, tensors["out.mask"])
+
+
+def test_sparsevlm_clusters() -> None:
+    """The reference adds a little noise to densities and 1e-6 to the size of a cluster; its centres go by score."""
+    tensors, about = load("pruners/sparsevlm/merge01_M61_k7")
+    assert about["status"]["same_under_other_noise_seed"]
+    merged, centres = cluster(tensors["in.tokens"], about["params"]["cluster_num"])
+    by_place = tensors["out.centers"][0].argsort()
+    assert torch.equal(centres[0], tensors["out.centers"][0, by_place])
+    torch.testing.assert_close(merged[0], tensors["out.merged"][0, by_place], rtol=0, atol=1e-5)
+
+
+def test_fastervlm_is_the_vectors_of_cls_attention() -> None:
+    """VisPruner's important part is FasterVLM."""
+    tensors, _about = load("pruners/vispruner/case01_b1_n64_T16")
+    attention, important = tensors["in.cls_attn_heads"].mean(dim=1), tensors["out.important_indices"]
+    tokens = VisionTokens(projected=tensors["in.image_features"], cls_attention=attention)
+    for name in ("fastervlm", "attention"):
+        chosen = pruners.create(name).select(tokens, important.shape[1]).indices
+        assert torch.equal(chosen, important.sort(dim=-1).values)
 
 
 BITS = (4, 8)

@@ -1,0 +1,128 @@
+"""What choosing tokens costs: `python -m benchmarks.selection`, beside a plain CDPruner and the work it cannot avoid.
+
+One thread; the best of several repeats, in turn, of the thread's own time, which a busy machine stretches least. Only
+ratios within one run mean something.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from qapbench import VisionTokens, pruners
+
+COUNT, WIDTH, PATCH, JOINT, SIDE, WORDS = 576, 4096, 1024, 768, 24, 40  # LLaVA-1.5 7B with CLIP ViT-L/14-336
+KINDS = {"random": "tokens independent", "alike": "twelve groups and a common direction, as images have"}
+
+
+def plain_cdpruner(tokens: VisionTokens, keep: int) -> Tensor:
+    """The published algorithm as published: relevance, kernel, greedy MAP, all images of a batch in step."""
+    image = normalize(tokens.require("image_embeds", "benchmark"), dim=-1)
+    text = normalize(tokens.require("text_embeds", "benchmark"), dim=-1)
+    relevance = -(image @ text.mT).mean(dim=-1)
+    low, high = relevance.aminmax(dim=-1, keepdim=True)
+    relevance = (relevance - low + 1e-6) / (high - low)
+    unit = normalize(tokens.projected, dim=-1)
+    kernel = relevance.unsqueeze(2) * (unit @ unit.mT) * relevance.unsqueeze(1)
+    batch = torch.arange(len(kernel))
+    gain = kernel.diagonal(dim1=1, dim2=2).clone()
+    found, vectors = [], kernel.new_zeros(keep, *gain.shape)
+    for step in range(keep):
+        best = gain.argmax(dim=-1)
+        found.append(best)
+        known = torch.einsum("sb,sbn->bn", vectors[:step, batch, best], vectors[:step])
+        vectors[step] = (kernel[batch, best] - known) / gain[batch, best].sqrt().unsqueeze(-1)
+        gain = gain - vectors[step].square()
+        gain[batch, best] = -torch.inf
+    return torch.stack(found, dim=1).sort(dim=-1).values
+
+
+def kernel_matmul(tokens: VisionTokens) -> Tensor:
+    return tokens.projected @ tokens.projected.mT
+
+
+def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=draw)
+
+    projected = normal(COUNT, WIDTH)
+    if kind == "alike":
+        group = torch.randint(0, 12, (COUNT,), generator=draw)
+        projected = 0.3 * projected + normal(12, WIDTH)[:, group] + normal(1, WIDTH)
+    attention = {
+        name: normal(COUNT).softmax(dim=-1)
+        for name in (
+            "cls_attention", "last_cls_attention", "attention_received", "middle_attention_received", "query_attention",
+        )
+    }  # fmt: skip
+    return VisionTokens(
+        projected, patches=normal(COUNT, PATCH), keys=normal(COUNT, PATCH), heads=16, cls_token=normal(PATCH),
+        image_embeds=normal(COUNT, JOINT), text_embeds=normal(1, JOINT), prompt_embeds=normal(WORDS, WIDTH),
+        last_keys=normal(COUNT, PATCH), text_attention=normal(COUNT, WORDS).softmax(dim=1), embedded=projected,
+        grid=(SIDE, SIDE), image_ids=tuple(map(str, range(batch))), **attention,
+    )  # fmt: skip
+
+
+def fastest(calls: dict[str, Callable[[], Tensor]], repeats: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Milliseconds of each, the best of repeats that take turns, and what each gave."""
+    best, given = dict.fromkeys(calls, float("inf")), {}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.thread_time()
+            given[name] = call()
+            best[name] = min(best[name], (time.thread_time() - started) * 1e3)
+    return best, given
+
+
+def cdpruner(repeats: int) -> Table:
+    table = Table("tokens", "batch", "whole matmul ms", "keep", "plain ms", "ours ms", "plain / ours", "same tokens")
+    ours = pruners.create("cdpruner")
+    for kind in KINDS:
+        for batch in (1, 8):
+            tokens = make_tokens(batch, kind)
+            calls: dict[str, Callable[[], Tensor]] = {"matmul": lambda tokens=tokens: kernel_matmul(tokens)}
+            for keep in (128, 64, 32):
+                calls[f"plain {keep}"] = lambda tokens=tokens, keep=keep: plain_cdpruner(tokens, keep)
+                calls[f"ours {keep}"] = lambda tokens=tokens, keep=keep: ours.select(tokens, keep).indices
+            took, given = fastest(calls, repeats)
+            for keep in (128, 64, 32):
+                plain, own = took[f"plain {keep}"], took[f"ours {keep}"]
+                same = (given[f"plain {keep}"] == given[f"ours {keep}"]).float().mean()
+                row = [f"{took['matmul']:.1f}", str(keep), f"{plain:.1f}", f"{own:.1f}", f"{plain / own:.1f}"]
+                table.add_row(kind, str(batch), *row, f"{same:.1%}")
+    return table
+
+
+def every_pruner(repeats: int, keep: int) -> Table:
+    tokens = make_tokens(1, "random")
+    table = Table("pruner", f"ms per image, keep {keep}")
+    calls = {name: lambda name=name: pruners.create(name).select(tokens, keep).indices for name in pruners.names()}
+    for name, took in fastest(calls, repeats)[0].items():
+        table.add_row(name, f"{took:.2f}")
+    return table
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the best counts.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, max=COUNT - 1, help="Budget in the table of all pruners.")] = 32,
+) -> None:
+    """Time the selection alone: N=576, D=4096, C=1024, float32."""
+    torch.set_num_threads(1)
+    console = Console()
+    console.print(every_pruner(repeats, keep))
+    console.print(f"CDPruner beside a plain transcription; {KINDS}", highlight=False)
+    console.print(cdpruner(repeats))
+
+
+if __name__ == "__main__":
+    typer.run(main)

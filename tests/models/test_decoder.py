@@ -1,0 +1,276 @@
+"""Pruning inside the decoder against the layers called by hand, one question at a time, without a cache."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llava_checkpoints import THREE, TOKENS, batch_of, picture, save_llava
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qapbench import DecoderPruner, UserError, VisionTokens, compress, metrics, pruners
+from qapbench.receipt import Receipt
+from qapbench.spec import PruneSpec
+
+INSIDE = [entry.name for entry in pruners if issubclass(entry.target, DecoderPruner)]  # type: ignore[arg-type]
+KEEP, STEPS, LAYERS = 5, 4, 8
+each_method = pytest.mark.parametrize("method", INSIDE)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[Any, Any]:
+    """A LLaVA whose decoder has eight layers, and its processor."""
+    folder = save_llava(tmp_path_factory.mktemp("deep"), layers=LAYERS)
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def spec(method: str, keep: int = KEEP, **more: Any) -> dict[str, Any]:
+    return {"prune": {"method": method, "keep": keep, **more}}
+
+
+@torch.no_grad()
+def by_hand(model: Any, method: str, inputs: dict[str, Any], sensitivity: str | None) -> tuple[Tensor, list[int]]:
+    """Logits of one unpadded question's last token, and the visual tokens each layer saw.
+
+    Every layer is called on what is left, and Hugging Face's eager attention gives its whole map.
+    """
+    language, pruner = model.model.language_model, pruners.create(method)
+    ids, image_id = inputs["input_ids"], model.config.image_token_id
+    hidden = model.get_input_embeddings()(ids)
+    visual = ids[0] == image_id
+    seen = []
+    embedded = None
+    if visual.any():
+        hidden[0, visual] = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
+        embedded = hidden[:, visual]
+    positions = torch.arange(ids.shape[1])
+    behind = int(visual.nonzero().max()) + 1 if visual.any() else 0
+    end = inputs.get("asked", ids.shape[1])
+    words = hidden[:, behind:end]
+    stages = {s.after: s.keep for s in pruner.stages(int(visual.sum()), KEEP, LAYERS)} if visual.any() else {}
+    maps: list[Tensor] = []
+
+    def attend(index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        mask = torch.full((len(positions), len(positions)), torch.finfo(torch.float32).min).triu(1)[None, None]
+        layer, rotary = language.layers[index], language.rotary_emb(hidden, position_ids=positions[None])
+        handle = layer.self_attn.register_forward_hook(lambda module, args, output: maps.append(output[1]))
+        out = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions[None])
+        handle.remove()
+        return out, maps[-1].mean(dim=1)[0]
+
+    row = torch.empty(0)
+    for index in range(LAYERS):
+        if index in stages:
+            if pruner.ahead:
+                _, row = attend(index, hidden, positions)
+            places = visual.nonzero()[:, 0]
+            last = int((positions == end - 1).nonzero()[0])
+            text = torch.arange(last - words.shape[1] + 1, last + 1)
+            tokens = VisionTokens(
+                projected=hidden[:, places],
+                query_attention=row[last, places][None],
+                text_attention=row[text][:, places].T[None],
+                prompt_embeds=words,
+                embedded=embedded,
+            )
+            score = metrics.create(sensitivity)(tokens.projected) if sensitivity else None
+            chosen = pruner.select(tokens, stages[index], score)
+            if chosen.updated is not None:
+                hidden[0, places[chosen.indices[0]]] = chosen.updated[0]
+            stays = torch.ones(len(positions), dtype=torch.bool)
+            stays[places[~chosen.mask(len(places))[0]]] = False
+            hidden, positions, visual = hidden[:, stays], positions[stays], visual[stays]
+        seen.append(int(visual.sum()))
+        hidden, row = attend(index, hidden, positions)
+    return model.lm_head(language.norm(hidden))[0, -1], seen
+
+
+def indices(receipt: Receipt) -> list[int]:
+    """What the latest call kept of its image."""
+    assert receipt.latest is not None
+    return receipt.latest[0].indices.tolist()
+
+
+def alone(processor: Any, row: int) -> dict[str, Any]:
+    return batch_of(processor, [THREE[row]], {0: [picture(1)], 1: [], 2: [picture(2)]}[row])
+
+
+def written_by_hand(
+    model: Any, method: str, inputs: dict[str, Any], sensitivity: str | None
+) -> tuple[list[int], Tensor]:
+    """Greedy tokens and their logits, the whole sequence anew for each; what was chosen hangs on the question alone."""
+    inputs = {**inputs, "asked": inputs["input_ids"].shape[1]}
+    written, logits = [], []
+    for _ in range(STEPS):
+        last, _ = by_hand(model, method, inputs, sensitivity)
+        written.append(int(last.argmax()))
+        logits.append(last)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], last.argmax()[None, None]], dim=1)
+    return written, torch.stack(logits)
+
+
+@each_method
+@pytest.mark.parametrize("sensitivity", [None, "combined"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_padded_batch_decodes_as_each_row_by_hand(
+    method: str, sensitivity: str | None, attention: str, deep: tuple[Any, Any]
+) -> None:
+    """Left padding, a row without an image, several tokens behind the prompt: logits of every step."""
+    model, processor = deep
+    inputs = batch_of(processor, THREE, [picture(1), picture(2)])
+    expected = [written_by_hand(model, method, alone(processor, row), sensitivity) for row in range(3)]
+    model.set_attn_implementation(attention)
+    try:
+        with torch.no_grad(), compress(model, spec(method, sensitivity=sensitivity)) as receipt:
+            out = model.generate(
+                **inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+    finally:
+        model.set_attn_implementation("eager")
+    for row, (written, logits) in enumerate(expected):
+        assert out.sequences[row, -STEPS:].tolist() == written
+        torch.testing.assert_close(torch.stack([step[row] for step in out.logits]), logits, rtol=1e-4, atol=1e-4)
+    _, seen = by_hand(model, method, alone(processor, 0), sensitivity)
+    assert receipt.layers == [2 * count for count in seen]
+    assert seen[0] == TOKENS
+    assert seen[-1] == KEEP
+    assert receipt.tokens["layer_mean"] == np.mean(seen)
+    lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] < lengths[0]
+
+
+@each_method
+def test_right_padding_equals_left(method: str, deep: tuple[Any, Any]) -> None:
+    model, processor = deep
+    left = batch_of(processor, THREE, [picture(1), picture(2)])
+    mask = left["attention_mask"]
+    rolled = torch.stack([row.roll(int(m.sum())) for row, m in zip(left["input_ids"], mask, strict=True)])
+    right = {**left, "input_ids": rolled, "attention_mask": mask.flip(-1)}
+    with torch.no_grad(), compress(model, spec(method)):
+        one, other = model(**left).logits, model(**right).logits
+    for row, length in enumerate(mask.sum(dim=1)):
+        torch.testing.assert_close(other[row, length - 1], one[row, -1], rtol=1e-4, atol=1e-4)
+
+
+@each_method
+def test_beams_sampling_and_no_cache(method: str, deep: tuple[Any, Any]) -> None:
+    model, processor = deep
+    inputs = batch_of(processor, THREE, [picture(1), picture(2)])
+    options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad(), compress(model, spec(method)):
+        together = model.generate(**inputs, **options, num_beams=3)
+        for row in range(3):
+            single = model.generate(**alone(processor, row), **options, num_beams=3)
+            assert torch.equal(together[row, -STEPS:], single[0, -STEPS:])
+        cached, bare = model(**inputs, use_cache=True).logits, model(**inputs, use_cache=False).logits
+        assert torch.equal(cached, bare)
+        with pytest.raises(UserError, match="need a dynamic KV cache"):
+            model.generate(**inputs, **options, cache_implementation="static")
+
+
+@each_method
+def test_two_prompts_and_their_caches_in_turn(method: str, deep: tuple[Any, Any]) -> None:
+    """What a cache holds hangs on the cache, not on which prompt came last; text-only prompts are let alone."""
+    model, processor = deep
+    first, second = alone(processor, 0), alone(processor, 2)
+    text = alone(processor, 1)
+    word = torch.tensor([[7]])
+    with torch.no_grad():
+        plain = model(**text).logits
+        with compress(model, spec(method)):
+
+            def follow(prompt: dict[str, Any], past: Any) -> Tensor:
+                mask = torch.ones(1, prompt["input_ids"].shape[1] + 1, dtype=torch.long)
+                place = torch.tensor([[prompt["input_ids"].shape[1]]])
+                return model(input_ids=word, past_key_values=past, attention_mask=mask, position_ids=place).logits
+
+            wanted = [follow(prompt, model(**prompt).past_key_values) for prompt in (first, second)]
+            pasts = [model(**prompt).past_key_values for prompt in (first, second)]
+            assert torch.equal(model(**text).logits, plain)
+            assert torch.equal(follow(first, pasts[0]), wanted[0])
+            assert torch.equal(follow(second, pasts[1]), wanted[1])
+
+
+def test_labels_end_the_question(deep: tuple[Any, Any]) -> None:
+    """An answer that is scored has no say in what is kept."""
+    model, processor = deep
+    prompt = alone(processor, 0)
+    kept = []
+    with torch.no_grad(), compress(model, spec("fastv")) as receipt:
+        model(**prompt)
+        kept.append(indices(receipt))
+        for word in (5, 9):
+            ids = torch.cat([prompt["input_ids"], torch.tensor([[word]])], dim=1)
+            labels = torch.full_like(ids, -100)
+            labels[0, -1] = word
+            out = model(**{**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=labels)
+            assert torch.isfinite(out.loss)
+            assert out.logits.shape[1] == ids.shape[1]
+            kept.append(indices(receipt))
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_quantized_layers_are_read_as_they_compute(deep: tuple[Any, Any]) -> None:
+    """Attention comes from the quantized projections: at few bits it leads to other tokens."""
+    model, processor = deep
+    prompt = alone(processor, 0)
+    formats = {"weights": {"bits": 2, "group_size": 16}, "activations": {"bits": 3}}
+    found = []
+    for quantize in ({}, {"quantize": {"method": "rtn", **formats}}):
+        with torch.no_grad(), compress(model, {**spec("pyramiddrop"), **quantize}) as receipt:
+            model(**prompt)
+        found.append(indices(receipt))
+        if quantize:
+            receipt.check()
+    assert found[0] != found[1]
+
+
+def test_mistakes_are_named(deep: tuple[Any, Any], model: Any) -> None:
+    big, processor = deep
+    with pytest.raises(UserError, match="`positions: compact` cannot be had of fastv"):
+        compress(big, spec("fastv", positions="compact")).__enter__()
+    assert PruneSpec.model_validate({"method": "fastv", "keep": 5}).positions == "keep"
+    assert PruneSpec.model_validate({"method": "attention", "keep": 5}).positions == "compact"
+    with pytest.raises(UserError, match="keep=17 is out of range"), compress(big, spec("fastv", 17)):
+        big(**alone(processor, 0))
+    silent = batch_of(processor, ["<image>"], [picture(0)])
+    with pytest.raises(UserError, match="reads the text behind an image"), compress(big, spec("fastv")):
+        big(**silent)
+    del model.model.language_model.layers[0].self_attn.scaling
+    with pytest.raises(UserError, match="has no q_proj and k_proj to read attention from"):
+        compress(model, spec("fastv")).__enter__()
+
+
+def test_a_shallow_decoder(model: Any, one: dict[str, Any]) -> None:
+    """Two layers leave one place to drop at."""
+    for method in INSIDE:
+        with torch.no_grad(), compress(model, spec(method)) as receipt:
+            model(**one)
+        assert receipt.layers == [TOKENS, KEEP]
+
+
+@pytest.mark.parametrize("depth", [2, 3, 6, 32, 40])
+@pytest.mark.parametrize("count, keep", [(576, 575), (576, 192), (576, 72), (576, 1), (2, 1)])
+@each_method
+def test_stages_lead_to_the_budget(method: str, count: int, keep: int, depth: int) -> None:
+    stages = pruners.create(method).stages(count, keep, depth)  # type: ignore[attr-defined]
+    places, budgets = [s.after for s in stages], [s.keep for s in stages]
+    assert places == sorted(set(places))
+    assert all(0 < place < depth for place in places)
+    assert budgets == sorted(budgets, reverse=True)
+    assert budgets[-1] == keep
+    assert all(keep <= budget <= count for budget in budgets)
+
+
+def test_released_schedules() -> None:
+    """PyramidDrop halves behind 8, 16, 24 of 32; FastV drops behind 2; SparseVLM behind layers 2, 6, 15 from 0."""
+    halves = pruners.create("pyramiddrop").stages(576, 72, 32)  # type: ignore[attr-defined]
+    assert [tuple(stage) for stage in halves] == [(8, 288), (16, 144), (24, 72)]
+    fast = pruners.create("fastv").stages(576, 144, 32)  # type: ignore[attr-defined]
+    assert [tuple(stage) for stage in fast] == [(2, 144)]
+    sparse = pruners.create("sparsevlm").stages(576, 118, 32)  # type: ignore[attr-defined]
+    assert [stage.after for stage in sparse] == [3, 7, 16]
