@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,9 +24,24 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 SIDE, PATCH = 336, 14  # as LLaVA-1.5: 24 x 24 = 576 visual tokens
 VOCABULARY = 32064  # rows of the embedding, as LLaVA-1.5's
 # CLIP-L's depth at 7 heads of 64; a Llama of 8 layers; a text tower in CLIP-L's proportion to its vision tower.
-VISION = {"hidden_size": 448, "intermediate_size": 1792, "num_hidden_layers": 24, "num_attention_heads": 7}
-LANGUAGE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
-TEXT = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}
+VISION: dict[str, Any] = {
+    "hidden_size": 448,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 7,
+}
+LANGUAGE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+}
 TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
     "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %} {% endfor %}"
@@ -45,7 +61,7 @@ def save(folder: Path, texts: Iterable[str], seed: int = 0) -> int:
     language = LlamaConfig(
         **LANGUAGE, vocab_size=VOCABULARY, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    image = tokenizer.convert_tokens_to_ids("<image>")
+    image: Any = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=language, image_token_index=image, tie_word_embeddings=True)
     )

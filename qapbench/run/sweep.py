@@ -145,9 +145,9 @@ class Sweep:
             outputs, images = fresh.get(key) or known[key]
             cell.computed += key in fresh and key not in payers
             payers.add(key)
-            views = [by[cell.look] for by in shown[question.place].values()]
-            if all(view.inside is None for view in views):  # equal content may have been chosen in another way
-                images = [image for view in views for image in view.images]
+            looks = [by[cell.look] for by in shown[question.place].values()]
+            if all(one.inside is None for one in looks):  # equal content may have been chosen in another way
+                images = [image for one in looks for image in one.images]
             cell.add(_answer(question, outputs, images[: len(question.images)], key))
         self._flush(cells)
 
@@ -175,7 +175,7 @@ class Sweep:
             found[prompt] = views
         return found
 
-    def _measured(self, rows: list[Row], cells: list[Cell], longest: int, receipt: Receipt, sight: Sight) -> list[Any]:
+    def _measured(self, rows: list[Row], cells: list[Cell], longest: int, receipt: Receipt, sight: Sight) -> Result:
         """Answer the first question on its own, and store what reached the matmuls meanwhile as these runs' receipt."""
         for line in receipt.linears:
             if line.part == "language":  # what the tower's linears got was measured when the image was seen
