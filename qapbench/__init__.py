@@ -1,9 +1,23 @@
 """qapbench: quantization and vision-token pruning of multimodal LLMs, in one typed spec, measured honestly."""
 
 from .affine import fake_quantize
+from .calibration import (
+    AbsMax,
+    Block,
+    CalibratedPTQ,
+    Calibration,
+    CalibrationSamples,
+    Found,
+    Gradient,
+    Gram,
+    Group,
+    MeanAbs,
+    Rows,
+)
 from .compress import compress
 from .errors import UserError
-from .quantization import PTQ, Format, LinearPlan
+from .grid import Grid
+from .quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
 from .run import run
 from .spec import RunSpec, SweepSpec
 from .strategy import (
@@ -28,15 +42,31 @@ from .tokens import Selection, VisionTokens
 
 __all__ = [
     "PTQ",
+    "AbsMax",
     "Bits",
+    "Block",
+    "CalibratedPTQ",
+    "Calibration",
+    "CalibrationSamples",
     "Format",
+    "Found",
+    "Gradient",
+    "Gram",
+    "Grid",
+    "Group",
     "GroupSize",
     "LinearPlan",
+    "MeanAbs",
     "Pruner",
+    "Rows",
     "RunSpec",
+    "Scaling",
     "Selection",
     "Share",
     "SweepSpec",
+    "TokenActivation",
+    "Tokens",
+    "Transform",
     "UserError",
     "VisionTokens",
     "compress",

@@ -23,6 +23,7 @@ from .tokens import Selection, VisionTokens
 IGNORED_LABEL = -100  # what Hugging Face's loss skips
 
 
+@dataclasses.dataclass
 class PrunedCalls:
     """Wraps the two entry points of a model.
 
@@ -30,18 +31,17 @@ class PrunedCalls:
     in by the model's own door. Caches, masks and decoding then need no change.
     """
 
-    def __init__(
-        self, family: Family, spec: PruneSpec, pruner: Pruner, sensitivity: Metric | None,
-        reader: QuestionReader, receipt: Receipt, processor: Any = None,
-    ) -> None:  # fmt: skip
-        self.family = family
-        self.spec = spec
-        self.pruner = pruner
-        self.sensitivity = sensitivity
-        self.fusion = fusions.create(spec.fusion.name, **spec.fusion.params) if spec.fusion else None
-        self.reader = reader
-        self.receipt = receipt
-        self.processor = processor
+    family: Family
+    spec: PruneSpec
+    pruner: Pruner
+    sensitivity: Metric | None
+    reader: QuestionReader
+    receipt: Receipt
+    processor: Any = None
+
+    def __post_init__(self) -> None:
+        fusion = self.spec.fusion
+        self.fusion = fusions.create(fusion.name, **fusion.params) if fusion else None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -90,7 +90,7 @@ class PrunedCalls:
 
         return pruned
 
-    def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None) -> dict[str, Any]:
+    def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
         """The call's keywords with pruned placeholders gone and chosen features in place of pixels."""
         kwargs = dict(kwargs)
         ids = kwargs.get("input_ids")

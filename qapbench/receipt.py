@@ -28,16 +28,19 @@ class LinearReceipt:
         activation_bits: the same of its input, at its first call; None while it was never called.
         weight_levels, activation_levels: most distinct values found in one group, the evidence for the bits.
         calls: forward passes.
+        activation_exact: share of that input's elements that were passed on in full precision beside the quantized
+            ones (outliers); `activation_bits` are those of the others.
         planned: whether the method undertook to quantize it; what it left out is a fallback, not a fault.
     """
 
     name: str
     part: str
     shape: tuple[int, int]
-    weight_bits: int
-    weight_levels: int
+    weight_bits: int = 0
+    weight_levels: int = 0
     activation_bits: int | None = None
     activation_levels: int | None = None
+    activation_exact: float = 0.0
     calls: int = 0
     planned: bool = True
 
@@ -50,6 +53,8 @@ class Receipt:
         images: images that were pruned; `available`, `kept`, `merged`: tokens, summed over them.
         least, most: smallest and largest budget (kept + merged) of an image.
         fallbacks: what was done otherwise than asked, in words.
+        backend: what multiplied: a simulation, or which library's kernels.
+        calibration: samples, where they came from, whether the result was read, seconds and peak memory.
         latest: the selection of the latest pruned call, for whoever stores or draws it; not part of the record.
     """
 
@@ -65,6 +70,8 @@ class Receipt:
     least: int | None = None
     most: int | None = None
     fallbacks: list[str] = field(default_factory=list)
+    backend: str | None = None
+    calibration: dict[str, Any] | None = None
     latest: Selection | None = field(default=None, repr=False, compare=False)
 
     def saw_image(self, available: int, kept: int, merged: int) -> None:

@@ -14,10 +14,11 @@ import torch
 from qapbench.checkpoints import find_checkpoint
 from qapbench.compress import compress
 from qapbench.errors import Problem, UserError
+from qapbench.memory import peak_memory
 from qapbench.spec import RunSpec, SweepSpec
 from qapbench.specfile import load_spec
 
-from .environment import environment, peak_memory
+from .environment import environment
 from .loading import fingerprints, load_model, precision
 from .record import RECORD, SCHEMA, SCORED, Record, chance, labels, notes, read_record, read_records, write_scored
 from .store import Answer, Store, set_aside, write_json
