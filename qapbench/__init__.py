@@ -17,6 +17,7 @@ from .calibration import (
 from .compress import compress
 from .errors import UserError
 from .grid import Grid
+from .install import installed_all
 from .quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
 from .run import run
 from .spec import RunSpec, SweepSpec
@@ -73,6 +74,7 @@ __all__ = [
     "fake_quantize",
     "fusion",
     "fusions",
+    "installed_all",
     "metric",
     "metrics",
     "min_max",

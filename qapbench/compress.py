@@ -125,6 +125,8 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: PrunedC
         if pruned is None:
             raise UserError("quantize.calibration.pruned: there is no `prune` section to prune with")
         shorten = pruned.shorten
+        prune = pruned.spec.model_dump_json()
+        given = dataclasses.replace(given, fingerprints={**given.fingerprints, "prune": prune})
     return Calibration(family.model, given, family, shorten)
 
 

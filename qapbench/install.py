@@ -35,6 +35,15 @@ def installed(
         yield
 
 
+@contextlib.contextmanager
+def installed_all(linears: Mapping[str, nn.Linear], plan: LinearPlan) -> Iterator[None]:
+    """Several linears by one plan, for a trial."""
+    with contextlib.ExitStack() as stack:
+        for linear in linears.values():
+            stack.enter_context(installed(linear, plan))
+        yield
+
+
 def _input_hook(plan: LinearPlan, tokens: Look) -> Any:
     def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return plan.new_input(args[0], tokens()), *args[1:]

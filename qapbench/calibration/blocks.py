@@ -104,10 +104,9 @@ class Block:
 
     def inside(self, name: str) -> Block:
         """A module of this block, with what reaches it."""
-        path = name.removeprefix(f"{self.name}.") if self.name else name
-        module = self.module.get_submodule(path)
-        if module is self.module:
+        if name == self.name:
             return self
+        module = self.module.get_submodule(name.removeprefix(f"{self.name}.") if self.name else name)
         found: list[Pass] = []
         for one in self.passes:
             with contextlib.suppress(Reached), catching(module) as caught:

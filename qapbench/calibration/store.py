@@ -19,6 +19,7 @@ from qapbench.checkpoints import digest_file
 from .samples import Found
 
 SCHEMA = 1
+ABOUT = "qapbench"
 BETWEEN = "::"
 """Between the name of a linear and that of its tensor."""
 
@@ -44,11 +45,13 @@ def write(folder: Path, key: str, found: Found) -> None:
     """Keep a result, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{linear}{BETWEEN}{name}": tensor.detach().cpu().contiguous()
+        # Linears may share one tensor; the format has each of its own.
+        f"{linear}{BETWEEN}{name}": tensor.detach().to("cpu", copy=True).contiguous()
         for linear, named in found.items()
         for name, tensor in named.items()
     }
-    about = {"key": key, "linears": json.dumps(list(found)), "sha256": _checksum(tensors)}
+    # One entry: safetensors writes several in no fixed order.
+    about = {ABOUT: json.dumps({"key": key, "linears": list(found), "sha256": _checksum(tensors)})}
     path = path_of(folder, key)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     with draft.open("wb") as handle:
@@ -65,15 +68,15 @@ def read(folder: Path, key: str) -> tuple[Found | None, str]:
         return None, ""
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         return None, f"{path.name} cannot be read: {error}"
     if about.get("key") != key:
         return None, f"{path.name} holds the result of something else"
     if about.get("sha256") != _checksum(tensors):
         return None, f"{path.name} is damaged: its content does not match its checksum"
-    found: Found = {linear: {} for linear in json.loads(about["linears"])}
+    found: Found = {linear: {} for linear in about["linears"]}
     for name, tensor in tensors.items():
         linear, _, inner = name.partition(BETWEEN)
         found[linear][inner] = tensor

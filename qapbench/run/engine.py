@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from qapbench.calibration import CalibrationSamples
 from qapbench.checkpoints import find_checkpoint
 from qapbench.compress import compress
 from qapbench.errors import Problem, UserError
@@ -18,13 +19,15 @@ from qapbench.memory import peak_memory
 from qapbench.spec import RunSpec, SweepSpec
 from qapbench.specfile import load_spec
 
+from . import calibration
 from .environment import environment
 from .loading import fingerprints, load_model, precision
 from .record import RECORD, SCHEMA, SCORED, Record, chance, labels, notes, read_record, read_records, write_scored
 from .store import Answer, Store, set_aside, write_json
 from .tasks import LoadedTask, load_task, quiet
 
-TEXT_DEPENDS_ON = ("model", "data", "precision", "ptq")  # the kinds of fingerprint
+TEXT_DEPENDS_ON = ("model", "data", "precision", "ptq", "calibration")  # the kinds of fingerprint
+CALIBRATIONS = "calibrations"  # folder beside the runs
 Report = Callable[[str, int, int], None]
 """Called with (run name, questions answered, questions in all)."""
 
@@ -132,10 +135,14 @@ class Engine:
             fetch: whether checkpoints may be downloaded for it.
         """
         task = self.task(spec)
-        content = fingerprints(spec, task.fingerprint, self.device, fetch)
+        wanted = spec.quantize.calibration if spec.quantize else None
+        source = calibration.fingerprint(task, wanted) if wanted else ""
+        content = fingerprints(spec, task.fingerprint, self.device, fetch, source)
         run_id = spec.digest(content, task.asked)
-        about_text = {key: value for key, value in content.items() if key.split()[0] in TEXT_DEPENDS_ON}
-        text_key = spec.model_copy(update={"prune": None}).digest(about_text, task.asked)
+        text_key = run_id  # where calibration prunes, the weights themselves depend on the pruner
+        if wanted is None or not wanted.pruned:
+            about_text = {key: value for key, value in content.items() if key.split()[0] in TEXT_DEPENDS_ON}
+            text_key = spec.model_copy(update={"prune": None}).digest(about_text, task.asked)
         folder = self.runs / run_id
         done = (folder / RECORD).exists()
         answered = task.count if done else len(Store(folder).read())
@@ -169,6 +176,20 @@ class Engine:
             self._loaded = (key, *load_model(spec, self.device, self.trust_remote_code))
         return self._loaded[1], self._loaded[2]
 
+    def _calibration(self, planned: Planned, model: Any, processor: Any) -> CalibrationSamples | None:
+        """The samples of a run that calibrates; its result is kept beside the runs."""
+        spec = planned.spec
+        wanted = spec.quantize.calibration if spec.quantize else None
+        if wanted is None:
+            return None
+        about = {key: value for key, value in planned.fingerprints.items() if key in ("model", "precision")}
+        if wanted.pruned:
+            about = planned.fingerprints
+        return calibration.samples(
+            self.task(spec), wanted, model, processor, cache=self.runs / CALIBRATIONS, fingerprints=about,
+            report=lambda what, done, total: self.report(f"{spec.name}: {what}", done, total),
+        )  # fmt: skip
+
     def _recall(self, planned: Planned) -> None:
         """Take up text-only answers of finished runs that share them."""
         if planned.text_key in self._recalled:
@@ -188,10 +209,10 @@ class Engine:
         spec, task = planned.spec, self.task(planned.spec)
         model, processor = self.model(spec)
         self._recall(planned)
-        started = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with compress(model, spec, processor) as receipt:
+        with compress(model, spec, processor, calibration=self._calibration(planned, model, processor)) as receipt:
+            started = time.perf_counter()
             lm = CompressedLM(
                 model, processor, receipt, store, self.batch_size, spec.seed,
                 lambda done, total: self.report(spec.name, done, total), self._shared, planned.text_key,

@@ -57,10 +57,18 @@ def read_config(spec: RunSpec, fetch: bool = True) -> dict[str, Any]:
         raise UserError(Problem(f"{file} cannot be read: {first_line(error)}", ("model",))) from error
 
 
-def fingerprints(spec: RunSpec, data: str, device: torch.device, fetch: bool = True) -> dict[str, str]:
-    """Content hashes of all that a run reads: the spec's names and paths may change, these say what was there."""
+def fingerprints(
+    spec: RunSpec, data: str, device: torch.device, fetch: bool = True, calibration: str = ""
+) -> dict[str, str]:
+    """Content hashes of all that a run reads: the spec's names and paths may change, these say what was there.
+
+    Args:
+        calibration: hash of what calibration samples are drawn from; "" where there is no calibration.
+    """
     folder = find_checkpoint(spec.model, "model", fetch).folder
     found = {"model": digest_tree(folder), "data": data, "precision": f"{precision(spec, device)} on {device.type}"}
+    if calibration:
+        found["calibration"] = calibration
     for kind, entry in used_items(spec):
         if entry.source and entry.source.is_file():
             found[f"{kind} {entry.name}"] = digest_file(entry.source)
