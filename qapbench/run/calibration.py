@@ -59,18 +59,14 @@ def choose(available: int, spec: CalibrationSpec) -> list[int]:
     return random.Random(spec.seed).sample(range(available), spec.samples)
 
 
-def samples(task: LoadedTask, spec: CalibrationSpec, model: Any, processor: Any, **more: Any) -> CalibrationSamples:
-    """Each question's prompt and answer as the run itself would put them, with `labels` on the answer.
-
-    Args:
-        more: fields of `CalibrationSamples`.
-    """
+def samples(task: LoadedTask, spec: CalibrationSpec, model: Any, processor: Any) -> CalibrationSamples:
+    """Each question's prompt and answer as the run itself would put them, with `labels` on the answer."""
     # `pruning` is set so that the inputs carry what a pruner weighs the image with.
     lm = CompressedLM(model, processor, Receipt(pruning="calibration"), Store(Path()), batch_size=1)
     made = [_sample(lm, task, doc) for doc in documents(task, spec)]
     images = sum(1 for sample in made if _has_image(sample))
     where = spec.data or f"{task.name}, its own calibration questions"
-    return CalibrationSamples(made, origin=f"{where}, seed {spec.seed}; {images} with an image", **more)
+    return CalibrationSamples(made, origin=f"{where}, seed {spec.seed}; {images} with an image")
 
 
 def _has_image(sample: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ class Engine:
         self.report = report or (lambda name, done, total: None)
         self._loaded: tuple[Hashable, Any, Any] | None = None
         self._tasks: dict[Hashable, LoadedTask] = {}
+        self._samples: dict[Hashable, CalibrationSamples] = {}
         self._shared: dict[Hashable, Answer] = {}
         self._recalled: set[str] = set()
 
@@ -182,11 +184,14 @@ class Engine:
         wanted = spec.quantize.calibration if spec.quantize else None
         if wanted is None:
             return None
-        about = {key: value for key, value in planned.fingerprints.items() if key in ("model", "precision")}
-        if wanted.pruned:
-            about = planned.fingerprints
-        return calibration.samples(
-            self.task(spec), wanted, model, processor, cache=self.runs / CALIBRATIONS, fingerprints=about,
+        key = (spec.task.model_dump_json(), wanted.samples, wanted.seed, wanted.data, self._loaded and self._loaded[0])
+        if key not in self._samples:
+            self._samples = {key: calibration.samples(self.task(spec), wanted, model, processor)}
+        about = planned.fingerprints
+        if not wanted.pruned:  # then nothing of the pruner enters, and a sweep calibrates once
+            about = {key: about[key] for key in ("model", "precision")}
+        return dataclasses.replace(
+            self._samples[key], cache=self.runs / CALIBRATIONS, fingerprints=about,
             report=lambda what, done, total: self.report(f"{spec.name}: {what}", done, total),
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ def calibration_rows(samples: int, seed: int) -> list[dict[str, Any]]:
 
     from qapbench.tasks.diagramqa.generate import build
 
-    rows = build("train", seed, samples).to_dict("records")
+    rows = build("train", seed, images=samples - samples // 2, texts=samples // 2).to_dict("records")
     for row in rows:
         row["image"] = row["image"] and Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
     return rows
