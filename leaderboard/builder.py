@@ -16,13 +16,18 @@ from markupsafe import Markup
 
 from qapbench import UserError
 
-from .export import csv_text, json_text, page_data, percent, plain, script_json
+from .export import csv_text, json_text, page_data, percent, plain, script_json, signed
+from .flips import Flips, find_flips
 from .paper import paper_rows, reference
 from .rows import Row, clean, column_names, from_record, mapping, stand_in_notes
+from .standing import REFERENCES, compared, scored_runs
+from .studies import read_studies
 
 TITLE = "qapbench leaderboard"
 FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion")
-APP = ("dom.js", "details.js", "chart.js", "table.js")
+APP = ("dom.js", "flips.js", "details.js", "chart.js", "tokens.js", "metrics.js", "study.js", "heat.js", "table.js")
+OVERALL = "Avg"
+GROUPS = {"Subject": ("NAT", "SOC", "LAN"), "Context": ("TXT", "IMG", "NO"), "Grade": ("G1-6", "G7-12")}
 HINTS = {
     "NAT": "natural science",
     "SOC": "social science",
@@ -36,15 +41,26 @@ HINTS = {
 }
 
 
-def build(records: list[dict[str, Any]], out: Path | str, title: str = TITLE) -> Path:
-    """Write the page to `out` (an .html file) and the rows to its .csv and .json siblings; return `out`."""
+def build(records: list[dict[str, Any]], out: Path | str, title: str = TITLE, runs: Path | str | None = None) -> Path:
+    """Write the page to `out` (an .html file) and the rows to its .csv and .json siblings; return `out`.
+
+    Args:
+        runs: the folder that holds the records' runs. Without it there are no paired comparisons, no flipped questions
+            and no studies: a record holds counts alone.
+    """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"the leaderboard is an HTML page: {out.name!r} should end in .html")
+    folder = Path(runs) if runs is not None else None
     cleaned = [mapping(clean(record)) for record in records]
-    rows = [*map(from_record, cleaned), *paper_rows()]
+    scored = scored_runs(cleaned, folder)
+    own = compared([from_record(record) for record in cleaned], scored)
+    rows = [*own, *paper_rows(len(own))]
     columns = column_names(rows)
-    page = _render(title, cleaned, rows, columns)
+    flips = find_flips(own, scored)
+    studies = read_studies(folder) if folder else []
+    data = page_data(rows, cleaned, columns, flips, studies)
+    page = _render(title, cleaned, rows, columns, flips, data)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in (
         (out.with_suffix(".csv"), csv_text(rows, columns)),
@@ -55,32 +71,49 @@ def build(records: list[dict[str, Any]], out: Path | str, title: str = TITLE) ->
     return out
 
 
-def _render(title: str, records: Sequence[dict[str, Any]], rows: Sequence[Row], columns: Sequence[str]) -> str:
+def _render(
+    title: str, records: Sequence[dict[str, Any]], rows: Sequence[Row], columns: Sequence[str], flips: Flips,
+    data: dict[str, Any],
+) -> str:  # fmt: skip
     own = [row for row in rows if row.kind == "run"]
     notes = dict.fromkeys(note for record in records for note in stand_in_notes(record))
+    notes |= dict.fromkeys(note for study in data["studies"] for note in study["notes"])
     scripts = {
-        "theme": _asset("theme.js"),
-        "app": "\n".join(map(_asset, APP)),
+        "theme": _asset("templates", "theme.js"),
+        "app": "\n".join(_asset("templates", name) for name in APP),
         "datatables": _inline((files("itables") / "html" / "dt_bundle.js").read_text("utf-8")),
-        "plotly": _plotly(),
+        "plotly": _asset("assets", "plotly-basic.min.js"),
     }
     template = _environment().get_template("page.html")
     return template.render(
         title=clean(title),
         rows=rows,
         own=own,
-        columns=[*columns[-1:], *columns[:-1]],  # overall accuracy first: it has to show without scrolling
+        columns=[OVERALL] * (OVERALL in columns) + [name for name in columns if name != OVERALL],
+        groups=_grouped(columns),
         hints=HINTS,
+        references=REFERENCES,
         facets={name: sorted({getattr(row, name) for row in rows}) for name in FACETS},
         stand_ins=sum(row.stand_in for row in own),
         stand_in_notes=list(notes),
         newest=max((row.created for row in own), default=""),
+        moved=[row for row in own if row.moved],
+        flips=flips,
+        studies=data["studies"],
         paper=reference(),
-        style=Markup(_asset("style.css")),
+        style=Markup(_asset("templates", "style.css")),
         scripts={name: Markup(script) for name, script in scripts.items()},
         script_hashes=[_csp_hash(script) for script in scripts.values()],
-        data=Markup(script_json(page_data(rows, records, columns))),
+        data=Markup(script_json(data)),
     )
+
+
+def _grouped(columns: Sequence[str]) -> dict[str, list[str]]:
+    """The score columns by group, in the order of the table: what belongs to no known group comes last."""
+    groups = {group: [name for name in names if name in columns] for group, names in GROUPS.items()}
+    known = {OVERALL, *(name for names in groups.values() for name in names)}
+    groups["Other"] = [name for name in columns if name not in known]
+    return {group: names for group, names in groups.items() if names}
 
 
 @cache
@@ -93,18 +126,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "plain": plain}
+    environment.filters |= {"percent": percent, "plain": plain, "signed": signed}
     return environment
 
 
 @cache
-def _asset(name: str) -> str:
-    return _inline((files(__package__) / "templates" / name).read_text("utf-8"))
-
-
-@cache
-def _plotly() -> str:
-    return _inline((files("plotly") / "package_data" / "plotly.min.js").read_text("utf-8"))
+def _asset(folder: str, name: str) -> str:
+    return _inline((files(__package__) / folder / name).read_text("utf-8"))
 
 
 def _inline(source: str) -> str:

@@ -5,23 +5,33 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
+from .flips import Flips
 from .rows import Cell, Row, mapping, sequence, text
+from .standing import REFERENCES
 
-FIELDS = ["kind", "name", "model", "quantization", "pruner", "sensitivity", "fusion", "keep"]
+FIELDS = ["kind", "rank", "name", "model", "quantization", "pruner", "sensitivity", "fusion", "keep"]
 FIELDS += ["tokens", "tokens_min", "tokens_max", "kept", "merged", "available"]
-LAST_FIELDS = ["receipt", "fallbacks", "run_id", "created", "stand_in"]
+VERSUS = ["name", "difference", "low", "high", "p", "q", "gained", "lost"]
+LAST_FIELDS = ["moved", "receipt", "fallbacks", "run_id", "created", "stand_in"]
+_NUMBER = re.compile(r"-\d+(\.\d+)?")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def percent(share: float | None, digits: int = 2) -> str:
     """A share of 1 as a percentage without its sign; an empty string for None."""
     return "" if share is None else f"{100 * share:.{digits}f}"
+
+
+def signed(share: float | None, digits: int = 2) -> str:
+    """A difference of shares in percent points, with its sign."""
+    return "" if share is None else f"{100 * share:+.{digits}f}"
 
 
 def plain(value: float | int | None, digits: int = 1) -> str:
@@ -32,7 +42,8 @@ def plain(value: float | int | None, digits: int = 1) -> str:
 
 
 def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """One line per row; accuracies in percent, as in the table, each followed by k, n and its interval.
+    """One line per row; accuracies in percent, as in the table, each followed by k, n and its interval; then each
+    reference with the difference in percent points.
 
     A text that a spreadsheet would read as a formula gets an apostrophe in front.
     """
@@ -40,18 +51,25 @@ def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     scores = [*columns, "unparsed"]
     heads = [f"{name}{part}" for name in scores for part in ("", " k", " n", " low", " high")]
+    heads += [f"{kind} {part}" for kind in REFERENCES for part in VERSUS]
     writer.writerow([_harmless(name) for name in (*FIELDS, *heads, *LAST_FIELDS)])
     for row in rows:
         line = [getattr(row, name) for name in FIELDS]
         for cell in (*(row.cells.get(name, Cell()) for name in columns), row.unparsed):
             line += [percent(cell.accuracy), cell.k, cell.n, percent(cell.low), percent(cell.high)]
+        for kind in REFERENCES:
+            versus = row.against.get(kind)
+            shares = [percent(getattr(versus, part)) for part in VERSUS[1:4]] if versus else [""] * 3
+            rest = [getattr(versus, part) for part in VERSUS[4:]] if versus else [None] * len(VERSUS[4:])
+            line += [versus.name if versus else "", *shares, *rest]
         line += [getattr(row, name) for name in LAST_FIELDS]
         writer.writerow([_harmless(value) for value in line])
     return buffer.getvalue()
 
 
 def _harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+    starts = isinstance(value, str) and value.startswith(FORMULA_STARTS)
+    return f"'{value}" if starts and not _NUMBER.fullmatch(value) else value
 
 
 def json_text(rows: Iterable[Row]) -> str:
@@ -65,7 +83,10 @@ def script_json(data: Any) -> str:
     return dumped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def page_data(rows: Sequence[Row], records: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
+def page_data(
+    rows: Sequence[Row], records: Sequence[dict[str, Any]], columns: Sequence[str], flips: Flips,
+    studies: Sequence[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
     """What the page's script reads. The first rows are the records', in their order; the paper's follow.
 
     Runs of one model share their per-linear receipts, so each different receipt is held once.
@@ -92,6 +113,8 @@ def page_data(rows: Sequence[Row], records: Sequence[dict[str, Any]], columns: S
         "rows": [asdict(row) for row in rows],
         "details": details,
         "linears": [json.loads(table) for table in pool],
+        "flips": asdict(flips),
+        "studies": list(studies),
     }
 
 

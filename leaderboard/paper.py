@@ -7,8 +7,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .rows import NONE, Cell, Row, counted
+from qapbench.analysis.standing import (
+    Against,
+    Kind,
+    Standing,
+    corrected_together,
+    count_ranks,
+    unpaired_difference,
+)
 
+from .rows import NONE, Cell, Row, counted
+from .standing import UNTOUCHED, with_standing
+
+OVERALL = "Avg"
 MISSING = "Table {table} of the paper does not print this column"
 
 
@@ -30,8 +41,16 @@ def _cell(printed: float, n: int) -> Cell:
     return Cell(n=n, accuracy=printed / 100) if k is None else counted(k, n)
 
 
-def paper_rows() -> list[Row]:
-    """One row per published line, in the paper's order."""
+def paper_rows(start: int = 0) -> list[Row]:
+    """One row per published line, in the paper's order, compared by counts: its answers are not published.
+
+    Args:
+        start: the place of the first on the page.
+    """
+    return _compared(_published(), start)
+
+
+def _published() -> list[Row]:
     data = reference()
     rows = []
     for table in data["tables"]:
@@ -58,3 +77,41 @@ def paper_rows() -> list[Row]:
                 )
             )
     return rows
+
+
+def _compared(rows: list[Row], start: int) -> list[Row]:
+    """The rows with rank, references and flag; all of them tested as independent samples."""
+    n = reference()["questions"][OVERALL]
+    counts = [row.cells[OVERALL].k or 0 for row in rows]
+    ranks = count_ranks(counts, n)
+    found = []
+    for index, row in enumerate(rows):
+        against = {
+            kind: Against(other, unpaired_difference(OVERALL, counts[other], counts[index], n), paired=False)
+            for kind, other in _references(row, rows).items()
+        }
+        found.append(Standing(ranks[index], len(rows), against))
+    return [
+        with_standing(row, standing, rows, start, _moved(row, standing, rows))
+        for row, standing in zip(rows, corrected_together(found), strict=True)
+    ]
+
+
+def _references(row: Row, rows: list[Row]) -> dict[Kind, int]:
+    """Dense: the model and quantization without pruning. Semantic: no sensitivity at the budget, in the same table."""
+    if row.pruner == NONE:
+        return {}
+    found: dict[Kind, int] = {}
+    for index, other in enumerate(rows):
+        if (other.model, other.quantization) == (row.model, row.quantization):
+            if other.pruner == NONE:
+                found["dense"] = index
+            elif other.sensitivity == NONE != row.sensitivity and (other.keep, other.run_id) == (row.keep, row.run_id):
+                found["semantic"] = index
+    return found
+
+
+def _moved(row: Row, standing: Standing, rows: list[Row]) -> str:
+    dense = standing.get("dense")
+    here, there = (r.cells.get(UNTOUCHED, Cell()).k for r in (row, rows[dense.row] if dense else row))
+    return "" if here == there or None in (here, there) else f"{here} right on {UNTOUCHED}, {there} without pruning"

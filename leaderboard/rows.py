@@ -25,8 +25,33 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Versus:
+    """A row against a reference, on all questions: the difference in accuracy, fractions.
+
+    Attributes:
+        row: the reference's place on the page; name: its name.
+        p, q: of the test, and by Benjamini-Hochberg over all comparisons of the kind on the page.
+        gained, lost: questions that only this row, or only the reference, answers right; None where unpaired.
+    """
+
+    row: int
+    name: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    q: float
+    gained: int | None = None
+    lost: int | None = None
+
+
+@dataclass(frozen=True)
 class Row:
-    """One line of the table. `tokens` is what a run measured, `available` what there was to keep from."""
+    """One line of the table. `tokens` is what a run measured, `available` what there was to keep from.
+
+    `rank` is shared by rows that cannot be told apart from the same better ones, among `among` rows on the same
+    questions; `against` holds its references "dense" and "semantic"; `moved` says where pruning changed what it cannot.
+    """
 
     kind: str = "run"
     name: str = ""
@@ -49,6 +74,10 @@ class Row:
     run_id: str = ""
     created: str = ""
     stand_in: bool = False
+    rank: int | None = None
+    among: int = 0
+    against: dict[str, Versus] = field(default_factory=dict)
+    moved: str = ""
 
     @property
     def position(self) -> float | None:

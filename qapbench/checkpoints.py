@@ -10,6 +10,11 @@ from pathlib import Path
 from .errors import Problem, UserError, first_line, nearest
 
 EMBEDDED = Path(__file__).parent / "models" / "embedded"
+HOW_TO_CONVERT = (
+    'other formats are not loaded. Convert pytorch_model*.bin once, in its folder: python -c "import glob, torch; '
+    "from safetensors.torch import save_file; [save_file({k: v.clone() for k, v in torch.load(f, weights_only=True)"
+    ".items()}, f[:-3] + 'safetensors', {'format': 'pt'}) for f in glob.glob('pytorch_model*.bin')]\""
+)
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -49,7 +54,7 @@ def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Chec
     if not (folder / "config.json").is_file():
         raise UserError(Problem(f"{folder} is not a checkpoint folder (no config.json)", (field,)))
     if not list(folder.glob("*.safetensors")):
-        raise UserError(Problem(f"'{name}' holds no .safetensors weights; other formats are not loaded", (field,)))
+        raise UserError(Problem(f"'{name}' holds no .safetensors weights; {HOW_TO_CONVERT}", (field,)))
     return Checkpoint(folder)
 
 

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 WIDE = 200  # characters of a table that is not printed to a terminal
 
+study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.")
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
 )  # fmt: skip
+app.add_typer(study_app, name="study")
 # Piped or in a file a table may be as wide as it is; a terminal, or COLUMNS, sets the width otherwise.
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 err = Console(stderr=True)
@@ -78,7 +80,7 @@ def run(
     )
     for note in dict.fromkeys(note for record in records for note in record.get("notes", [])):
         out.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
-    _write_page(records, target, Path(spec).stem)
+    _write_page(records, target, Path(spec).stem, runs)
 
 
 @app.command()
@@ -94,8 +96,19 @@ def validate(spec: SpecArgument, changes: SetOption = None) -> None:
 
 
 @app.command("list")
-def list_items(kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ...")] = None) -> None:
-    """List what is registered."""
+def list_items(
+    kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ...")] = None,
+    matrix: Annotated[bool, typer.Option(help="Run every pruner on a tiny model of every family.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List what is registered; with --matrix, which pruner runs on which model family."""
+    if matrix:
+        _list_matrix(as_json)
+        return
+    if as_json:
+        items = [registry.describe(name) for registry in _registries(kind) for name in registry.names()]
+        typer.echo(json.dumps(items))
+        return
     for registry in _registries(kind):
         table = Table(title=registry.kind, title_justify="left")
         table.add_column("name", style="bold")
@@ -106,6 +119,33 @@ def list_items(kind: Annotated[str | None, typer.Argument(help="metric, quantize
             params = ", ".join(f"{k}={v.default!r}" for k, v in fields.items())
             table.add_row(escape(entry.name), escape(params), escape(entry.doc.partition("\n")[0]))
         out.print(table)
+
+
+def _list_matrix(as_json: bool) -> None:
+    from .matrix import run_matrix
+
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)  # what it warns of is in the table
+    cells = list(run_matrix())
+    if as_json:
+        typer.echo(json.dumps([cell.to_json() for cell in cells]))
+        return
+    found = {(cell.pruner, cell.family): cell for cell in cells}
+    families = list(dict.fromkeys(cell.family for cell in cells))
+    table = Table(title="pruner x model family, as found by running", title_justify="left")
+    for column in ("pruner", *families):
+        table.add_column(column)
+    marks: dict[str, int] = {}
+    for pruner in dict.fromkeys(cell.pruner for cell in cells):
+        row = []
+        for family in families:
+            cell = found[pruner, family]
+            said = [cell.reason] if cell.reason else cell.notes
+            numbers = "".join(f" [{marks.setdefault(text, len(marks) + 1)}]" for text in said)
+            row.append(escape(f"{cell.outcome}{numbers}"))
+        table.add_row(pruner, *row)
+    out.print(table)
+    for text, number in marks.items():
+        out.print(escape(f"[{number}] {text}"), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -122,14 +162,23 @@ def show(kind: str, name: str) -> None:
 def leaderboard(
     runs: RunsOption = Path("runs"),
     page: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("leaderboard.html"),
+    check: Annotated[Path | None, typer.Option(help="Verify a record (or its folder) instead.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="For --check: the data, where the record's path is not here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For --check: print JSON.")] = False,
 ) -> None:
-    """Write one offline HTML page of every record below RUNS."""
+    """Write one offline HTML page of every record below RUNS, or verify one record."""
     from .run.record import read_records
+
+    if check is not None:
+        _check_record(check, data, as_json)
+        return
 
     records = read_records(runs)
     if not records:
         raise UserError(f"no records below {runs}; make some with `qapbench run SPEC --runs {runs}`")
-    _write_page(records, page, "qapbench")
+    _write_page(records, page, "qapbench leaderboard", runs)
 
 
 @app.command()
@@ -137,18 +186,96 @@ def compare(
     first: Annotated[str, typer.Argument(help="A run: its id or the start of it, its name, or its folder.")],
     second: Annotated[str, typer.Argument(help="The run to compare with it.")],
     runs: RunsOption = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, flipped questions included.")] = False,
+    flips: Annotated[int, typer.Option(min=0, help="Flipped questions to list, in each direction.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every flipped question.")] = False,
 ) -> None:
-    """Compare two runs question by question: paired differences, exact McNemar test, flips."""
+    """Compare two runs question by question: paired differences by column, exact McNemar test, flipped questions."""
     from .analysis import paired
-    from .analysis.table import comparison_table
+    from .analysis.table import comparison_table, flips_table
 
     one, other = (paired.read_scored(paired.find_run(name, runs)) for name in (first, second))
     comparison = paired.compare(one, other)
     if as_json:
-        typer.echo(json.dumps(comparison.to_json()))
+        typer.echo(json.dumps({**comparison.to_json(), "notes": paired.caveats(one, other)}))
     else:
         out.print(comparison_table(comparison))
+        if flips and (comparison.gained or comparison.lost):
+            out.print(flips_table(comparison, [one.answers(), other.answers()], flips))
+        for note in paired.caveats(one, other):
+            out.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+
+
+@app.command()
+def explain(
+    spec: SpecArgument,
+    sample: Annotated[str, typer.Option(help="Id of a question with an image.")],
+    picture: Annotated[Path, typer.Option("--out", help="The picture to write, a .png file.")],
+    changes: SetOption = None,
+    row: Annotated[str | None, typer.Option(help="Which run of a sweep; the first with a sensitivity.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a checkpoint run its own Python code.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print scores, kept tokens and answers as JSON.")] = False,
+) -> None:
+    """Draw what one question's pruning sees: image, sensitivity, relevance, both selections, both answers."""
+    from .analysis.explain import choose_run, explain, save
+    from .run.engine import Engine
+    from .specfile import load_spec
+
+    if picture.suffix.lower() != ".png":
+        raise UserError(f"--out {picture}: the picture is a .png file")
+    making = Engine(Path("runs"), device=device)
+    chosen = choose_run(load_spec(spec, changes or (), making.check), row)
+    explanation = explain(chosen, sample, making.device, trust_remote_code)
+    save(explanation, picture)
+    if as_json:
+        typer.echo(json.dumps(explanation.to_json()))
+        return
+    for side in explanation.sides:
+        mark = "right" if side.answer == explanation.question.truth else "wrong"
+        out.print(f"{escape(side.name)}: {escape(side.answer)} ({mark})", highlight=False)
+    for note in explanation.notes:
+        out.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+    out.print(f"Picture: {escape(str(picture.resolve()))}", highlight=False, soft_wrap=True)
+
+
+@study_app.command("sensitivity")
+def study_sensitivity(
+    spec: SpecArgument,
+    changes: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    sample: Annotated[int, typer.Option(min=2, help="Questions with an image, drawn by the spec's seed.")] = 50,
+    block: Annotated[int, typer.Option(min=1, help="Leave out squares of this side, in tokens.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Omissions a forward pass.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a checkpoint run its own Python code.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Which metric predicts the harm of leaving a visual token out? The leaderboard shows what lies in RUNS."""
+    from .analysis.sensitivity import studies_of
+    from .analysis.table import study_table
+    from .run.engine import Engine
+    from .specfile import load_spec
+
+    making = Engine(runs, device=device)
+    specs = load_spec(spec, changes or (), making.check)
+    studies = studies_of(
+        specs, sample=sample, block=block, batch_size=batch_size, device=making.device,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    bars = _Progress()
+    try:
+        with bars:
+            summaries = [study.make(runs, bars.report) for study in studies]
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here", highlight=False)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps([summary.model_dump(mode="json") for summary in summaries]))
+        return
+    for summary in summaries:
+        out.print(study_table(summary))
+    for note in dict.fromkeys(note for summary in summaries for note in summary.notes):
+        out.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
 
 
 @app.command()
@@ -183,11 +310,24 @@ def _registries(kind: str | None) -> list[Any]:
     return [KINDS[name]]
 
 
-def _write_page(records: list[dict[str, Any]], page: Path, title: str) -> None:
+def _check_record(path: Path, data: str | None, as_json: bool) -> None:
+    from .analysis.check import check_record
+
+    report = check_record(path, data)
+    if as_json:
+        typer.echo(json.dumps({"record": str(path), **report.to_json()}))
+        return
+    for line in report.passed:
+        out.print(f"[green]ok[/] {escape(line)}", highlight=False, soft_wrap=True)
+    for line in report.notes:
+        out.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
+
+
+def _write_page(records: list[dict[str, Any]], page: Path, title: str, runs: Path) -> None:
     from .leaderboard import build
 
     page.parent.mkdir(parents=True, exist_ok=True)
-    build(records, page, title=title)
+    build(records, page, title=title, runs=runs)
     out.print(f"Leaderboard: {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
 
 

@@ -153,6 +153,10 @@ def _pruned_calls(
         raise UserError(
             f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
         )
+    for name in sorted(pruner.needs & family.stand_ins.keys()):
+        receipt.fall_back(f"{name}: {family.stand_ins[name]}")
+    for name in sorted(pruner.optional - family.offers - QuestionReader.FIELDS):
+        receipt.fall_back(f"{name}: this model has none, and {spec.method} does without")
     joint = _joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
     reader = QuestionReader(pruner.needs, joint, family.model.get_input_embeddings())
     if reader.needs_text and processor is None:
@@ -163,6 +167,11 @@ def _pruned_calls(
 
 def _joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
     """The text tower; None, noted in the receipt, where relevance falls back on the language model."""
+    if family.clip_width is None:
+        if named is not None:
+            raise UserError("text_tower: this model's vision tower is no CLIP's, so no text tower shares its space")
+        receipt.fall_back("relevance from the language model's embeddings: the vision tower is no CLIP's")
+        return None
     if isinstance(named, TextTower):
         return named
     config = family.model.config
@@ -170,7 +179,7 @@ def _joint_space(family: Family, named: TextTower | str | None, receipt: Receipt
     if folder is None:
         receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
         return None
-    return load_tower(folder, config.vision_config.hidden_size, family.model.device)
+    return load_tower(folder, family.clip_width, family.model.device)
 
 
 def _own_tokenizer(family: Family) -> Any:

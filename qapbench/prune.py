@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,16 @@ from torch import Tensor
 from .errors import UserError
 from .models import Family
 from .models.relevance import QuestionReader
+from .models.views import Seen
 from .receipt import Receipt
 from .spec import PruneSpec
+from .splice import Part, budgets, detached, gather_columns, image_columns, kept_columns, splice
 from .strategy import Metric, Pruner, fusions
 from .tokens import Selection, VisionTokens
 
-IGNORED_LABEL = -100  # what Hugging Face's loss skips
+# Inputs as long as the prompt, beyond ids, mask and positions, and what pads them; the loss skips -100.
+PER_TOKEN = {"labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}
+VIDEO = "pixel_values_videos"
 
 
 @dataclasses.dataclass
@@ -66,7 +71,7 @@ class PrunedCalls:
         def pruned(*args: Any, relevance_text: list[str] | None = None, **kwargs: Any) -> Any:
             if args:
                 kwargs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-            if kwargs.get(self.family.image_input) is not None:
+            if self._has_images(kwargs):
                 kwargs = self.shorten(kwargs, relevance_text)
             return forward(**kwargs)
 
@@ -78,7 +83,7 @@ class PrunedCalls:
             relevance_text = kwargs.pop("relevance_text", None)
             if inputs is not None:
                 kwargs["input_ids"] = inputs
-            if kwargs.get(self.family.image_input) is None:
+            if not self._has_images(kwargs):
                 return generate(None, *args, **kwargs)
             prompt = kwargs["input_ids"]
             short = self.shorten(kwargs, relevance_text)
@@ -90,6 +95,11 @@ class PrunedCalls:
 
         return pruned
 
+    def _has_images(self, kwargs: dict[str, Any]) -> bool:
+        if kwargs.get(VIDEO) is not None:
+            raise UserError(f"{VIDEO}: videos cannot be pruned, only images")
+        return kwargs.get(self.family.image_inputs[0]) is not None
+
     def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
         """The call's keywords with pruned placeholders gone and chosen features in place of pixels."""
         kwargs = dict(kwargs)
@@ -98,52 +108,63 @@ class PrunedCalls:
             raise UserError("pruning needs input_ids with image placeholders; inputs_embeds cannot be pruned")
         if kwargs.get("past_key_values") is not None:
             raise UserError("pruning starts at the prompt: call without past_key_values")
-        pixels = kwargs.pop(self.family.image_input)
         mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
+        kwargs["attention_mask"] = mask = torch.ones_like(ids) if mask is None else mask
         placeholders = ids == self.family.image_token
-        needs = (self.pruner.needs & self.family.offers) | self.reader.visual
-        tokens = self.family.see(pixels, needs)
-        owners = self._owners(placeholders, tokens)
-        selection = self._select(tokens, ids, mask, placeholders, owners, relevance_text)
-        features = self._features(tokens, selection)
-        merged = selection.budget - selection.indices.shape[1]
-        for feature in features:
-            self.receipt.saw_image(tokens.count, feature.shape[0] - merged, merged)
-        self.receipt.latest = selection
-        kept = self._kept_columns(placeholders, selection, tokens.count)
-        return {**self._cut(kwargs, ids, mask, kept), **self.family.encoded(features)}
-
-    def _owners(self, placeholders: Tensor, tokens: VisionTokens) -> list[int]:
-        """The row of the batch that each image belongs to."""
-        per_row = placeholders.sum(dim=1).div(tokens.count, rounding_mode="floor")
-        if placeholders.sum() % tokens.count or int(per_row.sum()) != tokens.batch:
+        seen = self.family.look(kwargs, (self.pruner.needs & self.family.offers) | self.reader.visual)
+        spans = image_columns(placeholders, [len(image.features) for image in seen.images])
+        parts = self._select(seen, ids, mask, placeholders, [row for row, _ in spans], relevance_text)
+        images = [splice(image, own) for image, own in zip(seen.images, parts, strict=True)]
+        for image in images:
+            self.receipt.saw_image(image.available, len(image.indices), image.merged, image.separators)
+        self.receipt.latest = [detached(image) for image in images]
+        if self.spec.positions == "keep" and any(image.merged for image in images):
             raise UserError(
-                f"input_ids hold {int(placeholders.sum())} image placeholders, but {tokens.batch} image(s) "
-                f"of {tokens.count} tokens were given"
+                f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
             )
-        return torch.arange(len(per_row)).repeat_interleave(per_row.cpu()).tolist()
+        cut = self._cut(kwargs, mask, kept_columns(placeholders, spans, images))
+        for name in self.family.image_inputs:
+            cut.pop(name, None)
+        return {**cut, **self.family.encoded([image.features for image in images])}
 
     def _select(
-        self, tokens: VisionTokens, ids: Tensor, mask: Tensor, placeholders: Tensor, owners: list[int],
+        self, seen: Seen, ids: Tensor, mask: Tensor, placeholders: Tensor, rows: list[int],
         relevance_text: list[str] | None,
-    ) -> Selection:  # fmt: skip
-        if not self.reader.needs:
-            return self._choose(tokens)
-        if relevance_text is not None and len(relevance_text) != tokens.batch:
-            raise UserError(f"relevance_text: {len(relevance_text)} texts for {tokens.batch} images")
-        images = []
-        for index, row in enumerate(owners):
-            prompt = ids[row][mask[row].bool() & ~placeholders[row]]
-            text = relevance_text[index] if relevance_text else self._decode(prompt)
-            image = tokens[index]
-            asked: dict[str, Any] = self.reader.fields(image, text, prompt)
-            images.append(dataclasses.replace(image, **asked))
-        return Selection.stack([self._choose(image) for image in images])
+    ) -> list[list[Part]]:  # fmt: skip
+        """For every image, its views after their selections."""
+        if relevance_text is not None and len(relevance_text) != len(rows):
+            raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(rows)} images")
+        parts: list[list[Part]] = [[] for _ in rows]
+        for views, keeps in zip(seen.views, self._budgets(seen), strict=True):
+            # Views of one budget are chosen from together; where the question counts, those of one image.
+            by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
+            for (keep, _), group in itertools.groupby(range(len(by)), key=by.__getitem__):
+                span = list(group)
+                if keep == 0:
+                    continue
+                tokens = views.tokens[span[0] : span[-1] + 1]
+                if self.reader.needs:
+                    image = views.owners[span[0]]
+                    prompt = ids[rows[image]][mask[rows[image]].bool() & ~placeholders[rows[image]]]
+                    text = relevance_text[image] if relevance_text else self._decode(prompt)
+                    asked: dict[str, Any] = self.reader.fields(tokens, text, prompt)
+                    tokens = dataclasses.replace(tokens, **asked)
+                selection = self._choose(tokens, keep)
+                features = self._features(tokens, selection)
+                for view, made, kept in zip(span, features, selection.indices, strict=True):
+                    places = views.places[view]
+                    parts[views.owners[view]].append(Part(made, places[kept], places, selection.front))
+        return parts
 
-    def _choose(self, tokens: VisionTokens) -> Selection:
+    def _budgets(self, seen: Seen) -> list[list[int]]:
+        most = self.family.view_tokens
+        if most is not None and self.spec.per == "tile" and self.spec.keep > most:
+            raise UserError(f"keep={self.spec.keep} is out of range: an image has {most} tokens (1..{most})")
+        return budgets(seen, self.spec.keep, self.spec.per == "image")
+
+    def _choose(self, tokens: VisionTokens, keep: int) -> Selection:
         sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
-        return self.pruner.select(tokens, self.spec.keep, sensitivity, self.fusion)
+        return self.pruner.select(tokens, keep, sensitivity, self.fusion)
 
     def _decode(self, prompt: Tensor) -> str | None:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -167,49 +188,27 @@ class PrunedCalls:
             made = self.family.project(made.to(tokens.require("patches", "merging").dtype))
         return made.to(tokens.projected.dtype)
 
-    def _kept_columns(self, placeholders: Tensor, selection: Selection, count: int) -> Tensor:
-        """[B, L] bool: the columns of the prompt that stay."""
-        if self.spec.positions == "keep" and selection.merged is not None:
-            raise UserError(
-                f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
-            )
-        if selection.merged is None:
-            stays = selection.mask(count)
-        else:  # merged tokens have no raster place: the first placeholders serve
-            stays = (
-                torch.arange(count, device=placeholders.device).expand(len(selection.indices), -1) < selection.budget
-            )
-        kept = ~placeholders
-        kept[placeholders] = stays.flatten().to(kept.device)
-        return kept
-
-    def _cut(self, kwargs: dict[str, Any], ids: Tensor, mask: Tensor, kept: Tensor) -> dict[str, Any]:
-        """Every per-token input with the dropped columns gone, padded again on the side that was padded."""
+    def _cut(self, kwargs: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
+        """The call's keywords, every per-token input cut to those columns and padded on the side that was padded."""
         left = bool(mask[:, -1].all())
-        positions = kwargs.get("position_ids")
-        if positions is None or self.spec.positions == "compact":
-            counted = mask if self.spec.positions == "keep" else mask * kept
-            positions = (counted.cumsum(dim=-1) - 1).clamp(min=0)
+        given = self.family.positions(kwargs)
+        short = gather_columns(mask, columns, 0, left)
+        if given is not None:  # positions that are more than a count stay what they are
+            positions = gather_columns(given, columns, 0, left)
+        elif self.spec.positions == "keep":
+            counted = kwargs.get("position_ids")
+            counted = (mask.cumsum(dim=-1) - 1).clamp(min=0) if counted is None else counted.expand_as(mask)
+            positions = gather_columns(counted, columns, 0, left)
+        else:
+            positions = (short.cumsum(dim=-1) - 1).clamp(min=0)
         pad = self.family.model.config.get_text_config().pad_token_id or 0
+        fills = {"input_ids": pad, **PER_TOKEN}
         cut = {
-            "input_ids": _gather(ids, kept, pad, left),
-            "attention_mask": _gather(mask, kept, 0, left),
-            "position_ids": _gather(positions, kept, 0, left),
+            name: gather_columns(kwargs[name], columns, fill, left)
+            for name, fill in fills.items()
+            if kwargs.get(name) is not None
         }
-        if kwargs.get("labels") is not None:
-            cut["labels"] = _gather(kwargs["labels"], kept, IGNORED_LABEL, left)
-        return {**kwargs, **cut}
-
-
-def _gather(values: Tensor, kept: Tensor, fill: int, left: bool) -> Tensor:
-    """[B, L] -> [B, longest], the kept columns of each row in order."""
-    rows = [row[stay] for row, stay in zip(values.expand(kept.shape), kept, strict=True)]
-    longest = max(len(row) for row in rows)
-    out = values.new_full((len(rows), longest), fill)
-    for index, row in enumerate(rows):
-        start = longest - len(row) if left else 0
-        out[index, start : start + len(row)] = row
-    return out
+        return {**kwargs, **cut, "attention_mask": short, "position_ids": positions}
 
 
 def _with_prompt(output: Any, prompt: Tensor, cut: int) -> Any:

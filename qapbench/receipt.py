@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .quantization import Format
-from .tokens import Selection
+from .splice import KeptImage
 
 OFF_GRID = 0.15  # of a step, mean distance: see _off_grid
 ROWS = 8  # rows of a tensor that are inspected: enough to see 2^bits levels, cheap enough for every linear
@@ -55,7 +55,8 @@ class Receipt:
         fallbacks: what was done otherwise than asked, in words.
         backend: what multiplied: a simulation, or which library's kernels.
         calibration: samples, where they came from, whether the result was read, seconds and peak memory.
-        latest: the selection of the latest pruned call, for whoever stores or draws it; not part of the record.
+        separators: tokens of the model's own (new lines between rows of tiles) that stayed, summed; not in the budget.
+        latest: what the latest pruned call kept of each image, for whoever stores or draws it; not part of the record.
     """
 
     quantization: str | None = None
@@ -72,10 +73,12 @@ class Receipt:
     fallbacks: list[str] = field(default_factory=list)
     backend: str | None = None
     calibration: dict[str, Any] | None = None
-    latest: Selection | None = field(default=None, repr=False, compare=False)
+    separators: int = 0
+    latest: list[KeptImage] | None = field(default=None, repr=False, compare=False)
 
-    def saw_image(self, available: int, kept: int, merged: int) -> None:
+    def saw_image(self, available: int, kept: int, merged: int, separators: int = 0) -> None:
         budget = kept + merged
+        self.separators += separators
         self.images += 1
         self.available += available
         self.kept += kept
@@ -86,13 +89,14 @@ class Receipt:
     def recount(self, images: list[dict[str, Any]]) -> None:
         """Count images anew from what was stored beside the answers: also those of earlier sessions.
 
-        Each image holds `available`, and where it was pruned the indices `kept` and the number `merged`.
+        Each image holds `available`, and where it was pruned the indices `kept` and the numbers `merged` and
+        `separators`.
         """
-        self.images = self.available = self.kept = self.merged = 0
+        self.images = self.available = self.kept = self.merged = self.separators = 0
         self.least = self.most = None
         for image in images:
             kept = len(image["kept"]) if "kept" in image else image["available"]
-            self.saw_image(image["available"], kept, image.get("merged", 0))
+            self.saw_image(image["available"], kept, image.get("merged", 0), image.get("separators", 0))
 
     def fall_back(self, what: str) -> None:
         if what not in self.fallbacks:
@@ -104,10 +108,11 @@ class Receipt:
         if not self.images:
             return {}
         n = self.images
-        return {
+        counted: dict[str, float | int] = {
             "images": n, "available": self.available / n, "mean": (self.kept + self.merged) / n, "min": self.least or 0,
             "max": self.most or 0, "kept": self.kept / n, "merged": self.merged / n,
         }  # fmt: skip
+        return {**counted, "separators": self.separators / n} if self.separators else counted
 
     def check(self) -> None:
         """Raise NotQuantizedError where the spec asks for what did not reach a matmul.
@@ -137,7 +142,8 @@ class Receipt:
         if self.tokens and self.pruning:
             t = self.tokens
             merged = f" ({t['kept']:g} kept + {t['merged']:g} merged)" if self.merged else ""
-            parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}")
+            lines = f" and {t['separators']:g} separators" if self.separators else ""
+            parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}{lines}")
         if self.fallbacks:
             parts.append(f"{len(self.fallbacks)} fallback(s)")
         return "; ".join(parts)

@@ -96,6 +96,8 @@ class QuantizeSpec(Strict):
 class PruneSpec(Strict):
     """Which visual tokens are kept. Without `sensitivity` the pruner chooses by meaning alone.
 
+    `keep` counts tokens per image or, where a model cuts its images into tiles, per tile ("tile") or of all tiles of
+    an image together ("image"). An image or tile that has fewer keeps them all.
     `positions`: "compact" numbers the shortened sequence anew; "keep" leaves every token its original position.
     """
 
@@ -103,6 +105,7 @@ class PruneSpec(Strict):
     keep: Annotated[int, Field(ge=1)]
     sensitivity: MetricItem | None = None
     fusion: FusionItem | None = None
+    per: Literal["tile", "image"] = "tile"
     positions: Literal["compact", "keep"] = "compact"
 
     @model_validator(mode="before")

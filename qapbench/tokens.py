@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -93,6 +94,25 @@ class VisionTokens:
             raise UserError(f"{reader} needs tokens.{name}, which this model did not record")
         return value
 
+    def take(self, places: Tensor, grid: tuple[int, int] | None = None) -> VisionTokens:
+        """The tokens at places [N'] of every image, which form `grid`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in per_token():
+            if values[name] is not None:
+                values[name] = values[name][:, places]
+        return VisionTokens(**{**values, "grid": grid})
+
+    @staticmethod
+    def cat(parts: Sequence[VisionTokens]) -> VisionTokens:
+        """Batches of one size and with the same fields, as one batch."""
+        values = {field.name: getattr(parts[0], field.name) for field in fields(parts[0])}
+        for name in _SHAPES:
+            if values[name] is not None:
+                values[name] = torch.cat([getattr(part, name) for part in parts])
+        if parts[0].image_ids is not None:
+            values["image_ids"] = tuple(image for part in parts for image in part.image_ids or ())
+        return VisionTokens(**values)
+
     def __getitem__(self, index: int | slice) -> VisionTokens:
         """The tokens of some images of the batch, still as a batch."""
         if isinstance(index, int):
@@ -103,6 +123,11 @@ class VisionTokens:
             if values[name] is not None:
                 values[name] = values[name][index]
         return VisionTokens(**values)
+
+
+def per_token() -> list[str]:
+    """Names of the fields that hold something for each token."""
+    return [name for name, shape in _SHAPES.items() if shape.split()[1] == "N"]
 
 
 def _check_tensor(name: str, value: Tensor, shape: str, sizes: dict[str, int]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .rows import Chunk, DrillRows
 
 TELL, LOOK, PICK = 1, 3, 4
-"""Blocks whose attention is shown the two words of a sentence (at its end), the evidence, and the right option. The
+"""Blocks whose attention is shown the first word of a sentence (at its last), the evidence, and the right option. The
 answer's word is read out after LOOK. Without these hints the two look-ups (question -> answer -> letter) did not form
 within the time that a CPU has."""
 HINTED_HEADS = 2
@@ -126,7 +126,7 @@ class Decoder:
             if "asked" in seen and i in (TELL, LOOK, PICK):
                 seen[i] = _row_of_attention(q, k, seen["asked"], start, seen["row"])
                 if seen["told"] is not None:
-                    row, end, *_ = seen["told"].T
+                    row, end, _ = seen["told"].T
                     seen[i, "told"] = _row_of_attention(q, k, end, start, row)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
@@ -201,8 +201,8 @@ def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:
             out |= {name: -mass[mine].sum(), f"{name}_n": mine.sum(), f"{name}_hit": hits[mine].sum()}
     if len(part.told):
         facts = torch.arange(len(part.told), device=part.at.device)
-        mass = [seen[TELL, "told"][facts, head, part.told[:, 2 + head]] for head in range(HINTED_HEADS)]
-        out |= {"tell": -sum(mass).sum() / HINTED_HEADS, "tell_n": torch.tensor(len(facts))}
+        mass = seen[TELL, "told"][facts, :, part.told[:, 2]].mean(1)
+        out |= {"tell": -mass.sum(), "tell_n": torch.tensor(len(facts))}
     values = ~part.option
     if values.any():
         said = decoder.say(seen["said"][part.row, part.at][values])

@@ -43,6 +43,10 @@ def thing_words(thing: Thing, speller: Speller) -> list[int]:
     return [speller.ids(f" {text}")[0] for text in (name, *thing.about.values())]
 
 
+RELATIONS = ("across", "down", "eater", "eaten")
+"""Slots whose value is another thing of the same image: to tell it, a patch has to look there."""
+
+
 class Labeller:
     """Scenes -> label matrices."""
 
@@ -63,3 +67,14 @@ class Labeller:
                 if index is not None:
                     out[inside, self.places[slot]] = index
         return out
+
+    def relations(self, scene: Scene) -> list[tuple[int, Tensor, Tensor]]:
+        """(index of the relation, [N] patches of a thing, [N] patches of the thing that it is related to)."""
+        found = []
+        for thing in scene.things:
+            for index, relation in enumerate(RELATIONS):
+                value = thing.about.get(relation)
+                others = [t.box for t in scene.things if value and value in (t.name, t.about.get("label"))]
+                if others and thing.name != "arrow":
+                    found.append((index, covered([thing.box]) > PATCHES_SEEN, covered(others) > PATCHES_SEEN))
+        return found

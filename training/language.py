@@ -17,13 +17,14 @@ from qapbench.tasks.diagramqa.scene import Question, Scene
 
 from .curriculum import EASY, HARD, drill, lookup
 from .decoder import WEIGHTS, Decoder, Hints, Prefix, drill_losses, letters, losses
-from .labels import covered, thing_words
+from .labels import Labeller, covered, thing_words
 from .model import N_PATCHES, PATCHES_SEEN
 from .rows import LETTERS, Chunk, Row, Speller, chunk, drill_rows
-from .vision import pixels_of, see
+from .vision import Vision, pixels_of, see
 
-TEXT_ROWS, DRILLS, IMAGES, QUESTIONS = 48, 24, 12, 6
+TEXT_ROWS, DRILLS, IMAGES, QUESTIONS = 48, 24, 10, 6
 Item = tuple[Row, int, Tensor, str]  # row, its image, the patches it depends on, its family
+ALONE = 0.03  # of the joint stage's time: the projector alone learns to speak
 HINTS = ("look", "pick", "judge", "own")  # they fade out
 NOWHERE = torch.zeros(N_PATCHES, dtype=torch.bool)
 
@@ -70,6 +71,8 @@ class Language:
             if f"{name}_hit" in found:
                 logged[f"drill_{name}_loss"] = float(found[name].detach() / found[f"{name}_n"])
                 logged[f"drill_{name}"] = float(found[f"{name}_hit"] / found[f"{name}_n"])
+        if "tell" in found:
+            logged["drill_tell_loss"] = float(found["tell"].detach() / found["tell_n"])
         return total + sum(WEIGHTS[key] * found[key] / found[f"{key}_n"] for key in WEIGHTS if key in found), logged
 
     def combined(self, kinds: dict[str, tuple[list[Item], Prefix | None]], progress: float) -> Any:
@@ -130,28 +133,42 @@ class Language:
 
 
 class Joint(Language):
-    """Trains projector and decoder on image questions, the vision tower being fixed, with text-only ones among them."""
+    """Trains everything on image questions, with text-only ones among them."""
 
     name = "joint"
 
-    def __init__(self, llava: Any, speller: Speller, seed: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, llava: Any, speller: Speller, labeller: Labeller, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
         super().__init__(llava, speller, seed, rank, ranks)
+        self.vision = Vision(llava, labeller, seed, rank, ranks)
         self.projector = llava.model.multi_modal_projector
-        self.trained["projector"] = self.projector
+        self.trained |= {**self.vision.trained, "projector": self.projector}
 
-    def images(self, scenes: list[Scene]) -> tuple[Tensor, Prefix]:
-        """([B, N, D] projected patches, the prefix that rows continue)."""
-        with torch.no_grad():
-            patches, _ = see(self.llava, pixels_of(scenes))
-        features = self.projector(patches)
-        head = self.decoder.embed(torch.tensor(self.speller.image_head)).expand(len(scenes), -1, -1)
-        return features, self.decoder.prefix(torch.cat([head, features], dim=1))
+    @torch.no_grad()
+    def fit_projector(self) -> None:
+        """Bring the untrained projector's output to the size of the embeddings of words."""
+        scenes = [sample(self.seed + 1, i, "train", modality="image") for i in range(16)]
+        patches, _ = see(self.llava, pixels_of(scenes))
+        self.projector.linear_1.weight /= patches.std()
+        size = self.decoder.core.embed_tokens.weight.std() / self.projector(patches).std()
+        self.projector.linear_2.weight *= size
+
+    def prefix_of(self, features: Tensor) -> Prefix:
+        """What rows continue: the head of the prompt and [B, N, D] projected patches."""
+        head = self.decoder.embed(torch.tensor(self.speller.image_head)).expand(len(features), -1, -1)
+        return self.decoder.prefix(torch.cat([head, features], dim=1))
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         rng = self.rng(step)
         first = (step * self.ranks + self.rank) * 64
         scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(IMAGES)]
-        features, prefix = self.images(scenes)
+        patches, shown, seen = self.vision.seen(scenes)
+        features = self.projector(patches)
+        spoken = self.spoken(features, scenes)
+        if progress < ALONE:
+            return spoken + shown, {"speak": float(spoken.detach())}
+        prefix = self.prefix_of(features)
         items: list[Item] = []
         for owner, scene in enumerate(scenes):
             for i in rng.permutation(len(scene.questions))[:QUESTIONS]:
@@ -160,9 +177,8 @@ class Joint(Language):
                 items.append((self.speller.row(question, image=True), owner, marks, question.family))
         text = self.text_items(rng, step, TEXT_ROWS // 3)
         total, logged = self.combined({"i": (items, prefix), "t": (text, None)}, progress)
-        spoken = self.spoken(features, scenes)
-        logged["speak"] = float(spoken.detach())
-        return total + 0.2 * spoken, logged
+        logged |= {"speak": float(spoken.detach())} | {f"v_{key}": value for key, value in seen.items()}
+        return total + 0.2 * spoken + 0.5 * shown, logged
 
     def spoken(self, features: Tensor, scenes: list[Scene]) -> Tensor:
         """Patches speak the decoder's language: a thing's patches resemble the words for what is true of it."""
@@ -185,7 +201,8 @@ class Joint(Language):
         right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         scenes = [sample(0, i, "val", modality="image") for i in range(count)]
         for s in range(0, count, 24):
-            _, prefix = self.images(scenes[s : s + 24])
+            patches, _ = see(self.llava, pixels_of(scenes[s : s + 24]))
+            prefix = self.prefix_of(self.projector(patches))
             items = [
                 (self.speller.row(question, image=True), owner, NOWHERE, question.family)
                 for owner, scene in enumerate(scenes[s : s + 24])

@@ -40,7 +40,8 @@ class Row:
         word: id of the token by which the right choice differs from the others, or -1 where there is none.
         ends: position of the last token of each option.
         answer: index of the right option.
-        support: where the sentences of the hint end that name the right choice.
+        support: for each sentence of the hint that names the right choice, the last token of it that is of the
+            answer or of the question: there all of the sentence that matters has been read.
     """
 
     ids: list[int]
@@ -80,17 +81,27 @@ class Speller:
             ends.append(stops.index(at))
         shift = 0 if image else len(self.head)
         word = self.key(question)
-        told = text.index(question.question) if question.hint else 0
-        support = []
-        for i, (token, stop) in enumerate(zip(encoded.ids, stops, strict=True)):
-            if token == word and stop <= told:
-                end = text.find(".", stop)
-                support += [stops.index(end + 1)] if end + 1 in stops[i:] and end < told else [i]
+        support = self._support(encoded.ids, stops, text, question) if word >= 0 and question.hint else []
         ids = ([] if image else self.head) + encoded.ids
         answer = self.ids(f" {LETTERS[question.answer]}{EOS}")
         return Row(
             ids + answer, len(ids) - 1, word, [e + shift for e in ends], question.answer, [s + shift for s in support]
         )
+
+    def _support(self, ids: list[int], stops: list[int], text: str, question: Question) -> list[int]:
+        word, told = self.key(question), text.index(question.question)
+        asked = {word, *self.ids(f" {question.question}")}
+        found: list[int] = []
+        sentence: list[int] = []
+        for i, stop in enumerate(stops):
+            if stop > told:
+                break
+            sentence.append(i)
+            if text[stop - 1] in ".\n":
+                if word in (ids[at] for at in sentence):
+                    found.append(max(at for at in sentence if ids[at] in asked))
+                sentence = []
+        return found
 
 
 @dataclass
@@ -101,9 +112,9 @@ class DrillRows:
         ids: [R, L].
         row, at: [Q] where an answer is due: the last token of the word that is asked about.
         answer: [Q] the token that has to come next.
-        evidence: [Q] position of the last token of the fact that tells it.
+        evidence: [Q] position of the last word of the fact that tells it.
         option: [Q] bool, of which kind the drill is.
-        told: [F, 4] row of each fact that pairs two words, where it ends, and where its words are.
+        told: [F, 3] row of each fact that pairs two words, and where its last and its first word are.
     """
 
     ids: Tensor
@@ -146,10 +157,10 @@ def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
         for fact, pair in zip(drill.facts, drill.names, strict=True):
             new, start = speller.ids(fact), len(ids)
             ids += new
-            ends.append(len(ids) - 1)
-            tokens = [speller.ids(f" {name}")[-1] for name in pair]
-            if not drill.option and all(token in new for token in tokens):
-                told.append((r, ends[-1], *(start + new.index(token) for token in tokens)))
+            first, last = (speller.ids(f" {name}")[-1] for name in pair)
+            ends.append(len(ids) - 1 if drill.option or last not in new else start + new.index(last))
+            if not drill.option and first in new and start + new.index(first) < ends[-1]:
+                told.append((r, ends[-1], start + new.index(first)))
         ids += speller.ids(f"\n{INSTRUCTION}" if drill.option and r % 2 else "\n")
         for word, answer, fact in drill.asked:
             ids += speller.ids(f" {word}")
@@ -161,7 +172,7 @@ def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
     for r, row in enumerate(rows):
         padded[r, : len(row)] = torch.tensor(row)
     row, at, answer, evidence, option = (torch.tensor(column) for column in zip(*queries, strict=True))
-    return DrillRows(padded, row, at, answer, evidence, option, torch.tensor(told).view(-1, 4))
+    return DrillRows(padded, row, at, answer, evidence, option, torch.tensor(told).view(-1, 3))
 
 
 def chunk(rows: Sequence[Row], images: Sequence[int], patches: Sequence[Tensor]) -> Chunk:

@@ -5,7 +5,7 @@
     python -m training.train joint --minutes 60 --out runs/training
     python -m training.train companion --minutes 10 --out runs/training --export qapbench/models/embedded/diagram-llava
 
-`vision` and `language` do not depend on each other; `joint` takes both up, `companion` takes up `vision`. A stage that
+`vision` and `language` do not depend on each other; `joint` takes both up, `companion` takes up its tower. A stage that
 was stopped goes on from its checkpoint when it is called again.
 """
 
@@ -31,15 +31,27 @@ from .vision import Vision
 from .vocabulary import build_bpe
 
 STAGES = ("vision", "language", "joint", "companion")
+BEFORE: dict[str, tuple[str, ...]] = {
+    "vision": (), "language": (), "joint": ("vision", "language"), "companion": ("vision", "joint"),
+}  # fmt: skip
 LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "joint": 2e-3, "companion": 2e-3}
 
 
 def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Module]) -> None:
     """Take up what earlier stages trained; a later stage's weights win."""
     for stage in stages:
+        if not (out / f"{stage}.pt").exists():
+            raise SystemExit(f"{out / stage}.pt is missing: this stage goes on from `{stage}`")
         state = torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True)["modules"]
         for name in state.keys() & modules.keys():
             modules[name].load_state_dict(state[name])
+
+
+def begin_with(checkpoint: Path, modules: dict[str, torch.nn.Module]) -> None:
+    """Weights of an earlier run of a stage, where they still fit; its optimizer is left behind."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["modules"]
+    for name in state.keys() & modules.keys():
+        modules[name].load_state_dict(state[name], strict=False)
 
 
 def modules_of(llava: Any, clip: Any) -> dict[str, torch.nn.Module]:
@@ -76,11 +88,14 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     elif args.stage == "language":
         stage = Language(llava, speller, args.seed, rank, args.ranks)
     elif args.stage == "joint":
-        restore(args.out, ("vision", "language"), modules)
-        stage = Joint(llava, speller, args.seed, rank, args.ranks)
+        stage = Joint(llava, speller, labeller, args.seed, rank, args.ranks)
     else:
-        restore(args.out, ("vision",), modules)
         stage = Companion(llava, clip, speller, args.seed, rank, args.ranks)
+    restore(args.out, BEFORE[args.stage], {**modules, **stage.trained})
+    if args.stage == "joint":
+        stage.fit_projector()
+    if args.init:
+        begin_with(args.init, stage.trained)
     loop = Loop(stage, args.out, args.minutes, args.lr or LEARNING_RATE[args.stage], rank, args.ranks)
     loop.resume()
     loop.train()
@@ -99,6 +114,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--export", type=Path, help="write the public checkpoint folder at the end")
+    parser.add_argument("--init", type=Path, help="checkpoint of this stage whose weights it starts from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the batch size")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from .labels import Labeller
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 IMAGES = 32
+SHOWN = ("name", "across", "eater", "count", "rank", "share", "place")  # slots in the learning curve
 
 
 def pixels_of(scenes: list[Scene]) -> Tensor:
@@ -27,15 +30,16 @@ def pixels_of(scenes: list[Scene]) -> Tensor:
 
 def see(llava: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Patches of hidden state -2, which the projector takes, and the CLS token of the last layer."""
-    out = llava.model.vision_tower(pixels, output_hidden_states=True)
-    return out.hidden_states[-2][:, 1:], out.last_hidden_state[:, 0]
+    states = llava.model.vision_tower(pixels, output_hidden_states=True)
+    return states.hidden_states[-2][:, 1:], states.last_hidden_state[:, 0]
 
 
 class Heads(nn.Module):
-    """Heads that exist only in training: values of slots, per patch and for the image."""
+    """Heads that exist only in training: values of slots, per patch and for the image; names one block earlier."""
 
-    def __init__(self, width: int, values: int) -> None:
+    def __init__(self, width: int, values: int, names: int) -> None:
         super().__init__()
+        self.aux_early = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, names))
         self.aux_norm = nn.LayerNorm(width)
         self.aux_patch = nn.Linear(width, values)
         self.aux_image = nn.Linear(width, values)
@@ -49,7 +53,7 @@ class Vision:
     def __init__(self, llava: Any, labeller: Labeller, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self.llava, self.labeller = llava, labeller
         self.seed, self.rank, self.ranks = seed, rank, ranks
-        self.heads = Heads(llava.config.vision_config.hidden_size, sum(labeller.sizes))
+        self.heads = Heads(llava.config.vision_config.hidden_size, sum(labeller.sizes), labeller.sizes[0])
         self.trained: dict[str, nn.Module] = {"tower": llava.model.vision_tower, "heads": self.heads}
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -59,10 +63,16 @@ class Vision:
         return self.score(scenes)
 
     def score(self, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of slots at patches and of what the CLS token says of the image; share right."""
-        patches, cls = see(self.llava, pixels_of(scenes))
+        """Loss of scenes and what to log."""
+        _, loss, logged = self.seen(scenes)
+        return loss, logged
+
+    def seen(self, scenes: list[Scene]) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """([B, N, C] patches, cross-entropy of slots at patches and of what the CLS token says of the image, log)."""
+        with self._watched() as seen:
+            patches, cls = see(self.llava, pixels_of(scenes))
         labels = torch.stack([self.labeller.patches(scene) for scene in scenes])
-        total, logged = torch.zeros(()), {}
+        total, means, logged = torch.zeros(()), [], {}
         parts = self.heads.aux_patch(self.heads.aux_norm(patches)).split(self.labeller.sizes, dim=-1)
         right = said = 0
         for (slot, place), scores in zip(self.labeller.places.items(), parts, strict=True):
@@ -71,10 +81,14 @@ class Vision:
             kept = (label >= 0) if slot != "name" else (label > 0) | (torch.arange(label.shape[1]) % 5 == 0)
             if not kept.any():
                 continue
-            total = total + F.cross_entropy(scores[kept], label[kept], reduction="sum")
+            loss = F.cross_entropy(scores[kept], label[kept], reduction="sum")
+            total, means = total + loss, [*means, loss / kept.sum()]
             hits = scores[kept].argmax(-1) == label[kept]
             logged[slot] = float(hits.float().mean())
             right, said = right + int(hits.sum()), said + len(hits)
+        names = labels[..., self.labeller.places["name"]]
+        early = F.cross_entropy(self.heads.aux_early(seen["input"][:, 1:])[names > 0], names[names > 0])
+        looked = self._looked(seen, scenes)
         bag = torch.zeros(len(scenes), sum(self.labeller.sizes))
         offset = 0
         for place, size in enumerate(self.labeller.sizes):
@@ -86,14 +100,56 @@ class Vision:
         bag[:, 0] = 0
         bag = bag / bag.sum(-1, keepdim=True).clamp(min=1)
         whole = -(self.heads.aux_image(F.layer_norm(cls, cls.shape[-1:])).log_softmax(-1) * bag).sum(-1).mean()
-        patch = total / said
-        shown = {key: logged[key] for key in ("name", "across", "eater", "count", "rank", "share") if key in logged}
-        return patch + 0.2 * whole, {
-            "patch": float(patch.detach()),
-            "cls": float(whole.detach()),
-            "right": right / said,
-            **shown,
-        }
+        # Every label counts, and every slot: relations have few labels and are the hardest to see.
+        patch = 0.5 * total / said + 0.5 * torch.stack(means).mean()
+        logged = {"right": right / said} | {key: value for key, value in logged.items() if key in SHOWN}
+        for key, value in (("patch", patch), ("cls", whole), ("early", early), ("looked", looked)):
+            logged[key] = float(value.detach())
+        return patches, patch + 0.2 * whole + 0.3 * early + 0.2 * looked, logged
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[dict[str, Tensor]]:
+        """What goes into the block whose output the projector takes, and its queries and keys."""
+        seen: dict[str, Tensor] = {}
+        block = self.llava.model.vision_tower.encoder.layers[-2]
+
+        def keep(name: str) -> Any:
+            return lambda module, args, output: seen.__setitem__(name, output)
+
+        handles = [
+            block.layer_norm1.register_forward_pre_hook(lambda module, args: seen.__setitem__("input", args[0])),
+            block.self_attn.q_proj.register_forward_hook(keep("queries")),
+            block.self_attn.k_proj.register_forward_hook(keep("keys")),
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _looked(self, seen: dict[str, Tensor], scenes: list[Scene]) -> Tensor:
+        """How far one head for each relation is from looking at the related thing: mean -log of the attention there.
+
+        Without this hint, relations stayed at chance for 26,000 images while names were learnt.
+        """
+        heads = self.llava.config.vision_config.num_attention_heads
+        image, head, patch, targets = [], [], [], []
+        for i, scene in enumerate(scenes):
+            for relation, source, target in self.labeller.relations(scene):
+                at = source.nonzero().flatten().tolist()
+                image += [i] * len(at)
+                head += [relation] * len(at)
+                patch += at
+                targets += [target] * len(at)
+        if not image:
+            return torch.zeros(())
+        which = torch.tensor(image), torch.tensor(head)
+        query, key = (seen[name].unflatten(-1, (heads, -1)).transpose(1, 2)[which] for name in ("queries", "keys"))
+        row = query[torch.arange(len(patch)), torch.tensor(patch) + 1]
+        attention = (torch.einsum("rd,rnd->rn", row, key) / row.shape[-1] ** 0.5).log_softmax(-1)[:, 1:]
+        marks = torch.stack(targets)
+        some = marks.any(1)
+        return -attention[some].masked_fill(~marks[some], -torch.inf).logsumexp(-1).mean()
 
     @torch.no_grad()
     def validate(self, count: int = 192) -> dict[str, Any]:

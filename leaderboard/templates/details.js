@@ -4,13 +4,6 @@ function section(title, ...children) {
   return make("section", "", make("h3", "", title), ...children);
 }
 
-function grid(heads, lines, numeric = []) {
-  const head = make("tr", "", ...heads.map((text, i) => make("th", numeric.includes(i) ? "num" : "", text)));
-  const body = lines.map((line) =>
-    make("tr", "", ...line.map((text, i) => make("td", numeric.includes(i) ? "num" : "", text))));
-  return make("div", "scroll", make("table", "", make("thead", "", head), make("tbody", "", ...body)));
-}
-
 function pairs(entries) {
   const list = make("dl", "");
   for (const [key, value] of entries) list.append(make("dt", "", key), make("dd", "", value));
@@ -51,6 +44,26 @@ function scoreTable(row) {
   return grid(["Column", "%", "k / n", "95 % interval", ""], lines, [1, 2, 3]);
 }
 
+/** Against its references, on all questions. */
+function versusTable(row) {
+  const kinds = Object.entries(row.against);
+  if (!kinds.length) return null;
+  const lines = kinds.map(([kind, one]) => [
+    kind === "semantic" ? "semantic only" : kind, one.name, signed(one.difference),
+    `${signed(one.low)} … ${signed(one.high)}`,
+    one.gained === null ? "unpaired" : `+${one.gained} −${one.lost}`, shortP(one.p), shortP(one.q),
+  ]);
+  const rank = row.rank === null ? null : make("p", "", `Rank ${row.rank} among ${plural(row.among, "row")} on the same questions.`);
+  const moved = row.moved ? make("div", "banner", row.moved) : null;
+  return section("Comparisons", rank, moved,
+    grid(["Against", "Row", "Points", "95 % interval", "Flips", "p", "q"], lines, [2, 3, 4, 5, 6]));
+}
+
+function flipSection(index) {
+  const cards = flipCards(index);
+  return cards && section(`Flipped against ${data.flips.rows[index].against}`, cards);
+}
+
 function tokenLine(row) {
   if (row.tokens === null) return null;
   const merged = row.merged ? `: ${plain(row.kept)} kept and ${plain(row.merged)} merged` : "";
@@ -70,12 +83,15 @@ function linearsTable(table) {
   return box;
 }
 
-function runSections(row, detail) {
+function runSections(row, detail, index) {
   const linears = data.linears[detail.linears];
   return [
     detail.notes.length ? make("div", "banner", bullets(detail.notes)) : null,
-    detail.yaml ? section("Spec", yamlBlock(detail.yaml)) : null,
+    detail.yaml ? section("Spec", yamlBlock(detail.yaml),
+      make("p", "facts", "Saved as spec.yaml, this makes the row again: qapbench run spec.yaml")) : null,
     section("Scores", scoreTable(row)),
+    versusTable(row),
+    flipSection(index),
     section("Receipt", make("p", "", row.receipt || "The record holds no receipt."), tokenLine(row),
       detail.fallbacks.length ? make("div", "banner", make("strong", "", "Fallbacks"), bullets(detail.fallbacks)) : null,
       detail.receipt_notes.length ? bullets(detail.receipt_notes) : null,
@@ -89,6 +105,7 @@ function runSections(row, detail) {
 function paperSections(row) {
   return [
     section("Scores", scoreTable(row)),
+    versusTable(row),
     section("Source", make("p", "", `${row.run_id}: ${row.model}, ${row.quantization}, `
       + `${plain(row.keep ?? row.available)} vision tokens as stated. k is derived from the printed percentage.`)),
   ];
@@ -102,7 +119,7 @@ function openDetails(index) {
   close.type = "button";
   close.addEventListener("click", () => byId("details").close());
   const what = [row.model, row.quantization, row.pruner, row.sensitivity].filter((text) => text && text !== "none");
-  const sections = row.kind === "paper" ? paperSections(row) : runSections(row, data.details[index]);
+  const sections = row.kind === "paper" ? paperSections(row) : runSections(row, data.details[index], index);
   byId("details").replaceChildren(
     make("div", "bar", title, close), make("p", "facts", what.join(" · ")), ...sections.filter((part) => part));
   byId("details").showModal();

@@ -1,16 +1,58 @@
-// Sorting and filtering of the table, the theme, and the start of everything.
-const heads = [...document.querySelectorAll("#table th")];
+// Sorting and filtering of the table, its columns, the theme, and the start of everything.
+const heads = [...document.querySelectorAll("#table th[data-key]")];
+const keys = heads.map((head) => head.dataset.key);
 const numeric = heads.flatMap((head, i) => (head.classList.contains("num") ? [i] : []));
-const scores = heads.findIndex((head) => head.textContent === "Avg");
+const scores = keys.indexOf("Avg");
+const DESCRIBED = ["model", "quantization", "pruner", "sensitivity", "fusion"];
 
 const table = window.$("#table").DataTable({
   paging: false,
+  titleRow: 1,
   autoWidth: false,
   layout: { topStart: null, topEnd: null, bottomStart: null, bottomEnd: null },
   order: scores < 0 ? [] : [[scores, "desc"]],
-  columnDefs: [{ targets: numeric, type: "num", searchable: false, orderSequence: ["desc", "asc"] }],
+  columnDefs: [
+    { targets: keys.indexOf("rank"), type: "num", searchable: false, orderSequence: ["asc", "desc"] },
+    { targets: numeric.filter((i) => keys[i] !== "rank"), type: "num", searchable: false, orderSequence: ["desc", "asc"] },
+  ],
   language: { zeroRecords: data.details.length ? "No row fits these filters." : "No runs yet." },
 });
+
+// -- columns --
+
+/** The column group of every leaf, from the first row of heads. */
+const groups = [...document.querySelectorAll("#table tr.groups th")].flatMap((head) =>
+  Array.from({ length: head.colSpan }, () => head.dataset.group ?? ""));
+const chips = [...document.querySelectorAll("[data-columns]")];
+const WIDE_ONLY = ["Compression", "Subject", "Context", "Grade", "Other", "Provenance"]; // what a phone leaves out at first
+
+function press(chip, pressed) {
+  chip.setAttribute("aria-pressed", String(pressed));
+}
+
+/** Show the groups that are pressed, without descriptions that are the same in every row: these stand above it. */
+function showColumns() {
+  const pressed = new Set(chips.filter((chip) => chip.getAttribute("aria-pressed") === "true").map((chip) => chip.dataset.columns));
+  const rows = data.rows.filter((row) => row.kind === "run" || byId("paper").checked);
+  const same = rows.length > 1
+    ? DESCRIBED.filter((key) => rows.every((row) => row[key] === rows[0][key])) : [];
+  byId("same").textContent = same.length && pressed.has("Compression")
+    ? `In every row: ${same.map((key) => `${key} ${rows[0][key] || "–"}`).join(" · ")}` : "";
+  keys.forEach((key, i) => {
+    const wanted = (groups[i] === "" || pressed.has(groups[i])) && !same.includes(key);
+    if (table.column(i).visible() !== wanted) table.column(i).visible(wanted, false);
+  });
+}
+
+for (const chip of chips) {
+  if (innerWidth < 640 && WIDE_ONLY.includes(chip.dataset.columns)) press(chip, false);
+  chip.addEventListener("click", () => {
+    press(chip, chip.getAttribute("aria-pressed") !== "true");
+    showColumns();
+  });
+}
+
+// -- rows --
 
 const facets = [...document.querySelectorAll("select[data-facet]")];
 
@@ -21,13 +63,15 @@ function fits(row) {
 }
 
 function refresh() {
+  showColumns();
   table.search(byId("search").value).draw();
   visibleRows = table.rows({ search: "applied" }).nodes().toArray().map((node) => data.rows[node.dataset.row]);
   const own = visibleRows.filter((row) => row.kind === "run").length;
   const total = data.rows.filter((row) => row.kind === "run").length;
   byId("shown").textContent = `${own} of ${total} runs`
     + (visibleRows.length > own ? ` and ${visibleRows.length - own} rows of the paper.` : ".");
-  drawChart();
+  drawHeat();
+  drawCharts();
 }
 
 table.search.fixed("facets", (_text, _data, index) => fits(data.rows[table.row(index).node().dataset.row]));
@@ -56,13 +100,18 @@ byId("theme").addEventListener("click", () => {
   } catch {
     // Not stored, so it holds until the page is left.
   }
-  drawChart();
+  drawCharts();
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawChart);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
 
 // The files beside the page carry its name.
 const base = location.pathname.split("/").at(-1).replace(/\.html?$/i, "");
 for (const kind of ["csv", "json"]) byId(kind).href = `${base}.${kind}`;
 
+startHeat();
+startStudy();
 refresh();
-requestAnimationFrame(() => setTimeout(startChart));
+requestAnimationFrame(() => setTimeout(() => {
+  startFlips();
+  startCharts();
+}));

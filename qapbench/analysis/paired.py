@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binom, false_discovery_control
 
 from qapbench.errors import UserError, nearest
 from qapbench.run.record import SCORED, Record, read_record, read_records
+from qapbench.run.store import Answer, Store
 
 BOOTSTRAP = 10_000
 OVERALL = -1  # the last column of a task is its overall accuracy
@@ -19,10 +22,11 @@ OVERALL = -1  # the last column of a task is its overall accuracy
 
 @dataclass(frozen=True)
 class Scored:
-    """A run's record and its score of every question, column -> 0 or 1, by question id."""
+    """A run's record, its score of every question (column -> 0 or 1, by question id), and where they lie."""
 
     record: Record
     rows: dict[str, dict[str, float]]
+    folder: Path | None = None
 
     @property
     def name(self) -> str:
@@ -31,6 +35,10 @@ class Scored:
     @property
     def columns(self) -> list[str]:
         return [column["name"] for column in self.record["scores"]["columns"] if "k" in column]
+
+    def answers(self) -> dict[str, Answer]:
+        """The stored answer to each question, by its id; empty where there are none."""
+        return {str(answer.get("id")): answer for answer in Store(self.folder).read()} if self.folder else {}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Difference:
         gained, lost: questions that only the second, or only the first, answered right.
         low, high: 95 % interval of the difference in accuracy (second - first), bootstrap over questions.
         p: exact McNemar test, two-sided: could the flips be a fair coin's?
+        q: p by Benjamini-Hochberg among the tests that are read together.
     """
 
     column: str
@@ -53,6 +62,7 @@ class Difference:
     low: float
     high: float
     p: float
+    q: float = math.nan
 
     @property
     def difference(self) -> float:
@@ -97,16 +107,19 @@ def find_run(name: str, runs: Path) -> Path:
 
 def read_scored(folder: Path) -> Scored:
     """The record and the scored questions of a run."""
+    path = folder / SCORED
     try:
-        lines = (folder / SCORED).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = {str(row["id"]): dict(row["metrics"]) for row in map(json.loads, filter(None, lines))}
     except OSError as error:
-        raise UserError(f"{folder / SCORED} cannot be read: {error.strerror}") from None
-    rows = {row["id"]: row["metrics"] for row in map(json.loads, lines)}
-    return Scored(read_record(folder), rows)
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} does not hold one scored question a line") from None
+    return Scored(read_record(folder), rows, folder)
 
 
 def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
-    """Paired comparison on the questions that both runs answered.
+    """Paired comparison on the questions that both runs answered; q over the columns.
 
     Raises:
         UserError: the runs answered different data.
@@ -121,22 +134,44 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
     differences = []
     for name in names:
         asked = [q for q in shared if name in first.rows[q] and name in second.rows[q]]
-        pair = np.array([(first.rows[q][name], second.rows[q][name]) for q in asked], dtype=bool).reshape(-1, 2)
-        differences.append(_difference(name, pair, seed))
+        if asked:
+            pair = np.array([(first.rows[q][name], second.rows[q][name]) for q in asked], dtype=bool)
+            differences.append(paired_difference(name, pair, seed))
     overall = names[OVERALL]
     flips = [(q, first.rows[q].get(overall), second.rows[q].get(overall)) for q in shared]
     return Comparison(
-        first.name, second.name, differences,
+        first.name, second.name, corrected(differences),
         [q for q, a, b in flips if a == 0 and b == 1], [q for q, a, b in flips if a == 1 and b == 0],
     )  # fmt: skip
 
 
-def _difference(name: str, pair: np.ndarray, seed: int) -> Difference:
+def paired_difference(column: str, pair: np.ndarray, seed: int = 0) -> Difference:
+    """The difference of two runs on one column, from [n, 2] right or wrong, n > 0."""
     n = len(pair)
     gained, lost = int((~pair[:, 0] & pair[:, 1]).sum()), int((pair[:, 0] & ~pair[:, 1]).sum())
     # Resampling questions is drawing the counts of (gained, lost, same): a multinomial, exact and cheap.
     draws = np.random.default_rng(seed).multinomial(n, [gained / n, lost / n, 1 - (gained + lost) / n], BOOTSTRAP)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [0.025, 0.975])
-    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    first, second = (int(column.sum()) for column in pair.T)
-    return Difference(name, n, first, second, gained, lost, float(low), float(high), p)
+    first, second = (int(side.sum()) for side in pair.T)
+    p = float(mcnemar(gained, lost))
+    return Difference(column, n, first, second, gained, lost, float(low), float(high), p)
+
+
+def mcnemar(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:
+    """p of the exact two-sided McNemar test: `gained` of gained + lost flips, were each a fair coin's. Elementwise."""
+    fewer = np.minimum(gained, lost)
+    return np.minimum(2 * binom.cdf(fewer, np.add(gained, lost), 0.5), 1.0)
+
+
+def corrected(differences: Sequence[Difference]) -> list[Difference]:
+    """The differences with their q: Benjamini-Hochberg over all of them."""
+    if not differences:
+        return []
+    adjusted = false_discovery_control([difference.p for difference in differences])
+    return [replace(difference, q=float(q)) for difference, q in zip(differences, adjusted, strict=True)]
+
+
+def caveats(first: Scored, second: Scored) -> list[str]:
+    """What a reader of a comparison has to know: the notes of either run."""
+    notes = [str(note) for run in (first, second) for note in run.record.get("notes", [])]
+    return list(dict.fromkeys(notes))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from qapbench.run.store import Answer
+
 from .paired import Comparison
+from .study import Correlation, Summary
 
 NAME, TOKENS, COLUMN, INTERVAL = 28, 10, 9, 20  # widths of the run's name, tokens, one accuracy, interval and n
 
@@ -63,21 +66,65 @@ def scores_table(scores: dict[str, Any]) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One row a column: both accuracies, the paired difference with its interval, flips and p."""
+    """One row a column: both accuracies, the paired difference with its interval, flips, p and q."""
     table = Table(
-        title=escape(f"{comparison.second} against {comparison.first}"), title_justify="left",
-        caption="paired: points, bootstrap 95 % interval, exact McNemar p (not corrected for many columns)",
+        title=escape(f"{comparison.second} against {comparison.first}"), title_justify="left", caption_justify="left",
+        caption="paired by question: points, bootstrap 95 % interval, exact McNemar p, "
+        "q by Benjamini-Hochberg over the columns",
     )  # fmt: skip
     table.add_column("column")
-    for name in ("n", "first", "second", "difference", "95 % interval", "gained", "lost", "p"):
+    for name in ("n", "first", "second", "difference", "95 % interval", "gained", "lost", "p", "q"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.differences:
         table.add_row(
             escape(row.column), str(row.n), f"{100 * row.first / row.n:.2f}", f"{100 * row.second / row.n:.2f}",
             f"{100 * row.difference:+.2f}", f"{100 * row.low:+.2f} … {100 * row.high:+.2f}",
-            str(row.gained), str(row.lost), f"{row.p:.3g}",
+            str(row.gained), str(row.lost), f"{row.p:.3g}", f"{row.q:.3g}",
         )  # fmt: skip
     return table
+
+
+def flips_table(comparison: Comparison, answers: Sequence[Mapping[str, Answer]], limit: int) -> Table:
+    """The flipped questions in both directions, at most `limit` of each, with both answers.
+
+    Args:
+        answers: of the first and of the second run, by question id.
+    """
+    both = ((comparison.gained, "gained"), (comparison.lost, "lost"))
+    sizes = ", ".join(f"{len(ids)} {word}" for ids, word in both)
+    more = " (first of each shown; --flips for more)" if any(len(ids) > limit for ids, _ in both) else ""
+    table = Table(title=f"Flipped questions: {sizes}{more}", title_justify="left")
+    for name in ("", "question", "first answered", "second answered"):
+        table.add_column(name, overflow="fold")
+    for ids, word in both:
+        for name in ids[:limit]:
+            given = [str(side[name].get("answer", "–")) if name in side else "–" for side in answers]
+            table.add_row(word, escape(name), *map(escape, given))
+    return table
+
+
+def study_table(summary: Summary) -> Table:
+    """One row a score: its mean rank correlation with each kind of harm."""
+    table = Table(
+        title=escape(f"{summary.name} on {summary.task}: rank correlation with the harm of leaving a token out"),
+        title_justify="left", caption_justify="left",
+        caption=f"mean Spearman's rho over {summary.questions} questions ({summary.units} omissions, "
+        f"{100 * summary.changed:.1f} % change the answer), bootstrap 95 % interval over questions\n"
+        + "\n".join(f"{name}: {meaning}" for name, meaning in summary.targets.items()),
+    )  # fmt: skip
+    table.add_column("score")
+    for name in summary.targets:
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in summary.predictors:
+        label = one.name if one.kind == "metric" else f"{one.name} (relevance)"
+        table.add_row(escape(label), *(_rho(one.correlations[name]) for name in summary.targets))
+    return table
+
+
+def _rho(found: Correlation) -> str:
+    if found.rho is None:
+        return "–"
+    return f"{found.rho:+.3f}  ({found.low:+.2f} … {found.high:+.2f})"
 
 
 def _cell(column: dict[str, Any] | None) -> str:

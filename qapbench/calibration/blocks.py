@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -91,15 +91,13 @@ class Block:
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (one.args, one.kwargs))
         return first(self.module(*args, **kwargs))
 
-    def advance(self) -> list[Pass]:
-        """The passes of the block behind: this one's outputs in place of its inputs."""
-        following = []
-        for one, output in zip(self.passes, self.outputs(), strict=True):
-            hidden = output.to("cpu")
-            if one.args:
-                following.append(Pass((hidden, *one.args[1:]), one.kwargs, one.tokens, one.all_vision))
+    def advance(self, following: list[Pass]) -> list[Pass]:
+        """The calls of the block behind, with this one's outputs as their hidden states."""
+        for call, output in zip(following, self.outputs(), strict=True):
+            if call.args:
+                call.args = (output.to("cpu"), *call.args[1:])
             else:
-                following.append(Pass((), {**one.kwargs, HIDDEN: hidden}, one.tokens, one.all_vision))
+                call.kwargs[HIDDEN] = output.to("cpu")
         return following
 
     def inside(self, name: str) -> Block:
@@ -109,9 +107,9 @@ class Block:
         module = self.module.get_submodule(name.removeprefix(f"{self.name}.") if self.name else name)
         found: list[Pass] = []
         for one in self.passes:
-            with contextlib.suppress(Reached), catching(module) as caught:
+            with contextlib.suppress(Reached), catching([module], module) as caught:
                 self.run(one)
-            found += [Pass(*call, one.tokens, one.all_vision) for call in caught]
+            found += [Pass(*call, one.tokens, one.all_vision) for call in caught[0]]
         members = {key: linear for key, linear in self.linears.items() if f"{key}.".startswith(f"{name}.")}
         return Block(name, module, members, found, self.current)
 
@@ -168,19 +166,43 @@ class Reached(Exception):
 
 
 @contextlib.contextmanager
-def catching(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The next call of a module, caught before it happens: its arguments in host memory. It raises `Reached`."""
-    caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[list[list[tuple[Any, dict[str, Any]]]]]:
+    """The calls of modules during one forward pass, in host memory: their arguments, and what else they are told.
 
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(tree_map_only(Tensor, lambda t: t.detach().to("cpu"), (args, kwargs)))
+    Modules behind the first are told everything but their hidden states. Masks and positions differ between layers of
+    some models; what they have in common is held once. The call of `stop` is recorded and raises `Reached`.
+    """
+    caught: list[list[tuple[Any, dict[str, Any]]]] = [[] for _ in chain]
+    held: dict[int, tuple[Tensor, Tensor]] = {}  # the original stays alive, so that its id stays its own
+
+    def offload(tensor: Tensor) -> Tensor:
+        if id(tensor) not in held:
+            held[id(tensor)] = (tensor, tensor.detach().to("cpu"))
+        return held[id(tensor)][1]
+
+    def catch(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index:
+                args, kwargs = (None, *args[1:]) if args else (), {**kwargs}
+                if not args:
+                    kwargs.pop(HIDDEN, None)
+            caught[index].append(tree_map_only(Tensor, offload, (args, dict(kwargs))))
+            if module is stop:
+                raise Reached
+
+        return hook
+
+    def end(module: nn.Module, args: Any) -> None:
         raise Reached
 
-    handle = module.register_forward_pre_hook(catch, with_kwargs=True)
+    handles = [module.register_forward_pre_hook(catch(index), with_kwargs=True) for index, module in enumerate(chain)]
+    if stop is not None and not any(stop is module for module in chain):
+        handles.append(stop.register_forward_pre_hook(end))
     try:
         yield caught
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

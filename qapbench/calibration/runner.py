@@ -114,7 +114,8 @@ class Calibration:
         found: Found = {}
         with contextlib.ExitStack() as stack:
             for chain in chains:
-                passes = self._capture(chain[0][1])
+                captured = self._capture([module for _, module, _ in chain])
+                passes = captured[0]
                 for index, (name, module, members) in enumerate(chain):
                     block = Block(name, module, members, passes, self._current)
                     mine = _in_host_memory(find(block)) if passes and members else {}
@@ -123,7 +124,7 @@ class Calibration:
                         plan = install(tensors)  # type: ignore[misc]
                         stack.enter_context(installed(linears[linear], plan, lambda: self._current[0]))
                     if index + 1 < len(chain):
-                        passes = block.advance()
+                        passes = block.advance(captured[index + 1])
                     done += 1
                     self.source.report("calibrating, block", done, total)
         return found
@@ -213,7 +214,7 @@ class Calibration:
         text = inputs.pop("relevance_text", None)
         if not labels:
             inputs.pop("labels", None)
-        if self.shorten is not None and self.family is not None and inputs.get(self.family.image_input) is not None:
+        if self.shorten is not None and self.family is not None and inputs.get(self.family.image_inputs[0]) is not None:
             with torch.no_grad():
                 inputs = self.shorten(inputs, text)
         return inputs, tokens_of(inputs, self.family.image_token) if self.family else None
@@ -233,16 +234,23 @@ class Calibration:
         else:
             self.model(**inputs, use_cache=False, logits_to_keep=1)
 
-    def _capture(self, module: nn.Module) -> list[Pass]:
-        passes = []
-        vision = not self._is_language(module)
+    def _capture(self, chain: list[nn.Module]) -> list[list[Pass]]:
+        """The calls of every block of a chain; behind the first without hidden states, which come later."""
+        language = self._is_language(chain[0])
+        stop = chain[-1] if language else self._first_of_language()
+        passes: list[list[Pass]] = [[] for _ in chain]
         for index, sample in enumerate(self.source.samples):
-            with contextlib.suppress(Reached), catching(module) as caught:
+            tokens: Tokens | None = None
+            with contextlib.suppress(Reached), catching(chain, stop) as caught:
                 inputs, tokens = self._inputs(sample)  # a pruned sample runs the vision tower here
                 self._forward(inputs)
-            passes += [Pass(*call, None if vision else tokens, vision) for call in caught]
+            for one, calls in zip(passes, caught, strict=True):
+                one += [Pass(*call, tokens if language else None, not language) for call in calls]
             self.source.report("calibrating, inputs", index + 1, len(self))
         return passes
+
+    def _first_of_language(self) -> nn.Module | None:
+        return self.family.blocks("language")[0] if self.family else None
 
     def _is_language(self, module: nn.Module) -> bool:
         """Whether its tokens are those of the prompt; without a family all are text."""

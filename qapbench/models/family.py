@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from qapbench.errors import UserError, nearest
-from qapbench.tokens import VisionTokens
+
+from .layouts import layout_of
+from .views import Seen
 
 _families: dict[str, type[Family]] = {}
 
@@ -19,10 +23,17 @@ class Family(abc.ABC):
 
     Attributes:
         model: the Hugging Face model, not owned.
-        image_input: the keyword under which the model takes pixels.
+        image_inputs: the keywords under which the model takes images, the pixels first.
+        processor_class: name of the transformers processor, where AutoProcessor would want what we do not need (a
+            video processor and its torchvision).
+        stand_ins: fields that `look` fills with a natural counterpart of what they mean -> what stands there. The
+            receipt repeats it.
+        clip_width: width of the vision tower, where it is a CLIP's and so has a joint space with text; else None.
+        view_tokens: tokens of a view; None where it depends on the image.
     """
 
-    image_input: ClassVar[str] = "pixel_values"
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    processor_class: ClassVar[str | None] = None
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -43,27 +54,59 @@ class Family(abc.ABC):
         """Fields of VisionTokens that `see` can record for this model; those about the question come from
         `QuestionReader`."""
 
+    @property
+    def stand_ins(self) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def clip_width(self) -> int | None:
+        return None
+
+    @property
+    def view_tokens(self) -> int | None:
+        return None
+
     @abc.abstractmethod
-    def see(self, pixels: Tensor, needs: frozenset[str]) -> VisionTokens:
-        """Run the vision tower and the projector on a batch of images, and record what is needed.
+    def look(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> Seen:
+        """Run the vision tower and the projector on the images of a call, and record what is needed.
 
         Args:
-            pixels: one image a row, as the processor makes them.
+            inputs: the call's keywords, as the processor makes them; a mask is among them.
             needs: fields of VisionTokens to record beyond `projected`.
         """
+
+    def positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """[..., B, T] position ids of the whole prompt, where they are more than a running count; else None."""
+        return None
 
     @abc.abstractmethod
     def project(self, patches: Tensor) -> Tensor:
         """[B, M, C] merged patches into the language model's space [B, M, D]."""
 
-    @abc.abstractmethod
     def encoded(self, features: list[Tensor]) -> dict[str, Any]:
         """Keywords that hand ready features, one [K, D] an image, to the model in place of pixels."""
+        # Annotated as one tensor upstream, but the models fill it with a list of tensors.
+        pooled: Any = features
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
+
+    @classmethod
+    @abc.abstractmethod
+    def tiny(cls) -> tuple[Any, dict[str, Any]]:
+        """A random model of a few thousand weights and one call's inputs with an image, made in memory."""
 
     @classmethod
     def default_text_tower(cls, config: Mapping[str, Any]) -> str | None:
         """Hub id of the CLIP checkpoint whose vision tower models of this config (as in JSON) took over."""
         return None
+
+    @classmethod
+    def load_processor(cls, folder: Path, trust_remote_code: bool = False) -> Any:
+        """The processor of a checkpoint folder, for images and text only."""
+        from transformers import AutoProcessor
+
+        if cls.processor_class is None:
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return images_only(cls.processor_class).from_pretrained(folder)
 
     def complete(self, processor: Any) -> None:
         """Fill in what older checkpoints leave out of their processor, and pad on the left."""
@@ -95,6 +138,18 @@ class Family(abc.ABC):
         }
 
 
+def images_only(name: str) -> Any:
+    """The transformers processor of that name without its video processor, which needs torchvision."""
+    import transformers
+
+    base = getattr(transformers, name)
+
+    def get_attributes(cls: Any) -> list[str]:
+        return [attribute for attribute in base.get_attributes() if attribute != "video_processor"]
+
+    return type(name, (base,), {"get_attributes": classmethod(get_attributes)})
+
+
 def family(model_type: str) -> Callable[[type[Family]], type[Family]]:
     """Decorator: this class serves models whose config says `model_type`."""
 
@@ -107,13 +162,28 @@ def family(model_type: str) -> Callable[[type[Family]], type[Family]]:
 
 def default_tower(config: Mapping[str, Any]) -> str | None:
     """The default text tower of a checkpoint, by its config.json."""
+    if layout := layout_of(config):
+        return layout.default_text_tower(config)
     cls = _families.get(str(config.get("model_type")))
     return cls.default_text_tower(config) if cls else None
 
 
-def family_of(model: Any) -> Family:
-    """The model seen through its family; a UserError names the families that there are."""
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+def families() -> dict[str, type[Family]]:
+    """All families, by the model type of their configs."""
+    return dict(sorted(_families.items()))
+
+
+def family_class(model_type: str) -> type[Family]:
+    """The family of a model type; a UserError names the families that there are."""
     if model_type not in _families:
         raise UserError(f"model: no family for model type '{model_type}'; {nearest(model_type, _families)}")
-    return _families[model_type](model)
+    return _families[model_type]
+
+
+def family_of(model: Any) -> Family:
+    """The model seen through its family.
+
+    Raises:
+        UserError: there is none; it names those that there are.
+    """
+    return family_class(getattr(getattr(model, "config", None), "model_type", type(model).__name__))(model)

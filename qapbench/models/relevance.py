@@ -130,7 +130,7 @@ class QuestionReader:
         """The question's fields for one image.
 
         Args:
-            image: its tokens, a batch of one.
+            image: its tokens, or those of its B views.
             text: the question for the text tower.
             prompt: [L] token ids of the prompt without placeholders and padding.
         """
@@ -146,4 +146,4 @@ class QuestionReader:
                 if text is None:
                     raise UserError("relevance needs the question: pass `relevance_text=`, or `compress` a processor")
                 found["text_embeds"] = self.tower.embed_text(text)
-        return {name: value for name, value in found.items() if name in self.needs}
+        return {name: value.expand(image.batch, -1, -1) for name, value in found.items() if name in self.needs}

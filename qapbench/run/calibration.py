@@ -11,9 +11,9 @@ import torch
 from lm_eval.api.instance import Instance
 
 from qapbench.calibration import CalibrationSamples
-from qapbench.calibration.runner import IGNORED_LABEL
 from qapbench.checkpoints import digest_file
 from qapbench.errors import Problem, UserError
+from qapbench.prune import PER_TOKEN
 from qapbench.receipt import Receipt
 from qapbench.spec import CalibrationSpec
 
@@ -82,10 +82,12 @@ def _sample(lm: CompressedLM, task: LoadedTask, doc: Mapping[str, Any]) -> dict[
     instance = Instance("loglikelihood", doc, (prompt, "", {"visual": images}), 0, (task.name, 0, 1))
     inputs = lm._inputs([Question([instance])], [prompt])
     answer = torch.tensor([lm._spell(prompt, _answer(task, doc))], device=lm.model.device)
-    labels = torch.full_like(inputs["input_ids"], IGNORED_LABEL)
+    labels = torch.full_like(inputs["input_ids"], PER_TOKEN["labels"])
     inputs["labels"] = torch.cat([labels, answer], dim=1)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
+    for key in PER_TOKEN.keys() & inputs.keys() - {"labels"}:
+        inputs[key] = torch.cat([inputs[key], torch.full_like(answer, PER_TOKEN[key])], dim=1)
     return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
 
 

@@ -189,7 +189,7 @@ class Engine:
             self._samples = {key: calibration.samples(self.task(spec), wanted, model, processor)}
         about = planned.fingerprints
         if not wanted.pruned:  # then nothing of the pruner enters, and a sweep calibrates once
-            about = {key: about[key] for key in ("model", "precision")}
+            about = {key: value for key, value in about.items() if key in ("model", "precision", "vision tower")}
         return dataclasses.replace(
             self._samples[key], cache=self.runs / CALIBRATIONS, fingerprints=about,
             report=lambda what, done, total: self.report(f"{spec.name}: {what}", done, total),

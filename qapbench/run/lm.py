@@ -183,17 +183,10 @@ class CompressedLM(LM):
 
     def _seen(self, batch: list[Question]) -> list[list[dict[str, Any]]]:
         """For each question, of each image: the visual tokens that the latest call gave the language model."""
-        selection, rows = self.receipt.latest, itertools.count()
-        if selection is None:
+        if self.receipt.latest is None:
             return [[{"available": self._tokens_per_image} for _ in question.images] for question in batch]
-        merged = selection.budget - selection.indices.shape[1]
-        return [
-            [
-                {"available": self._tokens_per_image, "kept": selection.indices[next(rows)].tolist(), "merged": merged}
-                for _ in question.images
-            ]
-            for question in batch
-        ]
+        images = iter(self.receipt.latest)
+        return [[next(images).to_json() for _ in question.images] for question in batch]
 
     # -- the model --
 

@@ -10,7 +10,8 @@ import torch
 
 from qapbench.checkpoints import digest_file, digest_tree, find_checkpoint
 from qapbench.errors import Problem, UserError, first_line
-from qapbench.models.family import default_tower, family_of
+from qapbench.models.family import default_tower, family_class, family_of
+from qapbench.models.layouts import layout_of
 from qapbench.models.relevance import QuestionReader, find_tower
 from qapbench.registry import Entry
 from qapbench.spec import RunSpec
@@ -23,14 +24,20 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
     Raises:
         UserError: the checkpoint cannot be loaded as an image-text-to-text model.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    folder = find_checkpoint(spec.model).folder
+    folder, config, dtype = find_checkpoint(spec.model).folder, read_config(spec), precision(spec, device)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=precision(spec, device), use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if layout := layout_of(config):
+            model, processor = layout(folder, config).load(dtype)
+        else:
+            family = family_class(str(config.get("model_type")))
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+            processor = family.load_processor(folder, trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ImportError: no common base
         raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
     model = model.eval().requires_grad_(False).to(device)
@@ -66,16 +73,19 @@ def fingerprints(
         calibration: hash of what calibration samples are drawn from; "" where there is no calibration.
     """
     folder = find_checkpoint(spec.model, "model", fetch).folder
+    config = read_config(spec, fetch)
     found = {"model": digest_tree(folder), "data": data, "precision": f"{precision(spec, device)} on {device.type}"}
     if calibration:
         found["calibration"] = calibration
+    if layout := layout_of(config):
+        found["vision tower"] = digest_tree(layout(folder, config).companion(fetch))
     for kind, entry in used_items(spec):
         if entry.source and entry.source.is_file():
             found[f"{kind} {entry.name}"] = digest_file(entry.source)
     for index, plugin in enumerate(spec.plugins):
         found[f"plugin {index} {Path(plugin).name}"] = digest_file(Path(plugin))
     if needs_tower(spec):
-        tower, reason = find_tower(spec.text_tower, str(folder), default_tower(read_config(spec, fetch)), fetch)
+        tower, reason = find_tower(spec.text_tower, str(folder), default_tower(config), fetch)
         found["text_tower"] = digest_tree(tower) if tower else f"none: {reason}"
     return found
 

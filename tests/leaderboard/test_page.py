@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import yaml
 from leaderboard_records import IMG, SCRIPT_END, ablation, hostile
+from leaderboard_runs import KEEP, TOKENS, write_questions, write_runs, write_study
 
 from qapbench.leaderboard import build
+from qapbench.run.record import read_records
 
 RECORDS = ablation(12)
 HOSTILE = ablation(6) + hostile()
 PAPER_ROWS = 28
+SCORES = ("Avg", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 Show = Callable[..., Any]
 
 
@@ -27,11 +30,21 @@ Show = Callable[..., Any]
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     sets = {"plain": RECORDS, "hostile": HOSTILE, "long": ablation(200), "empty": []}
-    return {name: build(records, folder / f"{name}.html") for name, records in sets.items()}
+    built = {name: build(records, folder / f"{name}.html") for name, records in sets.items()}
+    for name in ("whole", "attacked"):  # with answers, images and a study
+        runs = folder / f"{name} runs"
+        write_runs(runs, write_questions(folder / f"{name}.parquet", hostile=name == "attacked"))
+        write_study(runs, hostile=name == "attacked")
+        built[name] = build(read_records(runs), folder / f"{name}.html", runs=runs)
+    return built
+
+
+HEADS = "#table thead th[data-key]"
 
 
 def column(page: Any, head: str) -> int:
-    heads = page.locator("#table thead th").all_text_contents()
+    """Place of a column among those that are shown, from 1."""
+    heads = page.locator(HEADS).all_text_contents()
     return next(i for i, text in enumerate(heads) if text.strip() == head) + 1
 
 
@@ -42,9 +55,8 @@ def values(page: Any, head: str) -> list[float]:
 
 def sort(page: Any, head: str, direction: str) -> None:
     """Click a head, and wait until the table is in that order."""
-    cell = page.locator(f"#table thead th:nth-child({column(page, head)})")
-    cell.click()
-    page.locator(f"#table thead th.dt-ordering-{direction}:has-text('{head}')").wait_for()
+    page.locator(HEADS).nth(column(page, head) - 1).click()
+    page.locator(f"{HEADS}.dt-ordering-{direction}:has-text('{head}')").wait_for()
 
 
 def visible_rows(page: Any) -> int:
@@ -100,7 +112,7 @@ def test_paper_rows_are_shown_on_demand(show: Show, pages: dict[str, Path]) -> N
     assert page.locator("#chart").evaluate(paper)[0] == "legendonly"
     page.locator("#paper").check()
     assert page.locator("#table tr.paper").count() == PAPER_ROWS
-    assert page.locator("#table tr.paper .tag").first.text_content() == "paper"
+    assert page.locator("#table tr.paper .tag").first.text_content() == "paper, unpaired"
     assert page.locator("#chart").evaluate(paper)[0] is True
     assert "28 rows of the paper" in page.locator("#shown").text_content()
     page.locator('#table tr.paper .open:text-is("combined")').click()
@@ -147,7 +159,7 @@ def test_details_hold_the_spec_and_the_receipt(show: Show, pages: dict[str, Path
     assert dialog.locator("details tbody tr").count() == len(RECORDS[5]["receipt"]["linears"])
     dialog.locator(".bar button").click()
     assert page.locator("dialog[open]").count() == 0
-    page.locator('#table tr[data-row="2"] td:nth-child(4)').click()
+    page.locator(f'#table tr[data-row="2"] td:nth-child({column(page, "Pruner")})').click()
     assert page.locator("dialog[open] h2").text_content() == RECORDS[2]["name"]
 
 
@@ -168,7 +180,7 @@ def test_theme_follows_the_system_and_the_button(show: Show, pages: dict[str, Pa
     assert brightness(page) > 200
 
 
-@pytest.mark.parametrize("name", ["plain", "hostile", "long", "empty"])
+@pytest.mark.parametrize("name", ["plain", "hostile", "long", "empty", "whole", "attacked"])
 def test_never_scrolls_sideways_on_a_phone(show: Show, pages: dict[str, Path], name: str) -> None:
     page = show(pages[name], width=390, height=844)
     assert fits_sideways(page)
@@ -176,8 +188,9 @@ def test_never_scrolls_sideways_on_a_phone(show: Show, pages: dict[str, Path], n
     assert box.evaluate("box => box.scrollWidth > box.clientWidth")
     if name != "empty":
         dialog = open_row(page, 0)
-        dialog.locator("details summary").click()
-        dialog.locator("details tbody tr").last.wait_for()
+        if dialog.locator("details").count():
+            dialog.locator("details summary").click()
+            dialog.locator("details tbody tr").last.wait_for()
         assert dialog.evaluate("dialog => dialog.scrollWidth <= dialog.clientWidth")
         assert fits_sideways(page)
 
@@ -221,7 +234,8 @@ def test_chart_draws_every_row_with_its_interval(show: Show, pages: dict[str, Pa
     page = show(pages["long"])
     assert visible_rows(page) == 200
     traces = page.locator("#chart").evaluate(
-        "gd => gd.data.map(t => [t.name, t.customdata, t.y, t.error_y.array, t.error_y.arrayminus])"
+        "gd => gd.data.filter(t => t.error_y)"
+        ".map(t => [t.name, t.customdata, t.y, t.error_y.array, t.error_y.arrayminus])"
     )
     drawn = {}
     for name, rows, y, up, down in traces:
@@ -243,21 +257,159 @@ def test_csv_and_json_are_the_table(show: Show, pages: dict[str, Path]) -> None:
         lines = list(csv.DictReader(file))
     data = json.loads(pages["plain"].with_suffix(".json").read_text("utf-8"))
     assert len(lines) == len(data) == len(RECORDS) + PAPER_ROWS == visible_rows(page)
-    heads = page.locator("#table thead th").all_text_contents()
-    scores = heads[heads.index("Tokens") + 1 : heads.index("Receipt")]
+    heads = page.locator(HEADS).all_text_contents()
     for index, (line, row) in enumerate(zip(lines, data, strict=True)):
-        shown = page.locator(f'#table tr[data-row="{index}"] td')
-        orders = shown.evaluate_all("cells => cells.map(cell => cell.dataset.order)")
-        texts = shown.evaluate_all("cells => cells.map(cell => cell.firstChild.textContent)")
-        assert texts[0] == line["name"] == row["name"]
-        for position, key in enumerate(("model", "quantization", "pruner", "sensitivity", "fusion"), start=1):
-            assert texts[position] == line[key] == row[key]
-        for position, head in enumerate(scores, start=heads.index("Tokens") + 1):
+        cells = page.locator(f'#table tr[data-row="{index}"] td')
+        orders = cells.evaluate_all("cells => cells.map(cell => cell.dataset.order)")
+        texts = cells.evaluate_all("cells => cells.map(cell => cell.firstChild.textContent)")
+        shown = dict(zip(heads, zip(texts, orders, strict=True), strict=True))
+        assert shown["Name"][0] == line["name"] == row["name"]
+        for key in ("model", "quantization", "pruner", "sensitivity", "fusion"):
+            assert shown[key.capitalize()][0] == line[key] == row[key]
+        for head in (*SCORES, "Unparsed"):
             cell = row["unparsed"] if head == "Unparsed" else row["cells"][head]
             key = head.lower() if head == "Unparsed" else head
             if cell["accuracy"] is None:
-                assert (texts[position], line[key]) == ("–", "")
+                assert (shown[head][0], line[key]) == ("–", "")
             else:
-                assert float(orders[position]) == cell["accuracy"]
-                assert texts[position] == line[key] == f"{100 * cell['accuracy']:.2f}"
+                assert float(shown[head][1]) == cell["accuracy"]
+                assert shown[head][0] == line[key] == f"{100 * cell['accuracy']:.2f}"
                 assert (line[f"{key} k"], line[f"{key} n"]) == (str(cell["k"]), str(cell["n"]))
+
+
+# -- with the runs' answers at hand --
+
+
+def row_named(page: Any, name: str) -> int:
+    return page.evaluate("name => JSON.parse(document.getElementById('data').textContent).rows.findIndex("
+                         "row => row.name === name)", name)  # fmt: skip
+
+
+def traces(page: Any, chart: str) -> dict[str, Any]:
+    found = page.locator(f"#{chart}").evaluate("gd => gd.data.map(t => ({name: t.name, x: t.x, y: t.y, meta: t.meta}))")
+    return {trace["name"]: trace for trace in found}
+
+
+def test_column_groups_are_shown_and_hidden(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["whole"])
+    heads = page.locator(HEADS)
+    assert "NAT" in heads.all_text_contents()
+    assert "Model" not in heads.all_text_contents()  # it is the same in every row, which a line says
+    assert "model tiny" in page.locator("#same").text_content()
+    page.locator("[data-columns=Subject]").click()
+    assert not {"NAT", "SOC", "LAN"} & set(heads.all_text_contents())
+    assert "Subject" not in page.locator("#table tr.groups").text_content()
+    assert values(page, "IMG")  # the cells moved with their heads
+    page.locator("[data-columns=Subject]").click()
+    assert {"NAT", "SOC", "LAN"} <= set(heads.all_text_contents())
+    page.locator("#paper").check()
+    assert "Model" in heads.all_text_contents()
+    phone = show(pages["whole"], width=390, height=844)
+    assert "NAT" not in phone.locator(HEADS).all_text_contents()
+    assert "Avg" in phone.locator(HEADS).all_text_contents()
+
+
+def test_ranks_and_references_are_in_the_table_and_the_details(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["whole"])
+    rows = json.loads(pages["whole"].with_suffix(".json").read_text("utf-8"))
+    index = row_named(page, "l2")
+    against = rows[index]["against"]["semantic"]
+    cell = page.locator(f'#table tr[data-row="{index}"] td:nth-child({column(page, "semantic only")})')
+    assert f"+{against['gained']} −{against['lost']}" in cell.text_content()
+    assert "against semantic:" in cell.get_attribute("title")
+    assert "exact McNemar p" in cell.get_attribute("title")
+    ranks = values(page, "#")
+    assert ranks == sorted(ranks)
+    text = open_row(page, index).text_content()
+    assert f"Rank {rows[index]['rank']} among 5 rows" in text
+    assert "semantic only" in text
+    assert "qapbench run spec.yaml" in text
+
+
+def test_charts_have_the_frontier_and_the_references_as_lines(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["whole"])
+    rows = json.loads(pages["whole"].with_suffix(".json").read_text("utf-8"))
+    own = [row for row in rows if row["kind"] == "run"]
+    drawn = traces(page, "chart")
+    best = {
+        index
+        for index, row in enumerate(own)
+        if not any(
+            other["tokens"] <= row["tokens"] and other["cells"]["Avg"]["k"] > row["cells"]["Avg"]["k"] for other in own
+        )
+    }
+    frontier = set(drawn["Pareto frontier"]["meta"])
+    assert frontier <= best
+    assert {own[i]["tokens"] for i in frontier} == {own[i]["tokens"] for i in best}
+    for name, trace in (("dense", "dense"), ("full", "full precision: full")):
+        index = row_named(page, name)
+        assert set(drawn[trace]["y"]) == {100 * own[index]["cells"]["Avg"]["accuracy"]}
+    drawn = traces(page, "metrics")
+    (points,) = (trace for name, trace in drawn.items() if "tokens" in name)
+    metric = [row for row in own if row["sensitivity"] != "none"]
+    assert sorted(points["y"]) == sorted(100 * row["cells"]["Avg"]["accuracy"] for row in metric)
+    page.locator("#column").select_option(label="IMG")
+    assert sorted(traces(page, "metrics")[points["name"]]["y"]) == sorted(
+        100 * row["cells"]["IMG"]["accuracy"] for row in metric
+    )
+
+
+def test_the_heat_rows_are_differences_and_accuracies(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["whole"])
+    rows = json.loads(pages["whole"].with_suffix(".json").read_text("utf-8"))
+    index, dense = row_named(page, "l2"), row_named(page, "dense")
+    heads = [text.split("n ")[0] for text in page.locator("#heat thead th").all_text_contents()]
+    line = page.locator("#heat tbody tr").filter(has=page.locator("th:text-is('l2')"))
+    shown = line.locator("td").nth(heads.index("IMG") - 1)
+    share = [rows[place]["cells"]["IMG"]["accuracy"] for place in (index, dense)]
+    assert shown.text_content().replace("−", "-") == f"{100 * (share[0] - share[1]):+.1f}"
+    assert page.locator("#heat tbody tr").count() == 3
+    page.locator("#heat-mode").select_option("accuracy")
+    assert shown.text_content() == f"{100 * share[0]:.1f}"
+    assert page.locator("#heat tbody tr").count() == 5
+    page.locator("#search").fill("l2")
+    assert page.locator("#heat tbody tr").count() == 1
+
+
+def test_flipped_questions_show_image_and_both_masks(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["whole"])
+    data = json.loads(page.locator("#data").text_content())
+    index = row_named(page, "l2")
+    page.locator("#flip-row").select_option(str(index))
+    flips = data["flips"]["rows"][str(index)]
+    cards = page.locator("#flips .flip")
+    assert cards.count() == len(flips["gained"]["shown"]) + len(flips["lost"]["shown"]) > 0
+    assert f"{flips['gained']['count']} question" in page.locator("#flips h3").first.text_content()
+    first = cards.first
+    boxes = first.locator("path").evaluate_all("paths => paths.map(p => p.getAttribute('d').split('M').length - 1)")
+    assert boxes == [TOKENS - KEEP, KEEP, TOKENS - KEEP, KEEP]
+    assert first.locator("image").first.get_attribute("href").startswith("data:image/")
+    assert first.locator(".wrong").count() == first.locator(".right").count() == 1
+    assert open_row(page, index).locator(".flip").count() == cards.count()
+
+
+def test_the_study_has_a_figure_and_a_table(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["whole"])
+    lines = page.locator("#study-table tbody tr")
+    assert lines.first.locator("td").first.text_content() == "l2"
+    assert "+0.250" in lines.first.text_content()
+    assert "–" in lines.last.text_content()
+    drawn = traces(page, "study-chart")
+    assert drawn["answer, quantized"]["x"] == [None, 0.25]
+    assert "12 questions" in page.locator("#study-text").text_content()
+    assert show(pages["plain"]).locator("#studies").count() == 0
+
+
+def test_hostile_questions_answers_and_studies_stay_text(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["attacked"])
+    page.locator("#flip-row").select_option(index=1)
+    card = page.locator("#flips .flip").first
+    assert card.locator(".asked").text_content().startswith(SCRIPT_END)
+    assert IMG in card.locator(".choices").text_content()
+    assert IMG in card.locator(".id").text_content()
+    assert SCRIPT_END in page.locator("#study-text").text_content()
+    assert SCRIPT_END + IMG in page.locator("#study-table").text_content()
+    assert any("</script>" in text for text in page.locator("#study-chart text").all_text_contents())
+    open_row(page, row_named(page, "l2"))
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == show(pages["plain"]).locator("script").count()

@@ -35,17 +35,18 @@ THREE = [
 ]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(image: bool = True) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE, with a placeholder for images or without."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<pad>", "<s>", "</s>", "<image>"]
+    special = ["<pad>", "<s>", "</s>", *(["<image>"] if image else [])]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator([WORDS], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
+        extra_special_tokens={"image_token": "<image>"} if image else {}, clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 

@@ -191,7 +191,7 @@ def test_merged_tokens_go_through_the_projector(model: Any, one: dict[str, Any])
     torch.testing.assert_close(seen[0][0, start], cls)
     assert receipt.tokens["merged"] == selection.merged.shape[1] == 2
     assert receipt.latest is not None
-    assert torch.equal(receipt.latest.indices, selection.indices)
+    assert torch.equal(receipt.latest[0].indices, selection.indices[0])
 
 
 def test_what_the_family_records(llava_folder: Path, one: dict[str, Any]) -> None:
@@ -287,7 +287,7 @@ def test_the_question_is_read_from_the_prompt(model: Any, one: dict[str, Any], p
     assert bare.latest is not None
     assert given.latest is not None
     assert other.latest is not None
-    assert not torch.equal(bare.latest.indices, other.latest.indices)
+    assert not torch.equal(bare.latest[0].indices, other.latest[0].indices)
 
 
 def test_without_a_text_tower_relevance_falls_back_and_says_so(tmp_path: Path, one: dict[str, Any]) -> None:

@@ -1,0 +1,167 @@
+"""Questions whose answer a row changed, with the image and the tokens that both kept, as in QAPruner's Figure 1.
+
+Everything is read when the page is built: the answers from the runs' folders, the questions and images from the data
+that the record names, where these are here and are the same. What is not here is said on the page.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qapbench import UserError
+from qapbench.analysis.paired import Comparison, Scored, compare
+from qapbench.analysis.pictures import data_uri, grid_of, seen_image
+from qapbench.checkpoints import find_checkpoint
+from qapbench.run.tasks import LoadedTask, load_task, own_tasks
+from qapbench.spec import TaskSpec
+
+from .rows import Row, mapping, sequence, text
+
+EACH = 3  # flips of a row that are drawn, in each direction
+QUESTIONS = 60  # different questions on a page: their images are what it weighs
+SHOWN = "semantic", "dense"  # the reference that a row's flips are drawn against: the first that it has
+
+
+@dataclass
+class Flips:
+    """What the page draws.
+
+    Attributes:
+        rows: place of a row -> its flips: the reference's name, counts, and up to EACH in both directions.
+        questions: what is asked, by data and id; `image` is a data URI.
+        missing: why something is not drawn.
+    """
+
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    questions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
+    """The flips of every row that has a reference, within the page's bounds."""
+    found = Flips()
+    pairs: dict[int, tuple[Scored, Scored, Comparison]] = {}
+    for index, row in enumerate(rows):
+        against = next((row.against[kind] for kind in SHOWN if kind in row.against), None)
+        one, other = (scored[against.row], scored[index]) if against else (None, None)
+        if one and other:
+            pairs[index] = one, other, compare(one, other)
+    if not pairs:
+        return found
+    sources = _Sources(found.missing)
+    often = Counter(q for _, _, c in pairs.values() for q in (*c.gained, *c.lost))
+    stored: dict[str, dict[str, Any]] = {}
+    for index, (one, other, comparison) in pairs.items():
+        answers = [stored.setdefault(run.record["run_id"], run.answers()) for run in (one, other)]
+        drawn: dict[str, Any] = {"against": one.name}
+        for direction, ids in (("gained", comparison.gained), ("lost", comparison.lost)):
+            # Images first, then what many rows flip: its image is on the page once.
+            ids = sorted(ids, key=lambda q: (not _images(answers[1], q), -often[q], q))
+            drawn[direction] = {"count": len(ids), "shown": []}
+            for question in ids[:EACH]:
+                key = sources.add(other, question, found.questions)
+                if key:
+                    sides = [_side(side.get(question)) for side in answers]
+                    drawn[direction]["shown"].append({"question": key, "sides": sides})
+        found.rows[index] = drawn
+    return found
+
+
+def _images(answers: dict[str, Any], question: str) -> list[Any]:
+    return sequence(mapping(answers.get(question)).get("images"))
+
+
+def _side(answer: Any) -> dict[str, Any]:
+    """One run's answer to a question: its text and which tokens of the (first) image it kept; null for all."""
+    answer = mapping(answer)
+    image = mapping(next(iter(sequence(answer.get("images"))), None))
+    given = image.get("available")
+    available = given if isinstance(given, int) and 0 < given <= 1 << 16 else 0
+    kept = image.get("kept")
+    valid = isinstance(kept, list) and all(isinstance(i, int) and 0 <= i < available for i in kept)
+    merged = image.get("merged")
+    return {
+        "answer": text(answer.get("answer")),
+        "grid": grid_of(available),
+        "kept": kept if valid else None,
+        "merged": merged if isinstance(merged, int) else 0,
+    }
+
+
+class _Sources:
+    """Questions and images of the tasks that records name, each read once. Says what is missing, once."""
+
+    def __init__(self, missing: list[str]) -> None:
+        self._missing = missing
+        self._tasks: dict[str, tuple[LoadedTask, dict[str, int]] | None] = {}
+        self._processors: dict[str, Any] = {}
+
+    def add(self, run: Scored, question: str, questions: dict[str, dict[str, Any]]) -> str | None:
+        """The question's key in `questions`, put there where there is room; None where it cannot be shown."""
+        data = str(run.record["fingerprints"].get("data"))
+        key = f"{data[:16]} {question}"
+        if key in questions:
+            return key
+        source = self._task(run.record)
+        if source is None or question not in source[1]:
+            return None
+        if len(questions) >= QUESTIONS:
+            self._miss(f"more than {QUESTIONS} different questions; the rest of the flips is in `qapbench compare`")
+            return None
+        task, places = source
+        doc = task.docs[places[question]]
+        shown: dict[str, Any] = {"id": question, "image": None}
+        shown["text"] = text(doc.get("question") or doc.get("text"))
+        shown["hint"] = text(doc.get("hint"))
+        shown["choices"] = [text(choice) for choice in sequence(doc.get("choices"))]
+        shown["truth"] = text(doc.get("letter"))
+        if doc.get("image") is not None:
+            try:
+                picture = doc["image"].load()
+                shown["image"] = data_uri(seen_image(picture, self._processor(text(run.record["spec"].get("model")))))
+            except UserError as error:
+                self._miss(f"an image cannot be read: {error}")
+        questions[key] = shown
+        return key
+
+    def _task(self, record: dict[str, Any]) -> tuple[LoadedTask, dict[str, int]] | None:
+        spec, data = mapping(mapping(record.get("spec")).get("task")), record["fingerprints"].get("data")
+        name = str([spec, data])
+        if name not in self._tasks:
+            self._tasks[name] = None
+            try:
+                asked = TaskSpec.model_validate(spec)
+                # Only the project's own tasks: another's could run its code or fetch, for what a stranger wrote.
+                if asked.name not in own_tasks() or (asked.data and not Path(asked.data).is_file()):
+                    raise UserError("they are not on this machine")
+                task = load_task(asked)
+                if task.fingerprint != data:
+                    raise UserError("the file on this machine holds others")
+                self._tasks[name] = task, {question: place for place, question in enumerate(task.ids)}
+            except (UserError, ValidationError) as error:
+                why = str(error) if isinstance(error, UserError) else "the record's task is not a valid one"
+                self._miss(f"questions of {text(spec.get('name'))}: {why}")
+        return self._tasks[name]
+
+    def _processor(self, model: str) -> Any:
+        """The model's image processor where it is on this machine, else None: the centre square is taken then."""
+        if model not in self._processors:
+            self._processors[model] = None
+            try:
+                from transformers import AutoImageProcessor
+
+                folder = find_checkpoint(model, fetch=False).folder
+                self._processors[model] = AutoImageProcessor.from_pretrained(folder)
+            except Exception:  # UserError, OSError, ValueError, ImportError: the picture is drawn without it
+                self._miss(f"the image processor of {model}: images are drawn as their centre square")
+        return self._processors[model]
+
+    def _miss(self, what: str) -> None:
+        if what not in self._missing:
+            self._missing.append(what)

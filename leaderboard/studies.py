@@ -1,0 +1,26 @@
+"""Studies that lie in a folder of runs, as the page shows them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from qapbench.analysis.study import STUDY, Summary
+
+from .rows import clean, mapping
+
+LOG = logging.getLogger(__name__)
+
+
+def read_studies(runs: Path) -> list[dict[str, Any]]:
+    """The summaries below a folder of runs, oldest first; what is not one of ours is left out."""
+    found = []
+    for path in sorted(runs.glob(f"*/{STUDY}")):
+        try:
+            data = mapping(clean(json.loads(path.read_text(encoding="utf-8"))))
+            found.append(Summary.model_validate(data).model_dump(mode="json"))
+        except (OSError, ValueError) as error:
+            LOG.warning("%s is not a study of ours (%s); left out", path, type(error).__name__)
+    return sorted(found, key=lambda study: study["created"])

@@ -1,0 +1,125 @@
+// Accuracy against measured tokens, of the rows that the table shows: frontier, and unpruned rows as lines.
+const TICKS = Array.from({ length: 15 }, (_, i) => 2 ** i);
+const DODGE = 0.045; // octaves between neighbouring methods, so that bars at one budget do not hide each other
+const LINES = 4; // unpruned rows that are drawn across
+
+/** Where rows of several methods have one budget, how far each stands aside, in octaves; elsewhere nothing. */
+function sideways(rows, methods) {
+  const at = new Map();
+  for (const method of methods) {
+    for (const row of rows.filter((candidate) => methodOf(candidate) === method)) {
+      at.set(position(row), (at.get(position(row)) ?? new Set()).add(method));
+    }
+  }
+  return (row) => {
+    const sharing = [...(at.get(position(row)) ?? [])];
+    const step = DODGE * Math.min(1, 10 / sharing.length);
+    return step * (sharing.indexOf(methodOf(row)) - (sharing.length - 1) / 2);
+  };
+}
+
+/** One trace. A gap parts runs that differ in more than their budget, so a line joins only what is comparable. */
+function trace(name, rows, column, aside, extra) {
+  const lineOf = (row) => JSON.stringify([row.model, row.quantization, row.pruner, row.fusion]);
+  const sorted = rows.map((row) => [lineOf(row), row])
+    .sort(([a, x], [b, y]) => (a === b ? position(x) - position(y) : a < b ? -1 : 1));
+  const points = sorted.flatMap(([line, row], i) => (i && sorted[i - 1][0] !== line ? [null, row] : [row]));
+  const cells = points.map((row) => row && row.cells[column]);
+  return {
+    name: chartText(name, 44),
+    x: points.map((row) => row && position(row) * 2 ** aside(row)),
+    y: cells.map((cell) => cell && 100 * cell.accuracy),
+    error_y: whiskers(cells),
+    hovertext: points.map((row, i) => (row ? hover(row, cells[i], column) : "")),
+    customdata: points.map((row) => row && data.rows.indexOf(row)),
+    hoverinfo: "text",
+    type: "scatter",
+    ...extra,
+  };
+}
+
+/** Rows that no other has the accuracy of with as few tokens; of equal ones the first. */
+function frontier(rows, column) {
+  const sorted = rows.toSorted((a, b) =>
+    position(a) - position(b) || b.cells[column].accuracy - a.cells[column].accuracy);
+  let best = -1;
+  return sorted.filter((row) => {
+    const better = row.cells[column].accuracy > best;
+    if (better) best = row.cells[column].accuracy;
+    return better;
+  });
+}
+
+function frontierTrace(rows, column) {
+  const points = frontier(rows, column);
+  const heights = points.map((row) => 100 * row.cells[column].accuracy);
+  return {
+    name: "Pareto frontier",
+    x: [...points.map(position), Math.max(...rows.map(position))],
+    y: [...heights, heights.at(-1)],
+    line: { shape: "hv", width: 5, color: "#8a6fd155" },
+    mode: "lines", type: "scatter", hoverinfo: "skip",
+    meta: points.map((row) => data.rows.indexOf(row)),
+  };
+}
+
+/** Unpruned rows across the whole width: full precision dashed, quantized dash-dotted. */
+function acrossTraces(rows, column, span) {
+  return rows.filter((row) => row.pruner === "none").slice(0, LINES).map((row) => ({
+    name: referenceName(row, row.quantization.startsWith("none") ? "full precision" : "dense"),
+    x: span, y: span.map(() => 100 * row.cells[column].accuracy),
+    line: { dash: row.quantization.startsWith("none") ? "dash" : "dashdot", width: 1.4, color: GREY },
+    mode: "lines", type: "scatter", hoverinfo: "skip", meta: [data.rows.indexOf(row)],
+  }));
+}
+
+function tokenTraces(rows, column, withPaper) {
+  const runs = data.rows.filter((row) => row.kind === "run");
+  const models = [...new Set(runs.map((row) => row.model))];
+  const methods = [...new Set(runs.map(methodOf))];
+  const drawn = rows.filter((row) => position(row) > 0 && cellOf(row, column));
+  const own = drawn.filter((row) => row.kind === "run");
+  const aside = sideways(own, methods);
+  const traces = methods.map((method, i) => {
+    const made = trace(method, own.filter((row) => methodOf(row) === method), column, aside, { mode: "lines+markers" });
+    const symbols = made.customdata.map((index) =>
+      SYMBOLS[index === null ? 0 : models.indexOf(data.rows[index].model) % SYMBOLS.length]);
+    made.marker = { color: COLOURS[i % COLOURS.length], size: 8, symbol: symbols };
+    made.line = { color: `${COLOURS[i % COLOURS.length]}80`, width: 1.2, dash: i < COLOURS.length ? "solid" : "dot" };
+    made.error_y.color = `${made.marker.color}b0`;
+    return made;
+  }).filter((made) => made.x.length);
+  if (own.length) {
+    const tokens = own.map(position);
+    const span = [Math.min(...tokens) / 1.2, Math.max(...tokens) * 1.2];
+    traces.unshift(...acrossTraces(own, column, span));
+    if (own.length > 1) traces.unshift(frontierTrace(own, column));
+  }
+  const paper = data.rows.filter((row) => row.kind === "paper" && position(row) > 0
+    && (withPaper ? rows.includes(row) : true) && cellOf(row, column));
+  if (paper.length) {
+    traces.push(trace("paper (as published)", paper, column, () => 0, {
+      mode: "markers",
+      visible: withPaper ? true : "legendonly",
+      marker: { symbol: "diamond-open", size: 9, color: GREY, line: { width: 1.5 } },
+    }));
+    traces.at(-1).error_y.color = `${GREY}b0`;
+  }
+  return { traces, drawn: drawn.length };
+}
+
+function drawTokens(column) {
+  const { traces, drawn } = tokenTraces(visibleRows, column, byId("paper").checked);
+  const { layout, axis, narrow } = baseLayout("chart", 460);
+  layout.xaxis = { ...axis, type: "log", tickvals: TICKS, ticktext: TICKS.map(String), title: { text: "Vision tokens" } };
+  layout.yaxis = { ...axis, title: { text: narrow ? "" : `${chartText(column)} accuracy, %` } };
+  if (narrow) layout.height = Math.min(760, 460 + 18 * Math.max(0, traces.length - 5));
+  if (!drawn) { // nothing to find a range from
+    layout.xaxis.range = [Math.log10(4), Math.log10(1024)];
+    layout.yaxis.range = [0, 100];
+  }
+  const hidden = visibleRows.length - drawn;
+  byId("charted").textContent = `${drawn} rows drawn`
+    + (hidden ? `; ${hidden} without ${column} or tokens.` : ".");
+  plot("chart", traces, layout);
+}

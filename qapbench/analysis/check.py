@@ -1,0 +1,268 @@
+"""`qapbench leaderboard --check`: is a record what its stored answers say? For records that come by pull request."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qapbench.checkpoints import EMBEDDED
+from qapbench.errors import Problem, UserError
+from qapbench.receipt import Receipt
+from qapbench.run.record import RECORD, SCHEMA, SCORED, labels
+from qapbench.run.store import ANSWERS, Answer, Store
+from qapbench.run.tasks import LoadedTask, load_task, own_tasks
+from qapbench.spec import RunSpec
+
+from .score import tally
+
+TOLERANCE = 1e-9
+MOST = 20  # problems that are listed
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
+class _Part(BaseModel):
+    """What a record must hold; it may hold more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Column(_Part):
+    name: Annotated[str, Field(min_length=1)]
+    k: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+
+
+class _Unparsed(_Part):
+    k: Annotated[int, Field(ge=0)]
+    n: Annotated[int, Field(ge=1)]
+
+
+class _Scores(_Part):
+    columns: Annotated[list[_Column], Field(min_length=1)]
+    unparsed: _Unparsed
+
+
+class _Linear(_Part):
+    name: str
+    part: str
+    weight_bits: int
+    activation_bits: int | None
+    calls: Annotated[int, Field(ge=0)]
+    planned: bool
+
+
+class _Receipt(_Part):
+    summary: Annotated[str, Field(min_length=1)]
+    linears: list[_Linear]
+    fallbacks: list[str]
+
+
+class RecordSchema(_Part):
+    """A record of schema 1."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    run_id: Hex
+    name: str
+    created: str
+    spec: dict[str, Any]
+    scores: _Scores
+    tokens: dict[str, float | int]
+    receipt: _Receipt
+    environment: dict[str, Any]
+    fingerprints: dict[str, str]
+    timing: dict[str, Any]
+    notes: list[str]
+
+
+@dataclass
+class Report:
+    """What was verified, and what a reader should know."""
+
+    passed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": True, "passed": self.passed, "notes": self.notes}
+
+
+def check_record(path: Path, data: str | None = None) -> Report:
+    """Verify a record against the answers and scores that lie beside it.
+
+    No code of the record's is run: a spec with plugins is refused, and only this project's own tasks are read.
+
+    Args:
+        path: record.json, or the folder that holds it.
+        data: the task's data, where the path in the record is not on this machine.
+
+    Raises:
+        UserError: every mismatch found.
+    """
+    folder = path if path.is_dir() else path.parent
+    raw = _read(folder / RECORD if path.is_dir() else path)
+    record = _schema(raw)
+    report = Report([f"schema {SCHEMA}"])
+    spec = _spec(record, data)
+    task = load_task(spec.task, spec.seed)
+    answers = Store(folder).read()
+    problems = [
+        *_check_identity(record, spec, task, folder),
+        *_check_answers(answers, task, folder),
+    ]
+    if not problems:
+        report.passed += [f"run id follows from spec, data and fingerprints ({record.run_id})"]
+        report.passed += [f"{len(answers)} stored answers, one for each question"]
+        problems += _check_scores(record, task, answers, folder)
+        problems += _check_receipt(record, spec, answers)
+    if problems:
+        more = [f"and {len(problems) - MOST} more"] if len(problems) > MOST else []
+        raise UserError([Problem(f"{path}: {what}") for what in (*problems[:MOST], *more)])
+    report.passed += ["counts of every column are those of the stored answers", f"receipt: {record.receipt.summary}"]
+    report.notes += record.notes
+    return report
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not a JSON file") from None
+
+
+def _schema(raw: Any) -> RecordSchema:
+    try:
+        return RecordSchema.model_validate(raw)
+    except ValidationError as error:
+        problems = [
+            Problem(str(item["msg"]).lower(), tuple(part for part in item["loc"])) for item in error.errors()[:MOST]
+        ]
+        raise UserError([p.under("record") for p in problems]) from None
+
+
+def _spec(record: RecordSchema, data: str | None) -> RunSpec:
+    """The record's spec, read without running anything that it names."""
+    raw = dict(record.spec)
+    if raw.get("plugins"):
+        raise UserError(
+            "record.spec.plugins: a record with plugin files cannot be verified; add the strategy here first"
+        )
+    asked = raw.get("task")
+    if not isinstance(asked, dict) or asked.get("name") not in own_tasks():
+        raise UserError(f"record.spec.task: only {', '.join(sorted(own_tasks()))} can be verified")
+    if data is not None:
+        raw["task"] = {**asked, "data": data}
+    elif asked.get("data") and not Path(str(asked["data"])).is_file():
+        raise UserError(f"record.spec.task.data: '{asked['data']}' is not on this machine; name the file with --data")
+    return RunSpec.parse(raw)
+
+
+def _check_identity(record: RecordSchema, spec: RunSpec, task: LoadedTask, folder: Path) -> list[str]:
+    problems = []
+    if task.fingerprint != record.fingerprints.get("data"):
+        problems.append("fingerprints.data is not that of the data here: the questions differ")
+    if spec.digest(record.fingerprints, task.asked) != record.run_id:
+        problems.append("run_id does not follow from spec and fingerprints: something was changed, or the data differ")
+    shown = (record.model_extra or {}).get("labels")
+    if shown is not None and shown != labels(spec):
+        problems.append("labels are not those of the spec")
+    standing_in = bool(task.stand_in) or (EMBEDDED / spec.model / "config.json").is_file()
+    if standing_in and not any("stand-in" in note.lower() for note in record.notes):
+        problems.append("notes: the model or the data are an embedded stand-in, and no note says so")
+    if folder.resolve().name != record.run_id:
+        problems.append(f"the folder must be named by the run's id, {record.run_id}")
+    return problems
+
+
+def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path) -> list[str]:
+    if not answers:
+        return [f"{ANSWERS} is missing or empty in {folder}"]
+    found = [doc for answer in answers if isinstance(doc := answer.get("doc"), int)]
+    if len(found) != len(answers) or sorted(found) != list(range(task.count)):
+        return [f"{ANSWERS} does not answer each of the {task.count} questions once"]
+    wrong = [a for a in answers if str(a.get("id")) != task.ids[a["doc"]] or not isinstance(a.get("outputs"), list)]
+    return [f"{ANSWERS}: question {wrong[0]['doc']} has another id in the data, or no outputs"] if wrong else []
+
+
+def _check_scores(record: RecordSchema, task: LoadedTask, answers: list[Answer], folder: Path) -> list[str]:
+    """Score every stored answer again, as lm-eval hands it to the task."""
+    rows = {}
+    for answer in answers:
+        try:
+            outputs = [output if isinstance(output, str) else tuple(output) for output in answer["outputs"]]
+            rows[answer["doc"]] = task.task.process_results(task.docs[answer["doc"]], outputs)
+        except (TypeError, ValueError, IndexError):
+            return [f"{ANSWERS}: the outputs of '{answer['id']}' cannot be scored"]
+    scores = tally((rows[doc] for doc in sorted(rows)), task.columns, task.unavailable).to_json()
+    given = {column.name: column for column in record.scores.columns}
+    problems = []
+    for column in scores["columns"]:
+        mine = given.pop(column["name"], None)
+        if mine is None:
+            problems.append(f"scores: column {column['name']} is missing")
+        elif (mine.k, mine.n) != (column.get("k"), column.get("n")) and "k" in column:
+            counts = f"{mine.k} of {mine.n}, the stored answers give {column['k']} of {column['n']}"
+            problems.append(f"scores: {column['name']} says {counts}")
+        elif "k" in column:
+            problems += _check_derived(mine, column)
+    problems += [f"scores: the task has no column {name}" for name in given]
+    unparsed = record.scores.unparsed
+    if (unparsed.k, unparsed.n) != (scores["unparsed"]["k"], scores["unparsed"]["n"]):
+        problems.append(f"scores: unparsed says {unparsed.k}, the stored answers give {scores['unparsed']['k']}")
+    return problems + _check_scored(rows, task, folder)
+
+
+def _check_derived(mine: _Column, column: dict[str, Any]) -> list[str]:
+    extra = mine.model_extra or {}
+    names = [name for name in ("accuracy", "low", "high") if name in extra]
+    off = [name for name in names if not _close(extra[name], column[name])]
+    return [f"scores: {mine.name}.{name} does not follow from k and n" for name in off]
+
+
+def _check_scored(rows: dict[int, dict[str, Any]], task: LoadedTask, folder: Path) -> list[str]:
+    """What paired comparisons read must be the same scores."""
+    path = folder / SCORED
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        stored = {str(line["id"]): line["metrics"] for line in lines}
+    except OSError:
+        return [f"{SCORED} is missing"]
+    except (ValueError, TypeError, KeyError):
+        return [f"{SCORED} does not hold one scored question a line"]
+    names = (*task.columns, "unparsed")
+    expected = {task.ids[doc]: {n: row[n] for n in names if n in row} for doc, row in rows.items()}
+    return [] if stored == expected else [f"{SCORED} does not hold the scores of the stored answers"]
+
+
+def _check_receipt(record: RecordSchema, spec: RunSpec, answers: list[Answer]) -> list[str]:
+    """The receipt must show what the spec asks for, and the measured tokens must be those of the answers."""
+    problems = []
+    planned = [line for line in record.receipt.linears if line.planned]
+    if spec.quantize:
+        if not planned:
+            problems.append("receipt: the spec quantizes, the receipt names no linear")
+        for wanted, seen, what in (
+            (spec.quantize.weights, [line.weight_bits for line in planned], "weights"),
+            (spec.quantize.activations, [line.activation_bits for line in planned if line.calls], "activations"),
+        ):
+            if wanted and (not seen or any(bits is None or bits > wanted.bits for bits in seen)):
+                problems.append(f"receipt: {what} of some linear did not reach {wanted.bits} bits")
+    counted = Receipt()
+    try:
+        counted.recount([image for answer in answers for image in answer.get("images", [])])
+    except (TypeError, KeyError, AttributeError):
+        return [*problems, f"{ANSWERS}: images without the tokens that were kept"]
+    if any(not _close(record.tokens.get(name), value) for name, value in counted.tokens.items()):
+        problems.append("tokens are not those of the stored answers")
+    if spec.prune and counted.images and counted.most != min(spec.prune.keep, counted.available // counted.images):
+        problems.append(f"tokens: the spec keeps {spec.prune.keep}, the stored answers up to {counted.most}")
+    return problems
+
+
+def _close(a: Any, b: Any) -> bool:
+    return isinstance(a, int | float) and math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)

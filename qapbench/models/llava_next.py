@@ -1,0 +1,69 @@
+"""LLaVA-NeXT (1.6): a CLIP tower over the whole image and its tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .anyres import AnyResFamily
+from .family import family
+from .llava import Llava
+
+
+@family("llava_next")
+class LlavaNext(AnyResFamily):
+    """Every tile is pruned by itself: a budget of K makes K tokens of the whole and of each tile, and new lines."""
+
+    default_text_tower = Llava.default_text_tower
+
+    def complete(self, processor: Any) -> None:
+        super().complete(processor)
+        if processor.patch_size is None:
+            processor.patch_size = self.vision.patch_size
+        if processor.vision_feature_select_strategy is None:
+            processor.vision_feature_select_strategy = self.model.config.vision_feature_select_strategy
+        if not processor.num_additional_image_tokens:
+            processor.num_additional_image_tokens = self.skip
+
+    def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: inputs[name] for name in self.image_inputs}
+
+    def tiling(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        config = self.model.config
+        return [
+            get_anyres_image_grid_shape(size, config.image_grid_pinpoints, self.vision.image_size)
+            for size in inputs["image_sizes"]
+        ]
+
+    def pack(self, tiles: Tensor, size: Tensor, newline: Tensor, shrink: bool = True) -> Tensor:
+        strategy = self.model.config.vision_feature_select_strategy
+        return self.model.model.pack_image_features([tiles], size[None], strategy, newline)[0][0]
+
+    @classmethod
+    def tiny(cls) -> tuple[Any, dict[str, Any]]:
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+        vision = CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32,
+            patch_size=8,
+        )  # fmt: skip
+        text = LlamaConfig(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        pinpoints = [[32, 64], [64, 32], [64, 64]]
+        config = LlavaNextConfig(
+            vision_config=vision, text_config=text, image_token_index=3, image_grid_pinpoints=pinpoints
+        )
+        model = LlavaNextForConditionalGeneration(config).eval()
+        # 64 wide, 32 high: two tiles, no padding, four lines of eight patches.
+        ids = torch.tensor([[1, 9, 8, *[3] * (16 + 4 * (8 + 1)), 7, 6, 5]])
+        return model, {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 3, 32, 32),
+            "image_sizes": torch.tensor([[32, 64]]),
+        }  # fmt: skip

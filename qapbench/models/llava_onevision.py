@@ -1,0 +1,70 @@
+"""LLaVA-OneVision: a SigLIP tower over the whole image and its tiles, shrunk where there are many (anyres_max_9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .anyres import AnyResFamily
+from .family import family
+
+UNSHRUNK = "anyres_max_1000000"  # more patches than any image has
+
+
+@family("llava_onevision")
+class LlavaOneVision(AnyResFamily):
+    """As LLaVA-NeXT, without a CLS token. An image among several in one prompt is the whole alone and a new line."""
+
+    image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
+    processor_class = "LlavaOnevisionProcessor"
+
+    def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: inputs.get(name) for name in self.image_inputs}
+
+    def tiling(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape
+
+        sizes, config = inputs["image_sizes"], self.model.config
+        numbers = inputs.get("batch_num_images")
+        numbers = [1] * len(sizes) if numbers is None else [int(n) for n in numbers]
+        alone = [number == 1 for number in numbers for _ in range(number)]
+        return [
+            get_anyres_image_grid_shape(size, config.image_grid_pinpoints, self.vision.image_size) if one else (0, 0)
+            for size, one in zip(sizes, alone, strict=True)
+        ]
+
+    def pack(self, tiles: Tensor, size: Tensor, newline: Tensor, shrink: bool = True) -> Tensor:
+        ratio = self.model.config.vision_aspect_ratio if shrink else UNSHRUNK
+        return self.model.model.pack_image_features([tiles], size[None], newline, ratio)[0][0]
+
+    @classmethod
+    def tiny(cls) -> tuple[Any, dict[str, Any]]:
+        from transformers import (
+            LlavaOnevisionConfig,
+            LlavaOnevisionForConditionalGeneration,
+            Qwen2Config,
+            SiglipVisionConfig,
+        )
+
+        vision = SiglipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32,
+            patch_size=8, vision_use_head=False,
+        )  # fmt: skip
+        text = Qwen2Config(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        config = LlavaOnevisionConfig(
+            vision_config=vision, text_config=text, image_token_index=3, video_token_index=4,
+            image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]], vision_feature_layer=-1,
+        )  # fmt: skip
+        model = LlavaOnevisionForConditionalGeneration(config).eval()
+        # 64 wide, 32 high: two tiles, no padding, four lines of eight patches.
+        ids = torch.tensor([[1, 9, 8, *[3] * (16 + 4 * (8 + 1)), 7, 6, 5]])
+        return model, {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 3, 32, 32),
+            "image_sizes": torch.tensor([[32, 64]]), "batch_num_images": torch.tensor([1]),
+        }  # fmt: skip

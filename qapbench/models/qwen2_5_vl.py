@@ -1,0 +1,187 @@
+"""Qwen2.5-VL: images at their own resolution, window attention, a merger of 2 x 2 patches, M-RoPE."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qapbench.errors import UserError
+from qapbench.tokens import VisionTokens
+
+from .family import Family, family
+from .tower import MIDDLE, RECEIVED, digest, received, recorded
+from .views import Seen, SeenImage, Views
+
+QUERIES = 512  # rows of an attention map in memory at once: an image has up to 16,384 patches
+ATTENTION = frozenset({"attention_received", "cls_attention", "last_cls_attention", "middle_attention_received"})
+
+
+@family("qwen2_5_vl")
+class Qwen25VL(Family):
+    """A token is what the merger makes of 2 x 2 patches; its attention and its keys are the mean over these.
+
+    `patches` are the merger's normalised input, four patches side by side, so that `project` is the rest of it.
+    Attention is that of a block with full attention: the last one, which also stands for the CLS row there is none of.
+    Kept tokens and text keep their M-RoPE positions, whether `positions` says compact or keep.
+    """
+
+    image_inputs = ("pixel_values", "image_grid_thw")
+    processor_class = "Qwen2_5_VLProcessor"
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        core = self.model.model
+        return {"language": core.language_model, "projector": core.visual.merger, "vision": core.visual.blocks}
+
+    @property
+    def image_token(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def offers(self) -> frozenset[str]:
+        fields = frozenset({"patches", "image_ids", "grid", "keys", "last_keys"})
+        return fields | ATTENTION if self._full else fields
+
+    @property
+    def stand_ins(self) -> Mapping[str, str]:
+        return dict.fromkeys(("cls_attention", "last_cls_attention"), RECEIVED)
+
+    @property
+    def _full(self) -> list[int]:
+        """Blocks in which every patch of an image attends to every other; in the rest each window is by itself."""
+        visual = self.model.model.visual
+        return sorted(set(visual.fullatt_block_indexes) & set(range(len(visual.blocks))))
+
+    @property
+    def _merge(self) -> int:
+        return self.model.model.visual.spatial_merge_size
+
+    def project(self, patches: Tensor) -> Tensor:
+        return self.model.model.visual.merger.mlp(patches)
+
+    def positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        if (given := inputs.get("position_ids")) is not None:
+            return given
+        types = inputs.get("mm_token_type_ids")
+        if types is None:
+            types = (inputs["input_ids"] == self.image_token).long()
+        grids, mask = inputs["image_grid_thw"], inputs["attention_mask"]
+        return self.model.model.get_rope_index(
+            inputs["input_ids"], mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask
+        )[0]
+
+    @torch.no_grad()
+    def look(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> Seen:
+        pixels, grids = inputs["pixel_values"], inputs.get("image_grid_thw")
+        if grids is None:
+            raise UserError("image_grid_thw: needed beside pixel_values; the processor gives both")
+        with self._recording(needs) as seen:
+            features = self.model.model.get_image_features(pixels, grids, return_dict=True).pooler_output
+        fields = self._fields(seen, needs, grids)
+        heads = self.model.config.vision_config.num_heads if "keys" in needs else 1
+        views, start, unit = [], 0, self._merge**2
+        for index, (feature, (frames, height, width)) in enumerate(zip(features, grids.tolist(), strict=True)):
+            stop = start + len(feature)
+            own: dict[str, Any] = {name: value[None, start:stop] for name, value in fields.items()}
+            if "image_ids" in needs:
+                own["image_ids"] = (digest(pixels[start * unit : stop * unit]),)
+            grid = (frames * height // self._merge, width // self._merge)
+            tokens = VisionTokens(projected=feature[None], grid=grid, heads=heads, **own)
+            views.append(Views(tokens, [index], torch.arange(len(feature), device=feature.device)[None]))
+            start = stop
+        return Seen([SeenImage(feature) for feature in features], Views.grouped(views))
+
+    @contextlib.contextmanager
+    def _recording(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
+        """Query-key-values of the blocks that are needed, what rotates them, and the merger's input."""
+        if missing := needs - self.offers:
+            raise UserError(f"model: this vision tower cannot record {', '.join(sorted(missing))}")
+        visual = self.model.model.visual
+        last, blocks = len(visual.blocks) - 1, {}
+        if needs & {"keys", "last_keys"}:
+            blocks["last"] = last
+        if needs & ATTENTION - {"middle_attention_received"}:
+            blocks["full"] = self._full[-1]
+        if "middle_attention_received" in needs:
+            middle = max(round(len(visual.blocks) * MIDDLE), 1) - 1
+            blocks["middle"] = min(self._full, key=lambda index: (abs(index - middle), index))
+        outputs = [(visual.blocks[at].attn.qkv, name) for name, at in blocks.items()]
+        inputs = {visual.merger.mlp: "patches"} if "patches" in needs else {}
+        with recorded(outputs, inputs, {visual.blocks[last].attn: "call"}) as seen:
+            yield seen
+
+    def _fields(self, seen: Mapping[str, Any], needs: frozenset[str], grids: Tensor) -> dict[str, Tensor]:
+        """Fields [M, ...] of the M tokens of all images, in raster order."""
+        from transformers.vision_utils import get_vision_window_index
+
+        visual, heads = self.model.model.visual, self.model.config.vision_config.num_heads
+        window, _ = get_vision_window_index(grids, self._merge, visual.window_size, visual.patch_size)
+        raster = window.argsort()  # the tower works window by window
+        sizes = grids.prod(dim=-1).tolist()
+
+        def merged(values: Tensor) -> Tensor:
+            return values.unflatten(0, (-1, self._merge**2)).mean(dim=1)[raster]
+
+        def attention(name: str, heads: int) -> Tensor:
+            query, key, _ = seen[name].unflatten(-1, (3, -1)).unbind(dim=1)
+            query, key = (_rotated(x, seen["call"]["position_embeddings"], visual.blocks[0].attn) for x in (query, key))
+            images = zip(query.split(sizes), key.split(sizes), strict=True)
+            return merged(torch.cat([_received(q, k, heads) for q, k in images]))
+
+        found = {}
+        if "patches" in needs:
+            found["patches"] = seen["patches"][raster]
+        for name in needs & {"keys", "last_keys"}:
+            found[name] = merged(seen["last"].unflatten(-1, (3, -1))[:, 1])
+        for name in needs & {"attention_received", "cls_attention"}:
+            found[name] = attention("full", heads)
+        if "last_cls_attention" in needs:
+            found["last_cls_attention"] = attention("full", 1)
+        if "middle_attention_received" in needs:
+            found["middle_attention_received"] = attention("middle", heads)
+        return found
+
+    @classmethod
+    def tiny(cls) -> tuple[Any, dict[str, Any]]:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        vision = {
+            "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 48,
+            "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1, 3], "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "in_channels": 3,
+        }  # fmt: skip
+        text = {
+            "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+        }  # fmt: skip
+        config = Qwen2_5_VLConfig(
+            vision_config=vision, text_config=text, image_token_id=3, video_token_id=4, vision_start_token_id=5,
+            vision_end_token_id=6,
+        )  # fmt: skip
+        model = Qwen2_5_VLForConditionalGeneration(config).eval()
+        ids = torch.tensor([[1, 9, 5, *[3] * 20, 6, 8, 7]])  # 8 x 10 patches, so 4 x 5 tokens
+        return model, {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 3).long(),
+            "pixel_values": torch.rand(80, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 8, 10]]),
+        }  # fmt: skip
+
+
+def _rotated(values: Tensor, rotation: tuple[Tensor, Tensor], attention: Any) -> Tensor:
+    """[P, C] queries or keys with the positions in them that the block's attention puts there. Float32."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+    wide = values.float().unflatten(-1, (attention.num_heads, -1))
+    return apply_rotary_pos_emb_vision(wide, wide, *rotation)[0].flatten(1)
+
+
+def _received(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """[P]: what each patch of one image gets of attention, mean over heads and queries, a part of these at a time."""
+    total = keys.new_zeros(len(keys))
+    for part in queries.split(QUERIES):
+        total += received(part[None], keys[None], heads)[0] * len(part)
+    return total / len(queries)

@@ -1,0 +1,134 @@
+"""Folders of runs made without a model: questions in a file, and for each run answers, scores and a record."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from leaderboard_records import IMG, NOTE, SCRIPT_END
+from PIL import Image
+
+from qapbench.analysis.score import tally
+from qapbench.receipt import Receipt
+from qapbench.run.record import labels
+from qapbench.run.tasks import LoadedTask, load_task
+from qapbench.spec import RunSpec, TaskSpec
+
+QUESTIONS, TOKENS, KEEP = 40, 16, 5
+W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
+FIRST = ("full", "dense", "semantic", "combined", "l2")
+
+
+def write_questions(path: Path, hostile: bool = False) -> Path:
+    """Half with an image; subjects and grades known throughout."""
+    rows = []
+    for index in range(QUESTIONS):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(index).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        rows.append(
+            {
+                "pid": f"q{index}{IMG if hostile else ''}",
+                "image": {"bytes": buffer.getvalue(), "path": None} if index % 2 == 0 else None,
+                "question": SCRIPT_END if hostile else f"What is number {index}?",
+                "choices": [IMG, SCRIPT_END] if hostile else ["cat", "dog"],
+                "answer": index % 2 if index % 4 < 2 else (index + 1) % 2,
+                "hint": "a context" if index % 3 else "",
+                "subject": ["natural science", "social science", "language science"][index % 3],
+                "grade": f"grade{1 + index % 12}",
+            }
+        )
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def write_runs(folder: Path, data: Path, names: Sequence[str] = FIRST, moved: bool = False) -> list[dict[str, Any]]:
+    """A run for each name; `moved`: the answers to questions without images move with the pruning."""
+    task = load_task(TaskSpec(name="scienceqa", data=str(data)))
+    return [_write(folder, task, str(data), name, moved) for name in names]
+
+
+def spec_of(data: str, name: str) -> RunSpec:
+    prune: dict[str, Any] | None = None
+    if name not in ("full", "dense"):
+        metric = None if name == "semantic" else name
+        prune = {"method": "cdpruner", "keep": KEEP, "sensitivity": metric}
+    quantize = None if name == "full" else W4A4
+    task = {"name": "scienceqa", "data": data}
+    return RunSpec.parse({"name": name, "model": "tiny", "task": task, "quantize": quantize, "prune": prune})
+
+
+def _write(folder: Path, task: LoadedTask, data: str, name: str, moved: bool) -> dict[str, Any]:
+    spec = spec_of(data, name)
+    content = {"model": "m" * 64, "data": task.fingerprint, "precision": "float32 on cpu"}
+    run_id = spec.digest(content, task.asked)
+    answers, scored, receipt = [], [], Receipt()
+    for doc, question in enumerate(task.ids):
+        row = task.docs[doc]
+        own = name if row["image"] is not None or moved else str(bool(spec.quantize))
+        draw = random.Random(f"{own} {doc}")
+        right = draw.random() < 0.7
+        best = row["answer"] if right else 1 - row["answer"]
+        outputs = [[-0.1 if choice == best else -2.0, choice == best] for choice in range(2)]
+        answer = {"task": "scienceqa", "doc": doc, "id": question, "answer": "AB"[best], "outputs": outputs}
+        if row["image"] is not None:
+            image: dict[str, Any] = {"available": TOKENS}
+            if spec.prune:
+                image |= {"kept": sorted(draw.sample(range(TOKENS), KEEP)), "merged": 0}
+            answer["images"] = [image]
+        answers.append(answer)
+        scored.append(
+            {"id": question, "doc": doc, "metrics": task.task.process_results(row, list(map(tuple, outputs)))}
+        )
+    receipt.recount([image for answer in answers for image in answer.get("images", [])])
+    linear = {
+        "name": "layers.0",
+        "part": "language",
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "calls": 9,
+        "planned": True,
+    }
+    record = {
+        "schema": 1, "run_id": run_id, "text_key": "t", "name": name, "created": f"2026-11-0{1 + len(name)}T19:00:00Z",
+        "spec": spec.model_dump(mode="json"), "labels": labels(spec),
+        "scores": tally((line["metrics"] for line in scored), task.columns, task.unavailable).to_json(),
+        "tokens": receipt.tokens,
+        "receipt": {"summary": "rtn: W4A4", "linears": [linear] if spec.quantize else [], "fallbacks": []},
+        "environment": {"torch": "2.13.0"}, "fingerprints": content, "timing": {"seconds": 1.0}, "notes": [NOTE],
+    }  # fmt: skip
+    place = folder / run_id
+    place.mkdir(parents=True)
+    (place / "record.json").write_text(json.dumps(record))
+    for file, lines in (("answers.jsonl", answers), ("scored.jsonl", scored)):
+        (place / file).write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    return record
+
+
+def write_study(folder: Path, hostile: bool = False) -> dict[str, Any]:
+    """A study's summary, as `qapbench study sensitivity` leaves it."""
+    word = SCRIPT_END + IMG if hostile else "l2"
+    correlation = {"rho": 0.25, "low": 0.1, "high": 0.4, "n": 12}
+    none = {"rho": None, "low": None, "high": None, "n": 0}
+    targets = ("answer", "error", "full")
+    summary = {
+        "schema_version": 1, "study": "sensitivity", "id": "a" * 16, "name": word if hostile else "tiny rtn W4A4",
+        "created": "2026-11-22T19:00:00Z", "model": word, "task": word, "quantization": word, "spec": {},
+        "questions": 12, "sample": 12, "units": 192, "block": 1, "changed": 0.1,
+        "targets": dict.fromkeys(targets, word),
+        "predictors": [
+            {"name": word, "kind": "metric", "correlations": dict.fromkeys(targets, correlation)},
+            {"name": "cdpruner", "kind": "relevance", "correlations": dict.fromkeys(targets, none)},
+        ],
+        "fingerprints": {}, "environment": {}, "timing": {"seconds": 1.0}, "notes": [NOTE],
+    }  # fmt: skip
+    place = folder / f"study-{summary['id']}"
+    place.mkdir(parents=True)
+    (place / "study.json").write_text(json.dumps(summary))
+    return summary

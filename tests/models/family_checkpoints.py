@@ -1,0 +1,108 @@
+"""One small random checkpoint of each family in its real folder layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llava_checkpoints import make_tokenizer
+from PIL import Image
+from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+from qapbench.models.family import families, images_only
+
+TILE = {"height": 32, "width": 32}
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+PICTURE = {
+    "internvl": "<IMG_CONTEXT>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+}  # fmt: skip
+SIZES = [(64, 32), (30, 60), (50, 34), (32, 32)]  # width, height: two tiles, padding, four tiles, ...
+
+
+def template(image: str) -> str:
+    return (
+        "{% for m in messages %}USER: {% for c in m['content'] if c['type'] == 'image' %}" + image + "\n{% endfor %}"
+        "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %} {% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+
+
+def tokenizer_with(**special: str) -> Any:
+    """The tests' tokenizer with named special tokens of a family's own."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer()._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        padding_side="left", extra_special_tokens=special, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def save_family(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
+    """The family's tiny model with a vocabulary of its own, and its processor."""
+    torch.manual_seed(seed)
+    tiny, _ = families()[name].tiny()
+    processor = PROCESSORS[name](tiny.config)
+    tokenizer = processor.tokenizer
+    tiny.config.text_config.vocab_size = len(tokenizer)
+    tiny.config.text_config.initializer_range = 0.15
+    tiny.config.image_token_id = processor.image_token_id
+    for key, value in config.items():
+        setattr(tiny.config, key, value)
+    model = type(tiny)(tiny.config)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _llava_next(config: Any) -> Any:
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=TILE, image_grid_pinpoints=PINPOINTS)
+    return images_only("LlavaNextProcessor")(
+        image_processor=images, tokenizer=make_tokenizer(), patch_size=8, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template("<image>"),
+    )  # fmt: skip
+
+
+def _llava_onevision(config: Any) -> Any:
+    images = LlavaOnevisionImageProcessorPil(size=TILE, image_grid_pinpoints=PINPOINTS)
+    return images_only("LlavaOnevisionProcessor")(
+        image_processor=images, tokenizer=make_tokenizer(), num_image_tokens=16, vision_feature_select_strategy="full",
+        chat_template=template("<image>"),
+    )  # fmt: skip
+
+
+def _qwen(config: Any) -> Any:
+    tokenizer = tokenizer_with(
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>", image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+    )  # fmt: skip
+    images = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 64 * 64}
+    )
+    config.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    config.vision_start_token_id = tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    config.vision_end_token_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    return images_only("Qwen2_5_VLProcessor")(
+        image_processor=images, tokenizer=tokenizer, chat_template=template(PICTURE["qwen2_5_vl"])
+    )
+
+
+def _internvl(config: Any) -> Any:
+    tokenizer = tokenizer_with(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
+    )
+    images = GotOcr2ImageProcessorPil(size=TILE, crop_to_patches=True, max_patches=4)
+    return images_only("InternVLProcessor")(
+        image_processor=images, tokenizer=tokenizer, image_seq_length=16, chat_template=template("<IMG_CONTEXT>")
+    )
+
+
+PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "llava_next": _llava_next, "llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen, "internvl": _internvl,
+}  # fmt: skip
+
+
+def picture_of(size: tuple[int, int], seed: int) -> Image.Image:
+    """Width and height, as PIL has them."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)

@@ -1,0 +1,429 @@
+"""Every family from a checkpoint folder: what compression must not change, budgets, positions, what is recorded."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_checkpoints import PICTURE, PROCESSORS, SIZES, picture_of, save_family
+from llava_checkpoints import save_clip
+
+from qapbench import RunSpec, UserError, compress, pruners
+from qapbench.models import family_of
+from qapbench.models.family import families
+from qapbench.run.loading import load_model
+from qapbench.tokens import per_token
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+each_family = pytest.mark.parametrize("loaded", sorted(PROCESSORS), indirect=True)
+KEEP = 3
+HOLDS = {"llava_next": True, "llava_onevision": True}  # families with new-line tokens
+
+
+@dataclasses.dataclass
+class Loaded:
+    name: str
+    model: Any
+    processor: Any
+
+    def ask(self, questions: list[tuple[str, list[int]]]) -> dict[str, Any]:
+        """Inputs of questions, each with pictures by their number, marked by # in the text."""
+        texts = [text.replace("#", PICTURE.get(self.name, "<image>")) for text, _ in questions]
+        images = [picture_of(SIZES[number], number) for _, numbers in questions for number in numbers]
+        return dict(self.processor(text=texts, images=images or None, return_tensors="pt", padding=True))
+
+    @property
+    def one(self) -> dict[str, Any]:
+        return self.ask([("USER: #\nWhat is this? ASSISTANT:", [2])])
+
+    @property
+    def mixed(self) -> dict[str, Any]:
+        return self.ask(MIXED)
+
+
+MIXED = [
+    ("USER: #\nWhat is this? ASSISTANT:", [0]),
+    ("USER: Where does the red fox live? ASSISTANT:", []),
+    ("USER: #\nWhere does # the red fox live? ASSISTANT:", [2, 1]),
+    ("USER: #\nA. cat B. dog ASSISTANT:", [3]),
+]
+ASKED = ["What is this?", "Where?", "Where does the red fox live?", "cat dog"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    found = {}
+    for name in PROCESSORS:
+        folder = save_family(name, tmp_path_factory.mktemp(name))
+        spec = RunSpec.parse({"model": str(folder), "task": "diagramqa"})
+        found[name] = Loaded(name, *load_model(spec, torch.device("cpu")))
+    return found
+
+
+@pytest.fixture
+def loaded(request: Any, folders: dict[str, Loaded]) -> Loaded:
+    return folders[request.param]
+
+
+def prune(method: str = "attention", keep: int = KEEP, **more: Any) -> dict[str, Any]:
+    return {"prune": {"method": method, "keep": keep, **more}}
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
+    return model(**inputs, **more).logits
+
+
+@torch.no_grad()
+def written(model: Any, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=5, do_sample=False, **more)
+
+
+def test_every_family_is_tested_from_a_folder() -> None:
+    assert set(PROCESSORS) | {"llava"} == set(families())
+
+
+@each_family
+def test_an_empty_spec_is_the_hugging_face_path(loaded: Loaded) -> None:
+    inputs = loaded.mixed
+    plain, text = logits(loaded.model, inputs), written(loaded.model, inputs)
+    with compress(loaded.model, {}):
+        assert torch.equal(logits(loaded.model, inputs), plain)
+        assert torch.equal(written(loaded.model, inputs), text)
+    assert torch.equal(logits(loaded.model, inputs), plain)
+
+
+@each_family
+@pytest.mark.parametrize("method", pruners.names())
+def test_keeping_everything_changes_nothing(method: str, loaded: Loaded) -> None:
+    """Also what pruners see is complete: their tokens, put together again, are the model's own."""
+    inputs = loaded.one
+    plain, text = logits(loaded.model, inputs), written(loaded.model, inputs)
+    with compress(loaded.model, prune(method, 10_000, per="image")) as receipt:
+        assert torch.equal(logits(loaded.model, inputs), plain)
+        assert torch.equal(written(loaded.model, inputs), text)
+    tokens = receipt.tokens
+    assert (
+        tokens["mean"] + tokens.get("separators", 0)
+        == (inputs["input_ids"] == loaded.model.config.image_token_id).sum()
+    )
+
+
+@each_family
+@pytest.mark.parametrize("method", pruners.names())
+def test_every_pruner_in_a_batch_with_padding_and_several_images(method: str, loaded: Loaded) -> None:
+    inputs = loaded.mixed
+    with compress(loaded.model, prune(method, sensitivity="combined")) as receipt:
+        out = written(loaded.model, inputs, relevance_text=ASKED)
+        last = logits(loaded.model, inputs, relevance_text=ASKED)[:, -1]
+    longest = inputs["input_ids"].shape[1]
+    assert torch.equal(out[:, :longest], inputs["input_ids"])
+    assert out.shape[1] <= longest + 5
+    assert torch.isfinite(last).all()
+    seen = family_of(loaded.model).look(inputs, frozenset())
+    views = [sum(group.owners.count(image) for group in seen.views) for image in range(4)]
+    assert receipt.latest is not None
+    assert [len(image.indices) + image.merged for image in receipt.latest] == [KEEP * count for count in views]
+    assert receipt.tokens["images"] == 8
+    assert receipt.tokens["mean"] == KEEP * sum(views) / 4
+
+
+@each_family
+@pytest.mark.parametrize("spec", [prune("cdpruner", sensitivity="combined"), prune("visionzip", 4), prune("divprune")])
+def test_a_batch_answers_as_its_rows_alone(spec: dict[str, Any], loaded: Loaded) -> None:
+    inputs = loaded.mixed
+    start, asked = inputs["input_ids"].shape[1], iter(ASKED)
+    with compress(loaded.model, spec):
+        together = written(loaded.model, inputs, relevance_text=ASKED)[:, start:]
+        for row, question in enumerate(MIXED):
+            alone = loaded.ask([question])
+            more = {"relevance_text": [next(asked) for _ in question[1]]} if question[1] else {}
+            single = written(loaded.model, alone, **more)[:, alone["input_ids"].shape[1] :]
+            width = min(single.shape[1], together.shape[1])
+            assert torch.equal(together[row, :width], single[0, :width])
+
+
+@each_family
+def test_a_budget_of_the_whole_image(loaded: Loaded) -> None:
+    """Split over its views in proportion, exactly; an image that has fewer keeps them all."""
+    inputs = loaded.mixed
+    for keep in (1, 7, 20):
+        with compress(loaded.model, prune("attention", keep, per="image")) as receipt:
+            logits(loaded.model, inputs)
+        assert receipt.latest is not None
+        assert [len(image.indices) for image in receipt.latest] == [min(keep, i.available) for i in receipt.latest]
+
+
+@each_family
+@pytest.mark.parametrize("positions", ["compact", "keep"])
+def test_pruned_logits_equal_spliced_embeddings(positions: str, loaded: Loaded) -> None:
+    """The oracle: Hugging Face's own embeddings and positions with the dropped columns taken out by hand."""
+    model, inputs = loaded.model, loaded.one
+    with compress(model, prune("attention", positions=positions)) as receipt:
+        pruned = logits(model, inputs)
+    (image,) = receipt.latest or []
+    caught: dict[str, torch.Tensor] = {}
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: caught.update(embeds=kwargs["inputs_embeds"], positions=kwargs["position_ids"]),
+        with_kwargs=True,
+    )
+    logits(model, inputs)
+    handle.remove()
+    spot = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+    stays[spot] = False
+    stays[spot[image.places]] = True
+    if loaded.name == "qwen2_5_vl":  # three dimensions, which are kept in either case
+        where = caught["positions"][-3:, :, stays]
+        assert where[1].unique().numel() < where.shape[-1], "height repeats along a row"
+    else:
+        where = (stays.nonzero()[:, 0] if positions == "keep" else torch.arange(int(stays.sum())))[None]
+    with torch.no_grad():
+        hidden = model.model.language_model(
+            inputs_embeds=caught["embeds"][:, stays], position_ids=where,
+            attention_mask=torch.ones(1, int(stays.sum()), dtype=torch.long),
+        ).last_hidden_state  # fmt: skip
+        torch.testing.assert_close(pruned, model.lm_head(hidden), rtol=1e-4, atol=1e-4)
+
+
+@each_family
+def test_the_best_of_every_view_are_kept(loaded: Loaded) -> None:
+    """Which places are kept, found here one view at a time from what the family records."""
+    inputs = loaded.ask([("USER: #\nWhere does # fox live? ASSISTANT:", [2, 0])])
+    seen = family_of(loaded.model).look(inputs, frozenset({"cls_attention"}))
+    expected: list[list[int]] = [[], []]
+    for group in seen.views:
+        assert group.tokens.cls_attention is not None
+        for scores, places, owner in zip(group.tokens.cls_attention, group.places, group.owners, strict=True):
+            expected[owner] += places[scores.topk(KEEP).indices].tolist()
+    with compress(loaded.model, prune("attention")) as receipt:
+        logits(loaded.model, inputs)
+    assert receipt.latest is not None
+    assert [image.indices.tolist() for image in receipt.latest] == [sorted(places) for places in expected]
+
+
+@each_family
+def test_views_hold_every_token_once_and_project_to_it(loaded: Loaded) -> None:
+    """Places, raster order and the projector's input agree with the features that the model itself makes."""
+    inputs, family = loaded.mixed, family_of(loaded.model)
+    seen = family.look(inputs, family.offers)
+    places: list[list[int]] = [[] for _ in seen.images]
+    for group in seen.views:
+        grid = group.tokens.grid
+        assert grid is not None
+        assert grid[0] * grid[1] == group.tokens.count
+        assert group.tokens.patches is not None
+        torch.testing.assert_close(family.project(group.tokens.patches), group.tokens.projected)
+        for projected, where, owner in zip(group.tokens.projected, group.places, group.owners, strict=True):
+            assert torch.equal(seen.images[owner].features[where], projected)
+            places[owner] += where.tolist()
+            columns = where.view(grid)
+            assert (columns.diff(dim=0) > 0).all(), "rows run downwards"
+            assert (columns.diff(dim=1) == 1).all(), "and along the row one by one"
+    for image, found in zip(seen.images, places, strict=True):
+        whole = torch.arange(len(image.features))
+        expected = whole if image.separators is None else whole[~image.separators]
+        assert sorted(found) == expected.tolist()
+    recorded = {name for name in per_token() if getattr(seen.views[0].tokens, name) is not None}
+    assert recorded | {"grid", "image_ids"} == family.offers - {"cls_token"} | {"projected"}
+
+
+@pytest.mark.parametrize("loaded", sorted(HOLDS), indirect=True)
+def test_a_new_line_stays_while_its_row_lives(loaded: Loaded) -> None:
+    """Two tiles side by side: 16 tokens of the whole, then four lines of 8 and a new line each."""
+    inputs = loaded.ask([("USER: #\nWhat? ASSISTANT:", [0])])
+    for keep in (1, 2, 4, 16):
+        with compress(loaded.model, prune("attention", keep)) as receipt:
+            logits(loaded.model, inputs)
+        (image,) = receipt.latest or []
+        lines = {(place - 16) // 9 for place in image.indices.tolist() if place >= 16}
+        assert image.separators == len(lines)
+        expected = sorted(image.indices.tolist() + [16 + 9 * line + 8 for line in lines])
+        assert image.places.tolist() == expected
+
+
+def test_padding_has_no_views(folders: dict[str, Loaded]) -> None:
+    """34 x 50 fills 43.5 x 64 of a canvas of 64 x 64 pixels: a line of patches goes above, and one below."""
+    loaded = folders["llava_next"]
+    seen = family_of(loaded.model).look(loaded.one, frozenset())
+    grids = sorted(group.tokens.grid for group in seen.views for _ in group.owners if group.tokens.grid)
+    assert grids == [(3, 4)] * 4 + [(4, 4)]
+
+
+def test_shrunk_patches_belong_to_the_tile_of_their_centre(folders: dict[str, Loaded], tmp_path: Path) -> None:
+    """anyres_max_1 shrinks 6 x 8 patches of the tiles to at most 16."""
+    loaded = folders["llava_onevision"]
+    model, processor = loaded.model, loaded.processor
+    before = model.config.vision_aspect_ratio, processor.vision_aspect_ratio
+    model.config.vision_aspect_ratio = processor.vision_aspect_ratio = "anyres_max_1"
+    try:
+        inputs, family = loaded.one, family_of(model)
+        seen = family.look(inputs, frozenset({"keys", "cls_attention", "patches", "image_ids"}))
+        plain = logits(model, inputs)
+        with compress(model, prune("visionzip", 10_000, per="image")):
+            assert torch.equal(logits(model, inputs), plain)
+        with compress(model, prune("vispruner", 2)) as receipt:
+            assert torch.isfinite(logits(model, inputs)).all()
+    finally:
+        model.config.vision_aspect_ratio, processor.vision_aspect_ratio = before
+    (image,) = seen.images
+    assert image.count == 16 + 3 * 4
+    assert sorted(group.tokens.grid for group in seen.views for _ in group.owners if group.tokens.grid) == [
+        (1, 2), (1, 2), (2, 2), (2, 2), (4, 4),
+    ]  # fmt: skip
+    places = torch.cat([group.places.flatten() for group in seen.views]).sort().values
+    assert image.separators is not None
+    assert torch.equal(places, (~image.separators).nonzero()[:, 0])
+    assert receipt.tokens["mean"] == 5 * 2
+
+
+def test_one_image_among_several_is_a_single_view(folders: dict[str, Loaded]) -> None:
+    """OneVision cuts no tiles where a prompt has several images and the processor is told so."""
+    loaded = folders["llava_onevision"]
+    images = [[picture_of(SIZES[0], 0), picture_of(SIZES[2], 2)]]
+    text = ["USER: <image>\nWhere does <image> live? ASSISTANT:"]
+    inputs = dict(loaded.processor(text=text, images=images, return_tensors="pt", padding=True))
+    plain = logits(loaded.model, inputs)
+    with compress(loaded.model, prune("random", 16)):
+        assert torch.equal(logits(loaded.model, inputs), plain)
+    with compress(loaded.model, prune("hiprune")) as receipt:
+        logits(loaded.model, inputs)
+    assert receipt.latest is not None
+    assert [(len(i.indices), i.separators, i.available) for i in receipt.latest] == [(KEEP, 1, 16)] * 2
+    assert all(image.places.tolist()[-1] == 16 for image in receipt.latest)
+
+
+def test_a_small_image_keeps_all_it_has(folders: dict[str, Loaded]) -> None:
+    loaded = folders["qwen2_5_vl"]
+    with compress(loaded.model, prune("cdpruner", 20)) as receipt:
+        logits(loaded.model, loaded.mixed, relevance_text=ASKED)
+    assert receipt.latest is not None
+    kept = [(len(image.indices), image.available) for image in receipt.latest]
+    assert all(count == min(20, available) for count, available in kept)
+    assert len({available for _, available in kept}) > 1
+    assert (receipt.tokens["min"], receipt.tokens["max"]) == (16, 20)
+
+
+def test_attention_of_qwen_is_what_its_eager_attention_says(folders: dict[str, Loaded]) -> None:
+    """Block 4 of 4 sees whole images; the mean over the four patches of each token, in raster order."""
+    loaded = folders["qwen2_5_vl"]
+    inputs, visual = loaded.one, loaded.model.model.visual
+    needs = frozenset({"attention_received", "keys", "middle_attention_received"})
+    seen = family_of(loaded.model).look(inputs, needs)
+    weights: dict[int, list[torch.Tensor]] = {1: [], 3: []}
+    before = visual.config._attn_implementation
+    visual.set_attn_implementation("eager")
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    eager = modeling.eager_attention_forward
+
+    def caught(module: Any, *args: Any, **kwargs: Any) -> Any:
+        output = eager(module, *args, **kwargs)
+        for block, found in weights.items():
+            if module is visual.blocks[block].attn:
+                found.append(output[1])
+        return output
+
+    modeling.eager_attention_forward = caught
+    try:
+        logits(loaded.model, inputs)
+    finally:
+        modeling.eager_attention_forward = eager
+        visual.set_attn_implementation(before)
+    from transformers.vision_utils import get_vision_window_index
+
+    window, _ = get_vision_window_index(inputs["image_grid_thw"], 2, 16, 4)
+    for block, field in ((3, "attention_received"), (1, "middle_attention_received")):
+        (map_,) = weights[block]
+        received = map_[0].mean(dim=(0, 1)).view(-1, 4).mean(dim=1)
+        expected = torch.empty_like(received)
+        expected[window] = received
+        torch.testing.assert_close(getattr(seen.views[0].tokens, field)[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_of_internvl_is_the_mean_of_four_patches(folders: dict[str, Loaded]) -> None:
+    loaded = folders["internvl"]
+    inputs, tower = loaded.one, loaded.model.model.vision_tower
+    seen = family_of(loaded.model).look(inputs, frozenset({"cls_attention", "keys"}))
+    states: dict[str, torch.Tensor] = {}
+    attention = tower.encoder.layer[-1].attention
+    handles = [
+        getattr(attention, name).register_forward_hook(lambda _, args, out, name=name: states.update({name: out}))
+        for name in ("q_proj", "k_proj")
+    ]
+    with torch.no_grad():
+        tower(inputs["pixel_values"])
+    for handle in handles:
+        handle.remove()
+    query, key = (states[name].unflatten(-1, (4, 8)).transpose(1, 2) for name in ("q_proj", "k_proj"))
+    rows = (query[:, :, :1] @ key.mT / 8**0.5).softmax(dim=-1).mean(dim=1)[:, 0, 1:].view(-1, 8, 8)
+    keys = states["k_proj"][:, 1:].unflatten(1, (8, 8))
+    for row, column in ((0, 0), (0, 3), (2, 1), (3, 3)):
+        corner = (slice(None), slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
+        tokens = seen.views[0].tokens
+        assert tokens.cls_attention is not None
+        assert tokens.keys is not None
+        torch.testing.assert_close(tokens.cls_attention[:, 4 * row + column], rows[corner].mean(dim=(1, 2)))
+        torch.testing.assert_close(tokens.keys[:, 4 * row + column], keys[corner].mean(dim=(1, 2)))
+
+
+def test_attention_of_siglip_is_received_from_all_patches(folders: dict[str, Loaded]) -> None:
+    loaded = folders["llava_onevision"]
+    inputs = loaded.ask([("USER: #\nWhat? ASSISTANT:", [0])])
+    seen = family_of(loaded.model).look(inputs, frozenset({"cls_attention", "attention_received"}))
+    tower = loaded.model.model.vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = tower(inputs["pixel_values"][0], output_attentions=True).attentions[-1]
+    tower.set_attn_implementation(before)
+    tokens = seen.views[0].tokens
+    torch.testing.assert_close(tokens.cls_attention[0], maps[0].mean(dim=(0, 1)), rtol=1e-4, atol=1e-6)
+    assert torch.equal(tokens.cls_attention, tokens.attention_received)
+
+
+def test_stand_ins_are_said(folders: dict[str, Loaded]) -> None:
+    for name in ("qwen2_5_vl", "llava_onevision"):
+        with compress(folders[name].model, prune("visionzip")) as receipt:
+            pass
+        assert [note.partition(":")[0] for note in receipt.fallbacks] == ["cls_attention", "cls_token"]
+        with compress(folders[name].model, prune("hiprune")) as receipt:
+            pass
+        assert receipt.fallbacks == []
+    with compress(folders["internvl"].model, prune("attention")) as receipt:
+        pass
+    assert receipt.fallbacks == []
+
+
+@each_family
+def test_quantizing_reaches_every_part(loaded: Loaded) -> None:
+    formats = {"weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
+    spec = {"quantize": {"method": "rtn", **formats, "scope": ["language", "projector", "vision"]}, **prune()}
+    with compress(loaded.model, spec) as receipt:
+        logits(loaded.model, loaded.one)
+    receipt.check()
+    assert {line.part for line in receipt.linears if line.calls} == {"language", "projector", "vision"}
+
+
+@each_family
+def test_mistakes_are_named(loaded: Loaded, tmp_path: Path) -> None:
+    model, inputs = loaded.model, loaded.one
+    most = family_of(model).view_tokens
+    if most is not None:
+        with pytest.raises(UserError, match=rf"keep={most + 1} is out of range"), compress(model, prune(keep=most + 1)):
+            logits(model, inputs)
+    with pytest.raises(UserError, match="image placeholders"), compress(model, prune()):
+        logits(model, {**inputs, "input_ids": inputs["input_ids"].clamp(max=3)})
+    merging = compress(model, prune("prumerge", positions="keep"))
+    with pytest.raises(UserError, match="no place for the tokens that prumerge merges"), merging:
+        logits(model, inputs)
+    with pytest.raises(UserError, match="videos cannot be pruned"), compress(model, prune()):
+        model(**inputs, pixel_values_videos=torch.zeros(1))
+    if loaded.name != "llava_next":
+        clip = save_clip(tmp_path / "clip")
+        with pytest.raises(UserError, match="no CLIP's"), compress(model, prune("cdpruner"), text_tower=str(clip)):
+            pass
+    for needed in family_of(model).image_inputs[1:2]:
+        with pytest.raises(UserError, match=f"{needed}: needed"), compress(model, prune()):
+            logits(model, {key: value for key, value in inputs.items() if key != needed})
