@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qapbench import UserError
-from qapbench.analysis.paired import Comparison, Scored, compare
+from qapbench.analysis.paired import OVERALL, Scored, flipped
 from qapbench.analysis.pictures import data_uri, grid_of, seen_image
 from qapbench.checkpoints import find_checkpoint
 from qapbench.run.tasks import LoadedTask, load_task, own_tasks
@@ -46,28 +46,29 @@ class Flips:
 def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
     """The flips of every row that has a reference, within the page's bounds."""
     found = Flips()
-    pairs: dict[int, tuple[Scored, Scored, Comparison]] = {}
+    pairs: dict[int, tuple[Scored, Scored, dict[str, list[str]]]] = {}
     for index, row in enumerate(rows):
         against = next((row.against[kind] for kind in SHOWN if kind in row.against), None)
         one, other = (scored[against.row], scored[index]) if against else (None, None)
         if one and other:
-            pairs[index] = one, other, compare(one, other)
+            gained, lost = flipped(one, other, other.columns[OVERALL])
+            pairs[index] = one, other, {"gained": gained, "lost": lost}
     if not pairs:
         return found
     sources = _Sources(found.missing)
-    often = Counter(q for _, _, c in pairs.values() for q in (*c.gained, *c.lost))
+    often = Counter(q for _, _, directions in pairs.values() for ids in directions.values() for q in ids)
     stored: dict[str, dict[str, Any]] = {}
-    for index, (one, other, comparison) in pairs.items():
+    for index, (one, other, directions) in pairs.items():
         answers = [stored.setdefault(run.record["run_id"], run.answers()) for run in (one, other)]
         drawn: dict[str, Any] = {"against": one.name}
-        for direction, ids in (("gained", comparison.gained), ("lost", comparison.lost)):
+        for direction, ids in directions.items():
             # Images first, then what many rows flip: its image is on the page once.
             ids = sorted(ids, key=lambda q: (not _images(answers[1], q), -often[q], q))
             drawn[direction] = {"count": len(ids), "shown": []}
             for question in ids[:EACH]:
                 key = sources.add(other, question, found.questions)
                 if key:
-                    sides = [_side(side.get(question)) for side in answers]
+                    sides = [_side(side.get(question), found.questions[key]["square"]) for side in answers]
                     drawn[direction]["shown"].append({"question": key, "sides": sides})
         found.rows[index] = drawn
     return found
@@ -77,8 +78,12 @@ def _images(answers: dict[str, Any], question: str) -> list[Any]:
     return sequence(mapping(answers.get(question)).get("images"))
 
 
-def _side(answer: Any) -> dict[str, Any]:
-    """One run's answer to a question: its text and which tokens of the (first) image it kept; null for all."""
+def _side(answer: Any, square: bool) -> dict[str, Any]:
+    """One run's answer to a question: its text and which tokens of the (first) image it kept; null for all.
+
+    Args:
+        square: whether the image is; only then is the grid of its tokens known.
+    """
     answer = mapping(answer)
     image = mapping(next(iter(sequence(answer.get("images"))), None))
     given = image.get("available")
@@ -88,7 +93,7 @@ def _side(answer: Any) -> dict[str, Any]:
     merged = image.get("merged")
     return {
         "answer": text(answer.get("answer")),
-        "grid": grid_of(available),
+        "grid": grid_of(available) if square else None,
         "kept": kept if valid else None,
         "merged": merged if isinstance(merged, int) else 0,
     }
@@ -116,15 +121,15 @@ class _Sources:
             return None
         task, places = source
         doc = task.docs[places[question]]
-        shown: dict[str, Any] = {"id": question, "image": None}
+        shown: dict[str, Any] = {"id": question, "image": None, "square": False}
         shown["text"] = text(doc.get("question") or doc.get("text"))
         shown["hint"] = text(doc.get("hint"))
         shown["choices"] = [text(choice) for choice in sequence(doc.get("choices"))]
         shown["truth"] = text(doc.get("letter"))
         if doc.get("image") is not None:
             try:
-                picture = doc["image"].load()
-                shown["image"] = data_uri(seen_image(picture, self._processor(text(run.record["spec"].get("model")))))
+                picture = seen_image(doc["image"].load(), self._processor(text(run.record["spec"].get("model"))))
+                shown["image"], shown["square"] = data_uri(picture), picture.width == picture.height
             except UserError as error:
                 self._miss(f"an image cannot be read: {error}")
         questions[key] = shown

@@ -20,6 +20,7 @@ from .errors import UserError, nearest
 
 if TYPE_CHECKING:
     from .run.engine import Engine
+    from .run.plan import Planned
     from .spec import RunSpec
 
 WIDE = 200  # characters of a table that is not printed to a terminal
@@ -46,8 +47,11 @@ def run(
     runs: RunsOption = Path("runs"),
     fresh: Annotated[bool, typer.Option(help="Make every run anew; earlier results are set aside.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
-    engine: Annotated[Literal["local"], typer.Option(help="Where runs are made.")] = "local",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions a forward pass.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A subset first; rows out of reach there stop, marked.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions; one a GPU.")] = 1,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where workers run.")] = "local",
+    spill: Annotated[bool, typer.Option("--spill", help="Let image features wait on disk, not in memory.")] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let a checkpoint run its own Python code.")] = False,
     page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,
@@ -61,14 +65,19 @@ def run(
     if target.suffix not in (".html", ".htm"):
         raise UserError(f"--out {target}: the page is an .html file")
     bars = _Progress()
-    making = Engine(runs, batch_size, device, trust_remote_code, bars.report)
+    making = Engine(
+        runs, batch_size, device, trust_remote_code, bars.report, workers=workers, engine=engine, spill=spill
+    )
     specs = load_spec(spec, changes or (), making.check)
     if dry_run:
-        out.print(_plan_table(specs, making))
+        plans = _plans(specs, making)
+        out.print(_plan_table(plans))
+        for line in making.shared([plan for _, plan in plans if not isinstance(plan, UserError)]).lines:
+            out.print(line, highlight=False)
         return
     try:
         with bars:
-            records = [making.run(one, fresh) for one in specs]
+            records = making.run(specs, fresh, fast)
     except KeyboardInterrupt:
         err.print("stopped; the same command goes on from here", highlight=False)
         raise typer.Exit(130) from None
@@ -245,7 +254,7 @@ def study_sensitivity(
     runs: RunsOption = Path("runs"),
     sample: Annotated[int, typer.Option(min=2, help="Questions with an image, drawn by the spec's seed.")] = 50,
     block: Annotated[int, typer.Option(min=1, help="Leave out squares of this side, in tokens.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Omissions a forward pass.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Omissions a forward pass.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let a checkpoint run its own Python code.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -331,18 +340,27 @@ def _write_page(records: list[dict[str, Any]], page: Path, title: str, runs: Pat
     out.print(f"Leaderboard: {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
 
 
-def _plan_table(specs: list[RunSpec], engine: Engine) -> Table:
+def _plans(specs: list[RunSpec], engine: Engine) -> list[tuple[RunSpec, Planned | UserError]]:
+    """What each run would take up, or why that cannot be said."""
+    plans: list[tuple[RunSpec, Planned | UserError]] = []
+    for spec in specs:
+        try:
+            plans.append((spec, engine.plan(spec, fetch=False)))
+        except UserError as error:
+            plans.append((spec, error))
+    return plans
+
+
+def _plan_table(plans: list[tuple[RunSpec, Planned | UserError]]) -> Table:
     table = Table(title="Plan", title_justify="left")
     for column in ("run", "id", "state"):
         table.add_column(column)
     table.add_column("answered", justify="right")
-    for spec in specs:
-        try:
-            planned = engine.plan(spec, fetch=False)
-        except UserError as error:
-            table.add_row(escape(spec.name), "–", escape(error.problems[0].message), "")
-            continue
-        table.add_row(escape(spec.name), planned.id, planned.state, f"{planned.answered} of {planned.total}")
+    for spec, plan in plans:
+        if isinstance(plan, UserError):
+            table.add_row(escape(spec.name), "–", escape(plan.problems[0].message), "")
+        else:
+            table.add_row(escape(spec.name), plan.id, plan.state, f"{plan.answered} of {plan.total}")
     return table
 
 

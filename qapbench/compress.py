@@ -58,7 +58,7 @@ def compress(
     receipt = Receipt()
     with contextlib.ExitStack() as stack:
         # Calibration may prune as the runs do; what it prunes is not counted among them.
-        pruned = _pruned_calls(family, prune, receipt, processor, text_tower, owner) if prune else None
+        pruned = pruned_calls(family, prune, receipt, processor, text_tower, owner) if prune else None
         if quantize:
             aside = dataclasses.replace(pruned, receipt=Receipt()) if pruned else None
             stack.enter_context(_quantized(family, quantize, receipt, calibration, aside))
@@ -120,8 +120,10 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: PrunedC
         if not given:
             raise UserError(f"quantize.method: {spec.method} needs calibration samples; give `calibration=[...]`")
         given = CalibrationSamples(list(given))
-    shorten = None
-    if spec.calibration.pruned:
+    if not spec.calibration.pruned:
+        return Calibration(family.model, given, family)
+    shorten = given.shorten
+    if shorten is None:
         if pruned is None:
             raise UserError("quantize.calibration.pruned: there is no `prune` section to prune with")
         shorten = pruned.shorten
@@ -144,9 +146,18 @@ def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> 
     return look
 
 
-def _pruned_calls(
-    family: Family, spec: PruneSpec, receipt: Receipt, processor: Any, tower: TextTower | str | None, owner: str | None
-) -> PrunedCalls:
+def pruned_calls(
+    family: Family, spec: PruneSpec, receipt: Receipt, processor: Any = None, tower: TextTower | str | None = None,
+    owner: str | None = None,
+) -> PrunedCalls:  # fmt: skip
+    """The pruning of one spec, ready to shorten prompts of this model, but not installed on it.
+
+    Args:
+        tower: text tower as `compress` takes it; owner: the one that the spec names.
+
+    Raises:
+        UserError: the method needs what this model does not offer.
+    """
     receipt.pruning = spec.label
     pruner = pruners.create(spec.method.name, **spec.method.params)
     if missing := pruner.needs - pruner.optional - family.offers - QuestionReader.FIELDS:
@@ -157,7 +168,7 @@ def _pruned_calls(
         receipt.fall_back(f"{name}: {family.stand_ins[name]}")
     for name in sorted(pruner.optional - family.offers - QuestionReader.FIELDS):
         receipt.fall_back(f"{name}: this model has none, and {spec.method} does without")
-    joint = _joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
+    joint = joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
     reader = QuestionReader(pruner.needs, joint, family.model.get_input_embeddings())
     if reader.needs_text and processor is None:
         processor = _own_tokenizer(family)
@@ -165,7 +176,7 @@ def _pruned_calls(
     return PrunedCalls(family, spec, pruner, sensitivity, reader, receipt, processor)
 
 
-def _joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
+def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
     """The text tower; None, noted in the receipt, where relevance falls back on the language model."""
     if family.clip_width is None:
         if named is not None:

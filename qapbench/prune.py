@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -15,17 +15,66 @@ from torch import Tensor
 
 from .errors import UserError
 from .models import Family
-from .models.relevance import QuestionReader
+from .models.relevance import QuestionReader, recalled
 from .models.views import Seen
 from .receipt import Receipt
 from .spec import PruneSpec
-from .splice import Part, budgets, detached, gather_columns, image_columns, kept_columns, splice
+from .splice import KeptImage, Part, budgets, detached, gather_columns, image_columns, kept_columns, splice
 from .strategy import Metric, Pruner, fusions
 from .tokens import Selection, VisionTokens
 
 # Inputs as long as the prompt, beyond ids, mask and positions, and what pads them; the loss skips -100.
 PER_TOKEN = {"labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}
 VIDEO = "pixel_values_videos"
+
+
+@dataclasses.dataclass
+class Memo:
+    """What several selections for one prompt have in common, so that it is computed once.
+
+    Attributes:
+        image: what depends on the images alone.
+        question: what depends on the prompt too.
+    """
+
+    image: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    question: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def of(self, views: Hashable) -> Memo:
+        """The part that concerns some of the views."""
+        return Memo(self.image.setdefault(views, {}), self.question.setdefault(views, {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What the language model gets of a prompt with images.
+
+    Attributes:
+        inputs: keywords of the call without the images; a placeholder for each of `features`' tokens.
+        features: one [K, D] an image.
+        images: as stored beside an answer: `available`, and where it was pruned the indices `kept` and `merged`.
+        chosen: what became of each image; None where nothing was chosen.
+        inside: for what is chosen while the decoder runs: a context that is open meanwhile, and yields what then says
+            `images`. Such a prompt runs alone.
+        tag: what tells it from a prompt with the same inputs and features.
+    """
+
+    inputs: dict[str, Any]
+    features: list[Tensor]
+    images: list[dict[str, Any]]
+    chosen: list[KeptImage] | None = None
+    inside: Callable[[], contextlib.AbstractContextManager[Callable[[], list[dict[str, Any]]]]] | None = None
+    tag: str = ""
+
+
+def whole(prompt: dict[str, Any], seen: Seen, family: Family) -> Shown:
+    """Every token of every image, as without pruning."""
+    inputs = {name: value for name, value in prompt.items() if name not in family.image_inputs}
+    positions = family.positions(prompt)
+    if positions is not None:
+        inputs["position_ids"] = positions
+    features = [image.features for image in seen.images]
+    return Shown(inputs, features, [{"available": image.count} for image in seen.images])
 
 
 @dataclasses.dataclass
@@ -100,56 +149,76 @@ class PrunedCalls:
             raise UserError(f"{VIDEO}: videos cannot be pruned, only images")
         return kwargs.get(self.family.image_inputs[0]) is not None
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the model must record of an image."""
+        return (self.pruner.needs & self.family.offers) | self.reader.visual
+
     def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
         """The call's keywords with pruned placeholders gone and chosen features in place of pixels."""
-        kwargs = dict(kwargs)
-        ids = kwargs.get("input_ids")
-        if ids is None or kwargs.get("inputs_embeds") is not None:
+        if kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
             raise UserError("pruning needs input_ids with image placeholders; inputs_embeds cannot be pruned")
         if kwargs.get("past_key_values") is not None:
             raise UserError("pruning starts at the prompt: call without past_key_values")
-        mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = mask = torch.ones_like(ids) if mask is None else mask
-        placeholders = ids == self.family.image_token
-        seen = self.family.look(kwargs, (self.pruner.needs & self.family.offers) | self.reader.visual)
-        spans = image_columns(placeholders, [len(image.features) for image in seen.images])
-        parts = self._select(seen, ids, mask, placeholders, [row for row, _ in spans], relevance_text)
-        images = [splice(image, own) for image, own in zip(seen.images, parts, strict=True)]
-        for image in images:
+        if kwargs.get("attention_mask") is None:
+            kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+        shown = self.show(kwargs, self.family.look(kwargs, self.needs), relevance_text)
+        self.receipt.latest = shown.chosen
+        for image in shown.chosen or ():
             self.receipt.saw_image(image.available, len(image.indices), image.merged, image.separators)
-        self.receipt.latest = [detached(image) for image in images]
+        return {**shown.inputs, **self.family.encoded(shown.features)}
+
+    def show(
+        self, prompt: dict[str, Any], seen: Seen, relevance_text: list[str] | None = None, memo: Memo | None = None
+    ) -> Shown:
+        """What the language model gets of a prompt and its images.
+
+        Args:
+            prompt: the call's keywords, a mask among them; its pixels are not looked at.
+            seen: its images, at least with the fields of `needs`.
+            relevance_text: one question an image; the prompt is decoded where it is None.
+            memo: what was computed of these images and this prompt for other selections.
+        """
+        ids, mask = prompt["input_ids"], prompt["attention_mask"]
+        placeholders = ids == self.family.image_token
+        spans = image_columns(placeholders, [len(image.features) for image in seen.images])
+        rows = [row for row, _ in spans]
+        parts = self._select(seen, ids, mask, placeholders, rows, relevance_text, Memo() if memo is None else memo)
+        images = [splice(image, own) for image, own in zip(seen.images, parts, strict=True)]
         if self.spec.positions == "keep" and any(image.merged for image in images):
             raise UserError(
                 f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
             )
-        cut = self._cut(kwargs, mask, kept_columns(placeholders, spans, images))
+        cut = self._cut(prompt, mask, kept_columns(placeholders, spans, images))
         for name in self.family.image_inputs:
             cut.pop(name, None)
-        return {**cut, **self.family.encoded([image.features for image in images])}
+        said = [image.to_json() for image in images]
+        return Shown(cut, [image.features for image in images], said, [detached(image) for image in images])
 
     def _select(
         self, seen: Seen, ids: Tensor, mask: Tensor, placeholders: Tensor, rows: list[int],
-        relevance_text: list[str] | None,
+        relevance_text: list[str] | None, memo: Memo,
     ) -> list[list[Part]]:  # fmt: skip
         """For every image, its views after their selections."""
         if relevance_text is not None and len(relevance_text) != len(rows):
             raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(rows)} images")
         parts: list[list[Part]] = [[] for _ in rows]
-        for views, keeps in zip(seen.views, self._budgets(seen), strict=True):
+        for index, (views, keeps) in enumerate(zip(seen.views, self._budgets(seen), strict=True)):
             # Views of one budget are chosen from together; where the question counts, those of one image.
             by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
             for (keep, _), group in itertools.groupby(range(len(by)), key=by.__getitem__):
                 span = list(group)
                 if keep == 0:
                     continue
-                tokens = views.tokens[span[0] : span[-1] + 1]
+                tokens = views.tokens[span[0] : span[-1] + 1].only(self.needs)
+                mine = memo.of((index, span[0], span[-1]))
                 if self.reader.needs:
                     image = views.owners[span[0]]
                     prompt = ids[rows[image]][mask[rows[image]].bool() & ~placeholders[rows[image]]]
                     text = relevance_text[image] if relevance_text else self._decode(prompt)
-                    asked: dict[str, Any] = self.reader.fields(tokens, text, prompt)
+                    asked: dict[str, Any] = self.reader.fields(tokens, text, prompt, mine.image, mine.question)
                     tokens = dataclasses.replace(tokens, **asked)
-                selection = self._choose(tokens, keep)
+                selection = self._choose(tokens, keep, mine)
                 features = self._features(tokens, selection)
                 for view, made, kept in zip(span, features, selection.indices, strict=True):
                     places = views.places[view]
@@ -162,9 +231,15 @@ class PrunedCalls:
             raise UserError(f"keep={self.spec.keep} is out of range: an image has {most} tokens (1..{most})")
         return budgets(seen, self.spec.keep, self.spec.per == "image")
 
-    def _choose(self, tokens: VisionTokens, keep: int) -> Selection:
-        sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
-        return self.pruner.select(tokens, keep, sensitivity, self.fusion)
+    def _choose(self, tokens: VisionTokens, keep: int, memo: Memo) -> Selection:
+        sensitivity, metric = None, self.sensitivity
+        if metric is not None:
+            sensitivity = recalled(memo.image, self.spec.sensitivity, lambda: metric(tokens.projected))
+        relevance = None
+        if keep < tokens.count:  # neither the budget nor the metric enters in what the method calls relevant
+            method = (self.spec.method, id(self.reader.tower))
+            relevance = recalled(memo.question, method, lambda: self.pruner.relevance(tokens))
+        return self.pruner.select(tokens, keep, sensitivity, self.fusion, relevance)
 
     def _decode(self, prompt: Tensor) -> str | None:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)

@@ -80,8 +80,9 @@ class Pruner(abc.ABC):
         """The selection of `keep` tokens (kept + merged) from scores [B, N], not negative; 1 <= keep < N."""
 
     def select(
-        self, tokens: VisionTokens, keep: int, sensitivity: Tensor | None = None, fusion: Fusion | None = None
-    ) -> Selection:
+        self, tokens: VisionTokens, keep: int, sensitivity: Tensor | None = None, fusion: Fusion | None = None,
+        relevance: Tensor | None = None,
+    ) -> Selection:  # fmt: skip
         """Normalise per image, fuse, choose, and enforce the budget.
 
         Args:
@@ -89,6 +90,7 @@ class Pruner(abc.ABC):
             keep: tokens that the language model will see per image, kept and merged together.
             sensitivity: [B, N] from a metric, any scale; None selects by meaning alone.
             fusion: how the two scores become one; the registry's default where None.
+            relevance: what `relevance(tokens)` gave, where it was computed before.
 
         Raises:
             UserError: the budget is out of range, or scores are not finite.
@@ -100,12 +102,14 @@ class Pruner(abc.ABC):
         if keep == tokens.count:
             everything = torch.arange(keep, device=tokens.projected.device)
             return Selection(everything.expand(tokens.batch, keep).contiguous())
-        scores = self.scores(tokens, sensitivity, fusion)
+        scores = self.scores(tokens, sensitivity, fusion, relevance)
         return self._checked(self.choose(tokens, scores, keep), tokens, keep)
 
-    def scores(self, tokens: VisionTokens, sensitivity: Tensor | None, fusion: Fusion | None) -> Tensor:
+    def scores(
+        self, tokens: VisionTokens, sensitivity: Tensor | None, fusion: Fusion | None, relevance: Tensor | None = None
+    ) -> Tensor:
         """[B, N] what `choose` gets: relevance, in [0, 1], fused with sensitivity where there is one."""
-        semantic = self.relevance(tokens)
+        semantic = self.relevance(tokens) if relevance is None else relevance
         given = {"relevance": semantic, "sensitivity": sensitivity}
         ready = {}
         for name, values in given.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -93,6 +94,13 @@ class VisionTokens:
         if value is None:
             raise UserError(f"{reader} needs tokens.{name}, which this model did not record")
         return value
+
+    def only(self, names: Iterable[str]) -> VisionTokens:
+        """The same tokens with those optional fields alone, whatever else was recorded."""
+        kept = copy.copy(self)
+        for name in {*_SHAPES, "image_ids"} - {*names, "projected"}:
+            object.__setattr__(kept, name, None)  # nothing that was checked changes, so nothing is checked again
+        return kept
 
     def take(self, places: Tensor, grid: tuple[int, int] | None = None) -> VisionTokens:
         """The tokens at places [N'] of every image, which form `grid`."""

@@ -187,6 +187,30 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
     return out
 
 
+def fact_losses(
+    decoder: Decoder, ids: Tensor, lengths: Tensor, prefix: Prefix, image: Tensor, stop: int
+) -> dict[str, Any]:
+    """Losses on sentences that are true of an image: of every token, and of the last word of each as said.
+
+    Args:
+        ids: [R, L] rows behind their image's prefix, padded on the right; lengths: [R].
+        stop: id of the full stop.
+    """
+    due = torch.zeros_like(ids, dtype=torch.bool)
+    due[:, :-2] = ids[:, 2:] == stop
+    row, at = due.nonzero().T
+    hidden, seen = decoder.rows(ids, prefix, image, at, row)
+    inside = torch.arange(ids.shape[1] - 1, device=ids.device)[None] < lengths[:, None] - 1
+    logits, target = decoder.head(hidden[:, :-1][inside]), ids[:, 1:][inside]
+    word = ids[row, at + 1]
+    last = due[:, :-1][inside]
+    return {
+        "facts": F.cross_entropy(logits, target),
+        "said": F.cross_entropy(decoder.say(seen["said"][row, at]), word),
+        "told_acc": (logits[last].argmax(-1) == target[last]).float().mean(),
+    }
+
+
 def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:
     """Loss of each kind over the answers of drills, summed, with counts and hits."""
     hidden, seen = decoder.rows(part.ids, None, None, part.at, part.row, part.told if len(part.told) else None)

@@ -70,24 +70,26 @@ function plot(id, traces, layout) {
 
 let visibleRows = data.rows;
 
-function drawCharts() {
-  if (!window.Plotly) return;
-  const column = byId("column").value;
-  drawTokens(column);
-  drawMetrics(column);
-  drawStudy();
+/** What depends on the rows of the table, the column that is chosen and the theme. */
+const figures = () => [drawTokens, drawMetrics, drawHeat, drawStudy];
+
+function drawFigures() {
+  later(...figures());
 }
 
-function startCharts() {
+/** Plotly itself. A hidden tab gets no frames, so nothing is drawn there until it is looked at. */
+function startPlotly() {
   const script = document.createElement("script");
   script.textContent = byId("plotly").textContent; // the same text, so the same hash as the policy allows
   document.head.append(script);
-  drawCharts();
+}
+
+function startCharts() {
   for (const id of ["chart", "metrics"]) {
     byId(id).on("plotly_click", (event) => {
       const index = event.points[0].customdata;
       if (typeof index === "number") openDetails(index);
     });
   }
-  byId("column").addEventListener("change", drawCharts);
+  byId("column").addEventListener("change", drawFigures);
 }

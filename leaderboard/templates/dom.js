@@ -30,6 +30,25 @@ function grid(heads, lines, numeric = []) {
   return make("div", "scroll", make("table", "", make("thead", "", head), make("tbody", "", ...body)));
 }
 
+let pending = 0;
+
+/** Do these one after another, each in a task of its own, so that the page answers in between; the latest call counts. */
+function later(...tasks) {
+  const mine = ++pending;
+  document.documentElement.dataset.drawing = "figures";
+  const next = () => {
+    if (mine !== pending) return;
+    const task = tasks.shift();
+    if (task) {
+      task();
+      setTimeout(next);
+    } else {
+      delete document.documentElement.dataset.drawing;
+    }
+  };
+  requestAnimationFrame(() => setTimeout(next));
+}
+
 /** Fill a select with [value, text] pairs. */
 function fill(select, options) {
   select.replaceChildren(...options.map(([value, text]) => {

@@ -52,7 +52,8 @@ function metricTraces(column) {
   return { traces, metrics, drawn: keys.length < new Set(withMetric.map(seriesOf)).size ? `the first ${SERIES} of ${new Set(withMetric.map(seriesOf)).size} combinations drawn` : "" };
 }
 
-function drawMetrics(column) {
+function drawMetrics() {
+  const column = byId("column").value;
   const { traces, metrics, drawn } = metricTraces(column);
   const { layout, axis, narrow } = baseLayout("metrics", 420);
   layout.xaxis = {

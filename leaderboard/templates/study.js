@@ -36,7 +36,7 @@ function studyTraces(study) {
 
 function drawStudy() {
   const select = byId("study");
-  if (!select || !window.Plotly) return;
+  if (!select) return;
   const study = data.studies[Number(select.value)];
   const unit = study.block === 1 ? "visual token" : `block of ${study.block} × ${study.block} visual tokens`;
   byId("study-text").replaceChildren(

@@ -70,13 +70,16 @@ function refresh() {
   const total = data.rows.filter((row) => row.kind === "run").length;
   byId("shown").textContent = `${own} of ${total} runs`
     + (visibleRows.length > own ? ` and ${visibleRows.length - own} rows of the paper.` : ".");
-  drawHeat();
-  drawCharts();
+}
+
+function changed() {
+  refresh();
+  drawFigures();
 }
 
 table.search.fixed("facets", (_text, _data, index) => fits(data.rows[table.row(index).node().dataset.row]));
-byId("search").addEventListener("input", refresh);
-for (const control of [...facets, byId("paper")]) control.addEventListener("change", refresh);
+byId("search").addEventListener("input", changed);
+for (const control of [...facets, byId("paper")]) control.addEventListener("change", changed);
 byId("detail").addEventListener("change", (event) => {
   byId("table").classList.toggle("compact", !event.target.checked);
 });
@@ -84,7 +87,7 @@ byId("reset").addEventListener("click", () => {
   byId("search").value = "";
   for (const select of facets) select.value = "";
   byId("paper").checked = false;
-  refresh();
+  changed();
 });
 
 byId("table").tBodies[0].addEventListener("click", (event) => {
@@ -100,9 +103,9 @@ byId("theme").addEventListener("click", () => {
   } catch {
     // Not stored, so it holds until the page is left.
   }
-  drawCharts();
+  drawFigures();
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawFigures);
 
 // The files beside the page carry its name.
 const base = location.pathname.split("/").at(-1).replace(/\.html?$/i, "");
@@ -111,7 +114,4 @@ for (const kind of ["csv", "json"]) byId(kind).href = `${base}.${kind}`;
 startHeat();
 startStudy();
 refresh();
-requestAnimationFrame(() => setTimeout(() => {
-  startFlips();
-  startCharts();
-}));
+later(startPlotly, ...figures(), startCharts, startFlips);

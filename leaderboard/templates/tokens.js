@@ -108,7 +108,8 @@ function tokenTraces(rows, column, withPaper) {
   return { traces, drawn: drawn.length };
 }
 
-function drawTokens(column) {
+function drawTokens() {
+  const column = byId("column").value;
   const { traces, drawn } = tokenTraces(visibleRows, column, byId("paper").checked);
   const { layout, axis, narrow } = baseLayout("chart", 460);
   layout.xaxis = { ...axis, type: "log", tickvals: TICKS, ticktext: TICKS.map(String), title: { text: "Vision tokens" } };

@@ -171,7 +171,7 @@ def _check_identity(record: RecordSchema, spec: RunSpec, task: LoadedTask, folde
     shown = (record.model_extra or {}).get("labels")
     if shown is not None and shown != labels(spec):
         problems.append("labels are not those of the spec")
-    standing_in = bool(task.stand_in) or (EMBEDDED / spec.model / "config.json").is_file()
+    standing_in = bool(task.stand_in) or spec.model in {folder.name for folder in EMBEDDED.iterdir()}
     if standing_in and not any("stand-in" in note.lower() for note in record.notes):
         problems.append("notes: the model or the data are an embedded stand-in, and no note says so")
     if folder.resolve().name != record.run_id:
@@ -259,8 +259,11 @@ def _check_receipt(record: RecordSchema, spec: RunSpec, answers: list[Answer]) -
         return [*problems, f"{ANSWERS}: images without the tokens that were kept"]
     if any(not _close(record.tokens.get(name), value) for name, value in counted.tokens.items()):
         problems.append("tokens are not those of the stored answers")
-    if spec.prune and counted.images and counted.most != min(spec.prune.keep, counted.available // counted.images):
-        problems.append(f"tokens: the spec keeps {spec.prune.keep}, the stored answers up to {counted.most}")
+    if spec.prune and counted.most is not None:
+        few = counted.most < min(spec.prune.keep, counted.available // counted.images)
+        many = counted.most > spec.prune.keep and spec.prune.per == "image"  # of each tile there may be as many
+        if few or many:
+            problems.append(f"tokens: the spec keeps {spec.prune.keep}, the stored answers up to {counted.most}")
     return problems
 
 

@@ -70,6 +70,8 @@ def heat_colours(scores: np.ndarray) -> np.ndarray:
 def _heat(image: Image.Image, scores: Tensor | None, grid: tuple[int, int] | None) -> Image.Image:
     if scores is None or grid is None:
         return _message("this pruner has none" if scores is None else "the tokens lie on no grid")
+    if scores.min() == scores.max():
+        return _message("the same for every token")
     colours = heat_colours(scores.numpy().astype(float).reshape(grid)).astype(np.uint8)
     overlay = Image.fromarray(colours).resize((PANEL, PANEL), Image.Resampling.NEAREST)
     return Image.blend(image.convert("L").convert("RGB"), overlay, 0.74)

@@ -46,13 +46,16 @@ class Spliced:
     def start(self, inputs: dict[str, Any]) -> None:
         """Take up one prompt [1, L] with one image: embed it and run it whole, keeping keys, values and states."""
         ids = inputs["input_ids"]
-        self.columns = (ids[0] == self.family.image_token).nonzero()[:, 0]
-        self.seen = self.family.see(inputs[self.family.image_input], frozenset())
+        seen = self.family.look(inputs, frozenset())
+        placeholders = (ids[0] == self.family.image_token).nonzero()[:, 0]
+        self.seen = seen.single
+        self.columns = placeholders[seen.views[0].places[0]]
+        self.positions = self.family.positions(inputs)
         embeds = self.model.get_input_embeddings()(ids).clone()
-        embeds[0, self.columns] = self.seen.projected[0].to(embeds.dtype)
+        embeds[0, placeholders] = seen.images[0].features.to(embeds.dtype)
         self.embeds = embeds
         self.cache = DynamicCache()
-        self.logits, self.states = self._run(embeds, self.cache, 0)
+        self.logits, self.states = self._run(embeds, self.cache, self._numbered(0, embeds.shape[1]))
 
     def check(self, inputs: dict[str, Any]) -> None:
         """Raise UserError where the model's own forward pass on the prompt gives other logits."""
@@ -85,10 +88,18 @@ class Spliced:
                 held: Any = layer  # annotated as any kind of layer; a DynamicCache holds keys and values
                 kept = [t[:, :, :start].expand(len(units), -1, -1, -1) for t in (held.keys, held.values)]
                 cache.update(kept[0], kept[1], index)
-        return self._run(rest, cache, start)
+        if self.positions is None:
+            return self._run(rest, cache, self._numbered(start, rest.shape[1]))
+        # Positions that are more than a count stay what they are.
+        given = self.positions[..., 0, start:]
+        return self._run(rest, cache, torch.stack([given[..., row] for row in stays], dim=-2))
 
-    def _run(self, embeds: Tensor, cache: DynamicCache, start: int) -> tuple[Tensor, list[Tensor]]:
-        positions = torch.arange(start, start + embeds.shape[1], device=embeds.device).unsqueeze(0)
+    def _numbered(self, start: int, width: int) -> Tensor:
+        if self.positions is not None:
+            return self.positions[..., start : start + width]
+        return torch.arange(start, start + width, device=self.embeds.device).unsqueeze(0)
+
+    def _run(self, embeds: Tensor, cache: DynamicCache, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
         out = self.language(
             inputs_embeds=embeds, past_key_values=cache, position_ids=positions, use_cache=True,
             output_hidden_states=True,

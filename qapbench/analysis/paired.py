@@ -137,12 +137,13 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
         if asked:
             pair = np.array([(first.rows[q][name], second.rows[q][name]) for q in asked], dtype=bool)
             differences.append(paired_difference(name, pair, seed))
-    overall = names[OVERALL]
-    flips = [(q, first.rows[q].get(overall), second.rows[q].get(overall)) for q in shared]
-    return Comparison(
-        first.name, second.name, corrected(differences),
-        [q for q, a, b in flips if a == 0 and b == 1], [q for q, a, b in flips if a == 1 and b == 0],
-    )  # fmt: skip
+    return Comparison(first.name, second.name, corrected(differences), *flipped(first, second, names[OVERALL]))
+
+
+def flipped(first: Scored, second: Scored, column: str) -> tuple[list[str], list[str]]:
+    """Ids of the questions that only the second, and that only the first, answered right."""
+    both = [(q, first.rows[q].get(column), row.get(column)) for q, row in second.rows.items() if q in first.rows]
+    return [q for q, a, b in both if (a, b) == (0, 1)], [q for q, a, b in both if (a, b) == (1, 0)]
 
 
 def paired_difference(column: str, pair: np.ndarray, seed: int = 0) -> Difference:

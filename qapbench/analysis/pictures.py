@@ -20,14 +20,12 @@ def seen_image(image: Image.Image, image_processor: Any = None) -> Image.Image:
         image_processor: the model's own; without one the centre square, which is what CLIP's takes.
     """
     if image_processor is not None:
-        made = image_processor(images=image, return_tensors="np")["pixel_values"]
-        pixels = np.asarray(made[0], dtype=np.float32)
-        if pixels.ndim == 3 and pixels.shape[0] == 3:
-            mean, std = (
-                np.asarray(v, dtype=np.float32) for v in (image_processor.image_mean, image_processor.image_std)
-            )
-            restored = pixels * std[:, None, None] + mean[:, None, None]
-            return Image.fromarray((restored.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+        pixels = np.asarray(image_processor(images=image, return_tensors="np")["pixel_values"][0], dtype=np.float32)
+        if pixels.ndim != 3 or pixels.shape[0] != 3:
+            return image.convert("RGB")  # cut into tiles or patches: nothing is left out
+        scaling = (image_processor.image_mean, image_processor.image_std)
+        mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in scaling)
+        return Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).convert("RGB")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qapbench.checkpoints import find_checkpoint
+from qapbench.compress import joint_space
 from qapbench.errors import Problem, UserError, nearest
 from qapbench.models import family_of
-from qapbench.models.family import default_tower
-from qapbench.models.relevance import QuestionReader, find_tower, load_tower
+from qapbench.models.relevance import QuestionReader
+from qapbench.receipt import Receipt
+from qapbench.run.lm import MARK, content_items
+from qapbench.run.questions import Speller, decoded
 from qapbench.run.tasks import LoadedTask
 from qapbench.spec import PruneSpec, RunSpec
 from qapbench.strategy import fusions, metrics, min_max, pruners
 from qapbench.tokens import Selection, VisionTokens
-
-MARK = "<image>"
-TAIL = 32  # characters of a prompt that decide how the next token is spelled
 
 
 @dataclass(frozen=True)
@@ -79,31 +77,27 @@ def _question(task: LoadedTask, processor: Any, name: str, doc: Any) -> Question
     if not options or truth is None:
         raise UserError(Problem(f"{task.name} has no lettered options to compare", ("task",)))
     text = task.task.doc_to_text(doc)
-    content: list[dict[str, str]] = []
-    for index, part in enumerate(text.split(MARK)):
-        content += [{"type": "image"}] if index else []
-        part = part.removeprefix("\n") if index else part
-        content += [{"type": "text", "text": part}] if part else []
     if getattr(processor, "chat_template", None):
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        turn = {"role": "user", "content": content_items(text)}
+        prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
     else:
         prompt = text.replace(MARK, processor.image_token)
     (image,) = task.task.doc_to_image(doc)
-    picture = (image if isinstance(image, Image.Image) else image.load()).convert("RGB")
     read = text.replace(MARK, "").strip()
-    ids = list(_spelled(processor.tokenizer, prompt, options))
-    return Question(name, read, prompt, doc.get("relevance_text") or read, picture, list(options), ids, truth)
-
-
-def _spelled(tokenizer: Any, prompt: str, options: list[str]) -> Iterator[int]:
-    tail = prompt[-TAIL:]
-    before = tokenizer(tail, add_special_tokens=False).input_ids
-    glue = "" if tail[-1:].isspace() else " "
-    for option in options:
-        ids = tokenizer(tail + glue + option, add_special_tokens=False).input_ids
-        if ids[: len(before)] != before or len(ids) != len(before) + 1:
-            raise UserError(Problem(f"the tokenizer does not spell option {option!r} as one token", ("model",)))
-        yield ids[-1]
+    speller = Speller(processor.tokenizer)
+    ids = [speller.spell(prompt, option) for option in options]
+    if any(len(spelled) != 1 for spelled in ids):
+        raise UserError(Problem("the tokenizer spells an option's letter as several tokens", ("model",)))
+    return Question(
+        name,
+        read,
+        prompt,
+        doc.get("relevance_text") or read,
+        decoded(image),
+        list(options),
+        [spelled[0] for spelled in ids],
+        truth,
+    )
 
 
 @dataclass(frozen=True)
@@ -126,20 +120,19 @@ class Looker:
         self.family = family_of(model)
         self.processor = processor
         self.spec = spec
-        self.fallback = ""
+        self.receipt = Receipt()  # of fallbacks alone
 
     def tokens(self, question: Question, prune: PruneSpec) -> VisionTokens:
         """Everything that the pruner reads about the question and its image: a batch of one."""
         pruner = pruners.create(prune.method.name, **prune.method.params)
         reader = QuestionReader(pruner.needs, self._tower(pruner.needs), self.family.model.get_input_embeddings())
         inputs = question.inputs(self.processor, self.family.model.device)
-        needs = (pruner.needs & self.family.offers) | reader.visual
-        seen = self.family.see(inputs[self.family.image_input], needs)
+        tokens = self.family.look(inputs, (pruner.needs & self.family.offers) | reader.visual).single
         if not reader.needs:
-            return seen
+            return tokens
         ids = inputs["input_ids"][0]
-        asked: dict[str, Any] = reader.fields(seen, question.relevance_text, ids[ids != self.family.image_token])
-        return dataclasses.replace(seen, **asked)
+        asked: dict[str, Any] = reader.fields(tokens, question.relevance_text, ids[ids != self.family.image_token])
+        return dataclasses.replace(tokens, **asked)
 
     @torch.inference_mode()
     def look(self, question: Question, prune: PruneSpec) -> Look:
@@ -149,7 +142,9 @@ class Looker:
         if prune.sensitivity:
             sensitivity = metrics.create(prune.sensitivity.name, **prune.sensitivity.params)(tokens.projected)
         fusion = fusions.create(prune.fusion.name, **prune.fusion.params) if prune.fusion else None
-        selection = pruner.select(tokens, prune.keep, sensitivity, fusion)
+        # Where an image has as many tokens as its size makes, a small one keeps all it has.
+        keep = min(prune.keep, tokens.count) if self.family.view_tokens is None else prune.keep
+        selection = pruner.select(tokens, keep, sensitivity, fusion)
         relevance = pruner.relevance(tokens)
         scaled = [None if scores is None else min_max(scores.float())[0].cpu() for scores in (relevance, sensitivity)]
         return Look(scaled[0], scaled[1], selection, tokens.grid)
@@ -157,7 +152,4 @@ class Looker:
     def _tower(self, needs: frozenset[str]) -> Any:
         if not needs & {"image_embeds", "text_embeds"}:
             return None
-        config = self.family.model.config
-        folder = str(find_checkpoint(self.spec.model).folder)
-        found, self.fallback = find_tower(self.spec.text_tower, folder, default_tower(config.to_dict()), True)
-        return load_tower(found, config.vision_config.hidden_size, self.family.model.device) if found else None
+        return joint_space(self.family, self.spec.text_tower, self.receipt)

@@ -49,7 +49,7 @@ class Study:
     block: int
     device: torch.device
     trust_remote_code: bool = False
-    batch_size: int = 32
+    batch_size: int = 16
 
     def make(self, runs: Path, report: Report = lambda name, done, total: None) -> Summary:
         """Ask the questions that are missing, write the summary and return it.
@@ -92,7 +92,7 @@ class Study:
                 predictors=summarize(rows, self.spec.seed), fingerprints=content,
                 environment=environment(self.device),
                 timing={"seconds": round(seconds, 3), "questions": fresh},
-                notes=[*record_notes(self.spec, task, Receipt()), *_once(row.get("note", "") for row in rows)],
+                notes=_notes(record_notes(self.spec, task, Receipt()), rows),
             )  # fmt: skip
             write_json(folder / STUDY, summary.model_dump(mode="json"))
         return summary
@@ -129,10 +129,16 @@ class Study:
                     relevance = pruners.create(prune.method.name, **prune.method.params).relevance(seen)
                     if relevance is not None:
                         scores[f"relevance {prune.method.name}"] = relevance[0]
-                yield _row(question, scores, harm, units, looker.fallback)
+                yield _row(question, scores, harm, units, looker.receipt.fallbacks)
 
 
-def _row(question: Question, scores: dict[str, Tensor], harm: Harm, units: list[Tensor], note: str) -> dict[str, Any]:
+def _notes(about: list[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys([*about, *(note for row in rows for note in row.get("notes", []))]))
+
+
+def _row(
+    question: Question, scores: dict[str, Tensor], harm: Harm, units: list[Tensor], notes: list[str]
+) -> dict[str, Any]:
     by_unit = {
         name: _short(torch.stack([values.double().cpu()[unit].mean() for unit in units]))
         for name, values in scores.items()
@@ -141,15 +147,11 @@ def _row(question: Question, scores: dict[str, Tensor], harm: Harm, units: list[
         "id": question.id, "scores": by_unit,
         "harm": {name: _short(getattr(harm, name)) for name in TARGETS}, "changed": harm.changed.int().tolist(),
     }  # fmt: skip
-    return {**row, "note": f"Fallback: relevance from the language model's embeddings: {note}"} if note else row
+    return {**row, "notes": [f"Fallback: {note}" for note in notes]} if notes else row
 
 
 def _short(values: Tensor) -> list[float]:
     return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
-
-
-def _once(texts: Iterator[str]) -> list[str]:
-    return [text for text in dict.fromkeys(texts) if text]
 
 
 def _quantization(spec: RunSpec) -> str:

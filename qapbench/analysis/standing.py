@@ -37,7 +37,8 @@ class Standing:
     """Where a row stands among those that answered the same questions.
 
     Attributes:
-        rank: 1 + the rows that are better and can be told apart (q <= 0.05 over all pairs); None without scores.
+        rank: 1 + the rows that are better and can be told apart (q <= 0.05 over all pairs); None without scores
+            or without another row.
         among: rows compared.
         against: its references; "dense" is its quantizer without pruning, "semantic" its pruner without sensitivity.
     """
@@ -71,7 +72,8 @@ def standings(runs: Sequence[Scored | None]) -> list[Standing]:
                 kind: Against(members[other], paired_difference(overall, np.stack([right[other], right[place]], 1)))
                 for kind, other in _references(place, [_at(runs, i).record for i in members]).items()
             }
-            found[index] = Standing(ranks[place], len(members), against)
+            # Alone, as a row that stopped early on questions of its own is, a rank would say nothing.
+            found[index] = Standing(ranks[place] if len(members) > 1 else None, len(members), against)
     return corrected_together(found)
 
 

@@ -34,6 +34,7 @@ class CalibrationSamples:
         fingerprints: content hashes of what the result depends on besides samples and spec: the model's files, its
             precision. A cache needs at least these.
         report: told how far it is.
+        shorten: prunes a sample where the spec calibrates on pruned ones; by default the spec's own pruner does.
     """
 
     samples: Sequence[Any]
@@ -41,6 +42,7 @@ class CalibrationSamples:
     cache: Path | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     report: Progress = _silent
+    shorten: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
 
     def digest(self) -> str:
         """SHA-256 of every sample's content."""

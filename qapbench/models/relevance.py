@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -126,24 +126,39 @@ class QuestionReader:
         """Whether the question is read as text, and not only as token ids."""
         return self.tower is not None and "text_embeds" in self.needs
 
-    def fields(self, image: VisionTokens, text: str | None, prompt: Tensor) -> dict[str, Tensor]:
+    def fields(
+        self, image: VisionTokens, text: str | None, prompt: Tensor,
+        of_image: dict[Hashable, Any] | None = None, of_question: dict[Hashable, Any] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The question's fields for one image.
 
         Args:
             image: its tokens, or those of its B views.
             text: the question for the text tower.
             prompt: [L] token ids of the prompt without placeholders and padding.
+            of_image, of_question: what was computed before for this image, and for this question.
         """
-        embedded = self.embed(prompt).unsqueeze(0)
-        if self.tower is None:
+        of_image, of_question = {} if of_image is None else of_image, {} if of_question is None else of_question
+        embedded = recalled(of_question, "prompt_embeds", lambda: self.embed(prompt).unsqueeze(0))
+        tower = self.tower
+        if tower is None:
             mean = embedded.mean(dim=1, keepdim=True)
             found = {"image_embeds": image.projected, "text_embeds": mean, "prompt_embeds": embedded}
         else:
             found = {"prompt_embeds": embedded}
             if "image_embeds" in self.needs:
-                found["image_embeds"] = self.tower.embed_patches(image.require("patches", "the text tower"))
+                patches = image.require("patches", "the text tower")
+                key = ("image_embeds", id(tower))
+                found["image_embeds"] = recalled(of_image, key, lambda: tower.embed_patches(patches))
             if "text_embeds" in self.needs:
                 if text is None:
                     raise UserError("relevance needs the question: pass `relevance_text=`, or `compress` a processor")
-                found["text_embeds"] = self.tower.embed_text(text)
+                found["text_embeds"] = recalled(of_question, ("text_embeds", id(tower)), lambda: tower.embed_text(text))
         return {name: value.expand(image.batch, -1, -1) for name, value in found.items() if name in self.needs}
+
+
+def recalled(memo: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
+    """The value under a key, made where it is not there."""
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qapbench.errors import UserError
 from qapbench.tokens import VisionTokens
 
 
@@ -67,6 +68,17 @@ class Seen:
 
     images: list[SeenImage]
     views: list[Views]
+
+    @property
+    def single(self) -> VisionTokens:
+        """The tokens of a call with one image, in the order of its placeholders.
+
+        Raises:
+            UserError: there are several images, or several views of one.
+        """
+        if len(self.images) != 1 or len(self.views) != 1 or self.views[0].tokens.batch != 1:
+            raise UserError("model: only an image that is a single view can be looked at, not one cut into tiles")
+        return self.views[0].tokens
 
     @staticmethod
     def whole(tokens: VisionTokens) -> Seen:

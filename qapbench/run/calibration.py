@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 
 from qapbench.calibration import CalibrationSamples
 from qapbench.checkpoints import digest_file
 from qapbench.errors import Problem, UserError
 from qapbench.prune import PER_TOKEN
-from qapbench.receipt import Receipt
 from qapbench.spec import CalibrationSpec
 
-from .lm import CompressedLM, Question
-from .store import Store
+from .lm import AskingLM
+from .questions import Speller, decoded
 from .tasks import LoadedTask, quiet
 
 WHERE = ("quantize", "calibration")
@@ -61,34 +59,30 @@ def choose(available: int, spec: CalibrationSpec) -> list[int]:
 
 def samples(task: LoadedTask, spec: CalibrationSpec, model: Any, processor: Any) -> CalibrationSamples:
     """Each question's prompt and answer as the run itself would put them, with `labels` on the answer."""
-    # `pruning` is set so that the inputs carry what a pruner weighs the image with.
-    lm = CompressedLM(model, processor, Receipt(pruning="calibration"), Store(Path()), batch_size=1)
-    made = [_sample(lm, task, doc) for doc in documents(task, spec)]
-    images = sum(1 for sample in made if _has_image(sample))
+    lm, speller = AskingLM(processor), Speller(processor.tokenizer)
+    made = [_sample(lm, speller, task, doc) for doc in documents(task, spec)]
+    images = sum(1 for sample in made if any(key.startswith("pixel_values") for key in sample))
     where = spec.data or f"{task.name}, its own calibration questions"
     return CalibrationSamples(made, origin=f"{where}, seed {spec.seed}; {images} with an image")
 
 
-def _has_image(sample: Mapping[str, Any]) -> bool:
-    return any(key.startswith("pixel_values") for key in sample)
-
-
-def _sample(lm: CompressedLM, task: LoadedTask, doc: Mapping[str, Any]) -> dict[str, Any]:
-    templated = bool(getattr(lm.processor, "chat_template", None))
-    prompt = task.task.fewshot_context(
-        doc, num_fewshot=0, apply_chat_template=templated, chat_template=lm.apply_chat_template if templated else None
-    )
-    images = task.task.doc_to_image(doc) or []
-    instance = Instance("loglikelihood", doc, (prompt, "", {"visual": images}), 0, (task.name, 0, 1))
-    inputs = lm._inputs([Question([instance])], [prompt])
-    answer = torch.tensor([lm._spell(prompt, _answer(task, doc))], device=lm.model.device)
+def _sample(lm: AskingLM, speller: Speller, task: LoadedTask, doc: Mapping[str, Any]) -> dict[str, Any]:
+    template = lm.apply_chat_template if lm.templated else None
+    prompt = task.task.fewshot_context(doc, num_fewshot=0, apply_chat_template=lm.templated, chat_template=template)
+    images = [decoded(image) for image in task.task.doc_to_image(doc) or []]
+    mark = lm.processor.image_token
+    shown = prompt if images else prompt.replace(mark, f"< {mark[1:]}")
+    inputs = dict(lm.processor(text=[shown], images=images or None, return_tensors="pt"))
+    answer = torch.tensor([speller.spell(prompt, _answer(task, doc))])
     labels = torch.full_like(inputs["input_ids"], PER_TOKEN["labels"])
     inputs["labels"] = torch.cat([labels, answer], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["labels"])
     inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
     for key in PER_TOKEN.keys() & inputs.keys() - {"labels"}:
         inputs[key] = torch.cat([inputs[key], torch.full_like(answer, PER_TOKEN[key])], dim=1)
-    return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    if images:
+        inputs["relevance_text"] = [doc.get("relevance_text") or prompt] * len(images)
+    return inputs
 
 
 def _answer(task: LoadedTask, doc: Mapping[str, Any]) -> str:

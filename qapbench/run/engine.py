@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,48 +12,27 @@ import torch
 
 from qapbench.calibration import CalibrationSamples
 from qapbench.checkpoints import find_checkpoint
-from qapbench.compress import compress
+from qapbench.compress import pruned_calls
 from qapbench.errors import Problem, UserError
 from qapbench.memory import peak_memory
+from qapbench.models import family_of
+from qapbench.receipt import Receipt
 from qapbench.spec import RunSpec, SweepSpec
 from qapbench.specfile import load_spec
 
-from . import calibration
-from .environment import environment
-from .loading import fingerprints, load_model, precision
-from .record import RECORD, SCHEMA, SCORED, Record, chance, labels, notes, read_record, read_records, write_scored
-from .store import Answer, Store, set_aside, write_json
-from .tasks import LoadedTask, load_task, quiet
+from . import calibration, fast
+from .cells import Cell, worker_of
+from .loading import fingerprints, load_model, load_processor, precision
+from .plan import Planned, Shared, about_text, group_key, shared_work
+from .record import RECORD, Record, named, read_record
+from .store import Store, set_aside, write_json
+from .tasks import LoadedTask, load_task
 
-TEXT_DEPENDS_ON = ("model", "data", "precision", "ptq", "calibration")  # the kinds of fingerprint
-CALIBRATIONS = "calibrations"  # folder beside the runs
 Report = Callable[[str, int, int], None]
 """Called with (run name, questions answered, questions in all)."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One run before it is made.
-
-    Attributes:
-        id: hash of how it compresses and asks, and of the content that it reads.
-        text_key: hash of what a text-only answer depends on: everything but the pruner.
-        total: questions to answer; answered: those that are.
-        done: whether its record is written.
-    """
-
-    spec: RunSpec
-    id: str
-    text_key: str
-    folder: Path
-    total: int
-    answered: int
-    done: bool
-    fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def state(self) -> Literal["done", "begun", "new"]:
-        return "done" if self.done else "begun" if self.answered else "new"
+CALIBRATIONS = "calibrations"  # folder beside the runs
+EngineName = Literal["local", "ray"]
+MEMORY = 1 << 30  # bytes of shown prompts that may wait for a later quantizer group
 
 
 def run(
@@ -63,8 +40,12 @@ def run(
     runs: str | Path = "runs",
     *,
     fresh: bool = False,
+    fast: bool = False,
     batch_size: int | None = None,
     device: str | None = None,
+    workers: int = 1,
+    engine: EngineName = "local",
+    spill: bool = False,
     trust_remote_code: bool = False,
     report: Report | None = None,
 ) -> list[Record]:
@@ -74,15 +55,22 @@ def run(
         spec: a spec file or the name of a shipped one, a spec, or several.
         runs: folder of the results, one sub-folder a run. What lies there is taken up, never made twice.
         fresh: make every run anew; earlier results are set aside, not deleted.
-        batch_size: questions per forward pass; 1 on a CPU (where more gains nothing), 8 on a GPU.
+        fast: ask a stratified subset first, and stop the rows that are out of reach there.
+        batch_size: questions taken up together; 1 on a CPU (where more gains nothing), 8 on a GPU. No answer
+            depends on it.
         device: "cpu", "cuda", ...; a GPU where there is one.
+        workers: processes that share the questions, each on a GPU of its own where there are some.
+        engine: where workers run: processes of this machine, or Ray's.
+        spill: keep image features that wait for another quantizer in a memory-mapped file below `runs`.
 
     Raises:
         UserError: the spec, the model or the data are wrong.
         NotQuantizedError: a run asks for quantization that never reached a matmul.
     """
-    engine = Engine(Path(runs), batch_size, device, trust_remote_code, report)
-    return [engine.run(one, fresh) for one in as_specs(spec)]
+    made = Engine(
+        Path(runs), batch_size, device, trust_remote_code, report, workers=workers, engine=engine, spill=spill
+    )
+    return made.run(as_specs(spec), fresh, fast)
 
 
 def as_specs(spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec]) -> list[RunSpec]:
@@ -96,11 +84,12 @@ def as_specs(spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec]) -> list
 
 
 class Engine:
-    """Makes runs one after another on this machine, keeping the loaded model and what runs have in common."""
+    """Makes runs, what they have in common only once, and keeps the loaded model."""
 
     def __init__(
         self, runs: Path, batch_size: int | None = None, device: str | None = None,
-        trust_remote_code: bool = False, report: Report | None = None,
+        trust_remote_code: bool = False, report: Report | None = None, *, workers: int = 1,
+        engine: EngineName = "local", spill: bool = False,
     ) -> None:  # fmt: skip
         self.runs = runs
         try:
@@ -113,11 +102,12 @@ class Engine:
         self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
         self.trust_remote_code = trust_remote_code
         self.report = report or (lambda name, done, total: None)
+        self.workers = workers
+        self.engine = engine
+        self.spill = spill
         self._loaded: tuple[Hashable, Any, Any] | None = None
         self._tasks: dict[Hashable, LoadedTask] = {}
         self._samples: dict[Hashable, CalibrationSamples] = {}
-        self._shared: dict[Hashable, Answer] = {}
-        self._recalled: set[str] = set()
 
     def check(self, spec: RunSpec) -> None:
         """Raise UserError where the task or a local model is not there; a hub is not asked."""
@@ -141,28 +131,48 @@ class Engine:
         source = calibration.fingerprint(task, wanted) if wanted else ""
         content = fingerprints(spec, task.fingerprint, self.device, fetch, source)
         run_id = spec.digest(content, task.asked)
+        text = about_text(content)
         text_key = run_id  # where calibration prunes, the weights themselves depend on the pruner
         if wanted is None or not wanted.pruned:
-            about_text = {key: value for key, value in content.items() if key.split()[0] in TEXT_DEPENDS_ON}
-            text_key = spec.model_copy(update={"prune": None}).digest(about_text, task.asked)
+            text_key = spec.model_copy(update={"prune": None}).digest(text, task.asked)
         folder = self.runs / run_id
-        done = (folder / RECORD).exists()
+        record = read_record(folder) if (folder / RECORD).exists() else None
+        stopped = bool(record and record.get("stopped"))
+        done = record is not None and not stopped
         answered = task.count if done else len(Store(folder).read())
-        return Planned(spec, run_id, text_key, folder, task.count, answered, done, content)
+        return Planned(
+            spec, run_id, text_key, group_key(spec, text), folder, task.count, answered, done, stopped, content
+        )
 
-    def run(self, spec: RunSpec, fresh: bool = False) -> Record:
-        """One run's record, made now or read."""
-        planned = self.plan(spec)
-        if planned.done and not fresh:
-            self.report(spec.name, planned.total, planned.total)
-            return {**read_record(planned.folder), "name": spec.name}
-        store = Store(planned.folder)
-        with store.locked():
-            if fresh:
-                set_aside(planned.folder)
-            planned.folder.mkdir(parents=True, exist_ok=True)
-            write_json(planned.folder / "spec.json", spec.model_dump(mode="json"))
-            return self._make(planned, store)
+    def shared(self, plans: Sequence[Planned]) -> Shared:
+        """How much of these plans' missing work is done once; reads the images of the data."""
+        missing = {}
+        for plan in plans:
+            have = {answer["doc"] for answer in Store(plan.folder).read()}
+            missing[plan.id] = set() if plan.done else set(range(plan.total)) - have
+        return shared_work(plans, [self.task(plan.spec) for plan in plans], missing)
+
+    def run(self, specs: Sequence[RunSpec], fresh: bool = False, fast: bool = False) -> list[Record]:
+        """The records of runs, made now or read, in order."""
+        plans = [self.plan(spec) for spec in specs]
+        todo = {plan.id: plan for plan in plans if fresh or not (plan.done or (fast and plan.stopped))}
+        for plan in plans:
+            if plan.id not in todo:
+                self.report(plan.spec.name, plan.answered, plan.total)
+        with contextlib.ExitStack() as stack:
+            for plan in todo.values():
+                stack.enter_context(Store(plan.folder).locked())
+            for plan in todo.values():
+                if fresh:
+                    set_aside(plan.folder)
+                plan.folder.mkdir(parents=True, exist_ok=True)
+                write_json(plan.folder / "spec.json", plan.spec.model_dump(mode="json"))
+            together: dict[Hashable, list[Planned]] = {}
+            for plan in todo.values():
+                together.setdefault(self._together(plan.spec), []).append(plan)
+            for some in together.values():
+                self._make(some, fast)
+        return [named(read_record(plan.folder), plan.spec.name) for plan in plans]
 
     def task(self, spec: RunSpec) -> LoadedTask:
         key = (spec.task.model_dump_json(), spec.seed)
@@ -178,80 +188,114 @@ class Engine:
             self._loaded = (key, *load_model(spec, self.device, self.trust_remote_code))
         return self._loaded[1], self._loaded[2]
 
-    def _calibration(self, planned: Planned, model: Any, processor: Any) -> CalibrationSamples | None:
+    def _calibration(self, planned: Planned) -> CalibrationSamples | None:
         """The samples of a run that calibrates; its result is kept beside the runs."""
         spec = planned.spec
         wanted = spec.quantize.calibration if spec.quantize else None
         if wanted is None:
             return None
-        key = (spec.task.model_dump_json(), wanted.samples, wanted.seed, wanted.data, self._loaded and self._loaded[0])
+        model, processor = self.model(spec)
+        key = (self._together(spec), wanted.samples, wanted.seed, wanted.data)
         if key not in self._samples:
             self._samples = {key: calibration.samples(self.task(spec), wanted, model, processor)}
-        about = planned.fingerprints
+        about, shorten = planned.fingerprints, None
         if not wanted.pruned:  # then nothing of the pruner enters, and a sweep calibrates once
             about = {key: value for key, value in about.items() if key in ("model", "precision", "vision tower")}
+        elif spec.prune is not None:
+            about = {**about, "prune": spec.prune.model_dump_json()}
+            shorten = pruned_calls(family_of(model), spec.prune, Receipt(), processor, None, spec.text_tower).shorten
         return dataclasses.replace(
-            self._samples[key], cache=self.runs / CALIBRATIONS, fingerprints=about,
+            self._samples[key], cache=self.runs / CALIBRATIONS, fingerprints=about, shorten=shorten,
             report=lambda what, done, total: self.report(f"{spec.name}: {what}", done, total),
         )  # fmt: skip
 
-    def _recall(self, planned: Planned) -> None:
-        """Take up text-only answers of finished runs that share them."""
-        if planned.text_key in self._recalled:
-            return
-        self._recalled.add(planned.text_key)
-        for record in read_records(self.runs):
-            if record.get("text_key") == planned.text_key:
-                for answer in Store(self.runs / record["run_id"]).read():
-                    if "images" not in answer:
-                        self._shared[planned.text_key, answer["task"], answer["doc"]] = answer
+    def _together(self, spec: RunSpec) -> Hashable:
+        """Runs with an equal one ask the same questions of the same loaded model."""
+        return (
+            find_checkpoint(spec.model).folder, precision(spec, self.device), spec.task.model_dump_json(), spec.seed,
+        )  # fmt: skip
 
-    def _make(self, planned: Planned, store: Store) -> Record:
-        from qapbench.analysis.score import tally
+    def _make(self, plans: Sequence[Planned], fast_first: bool) -> None:
+        from . import scoring
+        from .workers import Crew
 
-        from .lm import CompressedLM
-
-        spec, task = planned.spec, self.task(planned.spec)
-        model, processor = self.model(spec)
-        self._recall(planned)
+        spec, task = plans[0].spec, self.task(plans[0].spec)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with compress(model, spec, processor, calibration=self._calibration(planned, model, processor)) as receipt:
-            started = time.perf_counter()
-            lm = CompressedLM(
-                model, processor, receipt, store, self.batch_size, spec.seed,
-                lambda done, total: self.report(spec.name, done, total), self._shared, planned.text_key,
-            )  # fmt: skip
-            samples = _evaluate(lm, task, spec.seed)
-        seconds = time.perf_counter() - started
-        receipt.recount([image for answer in store.read() for image in answer.get("images", [])])
-        scores = tally((sample["metrics"] for sample in samples), task.columns, task.unavailable)
-        write_scored(planned.folder / SCORED, samples)
-        record = {
-            "schema": SCHEMA,
-            "run_id": planned.id,
-            "text_key": planned.text_key,
-            "name": spec.name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "spec": spec.model_dump(mode="json"),
-            "labels": labels(spec),
-            "task": {"name": task.name, "questions": task.count, "chance": chance(task)},
-            "scores": scores.to_json(),
-            "tokens": receipt.tokens,
-            "receipt": receipt.to_json(),
-            "environment": {
-                **environment(self.device), "batch_size": self.batch_size, "dtype": str(model.dtype).split(".")[-1],
-                "image_processor": type(processor.image_processor).__name__,
-            },
-            "fingerprints": planned.fingerprints,
-            "timing": {
-                "seconds": round(seconds, 3), "questions": lm.answered, "computed": lm.computed,
-                "questions_per_second": round(lm.computed / seconds, 2), **peak_memory(self.device),
-            },
-            "notes": notes(spec, task, receipt),
+        cells = [Cell(plan) for plan in plans]
+        here = self.workers == 1 and self.engine == "local"
+        # With workers the model is theirs alone.
+        processor = self.model(spec)[1] if here else load_processor(spec, torch.device("cpu"), self.trust_remote_code)
+        questions = _questions(task, processor, spec)
+        crew = Crew(self, cells)
+        stopped: dict[str, fast.Verdict] = {}
+        if fast_first and len(some := fast.subset(questions)) < len(questions):
+            crew.answer(cells, some)
+            stopped = fast.stopped(cells, [self._rights(cell, task, processor, some) for cell in cells])
+        crew.answer([cell for cell in cells if cell.planned.id not in stopped], None)
+        machine = {
+            "batch_size": self.batch_size, "workers": self.workers, "engine": self.engine,
+            "dtype": precision(spec, self.device), "image_processor": type(processor.image_processor).__name__,
         }  # fmt: skip
-        write_json(planned.folder / RECORD, record)
-        return read_record(planned.folder)
+        for cell in cells:
+            verdict = stopped.get(cell.planned.id)
+            had = {(answer["task"], answer["doc"]) for answer in cell.store.read()}
+            asked = [question for question in questions if question.place in had] if verdict else questions
+            why = {**verdict.to_json(len(questions)), "asked": len(asked)} if verdict else None
+            record = scoring.finish(cell, task, asked, processor, machine, self.device, why)
+            record["timing"] |= crew.peak
+            write_json(cell.planned.folder / RECORD, named(record, cell.spec.name))
+
+    def _rights(self, cell: Cell, task: LoadedTask, processor: Any, asked: Sequence[Any]) -> dict[str, bool]:
+        """For each question of a subset whether a run had it right."""
+        from . import scoring
+
+        places = {question.place for question in asked}
+        answers = [answer for answer in cell.store.read() if (answer["task"], answer["doc"]) in places]
+        unique = {answer["doc"]: answer for answer in answers}
+        samples = scoring.score(list(unique.values()), task, processor, cell.spec.seed, sorted(unique))
+        name = task.columns[-1]  # the overall one
+        return {s["id"]: s["metrics"][name] == 1 for s in samples if s["metrics"].get(name) in (0, 1)}
+
+    def answer(
+        self, cells: Sequence[Cell], docs: set[int] | None = None, share: tuple[int, int] = (0, 1)
+    ) -> dict[str, int]:
+        """Answer what cells of one model and task miss, in this process; its peak memory.
+
+        Args:
+            docs: only these documents.
+            share: (which, of how many) parts of the questions.
+        """
+        from .sweep import Sweep
+
+        spec = cells[0].spec
+        model, processor = self.model(spec)
+        questions = _questions(self.task(spec), processor, spec)
+        mine = [
+            question for index, question in enumerate(questions)
+            if (docs is None or question.place[1] in docs) and worker_of(question, index, share[1]) == share[0]
+        ]  # fmt: skip
+        sweep = Sweep(
+            model, processor, questions, cells, self.runs, batch_size=self.batch_size, seed=spec.seed,
+            limit=MEMORY // share[1], spill=self.runs if self.spill else None, report=self.report,
+            calibrate=self._calibration,
+        )  # fmt: skip
+        sweep.answer(mine)
+        return peak_memory(self.device)
+
+    def settings(self, device: str | None = None) -> dict[str, Any]:
+        """What another process needs to make an engine like this one."""
+        return {
+            "runs": self.runs, "batch_size": self.batch_size, "device": device or str(self.device),
+            "trust_remote_code": self.trust_remote_code, "spill": self.spill,
+        }  # fmt: skip
+
+
+def _questions(task: LoadedTask, processor: Any, spec: RunSpec) -> list[Any]:
+    from .lm import AskingLM
+    from .questions import ask
+
+    return ask(task, AskingLM(processor, str(find_checkpoint(spec.model).folder)), spec.seed)
 
 
 def _check_local(spec: RunSpec) -> None:
@@ -259,27 +303,3 @@ def _check_local(spec: RunSpec) -> None:
     for name, where in ((spec.model, "model"), (spec.text_tower, "text_tower")):
         if name and (name.count("/") != 1 or Path(name).exists()):
             find_checkpoint(name, where)
-
-
-def _evaluate(lm: Any, task: LoadedTask, seed: int) -> list[dict[str, Any]]:
-    """lm-eval's own evaluator; for each question its id and what `process_results` gave."""
-    from lm_eval.evaluator import evaluate
-
-    task.task.set_fewshot_seed(seed=seed)
-    with quiet():
-        # `simple_evaluate` would add its own report of the machine, which takes seconds and is not used.
-        results = evaluate(
-            lm, {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}}, limit=task.count, bootstrap_iters=0,
-            apply_chat_template=bool(getattr(lm.processor, "chat_template", None)),
-        )  # fmt: skip
-    (samples,) = results["samples"].values()
-    names = [*task.columns, "unparsed"]
-    first = {sample["doc_id"]: sample for sample in reversed(samples)}  # of a task with several filters, the first
-    return [
-        {
-            "id": task.ids[doc],
-            "doc": doc,
-            "metrics": {name: sample[name] for name in names if name in sample},
-        }
-        for doc, sample in sorted(first.items())
-    ]

@@ -45,6 +45,23 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
     return model, processor
 
 
+def load_processor(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> Any:
+    """The processor without its model, as far as prompts and scoring need it.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    folder, config = find_checkpoint(spec.model).folder, read_config(spec)
+    if layout_of(config):
+        return load_model(spec, device, trust_remote_code)[1]  # such a folder holds none: it is made with the model
+    try:
+        return family_class(str(config.get("model_type"))).load_processor(folder, trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
+
+
 def precision(spec: RunSpec, device: torch.device) -> str:
     """The dtype that "auto" comes to: the checkpoint's own on a GPU, float32 on a CPU."""
     if spec.dtype != "auto":

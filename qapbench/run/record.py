@@ -43,6 +43,12 @@ def read_records(runs: Path) -> list[Record]:
     return sorted(found, key=lambda record: str(record["created"]))
 
 
+def named(record: Record, name: str) -> Record:
+    """The record under a run's name; where it stopped early, the name says so wherever it is shown."""
+    why = record.get("stopped")
+    return {**record, "name": f"{name} (stopped: {why['asked']} of {why['of']})" if why else name}
+
+
 def write_scored(path: Path, samples: list[dict[str, Any]]) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text("".join(json.dumps(sample, sort_keys=True) + "\n" for sample in samples), encoding="utf-8")

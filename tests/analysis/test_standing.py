@@ -112,4 +112,5 @@ def test_rows_on_other_questions_are_not_compared() -> None:
     semantic = {"method": "cdpruner", "keep": 4, "sensitivity": None, "fusion": None}
     found = standings([run("dense", [1, 0, 1]), run("semantic", [1, 0], semantic)])
     assert [one.among for one in found] == [1, 1]
+    assert [one.rank for one in found] == [None, None]
     assert found[1].against == {}

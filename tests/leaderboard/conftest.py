@@ -30,6 +30,10 @@ class Watched:
     url: str
     troubles: list[str] = field(default_factory=list)
 
+    def settled(self) -> None:
+        """Wait until every figure shows what was chosen last."""
+        self.page.wait_for_selector(":root:not([data-drawing])", state="attached", timeout=60_000)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.page, name)
 
@@ -74,7 +78,7 @@ def show(browser: Any) -> Iterator[Callable[..., Watched]]:
         watched.page.on("dialog", lambda dialog: (note(f"dialog: {dialog.message}"), dialog.dismiss()))
         watched.page.on("request", lambda request: request.url == watched.url or note(f"request: {request.url[:200]}"))
         watched.page.goto(watched.url)
-        watched.page.wait_for_selector("#chart .main-svg", timeout=60_000)
+        watched.settled()
         return watched
 
     yield opened

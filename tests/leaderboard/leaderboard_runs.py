@@ -55,10 +55,15 @@ def write_runs(folder: Path, data: Path, names: Sequence[str] = FIRST, moved: bo
 
 
 def spec_of(data: str, name: str) -> RunSpec:
+    """`full`, `dense`, `semantic` or a metric; `l2@3@0.5` is a metric at a budget and a weight of the fusion."""
     prune: dict[str, Any] | None = None
     if name not in ("full", "dense"):
-        metric = None if name == "semantic" else name
-        prune = {"method": "cdpruner", "keep": KEEP, "sensitivity": metric}
+        metric, *more = name.split("@")
+        prune = {"method": "cdpruner", "keep": int(more[0]) if more else KEEP}
+        if metric != "semantic":
+            prune |= {"sensitivity": metric}
+        if more[1:]:
+            prune |= {"fusion": {"convex": {"semantic": float(more[1])}}}
     quantize = None if name == "full" else W4A4
     task = {"name": "scienceqa", "data": data}
     return RunSpec.parse({"name": name, "model": "tiny", "task": task, "quantize": quantize, "prune": prune})
@@ -80,7 +85,7 @@ def _write(folder: Path, task: LoadedTask, data: str, name: str, moved: bool) ->
         if row["image"] is not None:
             image: dict[str, Any] = {"available": TOKENS}
             if spec.prune:
-                image |= {"kept": sorted(draw.sample(range(TOKENS), KEEP)), "merged": 0}
+                image |= {"kept": sorted(draw.sample(range(TOKENS), spec.prune.keep)), "merged": 0}
             answer["images"] = [image]
         answers.append(answer)
         scored.append(

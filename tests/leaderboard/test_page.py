@@ -60,6 +60,7 @@ def sort(page: Any, head: str, direction: str) -> None:
 
 
 def visible_rows(page: Any) -> int:
+    page.settled()
     return page.locator("#table tbody tr[data-row]").count()
 
 
@@ -111,6 +112,7 @@ def test_paper_rows_are_shown_on_demand(show: Show, pages: dict[str, Path]) -> N
     paper = "gd => { const t = gd.data.find(t => t.name.startsWith('paper')); return [t.visible, t.x.length]; }"
     assert page.locator("#chart").evaluate(paper)[0] == "legendonly"
     page.locator("#paper").check()
+    page.settled()
     assert page.locator("#table tr.paper").count() == PAPER_ROWS
     assert page.locator("#table tr.paper .tag").first.text_content() == "paper, unpaired"
     assert page.locator("#chart").evaluate(paper)[0] is True
@@ -175,7 +177,7 @@ def test_theme_follows_the_system_and_the_button(show: Show, pages: dict[str, Pa
     assert brightness(page) < 60
     page.reload()
     assert brightness(page) < 60
-    page.wait_for_selector("#chart .main-svg")
+    page.settled()
     page.locator("#theme").click()
     assert brightness(page) > 200
 
@@ -215,6 +217,7 @@ def test_hostile_records_stay_text(show: Show, pages: dict[str, Path]) -> None:
     assert visible_rows(page) == 1
     page.locator("#column").select_option(label=IMG)
     page.locator("#reset").click()
+    page.settled()
     drawn = page.locator("#chart .legendtext").all_text_contents()
     assert any(text.startswith("cdpruner</script>") for text in drawn)
     assert page.locator("img").count() == 0
@@ -286,6 +289,7 @@ def row_named(page: Any, name: str) -> int:
 
 
 def traces(page: Any, chart: str) -> dict[str, Any]:
+    page.settled()
     found = page.locator(f"#{chart}").evaluate("gd => gd.data.map(t => ({name: t.name, x: t.x, y: t.y, meta: t.meta}))")
     return {trace["name"]: trace for trace in found}
 
@@ -368,6 +372,7 @@ def test_the_heat_rows_are_differences_and_accuracies(show: Show, pages: dict[st
     assert shown.text_content() == f"{100 * share[0]:.1f}"
     assert page.locator("#heat tbody tr").count() == 5
     page.locator("#search").fill("l2")
+    page.settled()
     assert page.locator("#heat tbody tr").count() == 1
 
 

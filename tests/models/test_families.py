@@ -396,6 +396,45 @@ def test_stand_ins_are_said(folders: dict[str, Loaded]) -> None:
     assert receipt.fallbacks == []
 
 
+def test_the_question_in_the_towers_own_space(folders: dict[str, Loaded], tmp_path: Path) -> None:
+    """LLaVA-NeXT with its CLIP: relevance of each tile is computed with its text tower, and depends on the question."""
+    loaded = folders["llava_next"]
+    clip, inputs = str(save_clip(tmp_path / "clip")), loaded.one
+    kept = []
+    for question in ("What is this?", "tree tree dog"):
+        with compress(loaded.model, prune("cdpruner"), loaded.processor, text_tower=clip) as receipt:
+            logits(loaded.model, inputs, relevance_text=[question])
+        assert receipt.fallbacks == []
+        kept.append((receipt.latest or [])[0].indices.tolist())
+    assert kept[0] != kept[1]
+
+
+def test_llava_with_a_siglip_tower() -> None:
+    """The family `llava` with a tower without CLS; a strategy that would drop a patch as if it were one is refused."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    text = LlamaConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=3, vision_feature_select_strategy="full"
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 9, *[3] * 16, 7, 6]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 32, 32)}
+    plain = logits(model, inputs)
+    with compress(model, prune("visionzip", 16)):
+        assert torch.equal(logits(model, inputs), plain)
+    with compress(model, prune("visionzip", 5)) as receipt:
+        assert torch.isfinite(logits(model, inputs)).all()
+    assert receipt.tokens["mean"] == 5
+    assert [note.partition(":")[0] for note in receipt.fallbacks] == ["cls_attention", "cls_token"]
+    model.config.vision_feature_select_strategy = "default"
+    with pytest.raises(UserError, match="for siglip_vision_model only 'full' is supported"), compress(model, {}):
+        pass
+
+
 @each_family
 def test_quantizing_reaches_every_part(loaded: Loaded) -> None:
     formats = {"weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}

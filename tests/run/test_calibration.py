@@ -65,7 +65,10 @@ def test_a_sweep_calibrates_once_and_each_run_says_what_it_saw(spec_of: SpecOf, 
     cells.append(RunSpec.parse(spec_of(quantize=quantized(train, pruned=True), prune=PRUNE, task={"limit": 4})))
     records = run(cells, tmp_path, device="cpu", report=lambda name, done, total: told.append(name))
     seen = [record["receipt"]["calibration"] for record in records]
-    assert [one["reused"] for one in seen] == [False, True, True, False]
+    assert [one["reused"] for one in seen] == [False, False, False, False], "one group is calibrated once for all"
+    more = RunSpec.parse(spec_of(quantize=quantized(train), prune={**PRUNE, "keep": 6}, task={"limit": 4}))
+    (later,) = run(more, tmp_path, device="cpu")
+    assert later["receipt"]["calibration"]["reused"], "a later session takes it up"
     assert len({one["key"] for one in seen}) == 2
     assert len(list((tmp_path / "calibrations").glob("*.safetensors"))) == 2
     assert all(one["samples"] == 6 and one["seconds"] >= 0 and one["peak_memory_mb"] > 0 for one in seen)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from run_questions import QUESTIONS
 
+from qapbench.specfile import load_spec
+
 Spec = Callable[..., dict[str, Any]]
 Write = Callable[[dict[str, Any]], Path]
 COMMAND = [sys.executable, "-m", "qapbench.cli"]
@@ -135,6 +137,8 @@ def test_what_is_not_there_is_told_at_once_with_lines(tmp_path: Path) -> None:
         (["run", "quickstart", "--runs", "/dev/null"], "/dev/null"),
         (["run", "quickstrt"], "did you mean 'quickstart'"),
         (["run"], "Missing argument"),
+        (["run", "quickstart", "--workers", "0"], "--workers"),
+        (["run", "quickstart", "--engine", "rya"], "ray"),
         (["score", "/nowhere.json", "--task", "diagramqa"], "cannot be read"),
         (["compare", "a", "b", "--runs", "/nowhere"], "no run 'a'"),
         (["list", "prunners"], "did you mean 'pruner'"),
@@ -147,26 +151,31 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_kill_9_and_go_on(tmp_path: Path) -> None:
-    """Killed in the middle, started again: the same bytes as a run that was left alone."""
-    arguments = ["run", "quickstart", "--set", "task.limit=60", "--set", "prune.method=attention"]
-    arguments += ["--set", "prune.keep=16", "--set", "cases=null"]
+def test_kill_9_in_a_sweep_and_go_on(tmp_path: Path) -> None:
+    """Killed in the middle, started again: the same bytes, cell by cell, as a sweep that was left alone."""
+    arguments = ["run", "quickstart", "--set", "task.limit=24"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*COMMAND, *arguments, "--runs", str(tmp_path / "killed")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while _lines(tmp_path / "killed") < 8 and process.poll() is None and time.monotonic() < deadline:
+    while _lines(tmp_path / "killed") < 40 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    interrupted = _lines(tmp_path / "killed")
-    assert 8 <= interrupted < 60
+    whole = 24 * len(load_spec("quickstart"))
+    assert 40 <= _lines(tmp_path / "killed") < whole
     assert not list((tmp_path / "killed").glob("*/record.json"))
+    plan = qapbench(*arguments, "--runs", tmp_path / "killed", "--dry-run")
+    assert "answers are missing" in plan.stdout
+    assert "the tower runs" in plan.stdout
     assert qapbench(*arguments, "--runs", tmp_path / "killed").returncode == 0
-    assert qapbench(*arguments, "--runs", tmp_path / "alone").returncode == 0
-    (killed,), (alone,) = (list((tmp_path / name).glob("*/answers.jsonl")) for name in ("killed", "alone"))
-    assert killed.read_bytes() == alone.read_bytes()
-    assert _lines(tmp_path / "killed") == 60
+    assert qapbench(*arguments, "--runs", tmp_path / "left").returncode == 0
+    killed, left = (
+        {path.parent.name: path.read_bytes() for path in (tmp_path / name).glob("*/answers.jsonl")}
+        for name in ("killed", "left")
+    )
+    assert killed == left
+    assert _lines(tmp_path / "killed") == whole
 
 
 def _lines(runs: Path) -> int:

@@ -9,9 +9,14 @@ from llava_checkpoints import TOKENS, picture
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qapbench import UserError, compress
-from qapbench.run.lm import CompressedLM
+from qapbench import RunSpec, UserError
+from qapbench.models import family_of
+from qapbench.run.cells import Cell
+from qapbench.run.lm import AskingLM, content_items, refuse
+from qapbench.run.plan import Planned
+from qapbench.run.questions import in_order
 from qapbench.run.store import Store
+from qapbench.run.sweep import Sweep
 
 PRUNE = {"prune": {"method": "cdpruner", "keep": 5}}
 
@@ -23,12 +28,17 @@ def loaded(tiny_model: Path) -> tuple[Any, Any]:
 
 
 def ask(loaded: Any, folder: Path, requests: list[Instance], spec: dict[str, Any], size: int = 1) -> Any:
+    """Outputs in the order of the requests, as lm-eval gets them, and what was stored."""
     model, processor = loaded
-    folder.mkdir(exist_ok=True)
-    with compress(model, spec, processor) as receipt:
-        lm = CompressedLM(model, processor, receipt, Store(folder), size)
-        kind = requests[0].request_type
-        return getattr(lm, kind)(requests), Store(folder).read()
+    family_of(model).complete(processor)
+    run = RunSpec.parse({"model": "given", "task": "foreign", **spec})
+    plan = Planned(run, "id", "text", "group", folder / "id", len(requests), 0, False)
+    plan.folder.mkdir(parents=True)
+    sweep = Sweep(model, processor, in_order(requests), [Cell(plan)], folder, batch_size=size)
+    sweep.answer()
+    stored = Store(plan.folder).read()
+    lm = AskingLM(processor, answers=stored)
+    return getattr(lm, requests[0].request_type)(requests), stored
 
 
 def choice(doc: int, context: str, continuation: str, index: int, images: list[Any] | None = None) -> Instance:
@@ -79,9 +89,8 @@ def test_long_continuations_with_images_and_pruning(size: int, loaded: Any, tmp_
     assert {image["available"] for answer in stored for image in answer["images"]} == {TOKENS}
 
 
-def test_the_image_stands_where_the_text_says(loaded: Any) -> None:
-    lm = CompressedLM(*loaded, receipt=None, store=None, batch_size=1)  # type: ignore[arg-type]
-    assert lm._content("What is shown in <image>? And <image>\nhere") == [
+def test_the_image_stands_where_the_text_says() -> None:
+    assert content_items("What is shown in <image>? And <image>\nhere") == [
         {"type": "text", "text": "What is shown in "},
         {"type": "image"},
         {"type": "text", "text": "? And "},
@@ -102,7 +111,7 @@ def test_generation_stops_where_the_task_says(loaded: Any, tmp_path: Path) -> No
     assert generate([stop], "cut") == whole.split(stop)[0].strip()
 
 
-def test_perplexity_is_refused(loaded: Any) -> None:
-    lm = CompressedLM(*loaded, receipt=None, store=None, batch_size=1)  # type: ignore[arg-type]
+def test_perplexity_is_refused() -> None:
+    request = Instance("loglikelihood_rolling", {}, ("text",), 0, metadata=("t", 0, 1))
     with pytest.raises(UserError, match="perplexity"):
-        lm.loglikelihood_rolling([])
+        refuse([request])

@@ -18,6 +18,7 @@ from qapbench.analysis.drops import Harm, Spliced, harm_of, units_of
 from qapbench.analysis.question import Question, find_question, image_questions
 from qapbench.analysis.sensitivity import Study, studies_of
 from qapbench.analysis.study import STUDY, TARGETS, spearman, summarize
+from qapbench.models.family import families
 from qapbench.run.loading import load_model
 from qapbench.run.tasks import load_task
 
@@ -102,6 +103,30 @@ def test_nothing_depends_on_the_batch(batch_size: int, ready: Any) -> None:
     expected, found = measure(ready)[0], measure(ready, batch_size=batch_size)[0]
     for name in TARGETS:
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", families())
+def test_every_family_is_left_out_of_or_says_that_it_cannot_be(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = families()[name].tiny()
+    spliced = Spliced(model.eval())
+    with torch.inference_mode():
+        try:
+            spliced.start(inputs)
+        except UserError as error:
+            assert "into tiles" in str(error)
+            return
+        spliced.check(inputs)
+        column = spliced.columns[3:4]
+        found, states = spliced.without([column, spliced.columns[5:6]], int(column))
+        stays = torch.arange(inputs["input_ids"].shape[1]) != column
+        mine = {"input_ids": inputs["input_ids"][:, stays]}
+        if spliced.positions is not None:
+            mine["position_ids"] = spliced.positions[..., stays]
+        features = spliced.seen.projected[0][torch.arange(spliced.seen.count) != 3]
+        own = model(**mine, **spliced.family.encoded([features])).logits[0, -1]
+    assert torch.allclose(found[0], own, atol=1e-4)
+    assert states[0].shape[1] == inputs["input_ids"].shape[1] - int(column) - 1
 
 
 def test_blocks_part_the_grid() -> None:

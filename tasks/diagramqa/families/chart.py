@@ -37,10 +37,8 @@ def chart(rng: Rng, split: str) -> Scene:
         height = round(values[i] * unit)
         canvas.draw.rectangle([x - 8, base - height, x + 8, base], fill=COLORS[colors[i]], outline=INK)
         boxes.append(canvas.thing(f"{colors[i]} bar", (x - 8, base - height, x + 9, base + 1)))
-        if pictures:
-            label = canvas.icon(labels[i], x, 84, min(24, step - 2))
-        else:
-            label = canvas.text(labels[i], x, 87, 17)
+        size = min(24, step - 2)
+        label = canvas.icon(labels[i], x, 84, size) if pictures else canvas.text(labels[i], x, 87, 17)
         rank = sorted(values).index(values[i])
         place = "shortest" if rank == 0 else "tallest" if rank == k - 1 else "middle"
         for box in (boxes[i], label):

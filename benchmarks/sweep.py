@@ -1,0 +1,107 @@
+"""What a sweep costs beside its cells alone: `python benchmarks/sweep.py --task diagramqa --limit 60`.
+
+The 12 rows of the spec `table2` on a LLaVA-shaped model of about 100 million random weights. The dense W4A4 cell, or
+every cell with `--alone all`, is made alone, then the whole sweep; the model is loaded before. Seconds are this
+process's own CPU time, which other work on the machine disturbs less than the clock on the wall; both are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import random_llava
+from rich.console import Console
+from rich.table import Table
+
+from qapbench.run.engine import Engine
+from qapbench.run.tasks import load_task
+from qapbench.spec import RunSpec, TaskSpec
+from qapbench.specfile import load_spec
+
+DENSE = "W4A4 dense"
+out = Console(width=120, highlight=False)
+
+
+def timed(engine: Engine, specs: list[RunSpec]) -> tuple[float, float, list[dict[str, Any]]]:
+    """CPU seconds, seconds, records."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    records = engine.run(specs)
+    return time.process_time() - cpu, time.perf_counter() - wall, records
+
+
+def measure(specs: list[RunSpec], alone: list[RunSpec], folder: Path, batch_size: int) -> None:
+    seconds: dict[str, tuple[float, float]] = {}
+    answers: dict[str, bytes] = {}
+    engine = Engine(folder / "unused", batch_size)
+    engine.model(specs[0])
+    for spec in alone:
+        engine.runs = folder / f"alone-{len(seconds)}"
+        cpu, wall, (record,) = timed(engine, [spec])
+        seconds[spec.name] = cpu, wall
+        answers[spec.name] = (engine.runs / record["run_id"] / "answers.jsonl").read_bytes()
+    engine.runs = folder / "sweep"
+    cpu, wall, records = timed(engine, specs)
+    table = Table(title="CPU seconds (and seconds on the wall)", title_justify="left")
+    for column in ("cell", "alone", "share of the sweep", "computed", "same bytes"):
+        table.add_column(column, justify="left" if column == "cell" else "right")
+    for spec, record in zip(specs, records, strict=True):
+        mine = seconds.get(spec.name)
+        bytes_now = (engine.runs / record["run_id"] / "answers.jsonl").read_bytes()
+        same = "" if mine is None else "yes" if bytes_now == answers[spec.name] else "NO"
+        timing = record["timing"]
+        share = timing["seconds"] * cpu / wall
+        counted = f"{timing['computed']} of {timing['questions']}"
+        table.add_row(spec.name, f"{mine[0]:.1f} ({mine[1]:.1f})" if mine else "", f"{share:.1f}", counted, same)
+    table.add_row("all, shared", "", f"{cpu:.1f} ({wall:.1f})", "", "", style="bold")
+    out.print(table)
+    out.print(f"sweep / dense cell alone: {cpu / seconds[DENSE][0]:.2f} (wall {wall / seconds[DENSE][1]:.2f})")
+    if len(alone) == len(specs):
+        total = sum(one for one, _ in seconds.values())
+        out.print(f"sweep / sum of the cells alone: {cpu / total:.2f} ({total:.0f} s alone)")
+    stages: dict[str, float] = defaultdict(float)
+    for record in records:
+        for stage, spent in record["timing"]["stages"].items():
+            stages[stage] += spent
+    profile = ", ".join(f"{stage} {100 * spent / wall:.0f} %" for stage, spent in sorted(stages.items(), key=_by_size))
+    out.print(
+        f"of the sweep's time: {profile}, the rest (scoring, records) {100 * (1 - sum(stages.values()) / wall):.0f} %"
+    )
+
+
+def _by_size(item: tuple[str, float]) -> float:
+    return -item[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="diagramqa")
+    parser.add_argument("--data", help="a parquet file; the task's own by default")
+    parser.add_argument("--limit", type=int, default=60)
+    parser.add_argument("--alone", choices=("dense", "all"), default="dense")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--model", type=Path, help="a checkpoint folder; made there where it is none yet")
+    given = parser.parse_args()
+    task = load_task(TaskSpec(name=given.task, data=given.data))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        checkpoint = given.model or folder / "model"
+        if not (checkpoint / "config.json").exists():
+            count = random_llava.save(checkpoint, (doc["text"] for doc in task.docs))
+            out.print(f"{count / 1e6:.0f} million parameters")
+        data = f", data: {Path(given.data).resolve()}" if given.data else ""
+        changes = [f"model={checkpoint.resolve()}", f"task={{name: {given.task}, limit: {given.limit}{data}}}"]
+        specs = load_spec("table2", changes)
+        alone = specs if given.alone == "all" else [spec for spec in specs if spec.name == DENSE]
+        docs = [task.docs[index] for index in range(min(given.limit, task.count))]
+        shown = sum(doc.get("image") is not None for doc in docs)
+        out.print(f"{given.task}: {len(docs)} questions, {shown} with an image")
+        measure(specs, alone, folder, given.batch_size)
+
+
+if __name__ == "__main__":
+    main()

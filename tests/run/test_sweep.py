@@ -1,0 +1,226 @@
+"""Many runs at once: the bytes of each alone, and what is equal done once."""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from run_questions import QUESTIONS
+
+import qapbench
+from qapbench import RunSpec
+from qapbench.models.llava import Llava
+from qapbench.run import engine as engine_module
+from qapbench.run.engine import Engine
+from qapbench.run.plan import look_of
+from qapbench.run.store import Store
+
+Spec = Callable[..., dict[str, Any]]
+W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
+W4A4_SYM = {**W4A4, "activations": {"bits": 4, "symmetric": True}}
+IMAGES = QUESTIONS // 2
+
+
+def sweep(specs: list[dict[str, Any]], runs: Path, **more: Any) -> tuple[list[dict[str, Any]], list[bytes]]:
+    records = qapbench.run([RunSpec.parse(spec) for spec in specs], runs, **more)
+    return records, [(runs / record["run_id"] / "answers.jsonl").read_bytes() for record in records]
+
+
+def prunes(keep: int = 5) -> list[dict[str, Any]]:
+    """Every registered pruner, and two that differ from another in the metric alone."""
+    found: list[dict[str, Any]] = [{"method": method, "keep": keep} for method in qapbench.pruners.names()]
+    return [*found, *({"method": "cdpruner", "keep": keep, "sensitivity": name} for name in ("l2", "combined"))]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, questions: Path) -> dict[str, Any]:
+    """The answers and the receipt of every pruner's run, made alone, one question at a time."""
+    found = {}
+    for prune in prunes():
+        task = {"name": "scienceqa", "data": str(questions)}
+        spec = {"name": "t", "model": str(tiny_model), "task": task, "quantize": W4A4, "prune": prune}
+        (record,), (answers,) = sweep([spec], tmp_path_factory.mktemp("alone"))
+        found[json.dumps(prune)] = (answers, record["receipt"], record["tokens"])
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_a_cell_has_the_bytes_that_it_has_alone(
+    batch_size: int, alone: dict[str, Any], spec_of: Spec, tmp_path: Path
+) -> None:
+    cells = [spec_of(), spec_of(quantize=W4A4), *(spec_of(quantize=W4A4, prune=prune) for prune in prunes())]
+    records, answers = sweep(cells, tmp_path, batch_size=batch_size)
+    for prune, record, stored in zip(prunes(), records[2:], answers[2:], strict=True):
+        bytes_alone, receipt, tokens = alone[json.dumps(prune)]
+        assert stored == bytes_alone, prune
+        assert record["receipt"] == receipt, prune
+        assert record["tokens"] == tokens
+    assert len({record["receipt"]["summary"] for record in records}) == len(records)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["letter", "generate"])
+def test_neighbours_in_a_batch_reach_neither_ranges_nor_attention(
+    dtype: str, mode: str, spec_of: Spec, tmp_path: Path
+) -> None:
+    cells = [
+        spec_of(quantize=quantize, dtype=dtype, task={"answers": mode}, **prune)
+        for quantize in (W4A4, W4A4_SYM)
+        for prune in ({}, {"prune": {"method": "attention", "keep": 4}}, {"prune": {"method": "random", "keep": 4}})
+    ]
+    _, one = sweep(cells, tmp_path / "one", batch_size=1)
+    _, many = sweep(cells, tmp_path / "many", batch_size=16)
+    assert one == many
+    assert len(set(one)) > 1
+
+
+def test_each_image_goes_through_the_tower_once(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For full precision, two quantizers and every pruner; twice where nothing may wait for the next quantizer."""
+    calls = []
+    see = Llava.see
+    monkeypatch.setattr(Llava, "see", lambda self, pixels, needs: calls.append(1) or see(self, pixels, needs))
+    prune = {"method": "cdpruner", "keep": 5, "sensitivity": "l2"}
+    cells = [spec_of(), *(spec_of(quantize=q, prune=prune) for q in (W4A4, W4A4_SYM)), spec_of(quantize=W4A4)]
+    _, answers = sweep(cells, tmp_path / "memory")
+    assert len(calls) == IMAGES
+    _, spilled = sweep(cells, tmp_path / "spilled", spill=True)
+    assert len(calls) == 2 * IMAGES
+    assert not list((tmp_path / "spilled").glob("features-*"))
+    monkeypatch.setattr(engine_module, "MEMORY", 0)
+    _, again = sweep(cells, tmp_path / "nothing")
+    assert len(calls) == 5 * IMAGES
+    assert answers == spilled == again
+    vision = [spec_of(quantize={**W4A4, "scope": ["language", "vision"]}), spec_of(quantize=W4A4), spec_of()]
+    monkeypatch.setattr(engine_module, "MEMORY", 1 << 30)
+    calls.clear()
+    records, _ = sweep(vision, tmp_path / "vision")
+    assert len(calls) == 2 * IMAGES
+    seen = {line["part"] for line in records[0]["receipt"]["linears"] if line["calls"]}
+    assert seen == {"language", "vision"}
+
+
+def test_relevance_and_sensitivity_are_computed_once(
+    spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qapbench.strategies.pruners.cdpruner import CDPruner
+
+    calls = []
+    relevance = CDPruner.relevance
+    monkeypatch.setattr(CDPruner, "relevance", lambda self, tokens: calls.append(1) or relevance(self, tokens))
+    cells = [
+        spec_of(prune={"method": "cdpruner", "keep": keep, "sensitivity": name})
+        for keep in (4, 5)
+        for name in ("l1", "l2", "combined")
+    ]
+    sweep(cells, tmp_path)
+    assert len(calls) == IMAGES
+
+
+def test_equal_selections_are_answered_once(spec_of: Spec, tmp_path: Path) -> None:
+    """Keeping every token is the dense run, whatever chooses."""
+    everything = [{"method": method, "keep": 16} for method in ("random", "attention")]
+    records, answers = sweep([spec_of(), *(spec_of(prune=prune) for prune in everything)], tmp_path)
+    assert [record["timing"]["computed"] for record in records] == [QUESTIONS, 0, 0]
+    outputs = [[json.loads(line)["outputs"] for line in stored.splitlines()] for stored in answers]
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert records[1]["tokens"] == records[0]["tokens"]
+
+
+def test_answers_of_a_subset_are_used_for_the_whole(spec_of: Spec, tmp_path: Path) -> None:
+    cells = [spec_of(quantize=W4A4, task={"limit": limit}) for limit in (6, QUESTIONS)]
+    (part,), _ = sweep(cells[:1], tmp_path)
+    (whole,), (answers,) = sweep(cells[1:], tmp_path)
+    assert part["timing"]["computed"] == 6
+    assert whole["timing"]["computed"] <= QUESTIONS - 5  # the first question is always measured
+    assert [answers] == sweep(cells[1:], tmp_path / "alone")[1]
+
+
+def test_a_cell_that_was_torn_is_completed_alone(spec_of: Spec, tmp_path: Path) -> None:
+    cells = [spec_of(quantize=W4A4, prune=prune) for prune in prunes()[:3]]
+    records, answers = sweep(cells, tmp_path)
+    folder = tmp_path / records[1]["run_id"]
+    (folder / "record.json").unlink()
+    (folder / "answers.jsonl").write_bytes(answers[1][: len(answers[1]) // 2])
+    again, completed = sweep(cells, tmp_path)
+    assert completed == answers
+    assert again[0] == records[0]
+    assert again[1]["receipt"] == records[1]["receipt"]
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_workers_end_with_the_same_bytes(engine: Literal["local", "ray"], spec_of: Spec, tmp_path: Path) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
+    cells = [spec_of(), spec_of(quantize=W4A4), spec_of(quantize=W4A4, prune={"method": "visionzip", "keep": 5})]
+    records, answers = sweep(cells, tmp_path / "two", workers=2, engine=engine)
+    single, expected = sweep(cells, tmp_path / "one")
+    assert answers == expected
+    assert [record["receipt"] for record in records] == [record["receipt"] for record in single]
+    assert [record["scores"] for record in records] == [record["scores"] for record in single]
+    assert sum(record["timing"]["questions"] for record in records) == 3 * QUESTIONS
+
+
+def test_a_mistake_in_a_worker_is_one_message(spec_of: Spec, tmp_path: Path, tiny_model: Path) -> None:
+    import shutil
+
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(qapbench.UserError, match="cannot load"):
+        sweep([{**spec_of(), "model": str(broken)}], tmp_path / "runs", workers=2)
+
+
+def _write(folder: Path, writer: int) -> None:
+    for number in range(40):
+        Store(folder).append([{"writer": writer, "number": number, "text": "x" * 5000}])
+
+
+def test_several_writers_of_one_store(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append([{"writer": -1, "number": 0}])
+    with store.path.open("ab") as handle:
+        handle.write(b'{"torn')  # by a writer that was killed
+    processes = [multiprocessing.get_context("fork").Process(target=_write, args=(tmp_path, i)) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    answers = store.read()
+    assert len(answers) == 1 + 3 * 40
+    for writer in range(3):
+        assert [answer["number"] for answer in answers if answer["writer"] == writer] == list(range(40))
+
+
+def test_the_plan_says_what_is_shared(spec_of: Spec, tmp_path: Path) -> None:
+    cells = [spec_of(), *(spec_of(quantize=W4A4, prune=prune) for prune in prunes()[:3])]
+    engine = Engine(tmp_path)
+    plans = [engine.plan(RunSpec.parse(cell)) for cell in cells]
+    shared = engine.shared(plans)
+    assert (shared.cells, shared.groups, shared.asked) == (4, 2, 4 * QUESTIONS)
+    assert (shared.text, shared.shown, shared.images) == (4 * IMAGES, 4 * IMAGES, IMAGES)
+    assert shared.computed == 4 * IMAGES + 2 * IMAGES
+    assert shared.looks == 4
+    assert len(shared.lines) == 3
+    sweep(cells, tmp_path)
+    assert engine.shared([engine.plan(RunSpec.parse(cell)) for cell in cells]).lines == []
+
+
+def test_looks_follow_content(spec_of: Spec) -> None:
+    one, same, other = (
+        RunSpec.parse(spec_of(name=name, prune={"method": "random", "keep": keep}))
+        for name, keep in (("a", 5), ("b", 5), ("a", 6))
+    )
+    assert look_of(one) == look_of(same) != look_of(other)
+    assert look_of(RunSpec.parse(spec_of())) is None
+
+
+def test_the_model_is_as_before_after_a_sweep(spec_of: Spec, tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    spec = RunSpec.parse(spec_of(quantize=W4A4))
+    model, _ = engine.model(spec)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine.run([spec, RunSpec.parse(spec_of())])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any("forward" in module.__dict__ for module in model.modules())
