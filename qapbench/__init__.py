@@ -1,9 +1,24 @@
 """qapbench: quantization and vision-token pruning of multimodal LLMs, in one typed spec, measured honestly."""
 
 from .affine import fake_quantize
+from .calibration import (
+    AbsMax,
+    Block,
+    CalibratedPTQ,
+    Calibration,
+    CalibrationSamples,
+    Found,
+    Gradient,
+    Gram,
+    Group,
+    MeanAbs,
+    Rows,
+)
 from .compress import compress
 from .errors import UserError
-from .quantization import PTQ, Format, LinearPlan
+from .grid import Grid
+from .install import installed_all
+from .quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
 from .run import run
 from .spec import RunSpec, SweepSpec
 from .strategy import (
@@ -31,17 +46,33 @@ from .tokens import Selection, VisionTokens
 
 __all__ = [
     "PTQ",
+    "AbsMax",
     "Bits",
+    "Block",
+    "CalibratedPTQ",
+    "Calibration",
+    "CalibrationSamples",
     "DecoderPruner",
     "Format",
+    "Found",
+    "Gradient",
+    "Gram",
+    "Grid",
+    "Group",
     "GroupSize",
     "LinearPlan",
+    "MeanAbs",
     "Pruner",
+    "Rows",
     "RunSpec",
+    "Scaling",
     "Selection",
     "Share",
     "Stage",
     "SweepSpec",
+    "TokenActivation",
+    "Tokens",
+    "Transform",
     "UserError",
     "VisionTokens",
     "compress",
@@ -49,6 +80,7 @@ __all__ = [
     "fake_quantize",
     "fusion",
     "fusions",
+    "installed_all",
     "metric",
     "metrics",
     "min_max",

@@ -395,7 +395,8 @@ def main() -> None:
     # Our own bar is the only one; lm-eval and transformers offer no common switch for theirs.
     tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
     tqdm.auto.tqdm.__init__ = functools.partialmethod(tqdm.auto.tqdm.__init__, disable=True)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for noisy in ("transformers", "torchao", "torch.utils._pytree"):  # torchao: kernels of other machines
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

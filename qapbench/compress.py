@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import backends
+from .calibration import Calibration, CalibrationSamples
 from .errors import UserError
+from .install import installed, watching
 from .models import Family, family_of
 from .models.family import default_tower
 from .models.relevance import QuestionReader, TextTower, find_tower, load_tower
 from .prune import PrunedCalls
+from .quantization import LinearPlan, TokenActivation
 from .receipt import LinearReceipt, Receipt, measured_bits
 from .spec import PruneSpec, QuantizeSpec, RunSpec
 from .strategy import DecoderPruner, metrics, pruners, ptqs
@@ -38,7 +43,8 @@ def compress(
     Args:
         spec: a RunSpec, or a mapping with `quantize` and / or `prune` as a spec file has them.
         text_tower: CLIP checkpoint with the joint space of the model's vision tower (folder, hub id, or loaded).
-        calibration: samples for PTQ methods that need them.
+        calibration: samples for PTQ methods that need them: a sequence of the model's keyword arguments, one question
+            each (`relevance_text` among them where calibration prunes by the question), or `CalibrationSamples`.
 
     Yields:
         The receipt, which fills as the model runs.
@@ -51,10 +57,13 @@ def compress(
     family = family_of(model)
     receipt = Receipt()
     with contextlib.ExitStack() as stack:
+        # Calibration may prune as the runs do; what it prunes is not counted among them.
+        pruned = pruned_calls(family, prune, receipt, processor, text_tower, owner) if prune else None
         if quantize:
-            stack.enter_context(_quantized(family, quantize, receipt, calibration))
-        if prune:
-            stack.enter_context(pruned_calls(family, prune, receipt, processor, text_tower, owner).installed())
+            aside = dataclasses.replace(pruned, receipt=Receipt()) if pruned else None
+            stack.enter_context(_quantized(family, quantize, receipt, calibration, aside))
+        if pruned:
+            stack.enter_context(pruned.installed())
         yield receipt
 
 
@@ -68,54 +77,73 @@ def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, P
 
 
 @contextlib.contextmanager
-def _quantized(family: Family, spec: QuantizeSpec, receipt: Receipt, calibration: Any) -> Iterator[None]:
+def _quantized(
+    family: Family, spec: QuantizeSpec, receipt: Receipt, calibration: Any, pruned: PrunedCalls | None
+) -> Iterator[None]:
     receipt.quantization = str(spec.method)
     receipt.wants_weights, receipt.wants_activations = spec.weights is not None, spec.activations is not None
+    receipt.backend = backends.describe(spec.backend, family.model.device)
     linears = family.linears(spec.scope)
     parts = {name: part for part in spec.scope for name in family.linears([part])}
     method = ptqs.create(spec.method.name, **spec.method.params)
-    plans = method.prepare(family.model, linears, spec.weights, spec.activations, calibration)
+    runner = _calibration(family, spec, calibration, pruned)
+    plans = method.prepare(family.model, linears, spec.weights, spec.activations, runner)
+    if runner is not None:
+        receipt.calibration = runner.used
     with contextlib.ExitStack() as stack:
+        asks = any(isinstance(plan.activation, TokenActivation) for plan in plans.values())
+        look = stack.enter_context(watching(family.core, family.image_token)) if asks else lambda: None
         for name, linear in linears.items():
             plan = plans.get(name)
             if plan is None:
                 receipt.fall_back(f"{name}: left in full precision by {spec.method}")
-            elif plan.weight is not None:
-                stack.enter_context(_weight(linear, plan.weight(linear.weight.detach())))
-            if plan is not None and plan.activation is not None:
-                quantize = plan.activation
-                handle = linear.register_forward_pre_hook(lambda _, args, q=quantize: (q(args[0]), *args[1:]))
-                stack.callback(handle.remove)
-            bits, levels = measured_bits(linear.weight, spec.weights)
             shape = (linear.out_features, linear.in_features)
-            line = LinearReceipt(name, parts[name], shape, bits, levels, planned=plan is not None)
+            line = LinearReceipt(name, parts[name], shape, planned=plan is not None)
             receipt.linears.append(line)
-            # Registered last: it sees what the matmul sees.
-            stack.callback(linear.register_forward_pre_hook(_probe(line, spec)).remove)
+            on_kernel = plan is not None and spec.backend == "torchao"
+            if plan is not None and on_kernel:
+                stack.enter_context(backends.int8_linear(linear, plan, line))
+            elif plan is not None:
+                stack.enter_context(installed(linear, plan, look if parts[name] == "language" else lambda: None))
+            if not on_kernel:
+                line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
+                # Registered last: it sees what the matmul sees.
+                stack.callback(linear.register_forward_pre_hook(_probe(line, spec, plan)).remove)
         yield
 
 
-def _probe(line: LinearReceipt, spec: QuantizeSpec) -> Any:
+def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: PrunedCalls | None) -> Calibration | None:
+    """Samples and model brought together; None for methods that do not calibrate."""
+    if spec.calibration is None:
+        return None
+    if not isinstance(given, CalibrationSamples):
+        if not given:
+            raise UserError(f"quantize.method: {spec.method} needs calibration samples; give `calibration=[...]`")
+        given = CalibrationSamples(list(given))
+    if not spec.calibration.pruned:
+        return Calibration(family.model, given, family)
+    shorten = given.shorten
+    if shorten is None:
+        if pruned is None:
+            raise UserError("quantize.calibration.pruned: there is no `prune` section to prune with")
+        shorten = pruned.shorten
+        prune = pruned.spec.model_dump_json()
+        given = dataclasses.replace(given, fingerprints={**given.fingerprints, "prune": prune})
+    return Calibration(family.model, given, family, shorten)
+
+
+def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> Any:
     def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if not line.calls:
-            line.activation_bits, line.activation_levels = measured_bits(args[0], spec.activations)
+            exact = plan.activation.exact if plan and isinstance(plan.activation, TokenActivation) else None
+            x = args[0]
+            if exact is not None:
+                line.activation_exact = float(exact.expand(x.shape).float().mean())
+                x = x.masked_fill(exact, 0)
+            line.activation_bits, line.activation_levels = measured_bits(x, spec.activations)
         line.calls += 1
 
     return look
-
-
-@contextlib.contextmanager
-def _weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
-    """Another weight for a while. The original waits in host memory where it would crowd a GPU."""
-    original = linear.weight
-    device = original.device
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    original.data = original.data.to("cpu")
-    try:
-        yield
-    finally:
-        original.data = original.data.to(device)
-        linear.weight = original
 
 
 def pruned_calls(

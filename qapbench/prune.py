@@ -79,6 +79,7 @@ def whole(prompt: dict[str, Any], seen: Seen, family: Family) -> Shown:
     return Shown(inputs, features, [{"available": image.count} for image in seen.images])
 
 
+@dataclasses.dataclass
 class PrunedCalls:
     """Wraps the two entry points of a model.
 
@@ -86,21 +87,20 @@ class PrunedCalls:
     in by the model's own door. Caches, masks and decoding then need no change.
     """
 
-    def __init__(
-        self, family: Family, spec: PruneSpec, pruner: Pruner, sensitivity: Metric | None,
-        reader: QuestionReader, receipt: Receipt, processor: Any = None,
-    ) -> None:  # fmt: skip
-        self.family = family
-        self.spec = spec
-        self.pruner = pruner
-        self.sensitivity = sensitivity
-        self.fusion = fusions.create(spec.fusion.name, **spec.fusion.params) if spec.fusion else None
-        self.reader = reader
-        self.receipt = receipt
-        self.processor = processor
+    family: Family
+    spec: PruneSpec
+    pruner: Pruner
+    sensitivity: Metric | None
+    reader: QuestionReader
+    receipt: Receipt
+    processor: Any = None
+
+    def __post_init__(self) -> None:
+        fusion = self.spec.fusion
+        self.fusion = fusions.create(fusion.name, **fusion.params) if fusion else None
         self.decoder: DecoderPruning | None = None
-        if isinstance(pruner, DecoderPruner):
-            self.decoder = DecoderPruning(family.decoder, pruner, sensitivity, self.fusion, receipt)
+        if isinstance(self.pruner, DecoderPruner):
+            self.decoder = DecoderPruning(self.family.decoder, self.pruner, self.sensitivity, self.fusion, self.receipt)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -160,6 +160,20 @@ class PrunedCalls:
     def needs(self) -> frozenset[str]:
         """What the model must record of an image."""
         return (self.pruner.needs & self.family.offers) | self.reader.visual
+
+    def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
+        """The call's keywords as `shortened` has them, for calibration.
+
+        Raises:
+            UserError: the pruner works inside the decoder, whose blocks calibration runs one by one.
+        """
+        if self.decoder:
+            raise UserError(
+                f"quantize.calibration.pruned: {self.spec.method} drops tokens inside the decoder, so its calibration "
+                "cannot be pruned; set pruned: false"
+            )
+        with self.shortened(kwargs, relevance_text) as short:
+            return short
 
     @contextlib.contextmanager
     def shortened(self, kwargs: dict[str, Any], relevance_text: list[str] | None) -> Iterator[dict[str, Any]]:

@@ -30,16 +30,19 @@ class LinearReceipt:
         activation_bits: the same of its input, at its first call; None while it was never called.
         weight_levels, activation_levels: most distinct values found in one group, the evidence for the bits.
         calls: forward passes.
+        activation_exact: share of that input's elements that were passed on in full precision beside the quantized
+            ones (outliers); `activation_bits` are those of the others.
         planned: whether the method undertook to quantize it; what it left out is a fallback, not a fault.
     """
 
     name: str
     part: str
     shape: tuple[int, int]
-    weight_bits: int
-    weight_levels: int
+    weight_bits: int = 0
+    weight_levels: int = 0
     activation_bits: int | None = None
     activation_levels: int | None = None
+    activation_exact: float = 0.0
     calls: int = 0
     planned: bool = True
 
@@ -54,6 +57,8 @@ class Receipt:
             decoder, of what its last layer saw.
         layers: tokens that each layer of the decoder saw, summed over images; empty where all see the same.
         fallbacks: what was done otherwise than asked, in words.
+        backend: what multiplied: a simulation, or which library's kernels.
+        calibration: samples, where they came from, whether the result was read, seconds and peak memory.
         separators: tokens of the model's own (new lines between rows of tiles) that stayed, summed; not in the budget.
         latest: what the latest pruned call kept of each image, for whoever stores or draws it; not part of the record.
     """
@@ -71,6 +76,8 @@ class Receipt:
     most: int | None = None
     layers: list[int] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
+    backend: str | None = None
+    calibration: dict[str, Any] | None = None
     separators: int = 0
     latest: list[KeptImage] | None = field(default=None, repr=False, compare=False)
 

@@ -17,11 +17,12 @@ from pydantic import (
     model_validator,
 )
 
+from .backends import Backend, check_backend
 from .errors import Problem, UserError
 from .items import FusionItem, Item, MetricItem, PrunerItem, PTQItem
 from .quantization import Format
 from .registry import load_plugin_file, problems_of
-from .strategy import DecoderPruner, fusions, pruners
+from .strategy import DecoderPruner, fusions, pruners, ptqs
 
 Scope = Literal["language", "projector", "vision"]
 
@@ -32,13 +33,38 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class CalibrationSpec(Strict):
+    """What a calibrating method looks at.
+
+    Attributes:
+        samples: questions, with and without images as the source has them.
+        seed: which of them, and in which order.
+        pruned: they go through the spec's own pruner, so that ranges are those of the tokens that stay.
+        data: a parquet file of questions; where None the task's own source, which has none of the test questions.
+    """
+
+    samples: Annotated[int, Field(ge=1, le=4096)] = 128
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    pruned: bool = False
+    data: str | None = None
+
+
 class QuantizeSpec(Strict):
-    """How the model is quantized. `scope` names the parts whose linears are."""
+    """How the model is quantized.
+
+    Attributes:
+        scope: the parts whose linears are.
+        calibration: for methods that calibrate; None for others, whatever is written.
+        backend: "simulate" computes in the model's own precision what a low-bit kernel would answer; "torchao" runs
+            real int8 kernels, where both formats are what they compute.
+    """
 
     method: PTQItem
     weights: Format | None = None
     activations: Format | None = None
     scope: Annotated[list[Scope], Field(min_length=1)] = ["language"]
+    calibration: CalibrationSpec | None = None
+    backend: Backend = "simulate"
 
     @field_validator("scope")
     @classmethod
@@ -50,6 +76,15 @@ class QuantizeSpec(Strict):
     def _something(self) -> QuantizeSpec:
         if self.weights is None and self.activations is None:
             raise ValueError("give `weights`, `activations` or both; leave `quantize` out for full precision")
+        return self
+
+    @model_validator(mode="after")
+    def _formats_of_method(self) -> QuantizeSpec:
+        method = ptqs.create(self.method.name, **self.method.params)
+        method.check(self.weights, self.activations)
+        check_backend(self.backend, self.weights, self.activations)
+        wanted = (self.calibration or CalibrationSpec()) if method.calibrates else None
+        object.__setattr__(self, "calibration", wanted)  # frozen to others
         return self
 
     @property
@@ -168,6 +203,13 @@ class RunSpec(Strict):
             object.__setattr__(self, "prune", self.prune.model_copy(update={"method": method}))  # frozen to others
         return self
 
+    @model_validator(mode="after")
+    def _pruned_by_something(self) -> RunSpec:
+        calibration = self.quantize.calibration if self.quantize else None
+        if calibration and calibration.pruned and self.prune is None:
+            raise UserError(Problem("`pruned: true` needs a `prune` section", ("quantize", "calibration", "pruned")))
+        return self
+
     @classmethod
     def parse(cls, data: dict[str, Any]) -> RunSpec:
         """Validate; every mistake in one UserError."""
@@ -190,6 +232,8 @@ class RunSpec(Strict):
         """
         fields = self.model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins", "dtype"})
         fields["task"].pop("data")
+        if fields["quantize"] and fields["quantize"]["calibration"]:
+            fields["quantize"]["calibration"].pop("data")
         fields["task"] |= task or {}
         text = json.dumps([fields, fingerprints], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

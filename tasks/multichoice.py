@@ -19,7 +19,17 @@ from qapbench.errors import Problem, UserError, nearest
 
 from .rows import LazyImage, read
 
-__all__ = ["COLUMNS", "PARSERS", "PROMPTS", "Docs", "LazyImage", "dataset", "doc_to_image", "process_results"]
+__all__ = [
+    "COLUMNS",
+    "PARSERS",
+    "PROMPTS",
+    "CalibrationSource",
+    "Docs",
+    "LazyImage",
+    "dataset",
+    "doc_to_image",
+    "process_results",
+]
 
 IMAGE = "<image>"
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
@@ -128,6 +138,19 @@ def parse(doc: dict[str, Any], text: str) -> tuple[int | None, bool]:
     return None, True
 
 
+@dataclass(frozen=True)
+class CalibrationSource:
+    """A task's own questions for calibration.
+
+    Attributes:
+        rows: (samples, seed) -> as many rows, as `rows.read` gives them.
+        version: changes whenever the rows of a seed do.
+    """
+
+    rows: Callable[[int, int], list[dict[str, Any]]]
+    version: str
+
+
 class Docs(Sequence[dict[str, Any]]):
     """The documents of one data set, as lm-eval iterates over them: small dicts without image bytes.
 
@@ -138,6 +161,9 @@ class Docs(Sequence[dict[str, Any]]):
         prompt, parser: the names in effect.
         generation: what the prompt asks of decoding, over the YAML's `generation_kwargs`.
         numbered: the data have no ids; the questions' are row numbers.
+        calibration: (samples, seed, parquet file or None) -> as many questions that quantization may look at, put as
+            these are.
+        calibration_version: of the task's own source of such questions; "" where it has none.
     """
 
     def __init__(
@@ -154,6 +180,8 @@ class Docs(Sequence[dict[str, Any]]):
         self.numbered = bool(docs[0].get("numbered"))
         self.features: dict[str, None] = dict.fromkeys(docs[0])
         self.unavailable, self.fingerprint = unavailable, fingerprint
+        self.calibration: Callable[[int, int, str | None], Sequence[dict[str, Any]]] | None = None
+        self.calibration_version = ""
 
     def __len__(self) -> int:
         return len(self._docs)
@@ -178,6 +206,7 @@ def dataset(
     parser: str | None = None,
     seed: int = 0,
     limit: int | None = None,
+    calibration: CalibrationSource | None = None,
     **_: Any,
 ) -> dict[str, Docs]:
     """lm-eval's `custom_dataset`: the split `test`. lm-eval passes the whole metadata, hence the rest.
@@ -188,6 +217,7 @@ def dataset(
         parser: one of PARSERS; the prompt's own where None.
         seed: of the parsers that guess.
         limit: only the first questions. Which columns are unavailable is decided on all of them.
+        calibration: the task's own questions for calibration; without it users name a file.
 
     Raises:
         UserError: unknown prompt or parser, or wrong data.
@@ -196,8 +226,21 @@ def dataset(
     parser = _known("parser", parser or form.parser, PARSERS)
     rows, fingerprint = read(data)
     unavailable = unknown_columns(rows)
+    docs = Docs(_documents(rows[:limit], form, unavailable, parser, seed), unavailable, fingerprint, prompt, parser)
+
+    def calibrate(samples: int, asked: int, file: str | None) -> list[dict[str, Any]]:
+        return _documents(_calibration_rows(samples, asked, file, calibration), form, {}, parser, seed)
+
+    docs.calibration, docs.calibration_version = calibrate, calibration.version if calibration else ""
+    return {"test": docs}
+
+
+def _documents(
+    rows: list[dict[str, Any]], form: Prompt, unavailable: dict[str, str], parser: str, seed: int
+) -> list[dict[str, Any]]:
+    """Rows as documents: what is asked, and what counts as an answer."""
     docs = []
-    for row in rows[:limit]:
+    for row in rows:
         body = form.body(row).replace(IMAGE, "").strip()
         letters = list(string.ascii_uppercase[: len(row["choices"])])
         image = f"{IMAGE}\n" if row["image"] is not None else ""
@@ -213,7 +256,26 @@ def dataset(
                 "seed": seed,
             }
         )
-    return {"test": Docs(docs, unavailable, fingerprint, prompt, parser)}
+    return docs
+
+
+def _calibration_rows(
+    samples: int, seed: int, file: str | None, source: CalibrationSource | None
+) -> list[dict[str, Any]]:
+    """So many rows of a file, drawn without replacement, or of the task's own source."""
+    where = ("quantize", "calibration")
+    if file is None:
+        if source is None:
+            message = "this task has no calibration questions of its own; name a parquet file, such as its train split"
+            raise UserError(Problem(message, (*where, "data")))
+        return source.rows(samples, seed)
+    try:
+        rows, _ = read(file)
+    except UserError as error:
+        raise UserError([Problem(problem.message, (*where, "data")) for problem in error.problems]) from None
+    if len(rows) < samples:
+        raise UserError(Problem(f"{samples} asked for, but {file} holds {len(rows)}", (*where, "samples")))
+    return [rows[index] for index in random.Random(seed).sample(range(len(rows)), samples)]
 
 
 def _known(kind: str, name: str, valid: dict[str, Any]) -> str:

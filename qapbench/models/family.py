@@ -121,6 +121,18 @@ class Family(abc.ABC):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
 
+    @property
+    def core(self) -> nn.Module:
+        """The module that takes `input_ids` in every call, pruned or not: what it is given says which tokens run."""
+        return self.model.model
+
+    def blocks(self, part: str) -> list[nn.Module]:
+        """The layers of a part, each of which takes what the one before answers; the part itself where it has none."""
+        root = self.parts[part]
+        lists = [module for module in root.modules() if isinstance(module, nn.ModuleList)]
+        sizes = [sum(isinstance(inner, nn.Linear) for inner in module.modules()) for module in lists]
+        return list(lists[sizes.index(max(sizes))]) if any(sizes) else [root]
+
     def linears(self, scope: Iterable[str]) -> dict[str, nn.Linear]:
         """The linears of those parts, by their name in the model."""
         roots = {id(self.parts[part]) for part in scope}

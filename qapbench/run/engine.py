@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from qapbench.calibration import CalibrationSamples
 from qapbench.checkpoints import find_checkpoint
+from qapbench.compress import pruned_calls
 from qapbench.errors import Problem, UserError
+from qapbench.memory import peak_memory
+from qapbench.models import family_of
+from qapbench.receipt import Receipt
 from qapbench.spec import RunSpec, SweepSpec
 from qapbench.specfile import load_spec
 
-from . import fast
+from . import calibration, fast
 from .cells import Cell, worker_of
-from .environment import peak_memory
 from .loading import fingerprints, load_model, load_processor, precision
 from .plan import Planned, Shared, about_text, group_key, shared_work
 from .record import RECORD, Record, named, read_record
@@ -25,6 +30,7 @@ from .tasks import LoadedTask, load_task
 
 Report = Callable[[str, int, int], None]
 """Called with (run name, questions answered, questions in all)."""
+CALIBRATIONS = "calibrations"  # folder beside the runs
 EngineName = Literal["local", "ray"]
 MEMORY = 1 << 30  # bytes of shown prompts that may wait for a later quantizer group
 
@@ -101,6 +107,7 @@ class Engine:
         self.spill = spill
         self._loaded: tuple[Hashable, Any, Any] | None = None
         self._tasks: dict[Hashable, LoadedTask] = {}
+        self._samples: dict[Hashable, CalibrationSamples] = {}
 
     def check(self, spec: RunSpec) -> None:
         """Raise UserError where the task or a local model is not there; a hub is not asked."""
@@ -120,10 +127,14 @@ class Engine:
             fetch: whether checkpoints may be downloaded for it.
         """
         task = self.task(spec)
-        content = fingerprints(spec, task.fingerprint, self.device, fetch)
+        wanted = spec.quantize.calibration if spec.quantize else None
+        source = calibration.fingerprint(task, wanted) if wanted else ""
+        content = fingerprints(spec, task.fingerprint, self.device, fetch, source)
         run_id = spec.digest(content, task.asked)
         text = about_text(content)
-        text_key = spec.model_copy(update={"prune": None}).digest(text, task.asked)
+        text_key = run_id  # where calibration prunes, the weights themselves depend on the pruner
+        if wanted is None or not wanted.pruned:
+            text_key = spec.model_copy(update={"prune": None}).digest(text, task.asked)
         folder = self.runs / run_id
         record = read_record(folder) if (folder / RECORD).exists() else None
         stopped = bool(record and record.get("stopped"))
@@ -176,6 +187,27 @@ class Engine:
             self._loaded = None
             self._loaded = (key, *load_model(spec, self.device, self.trust_remote_code))
         return self._loaded[1], self._loaded[2]
+
+    def _calibration(self, planned: Planned) -> CalibrationSamples | None:
+        """The samples of a run that calibrates; its result is kept beside the runs."""
+        spec = planned.spec
+        wanted = spec.quantize.calibration if spec.quantize else None
+        if wanted is None:
+            return None
+        model, processor = self.model(spec)
+        key = (self._together(spec), wanted.samples, wanted.seed, wanted.data)
+        if key not in self._samples:
+            self._samples = {key: calibration.samples(self.task(spec), wanted, model, processor)}
+        about, shorten = planned.fingerprints, None
+        if not wanted.pruned:  # then nothing of the pruner enters, and a sweep calibrates once
+            about = {key: value for key, value in about.items() if key in ("model", "precision", "vision tower")}
+        elif spec.prune is not None:
+            about = {**about, "prune": spec.prune.model_dump_json()}
+            shorten = pruned_calls(family_of(model), spec.prune, Receipt(), processor, None, spec.text_tower).shorten
+        return dataclasses.replace(
+            self._samples[key], cache=self.runs / CALIBRATIONS, fingerprints=about, shorten=shorten,
+            report=lambda what, done, total: self.report(f"{spec.name}: {what}", done, total),
+        )  # fmt: skip
 
     def _together(self, spec: RunSpec) -> Hashable:
         """Runs with an equal one ask the same questions of the same loaded model."""
@@ -246,6 +278,7 @@ class Engine:
         sweep = Sweep(
             model, processor, questions, cells, self.runs, batch_size=self.batch_size, seed=spec.seed,
             limit=MEMORY // share[1], spill=self.runs if self.spill else None, report=self.report,
+            calibrate=self._calibration,
         )  # fmt: skip
         sweep.answer(mine)
         return peak_memory(self.device)

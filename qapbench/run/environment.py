@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,14 +25,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     found["threads"] = torch.get_num_threads()
     found["git"] = _git()
-    return found
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak memory in MB: resident, of the process so far; on a GPU also allocated there, since its last reset."""
-    found = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
-    if device.type == "cuda":
-        found["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
     return found
 
 

@@ -81,11 +81,19 @@ def read_config(spec: RunSpec, fetch: bool = True) -> dict[str, Any]:
         raise UserError(Problem(f"{file} cannot be read: {first_line(error)}", ("model",))) from error
 
 
-def fingerprints(spec: RunSpec, data: str, device: torch.device, fetch: bool = True) -> dict[str, str]:
-    """Content hashes of all that a run reads: the spec's names and paths may change, these say what was there."""
+def fingerprints(
+    spec: RunSpec, data: str, device: torch.device, fetch: bool = True, calibration: str = ""
+) -> dict[str, str]:
+    """Content hashes of all that a run reads: the spec's names and paths may change, these say what was there.
+
+    Args:
+        calibration: hash of what calibration samples are drawn from; "" where there is no calibration.
+    """
     folder = find_checkpoint(spec.model, "model", fetch).folder
     config = read_config(spec, fetch)
     found = {"model": digest_tree(folder), "data": data, "precision": f"{precision(spec, device)} on {device.type}"}
+    if calibration:
+        found["calibration"] = calibration
     if layout := layout_of(config):
         found["vision tower"] = digest_tree(layout(folder, config).companion(fetch))
     for kind, entry in used_items(spec):

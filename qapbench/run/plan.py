@@ -13,7 +13,7 @@ from qapbench.spec import RunSpec
 
 from .tasks import LoadedTask
 
-TEXT_DEPENDS_ON = ("model", "data", "precision", "ptq")  # the kinds of fingerprint
+TEXT_DEPENDS_ON = ("model", "data", "precision", "ptq", "calibration")  # the kinds of fingerprint
 
 
 @dataclass(frozen=True)

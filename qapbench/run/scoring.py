@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from qapbench.memory import peak_memory
+
 from .cells import Cell
-from .environment import environment, peak_memory
+from .environment import environment
 from .lm import AskingLM
 from .questions import Question
 from .record import SCHEMA, SCORED, Record, chance, labels, notes, write_scored

@@ -1,0 +1,67 @@
+"""LLM.int8() (Dettmers et al., NeurIPS 2022): int8 everywhere but in the input channels that hold outliers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qapbench import PTQ, Format, LinearPlan, TokenActivation, Tokens, UserError, ptq
+
+TOP = 127
+INT8 = Format(bits=8, symmetric=True)
+
+
+@ptq("llm_int8")
+@dataclass(frozen=True)
+class LLMInt8(PTQ):
+    """W8A8 by row and token absmax; input channels with an element of at least `threshold` are left in full precision.
+
+    As in bitsandbytes both sides are rounded to float16 first, only the outlying elements themselves are left out
+    of a token's absmax, and outlier channels meet the dequantized int8 weight. There the channels are those of the
+    whole batch; here they are each sample's own (padding aside), so that no answer depends on its neighbours.
+    A threshold of 0 leaves nothing out.
+    """
+
+    threshold: Annotated[float, Field(ge=0)] = 6.0
+
+    def check(self, weights: Format | None, activations: Format | None) -> None:
+        for name, asked in (("weights", weights), ("activations", activations)):
+            if asked is not None and asked != INT8:
+                raise UserError(f"llm_int8 is int8 by definition: write {name}: {{bits: 8, symmetric: true}}")
+
+    def prepare(
+        self, model: nn.Module, linears: Mapping[str, nn.Linear], weights: Format | None, activations: Format | None,
+        calibration: Any = None,
+    ) -> dict[str, LinearPlan]:  # fmt: skip
+        self.check(weights, activations)
+        plans = {}
+        for name in linears:
+            activation = Mixed(self.threshold) if activations else None
+            plans[name] = LinearPlan(int8_rows if weights else None, activation)
+        return plans
+
+
+class Mixed(TokenActivation):
+    """Tokens in int8 but for the outlier channels of their sample."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def __call__(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
+        outlying = x.half().abs() >= self.threshold if self.threshold else torch.zeros_like(x, dtype=torch.bool)
+        counted = outlying if tokens is None else outlying & tokens.valid.unsqueeze(-1)
+        channels = counted.any(dim=-2, keepdim=True) if x.ndim > 1 else counted
+        self.exact = outlying | channels
+        rounded = int8_rows(x.masked_fill(outlying, 0))
+        return torch.where(self.exact, x, rounded)
+
+
+def int8_rows(x: Tensor) -> Tensor:
+    """[..., D] to 255 levels of a row's absmax and back, by way of float16. Half to even, in float32."""
+    half = x.half().float()
+    scale = half.abs().amax(dim=-1, keepdim=True)
+    levels = (half * (TOP / torch.where(scale == 0, 1, scale))).round()
+    return (levels * (scale / TOP)).to(x.dtype)
