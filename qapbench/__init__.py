@@ -1,6 +1,6 @@
 """qapbench: quantization and vision-token pruning of multimodal LLMs, in one typed spec, measured honestly."""
 
-from .affine import fake_quantize
+from .affine import Grid, Levels, fake_quantize, grouped, round_through
 from .calibration import (
     AbsMax,
     Block,
@@ -16,7 +16,6 @@ from .calibration import (
 )
 from .compress import compress
 from .errors import UserError
-from .grid import Grid
 from .install import installed_all
 from .quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
 from .run import run
@@ -56,6 +55,7 @@ __all__ = [
     "Grid",
     "Group",
     "GroupSize",
+    "Levels",
     "LinearPlan",
     "MeanAbs",
     "Pruner",
@@ -75,6 +75,7 @@ __all__ = [
     "fusion",
     "fusions",
     "installed_all",
+    "grouped",
     "metric",
     "metrics",
     "min_max",
@@ -84,6 +85,7 @@ __all__ = [
     "ptqs",
     "quantizer",
     "quantizers",
+    "round_through",
     "run",
     "top",
 ]

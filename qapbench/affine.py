@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -109,8 +109,13 @@ class Levels:
         return self.grid(*_ends(x.float()))
 
 
+class HasLevels(Protocol):
+    @property
+    def levels(self) -> Levels: ...
+
+
 class Grid(NamedTuple):
-    """Uniform levels: value = (level - zero) * scale for levels lowest..highest.
+    """Fixed levels: value = (level - zero) * scale for integer levels lowest..highest.
 
     `scale` and `zero` are float32 and broadcast against what is quantized; zero holds integers.
     """
@@ -120,15 +125,16 @@ class Grid(NamedTuple):
     lowest: int
     highest: int
 
+    @classmethod
+    def of(cls, x: Tensor, format: HasLevels) -> Grid:
+        """The grid of each row of x [..., G]; one row is one group, whatever the format's group size."""
+        return format.levels.of(x)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize-dequantize: the nearest level's value, in x's dtype. Gradients pass rounding unchanged."""
         rounded = round_through(x.float() / self.scale)
         clamped = rounded.clamp(self.lowest - self.zero, self.highest - self.zero)
         return _finite(clamped * self.scale, x.dtype).to(x.dtype)
-
-    def levels(self, x: Tensor) -> Tensor:
-        """The integer levels themselves, as float32."""
-        return ((x.float() / self.scale).round() + self.zero).clamp(self.lowest, self.highest)
 
 
 class _RoundThrough(torch.autograd.Function):
@@ -187,9 +193,9 @@ def _eager(x: Tensor, levels: Levels, out: Tensor) -> None:
 @functools.cache
 def _compiled() -> Callable[[Tensor, Levels, Tensor], None] | None:
     """`_whole` compiled; None, said once, where that cannot be."""
-    compiled: Callable[[Tensor, Levels, Tensor], None] = torch.compile(_whole)
     probe = torch.zeros(2, 2, 128)
     try:
+        compiled: Callable[[Tensor, Levels, Tensor], None] = torch.compile(_whole)
         compiled(probe, Levels(4), torch.empty_like(probe))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
