@@ -17,7 +17,9 @@ from .calibration import (
 from .compress import compress
 from .errors import UserError
 from .install import installed_all
+from .normal_float import normal_float
 from .quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
+from .rotation import Rotation
 from .run import run
 from .spec import RunSpec, SweepSpec
 from .strategy import (
@@ -59,6 +61,7 @@ __all__ = [
     "LinearPlan",
     "MeanAbs",
     "Pruner",
+    "Rotation",
     "Rows",
     "RunSpec",
     "Scaling",
@@ -79,6 +82,7 @@ __all__ = [
     "metric",
     "metrics",
     "min_max",
+    "normal_float",
     "pruner",
     "pruners",
     "ptq",

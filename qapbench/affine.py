@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .errors import first_line
+
 Divisor = Literal["qmax", "half"]
 ZeroPoint = Literal["in_range", "clamped", "free"]
 
@@ -198,10 +200,8 @@ def _compiled() -> Callable[[Tensor, Levels, Tensor], None] | None:
         compiled: Callable[[Tensor, Levels, Tensor], None] = torch.compile(_whole)
         compiled(probe, Levels(4), torch.empty_like(probe))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(
-            f"{COMPILE}=1, but torch.compile fails here ({reason}): fake quantization runs eager", stacklevel=3
-        )
+        message = f"{COMPILE}=1, but torch.compile fails here ({first_line(error)}): fake quantization runs eager"
+        warnings.warn(message, stacklevel=3)
         return None
     return compiled
 

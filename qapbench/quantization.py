@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from .affine import Divisor, Levels, ZeroPoint, fake_quantize
+from .errors import Problem, UserError
 
 Granularity = Literal["row", "channel", "tensor"]
 
@@ -180,9 +181,17 @@ class LinearPlan:
         new = x if self.transform is None else self.transform.input(x)
         if isinstance(self.activation, TokenActivation):
             new = self.activation(new, tokens)
+        elif isinstance(self.activation, Format):
+            new = self.activation(new, None if tokens is None else tokens.valid)
         elif self.activation is not None:
             new = self.activation(new)
         return new.to(x.dtype)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the activation has to be told which tokens these are."""
+        spans = isinstance(self.activation, Format) and self.activation.granularity != "row"
+        return spans or isinstance(self.activation, TokenActivation)
 
     @property
     def changes_input(self) -> bool:
@@ -194,13 +203,25 @@ class PTQ(abc.ABC):
 
     Attributes:
         calibrates: whether it needs samples. Such methods derive from `CalibratedPTQ`.
+        formats: (weights, activations) that a spec without either gets; None where a spec has to say.
+        weight_granularities, activation_granularities: what `check` lets pass.
     """
 
     calibrates: ClassVar[bool] = False
+    formats: ClassVar[tuple[Format | None, Format | None] | None] = None
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row",)
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
 
     def check(self, weights: Format | None, activations: Format | None) -> None:
         """Raise UserError where the method cannot make these formats; the message names the field of `quantize`."""
-        return
+        sides = {
+            "weights": (weights, self.weight_granularities),
+            "activations": (activations, self.activation_granularities),
+        }
+        for side, (asked, made) in sides.items():
+            if asked is not None and asked.granularity not in made:
+                message = f"this method makes {' or '.join(made)}, not '{asked.granularity}'"
+                raise UserError(Problem(message, (side, "granularity")))
 
     @abc.abstractmethod
     def prepare(
