@@ -1,6 +1,5 @@
 """MBQ (Li et al., CVPR 2025): AWQ's search for scales, the error of visual tokens weighed by their gradients."""
 
-import contextlib
 import math
 import statistics
 from collections.abc import Mapping
@@ -20,9 +19,9 @@ from qapbench import (
     LinearPlan,
     MeanAbs,
     Scaling,
+    installed_all,
     ptq,
 )
-from qapbench.install import installed
 
 STEPS = 20
 
@@ -99,9 +98,7 @@ def search(
         scale = mean.pow(step / STEPS).clamp(min=1e-4)
         scale = scale / (scale.max() * scale.min()).sqrt()
         plan = LinearPlan(weights, activations, Scaling(scale))
-        with contextlib.ExitStack() as stack:
-            for linear in linears.values():
-                stack.enter_context(installed(linear, plan, lambda: block.current[0]))
+        with installed_all(linears, plan, lambda: block.current[0]):
             error = sum(
                 weighed(output.float() - plain.to(output).float(), *one.masks(output), ratio)
                 for one, output, plain in zip(block.passes, block.outputs(), wanted, strict=True)
