@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from qapbench.quantization import Tokens
@@ -86,10 +87,20 @@ class Block:
 
     @torch.no_grad()
     def run(self, one: Pass) -> Tensor:
+        return self.forward(one)
+
+    def forward(self, one: Pass, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the block answers to one sample; gradients flow where they are enabled.
+
+        Args:
+            weights: stand in for those of linears, by name in the model.
+        """
         self.current[0] = one.tokens
         device = device_of(self.module)
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (one.args, one.kwargs))
-        return first(self.module(*args, **kwargs))
+        prefix = f"{self.name}." if self.name else ""
+        replaced = {f"{name.removeprefix(prefix)}.weight": weight for name, weight in (weights or {}).items()}
+        return first(functional_call(self.module, replaced, args, kwargs) if replaced else self.module(*args, **kwargs))
 
     def advance(self, following: list[Pass]) -> list[Pass]:
         """The calls of the block behind, with this one's outputs as their hidden states."""
@@ -233,6 +244,8 @@ def observed(
 
 def first(output: Any) -> Tensor:
     """A module's output, or the first of several."""
+    if isinstance(output, Mapping):  # a whole model's
+        return next(iter(output.values()))
     return output[0] if isinstance(output, tuple) else output
 
 

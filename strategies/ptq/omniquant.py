@@ -7,8 +7,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 from qapbench import (
     AbsMax,
@@ -133,18 +131,12 @@ class Learner:
 
     def output(self, index: int) -> Tensor:
         """What the quantized block makes of its quantized input; gradients reach clips and scales."""
-        one = self.block.passes[index]
-        self.block.current[0] = one.tokens
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (one.args, one.kwargs))
-        prefix = f"{self.block.name}." if self.block.name else ""
-        new = {f"{name.removeprefix(prefix)}.weight": self.weight(name) for name in self.linears}
         hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
         try:
-            output = functional_call(self.block.module, new, args, kwargs)
+            return self.block.forward(self.block.passes[index], {name: self.weight(name) for name in self.linears})
         finally:
             for hook in hooks:
                 hook.remove()
-        return output[0] if isinstance(output, tuple) else output
 
     def weight(self, name: str) -> Tensor:
         original = self.linears[name].weight.detach()
