@@ -48,7 +48,7 @@ def fake_quantize(
     if x.requires_grad and torch.is_grad_enabled():
         return torch.cat([levels.of(part)(part).flatten(1) for part in grouped(x, group_size)], dim=1).view_as(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    quantize = _eager if x.is_cpu else _whole
+    quantize: Callable[[Tensor, Levels, Tensor], None] = _eager if x.is_cpu else _whole
     if os.environ.get(COMPILE) == "1" and not torch.compiler.is_compiling():
         quantize = _compiled() or quantize
     for values, target in zip(grouped(x, group_size), grouped(out, group_size), strict=True):
@@ -90,21 +90,29 @@ class Levels:
         An empty range gets a scale of which its one value is a multiple.
         """
         lowest, highest = self.span
-        zero = torch.zeros_like(low)
+        floor, ceiling = low, high
         if self.symmetric:
             scale = torch.maximum(-low, high) / (highest + (0.5 if self.divisor == "half" else 0))
         else:
-            floor = low.clamp(max=0) if self.zero_point == "in_range" else low
-            ceiling = high.clamp(min=0) if self.zero_point == "in_range" else high
+            if self.zero_point == "in_range":
+                floor, ceiling = low.clamp(max=0), high.clamp(min=0)
             scale = (ceiling - floor) / highest
-            zero = -round_through(floor / torch.where(scale == 0, torch.ones_like(scale), scale))
-            if self.zero_point == "clamped":
-                zero = zero.clamp(0, highest)
-        constant = low == high
-        scale = torch.where(constant, low.abs(), scale)
-        zero = torch.where(constant, (low < 0).to(low.dtype) * (not self.symmetric), zero)
+        scale = torch.where(low == high, low.abs(), scale)
         # All zeros, or too close to it for a scale: dividing by 1 gives zero without a NaN.
-        return Grid(torch.where(scale == 0, torch.ones_like(scale), scale), zero, lowest, highest)
+        scale = scale.masked_fill(scale == 0, 1)
+        if self.symmetric:
+            return Grid(scale, torch.zeros_like(scale), lowest, highest)
+        zero = -round_through(floor / scale)
+        return Grid(scale, zero.clamp(0, highest) if self.zero_point == "clamped" else zero, lowest, highest)
+
+    def reaches_past(self, low: Tensor, high: Tensor, grid: Grid) -> bool:
+        """Whether any value in the ranges of `grid` would round to a level that there is not."""
+        if self.symmetric:
+            return self.divisor == "half"
+        above = torch.div(high, grid.scale).round_().add_(grid.zero).gt(grid.highest).any()
+        if self.zero_point == "in_range":
+            return bool(above)
+        return bool(above or torch.div(low, grid.scale).round_().add_(grid.zero).lt(grid.lowest).any())
 
     def of(self, x: Tensor) -> Grid:
         """The grid of x's own range along the last dimension, [..., 1]."""
@@ -177,18 +185,19 @@ def _whole(x: Tensor, levels: Levels, out: Tensor) -> None:
 def _eager(x: Tensor, levels: Levels, out: Tensor) -> None:
     """The same in place, some rows at a time, so that every pass but the first reads from cache."""
     rows = max(1, BLOCK // max(1, x.shape[1] * x.shape[2]))
+    own = x.dtype == torch.float32
+    scratch = None if own else torch.empty(min(rows, len(x)), *x.shape[1:])
     for block, target in zip(x.split(rows), out.split(rows), strict=True):
-        values = block.float()  # memory of its own unless x is float32
+        values = block if scratch is None else scratch[: len(block)].copy_(block)
         low, high = _ends(values)
-        scale, zero, lowest, highest = levels.grid(low, high)
-        least, most = lowest - zero, highest - zero
-        # Seldom does a range reach past its levels, and a look at its ends is cheaper than a pass over all of it.
-        cuts = (low / scale).round_().lt(least).any() or (high / scale).round_().gt(most).any()
-        work = torch.div(values, scale, out=target if x.dtype == torch.float32 else values).round_()
-        if cuts:
-            work.clamp_(least, most)
-        work.mul_(scale)
-        if work is not target:
+        grid = levels.grid(low, high)
+        work = torch.div(values, grid.scale, out=target if own else values).round_()
+        # Seldom does a range reach past its levels, and a look at its ends is cheaper than two passes over all of it.
+        if levels.reaches_past(low, high, grid):
+            torch.minimum(work, grid.highest - grid.zero, out=work)
+            torch.maximum(work, grid.lowest - grid.zero, out=work)
+        work.mul_(grid.scale)
+        if not own:
             target.copy_(_finite(work, x.dtype))
 
 

@@ -65,7 +65,7 @@ class OmniQuant(CalibratedPTQ):
 
     def start(self, block: Block, inputs: Mapping[str, AbsMax]) -> dict[str, Tensor]:
         """The scale [in] that each linear begins with; linears that read one input share one tensor."""
-        scales = {}
+        scales: dict[str, Tensor] = {}
         for group in block.groups():
             x = inputs[next(iter(group.linears))].value.clamp(min=FLOOR)
             w = torch.stack([linear.weight.detach().float().abs().amax(dim=0) for linear in group.linears.values()])

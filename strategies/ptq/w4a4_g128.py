@@ -18,7 +18,6 @@ class W4A4G128(RTN):
     """
 
     formats = (G128, G128)
-    weight_granularities = ("row",)
 
     def check(self, weights: Format | None, activations: Format | None) -> None:
         super().check(weights, activations)
