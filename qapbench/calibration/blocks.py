@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +33,12 @@ class Pass:
     kwargs: dict[str, Any]
     tokens: Tokens | None = None
     all_vision: bool = False
+
+    def fed(self, hidden: Tensor) -> Pass:
+        """The same call with other hidden states."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, HIDDEN: hidden})
 
     def masks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(vision, valid), both [T] bool, for an input x [..., in] whose T tokens lie in front."""
@@ -104,11 +110,8 @@ class Block:
 
     def advance(self, following: list[Pass]) -> list[Pass]:
         """The calls of the block behind, with this one's outputs as their hidden states."""
-        for call, output in zip(following, self.outputs(), strict=True):
-            if call.args:
-                call.args = (output.to("cpu"), *call.args[1:])
-            else:
-                call.kwargs[HIDDEN] = output.to("cpu")
+        for index, (call, output) in enumerate(zip(following, self.outputs(), strict=True)):
+            following[index] = call.fed(output.to("cpu"))
         return following
 
     def inside(self, name: str) -> Block:

@@ -48,17 +48,19 @@ class OmniQuant(CalibratedPTQ):
         self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
         activations: Format | None,
     ) -> Found:  # fmt: skip
-        exact: list[Block] = []  # the latest block with inputs that no quantized block touched
+        before, exact = "", list[Tensor]()  # the latest block's list of layers, and what it answered in full precision
 
         def find(block: Block) -> Found:
-            follows = bool(exact) and exact[0].name.rpartition(".")[0] == block.name.rpartition(".")[0]
-            passes = exact[0].advance() if follows else block.passes
+            nonlocal before, exact
+            layers = block.name.rpartition(".")[0]
+            follows = before == layers and len(exact) == len(block.passes)
+            passes = [one.fed(x) for one, x in zip(block.passes, exact, strict=True)] if follows else block.passes
             plain = Block(block.name, block.module, block.linears, passes, block.current)
-            exact[:] = [plain]
+            before, exact = layers, [output.to("cpu") for output in plain.outputs()]
             inputs = block.observe(lambda _: AbsMax())
             scales = self.start(block, inputs) if activations else {}
             learner = Learner(block, {name: linears[name] for name in inputs}, scales, weights, activations)
-            learner.fit([output.float().cpu() for output in plain.outputs()], self.epochs, self.lwc_lr, self.let_lr)
+            learner.fit(exact, self.epochs, self.lwc_lr, self.let_lr)
             return learner.found()
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, activations))
@@ -110,7 +112,11 @@ class Learner:
         with torch.enable_grad():
             for _ in range(epochs):
                 for index, target in enumerate(wanted):
-                    loss = (self.output(index).float() - target.to(self.device)).square()[self.counts(index)].mean()
+                    loss = (
+                        (self.output(index).float() - target.to(self.device).float())
+                        .square()[self.counts(index)]
+                        .mean()
+                    )
                     if not torch.isfinite(loss):
                         raise ArithmeticError(f"{self.block.name}: the loss is not finite; lower lwc_lr and let_lr")
                     # Not `backward`, which would leave gradients at the model's own parameters.
