@@ -1,6 +1,6 @@
 """qapbench: quantization and vision-token pruning of multimodal LLMs, in one typed spec, measured honestly."""
 
-from .affine import fake_quantize
+from .affine import Grid, Levels, fake_quantize, grouped, round_through
 from .calibration import (
     AbsMax,
     Block,
@@ -16,9 +16,10 @@ from .calibration import (
 )
 from .compress import compress
 from .errors import UserError
-from .grid import Grid
 from .install import installed_all
+from .normal_float import normal_float
 from .quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
+from .rotation import Rotation
 from .run import run
 from .spec import RunSpec, SweepSpec
 from .strategy import (
@@ -60,9 +61,11 @@ __all__ = [
     "Grid",
     "Group",
     "GroupSize",
+    "Levels",
     "LinearPlan",
     "MeanAbs",
     "Pruner",
+    "Rotation",
     "Rows",
     "RunSpec",
     "Scaling",
@@ -80,16 +83,19 @@ __all__ = [
     "fake_quantize",
     "fusion",
     "fusions",
+    "grouped",
     "installed_all",
     "metric",
     "metrics",
     "min_max",
+    "normal_float",
     "pruner",
     "pruners",
     "ptq",
     "ptqs",
     "quantizer",
     "quantizers",
+    "round_through",
     "run",
     "top",
 ]

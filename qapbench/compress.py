@@ -91,7 +91,7 @@ def _quantized(
     if runner is not None:
         receipt.calibration = runner.used
     with contextlib.ExitStack() as stack:
-        asks = any(isinstance(plan.activation, TokenActivation) for plan in plans.values())
+        asks = any(plan.asks for plan in plans.values())
         look = stack.enter_context(watching(family.core, family.image_token)) if asks else lambda: None
         for name, linear in linears.items():
             plan = plans.get(name)

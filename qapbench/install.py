@@ -36,11 +36,11 @@ def installed(
 
 
 @contextlib.contextmanager
-def installed_all(linears: Mapping[str, nn.Linear], plan: LinearPlan) -> Iterator[None]:
+def installed_all(linears: Mapping[str, nn.Linear], plan: LinearPlan, tokens: Look = lambda: None) -> Iterator[None]:
     """Several linears by one plan, for a trial."""
     with contextlib.ExitStack() as stack:
         for linear in linears.values():
-            stack.enter_context(installed(linear, plan))
+            stack.enter_context(installed(linear, plan, tokens))
         yield
 
 

@@ -5,19 +5,30 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from .affine import fake_quantize
+from .affine import Divisor, Levels, ZeroPoint, fake_quantize
+from .errors import Problem, UserError
+
+Granularity = Literal["row", "channel", "tensor"]
 
 
 class Format(BaseModel):
-    """A numeric format, applied along the input channels of a linear.
+    """A numeric format. Weights are [out, in], activations [B, L, in] or [L, in].
 
-    Weights: one scale per output channel, or per group of input channels. Activations: one scale per token, or
-    per group of its channels; always dynamic, from that token alone.
+    Attributes:
+        bits: bits per value.
+        group_size: input channels that share a scale; None is all of them. Only with rows.
+        symmetric: levels around zero, without a zero point.
+        granularity: what has a scale. "row": each output channel of a weight, each token of an activation (or each
+            group of its channels). "channel": each input channel, over the tokens of one sample. "tensor": each
+            weight, each sample of an activation.
+        divisor, zero_point: the convention; see `Levels`. What the defaults are in published codes: docs/ptq.md.
+
+    A range that spans tokens never spans samples, and padding does not enter it.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -25,13 +36,54 @@ class Format(BaseModel):
     bits: Annotated[int, Field(ge=2, le=8)]
     group_size: Annotated[int, Field(ge=1)] | None = None
     symmetric: bool = False
+    granularity: Granularity = "row"
+    divisor: Divisor = "qmax"
+    zero_point: ZeroPoint = "in_range"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.bits, self.group_size, self.symmetric)
+    @model_validator(mode="after")
+    def _consistent(self) -> Format:
+        if self.group_size is not None and self.granularity != "row":
+            raise ValueError(f"`group_size` groups the channels of a row; leave it out with '{self.granularity}'")
+        if self.divisor != "qmax" and not self.symmetric:
+            raise ValueError("`divisor` is that of a symmetric scale; leave it out, or set `symmetric: true`")
+        if self.zero_point != "in_range" and self.symmetric:
+            raise ValueError("a symmetric format has no `zero_point`; leave it out, or set `symmetric: false`")
+        return self
+
+    @property
+    def levels(self) -> Levels:
+        return Levels(self.bits, self.symmetric, self.divisor, self.zero_point)
+
+    def __call__(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Quantize and dequantize with x's own ranges, in float32, returned in x's dtype.
+
+        Args:
+            valid: [B, L] bool, tokens that are no padding; None where all are.
+        """
+        if self.granularity == "row":
+            return fake_quantize(x, self.bits, self.group_size, self.symmetric, self.divisor, self.zero_point)
+        return self.levels.grid(*self.range(x, valid))(x)
+
+    def range(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(lowest, highest) value of whatever has a scale of its own, float32, to broadcast against x.
+
+        A sample without a valid token has the range [0, 0]. Groups of a row are rows of their own here: give x as
+        `grouped` cuts it.
+        """
+        over = {"row": [-1], "channel": [-2], "tensor": [-2, -1]}[self.granularity]
+        values = x.float()
+        if valid is None:
+            return values.amin(dim=over, keepdim=True), values.amax(dim=over, keepdim=True)
+        padding = ~valid.unsqueeze(-1)
+        low = values.masked_fill(padding, float("inf")).amin(dim=over, keepdim=True)
+        high = values.masked_fill(padding, float("-inf")).amax(dim=over, keepdim=True)
+        empty = low > high
+        return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
 
     def __str__(self) -> str:
-        grouping = f"g{self.group_size}" if self.group_size else "row"
-        return f"{self.bits}-bit {'sym' if self.symmetric else 'asym'} {grouping}"
+        grouping = f"g{self.group_size}" if self.group_size else self.granularity
+        unusual = [word for word in (self.divisor, self.zero_point) if word not in ("qmax", "in_range")]
+        return " ".join([f"{self.bits}-bit", "sym" if self.symmetric else "asym", grouping, *unusual])
 
 
 @dataclass(frozen=True)
@@ -129,9 +181,17 @@ class LinearPlan:
         new = x if self.transform is None else self.transform.input(x)
         if isinstance(self.activation, TokenActivation):
             new = self.activation(new, tokens)
+        elif isinstance(self.activation, Format):
+            new = self.activation(new, None if tokens is None else tokens.valid)
         elif self.activation is not None:
             new = self.activation(new)
         return new.to(x.dtype)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the activation has to be told which tokens these are."""
+        spans = isinstance(self.activation, Format) and self.activation.granularity != "row"
+        return spans or isinstance(self.activation, TokenActivation)
 
     @property
     def changes_input(self) -> bool:
@@ -143,13 +203,25 @@ class PTQ(abc.ABC):
 
     Attributes:
         calibrates: whether it needs samples. Such methods derive from `CalibratedPTQ`.
+        formats: (weights, activations) that a spec without either gets; None where a spec has to say.
+        weight_granularities, activation_granularities: what `check` lets pass.
     """
 
     calibrates: ClassVar[bool] = False
+    formats: ClassVar[tuple[Format | None, Format | None] | None] = None
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row",)
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
 
     def check(self, weights: Format | None, activations: Format | None) -> None:
         """Raise UserError where the method cannot make these formats; the message names the field of `quantize`."""
-        return
+        sides = {
+            "weights": (weights, self.weight_granularities),
+            "activations": (activations, self.activation_granularities),
+        }
+        for side, (asked, made) in sides.items():
+            if asked is not None and asked.granularity not in made:
+                message = f"this method makes {' or '.join(made)}, not '{asked.granularity}'"
+                raise UserError(Problem(message, (side, "granularity")))
 
     @abc.abstractmethod
     def prepare(

@@ -182,6 +182,8 @@ def measured_bits(x: Tensor, format: Format | None) -> tuple[int, int]:
     group is too small for that to say anything, values on a uniform grid. Else the dtype's own width is reported.
     """
     full = torch.finfo(x.dtype).bits
+    if format is not None and format.granularity == "channel":  # a scale for each channel, over a sample's tokens
+        x = x.flatten(0, -3)[0].mT if x.ndim > 2 else x.mT
     rows = x.detach().reshape(-1, x.shape[-1])[:ROWS].float()
     size = min((format.group_size if format else None) or rows.shape[-1], rows.shape[-1])
     groups = list(rows.split(size, dim=-1))

@@ -53,6 +53,7 @@ class QuantizeSpec(Strict):
     """How the model is quantized.
 
     Attributes:
+        weights, activations: their formats; a method that is defined for one pair only needs neither.
         scope: the parts whose linears are.
         calibration: for methods that calibrate; None for others, whatever is written.
         backend: "simulate" computes in the model's own precision what a low-bit kernel would answer; "torchao" runs
@@ -75,6 +76,11 @@ class QuantizeSpec(Strict):
     @model_validator(mode="after")
     def _something(self) -> QuantizeSpec:
         if self.weights is None and self.activations is None:
+            usual = ptqs.create(self.method.name, **self.method.params).formats
+            if usual is not None:
+                for side, format in zip(("weights", "activations"), usual, strict=True):
+                    object.__setattr__(self, side, format)  # frozen to others
+                return self
             raise ValueError("give `weights`, `activations` or both; leave `quantize` out for full precision")
         return self
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from qapbench.quantization import Tokens
@@ -32,6 +33,12 @@ class Pass:
     kwargs: dict[str, Any]
     tokens: Tokens | None = None
     all_vision: bool = False
+
+    def fed(self, hidden: Tensor) -> Pass:
+        """The same call with other hidden states."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, HIDDEN: hidden})
 
     def masks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(vision, valid), both [T] bool, for an input x [..., in] whose T tokens lie in front."""
@@ -86,18 +93,25 @@ class Block:
 
     @torch.no_grad()
     def run(self, one: Pass) -> Tensor:
+        return self.forward(one)
+
+    def forward(self, one: Pass, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the block answers to one sample; gradients flow where they are enabled.
+
+        Args:
+            weights: stand in for those of linears, by name in the model.
+        """
         self.current[0] = one.tokens
         device = device_of(self.module)
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (one.args, one.kwargs))
-        return first(self.module(*args, **kwargs))
+        prefix = f"{self.name}." if self.name else ""
+        replaced = {f"{name.removeprefix(prefix)}.weight": weight for name, weight in (weights or {}).items()}
+        return first(functional_call(self.module, replaced, args, kwargs) if replaced else self.module(*args, **kwargs))
 
     def advance(self, following: list[Pass]) -> list[Pass]:
         """The calls of the block behind, with this one's outputs as their hidden states."""
-        for call, output in zip(following, self.outputs(), strict=True):
-            if call.args:
-                call.args = (output.to("cpu"), *call.args[1:])
-            else:
-                call.kwargs[HIDDEN] = output.to("cpu")
+        for index, (call, output) in enumerate(zip(following, self.outputs(), strict=True)):
+            following[index] = call.fed(output.to("cpu"))
         return following
 
     def inside(self, name: str) -> Block:
@@ -233,6 +247,8 @@ def observed(
 
 def first(output: Any) -> Tensor:
     """A module's output, or the first of several."""
+    if isinstance(output, Mapping):  # a whole model's
+        return next(iter(output.values()))
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -44,20 +44,25 @@ class GPTQ(CalibratedPTQ):
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         return LinearPlan(found["weight"].to if weights else None, activations)
 
-    def solve(self, weight: Tensor, gram: Tensor, format: Format) -> Tensor:
-        """The quantized weight [out, in] that approaches W X in the least squares; `gram` is X X^T [in, in]."""
+    def solve(self, weight: Tensor, gram: Tensor, format: Format, grids: list[Grid] | None = None) -> Tensor:
+        """The quantized weight [out, in] that approaches W X in the least squares; `gram` is X X^T [in, in].
+
+        `grids` are those of the groups where they are known already.
+        """
         w, width = weight.float().clone(), weight.shape[1]
         dead = gram.diagonal() == 0
         w[:, dead] = 0
         upper = inverse_root(gram + torch.diag(dead.float()), self.damping)
         size = format.group_size or width
-        grids = [Grid.of(part, format) for part in w.split(size, dim=1)] if self.static_groups else []
+        if grids is None and self.static_groups:
+            grids = [Grid.of(part, format) for part in w.split(size, dim=1)]
+        known, grids = grids is not None, grids or []
         done = torch.zeros_like(w)
         for start in range(0, width, self.block):
             stop = min(start + self.block, width)
             errors = w.new_zeros(len(w), stop - start)
             for column in range(start, stop):
-                if column % size == 0 and not self.static_groups:
+                if column % size == 0 and not known:
                     # Columns of this group beyond the block still lack its corrections.
                     ahead = w[:, column : column + size].clone()
                     if column + size > stop:

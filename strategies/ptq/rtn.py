@@ -14,6 +14,8 @@ from qapbench import PTQ, Format, LinearPlan, ptq
 class RTN(PTQ):
     """Rounds every weight to the nearest level of its format; activations dynamically, token by token."""
 
+    weight_granularities = ("row", "channel", "tensor")
+
     def prepare(
         self,
         model: nn.Module,
@@ -22,4 +24,5 @@ class RTN(PTQ):
         activations: Format | None,
         calibration: Any = None,
     ) -> dict[str, LinearPlan]:
+        self.check(weights, activations)
         return dict.fromkeys(linears, LinearPlan(weights, activations))

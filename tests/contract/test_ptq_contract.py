@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qapbench import Format, LinearPlan, UserError, ptqs
+from qapbench import PTQ, Format, LinearPlan, UserError, ptqs
 
 each_ptq = pytest.mark.parametrize("name", ptqs.names())
 
@@ -33,10 +34,18 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+# Less of what only takes longer.
+QUICK: dict[str, dict[str, Any]] = {"omniquant": {"epochs": 1}}
+
+
+def method(name: str) -> PTQ:
+    return ptqs.create(name, **QUICK.get(name, {}))
+
+
 def plan(name: str, model: nn.Module, weights: Format | None, activations: Format | None) -> dict[str, LinearPlan]:
     draw = torch.Generator().manual_seed(1)
     samples = [torch.randn(5, 96, generator=draw) for _ in range(4)]
-    return ptqs.create(name).prepare(model, linears_of(model), weights, activations, samples)
+    return method(name).prepare(model, linears_of(model), weights, activations, samples)
 
 
 def need(name: str, weights: Format | None, activations: Format | None) -> None:
@@ -47,12 +56,17 @@ def need(name: str, weights: Format | None, activations: Format | None) -> None:
         pytest.skip(str(error))
 
 
-def made_by(name: str) -> Format:
-    """The first of the formats that the method makes on both sides."""
+def made_by(name: str) -> tuple[Format, Format]:
+    """Formats of weights and activations that the method makes: its own, or the first on both sides."""
+    if (own := ptqs.create(name).formats) is not None:
+        weights, activations = own
+        assert weights is not None
+        assert activations is not None
+        return weights, activations
     for format in FORMATS:
         with contextlib.suppress(UserError):
             ptqs.create(name).check(format, format)
-            return format
+            return format, format
     raise AssertionError(f"{name} makes none of the formats")
 
 
@@ -63,8 +77,9 @@ def levels(row: Tensor, group_size: int | None) -> int:
 
 @each_ptq
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weights", FORMATS, ids=str)
-def test_weights(name: str, weights: Format, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("asked", [*FORMATS, None], ids=lambda format: str(format or "its own"))
+def test_weights(name: str, asked: Format | None, dtype: torch.dtype) -> None:
+    weights = asked or made_by(name)[0]
     need(name, weights, None)
     model = small_model(dtype)
     before = copy.deepcopy(model.state_dict())
@@ -87,8 +102,7 @@ def test_weights(name: str, weights: Format, dtype: torch.dtype) -> None:
 
 @each_ptq
 def test_deterministic(name: str) -> None:
-    format = made_by(name)
-    first, second = (plan(name, small_model(), format, format) for _ in range(2))
+    first, second = (plan(name, small_model(), *made_by(name)) for _ in range(2))
     for key, linear in linears_of(small_model()).items():
         weight, x = linear.weight.detach(), torch.randn(2, 5, linear.in_features)
         assert torch.equal(first[key].new_weight(weight), second[key].new_weight(weight))
@@ -96,8 +110,9 @@ def test_deterministic(name: str) -> None:
 
 
 @each_ptq
-@pytest.mark.parametrize("activations", FORMATS, ids=str)
-def test_activations_are_batch_invariant(name: str, activations: Format) -> None:
+@pytest.mark.parametrize("asked", [*FORMATS, None], ids=lambda format: str(format or "its own"))
+def test_activations_are_batch_invariant(name: str, asked: Format | None) -> None:
+    activations = asked or made_by(name)[1]
     need(name, None, activations)
     model = small_model()
     plans = plan(name, model, None, activations)
@@ -111,9 +126,11 @@ def test_activations_are_batch_invariant(name: str, activations: Format) -> None
         assert out.dtype == x.dtype
         assert not torch.equal(out, x)
         assert torch.equal(out, torch.cat([quantize(x[index : index + 1]) for index in range(3)]))
-        assert torch.equal(out[:, :2], quantize(x[:, :2])), "a token depends on those after it"
+        if activations.granularity != "channel":
+            assert torch.equal(out[:, :2], quantize(x[:, :2])), "a token depends on those after it"
         assert quantize(x.bfloat16()).dtype == torch.bfloat16
-        assert levels(out[0, 0], activations.group_size) <= 2**activations.bits
+        for row in out[0].mT if activations.granularity == "channel" else out[0]:
+            assert levels(row, activations.group_size) <= 2**activations.bits
 
 
 @each_ptq

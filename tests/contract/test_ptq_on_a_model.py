@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from llava_checkpoints import THREE, batch_of, picture, save_llava
-from test_ptq_contract import FORMATS, each_ptq, made_by
+from test_ptq_contract import FORMATS, QUICK, each_ptq, made_by, method
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -56,8 +56,9 @@ def asked(processor: Any) -> dict[str, Any]:
 
 
 def quantize(name: str, **more: Any) -> dict[str, Any]:
-    format = made_by(name).model_dump()
-    return {"quantize": {"method": name, "weights": format, "activations": format, **more}}
+    weights, activations = (format.model_dump() for format in made_by(name))
+    asked = {"method": {name: QUICK.get(name, {})}, "weights": weights, "activations": activations}
+    return {"quantize": {**asked, **more}}
 
 
 def logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -95,8 +96,7 @@ def test_quantized_while_open_and_restored_to_the_bit(name: str, model: Any, sam
 def test_transforms_alone_change_nothing(name: str, model: Any, samples: Any, asked: Any) -> None:
     """Rotated, scaled or shifted, but not rounded: the function is that of the model."""
     linears = {key: m for key, m in model.named_modules() if isinstance(m, nn.Linear) and "language_model." in key}
-    format = made_by(name)
-    plans = ptqs.create(name).prepare(model, linears, format, format, samples)
+    plans = method(name).prepare(model, linears, *made_by(name), samples)
     plain = logits(model, asked)
     with contextlib.ExitStack() as stack:
         for key, plan in plans.items():
@@ -110,8 +110,7 @@ def test_padding_and_neighbours_do_not_count(name: str, model: Any, samples: Any
     """A sample alone, and behind padding full of large values beside two others: the same quantized input."""
     linears = {key: m for key, m in model.named_modules() if isinstance(m, nn.Linear) and "layers.0.mlp" in key}
     linears = {key: linear for key, linear in linears.items() if "language_model." in key}
-    format = made_by(name)
-    plans = ptqs.create(name).prepare(model, linears, format, format, samples)
+    plans = method(name).prepare(model, linears, *made_by(name), samples)
     draw = torch.Generator().manual_seed(5)
     lengths, longest = (7, 4, 9), 9
     valid = torch.arange(longest) >= longest - torch.tensor(lengths).unsqueeze(1)
@@ -129,7 +128,13 @@ def test_padding_and_neighbours_do_not_count(name: str, model: Any, samples: Any
 @each_ptq
 def test_wrong_formats_are_refused_readably(name: str, model: Any, samples: Any) -> None:
     for format in FORMATS:
-        asks = {"quantize": {"method": name, "weights": format.model_dump(), "activations": format.model_dump()}}
+        asks = {
+            "quantize": {
+                "method": {name: QUICK.get(name, {})},
+                "weights": format.model_dump(),
+                "activations": format.model_dump(),
+            }
+        }
         try:
             ptqs.create(name).check(format, format)
         except UserError:

@@ -4,15 +4,11 @@ The vectors are an optional folder, named by QAPBENCH_PARITY; without it these t
 oracles under tests/strategies stand alone.
 """
 
-import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from parity_vectors import load, needs_vectors
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
@@ -23,17 +19,7 @@ from qapbench.strategies.pruners.dpp import greedy_map
 from qapbench.strategies.pruners.sparsevlm import cluster, rating
 from qapbench.strategies.pruners.vispruner import distinct
 
-ROOT = Path(__file__).parents[2]
-VECTORS = Path(os.environ.get("QAPBENCH_PARITY") or ROOT.parent / "shared" / "parity")
-
-pytestmark = pytest.mark.skipif(not VECTORS.is_dir(), reason=f"no reference vectors at {VECTORS} (set QAPBENCH_PARITY)")
-
-
-def load(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    path = VECTORS / case
-    if not path.with_suffix(".safetensors").is_file():
-        pytest.skip(f"no case {case} among the reference vectors")
-    return load_file(path.with_suffix(".safetensors")), json.loads(path.with_suffix(".json").read_text())
+pytestmark = needs_vectors
 
 
 def cosines(features: Tensor) -> Tensor:

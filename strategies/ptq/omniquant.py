@@ -1,0 +1,181 @@
+"""OmniQuant (Shao et al., ICLR 2024): clipping of weights and an equivalent transformation, both learned by block."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qapbench import (
+    AbsMax,
+    Block,
+    CalibratedPTQ,
+    Calibration,
+    Format,
+    Found,
+    LinearPlan,
+    Scaling,
+    Share,
+    grouped,
+    ptq,
+)
+
+CLIP = 4.0  # before the sigmoid: 0.982 of the range
+FLOOR = 1e-5
+Rate = Annotated[float, Field(gt=0)]
+
+
+@ptq("omniquant")
+@dataclass(frozen=True)
+class OmniQuant(CalibratedPTQ):
+    """min || F(W, X) - F(Q(W s; g, b), Q(X / s)) ||^2 over clipping strengths g, b and scales s, a block at a time.
+
+    Learned weight clipping (eq. 2): each group's range is [sigmoid(b) min, sigmoid(g) max]. Learned equivalent
+    transformation (eq. 3): a scale for each channel in front of a linear, begun at max|x|^alpha / max|W|^(1-alpha);
+    only where activations are quantized, as published. AdamW, a sample a step. F is the block in full precision on
+    full-precision inputs; the quantized one sees what quantized blocks made. Defaults are those of W4A4. Left out:
+    the shift (absent for LLaMA in the release too) and the scale between queries and keys.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 20
+    lwc_lr: Rate = 1e-2
+    let_lr: Rate = 1e-3
+    alpha: Share = 0.75
+
+    def calibrate(
+        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        activations: Format | None,
+    ) -> Found:  # fmt: skip
+        before, exact = "", list[Tensor]()  # the latest block's list of layers, and what it answered in full precision
+
+        def find(block: Block) -> Found:
+            nonlocal before, exact
+            layers = block.name.rpartition(".")[0]
+            follows = before == layers and len(exact) == len(block.passes)
+            passes = [one.fed(x) for one, x in zip(block.passes, exact, strict=True)] if follows else block.passes
+            plain = Block(block.name, block.module, block.linears, passes, block.current)
+            before, exact = layers, [output.to("cpu") for output in plain.outputs()]
+            inputs = block.observe(lambda _: AbsMax())
+            scales = self.start(block, inputs) if activations else {}
+            learner = Learner(block, {name: linears[name] for name in inputs}, scales, weights, activations)
+            learner.fit(exact, self.epochs, self.lwc_lr, self.let_lr)
+            return learner.found()
+
+        return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, activations))
+
+    def start(self, block: Block, inputs: Mapping[str, AbsMax]) -> dict[str, Tensor]:
+        """The scale [in] that each linear begins with; linears that read one input share one tensor."""
+        scales: dict[str, Tensor] = {}
+        for group in block.groups():
+            x = inputs[next(iter(group.linears))].value.clamp(min=FLOOR)
+            w = torch.stack([linear.weight.detach().float().abs().amax(dim=0) for linear in group.linears.values()])
+            scale = (x**self.alpha / w.amax(dim=0).clamp(min=FLOOR) ** (1 - self.alpha)).clamp(min=FLOOR)
+            scales |= dict.fromkeys(group.linears, scale)
+        return scales
+
+    def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
+        transform = Scaling(found["scale"]) if "scale" in found else None
+        if weights is None:
+            return LinearPlan(None, activations, transform)
+        high, low = found["high"], found["low"]
+        return LinearPlan(
+            lambda w: clip_quantize(w, high.to(w.device), low.to(w.device), weights), activations, transform
+        )
+
+
+class Learner:
+    """The parameters of one block and how they are fitted."""
+
+    def __init__(
+        self, block: Block, linears: Mapping[str, nn.Linear], scales: Mapping[str, Tensor], weights: Format | None,
+        activations: Format | None,
+    ) -> None:  # fmt: skip
+        self.block, self.linears, self.weights, self.activations = block, linears, weights, activations
+        own = {id(scale): nn.Parameter(scale.clone()) for scale in scales.values()}
+        self.scales = {name: own[id(scale)] for name, scale in scales.items()}
+        self.clips = {name: self._clip(linear) for name, linear in self.linears.items()} if weights else {}
+
+    def _clip(self, linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter]:
+        size = (self.weights.group_size if self.weights else None) or linear.in_features
+        shape = (linear.out_features, -(-linear.in_features // size))
+        high, low = (nn.Parameter(torch.full(shape, CLIP, device=linear.weight.device)) for _ in range(2))
+        return high, low
+
+    def fit(self, wanted: list[Tensor], epochs: int, lwc_lr: float, let_lr: float) -> None:
+        clips = [parameter for pair in self.clips.values() for parameter in pair]
+        scales = list({id(scale): scale for scale in self.scales.values()}.values())
+        learned = [*clips, *scales]
+        groups = [{"params": p, "lr": lr} for p, lr in ((clips, lwc_lr), (scales, let_lr)) if p]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        with torch.enable_grad():
+            for _ in range(epochs):
+                for index, target in enumerate(wanted):
+                    loss = (
+                        (self.output(index).float() - target.to(self.device).float())
+                        .square()[self.counts(index)]
+                        .mean()
+                    )
+                    if not torch.isfinite(loss):
+                        raise ArithmeticError(f"{self.block.name}: the loss is not finite; lower lwc_lr and let_lr")
+                    # Not `backward`, which would leave gradients at the model's own parameters.
+                    for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
+                        parameter.grad = gradient
+                    optimizer.step()
+                    for scale in scales:
+                        scale.data.clamp_(min=FLOOR)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.block.module.parameters()).device
+
+    def counts(self, index: int) -> Tensor:
+        """Tokens of a sample that are no padding, to index its output with."""
+        tokens = self.block.passes[index].tokens
+        return torch.tensor(True, device=self.device) if tokens is None else tokens.valid.to(self.device)
+
+    def output(self, index: int) -> Tensor:
+        """What the quantized block makes of its quantized input; gradients reach clips and scales."""
+        hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
+        try:
+            return self.block.forward(self.block.passes[index], {name: self.weight(name) for name in self.linears})
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def weight(self, name: str) -> Tensor:
+        original = self.linears[name].weight.detach()
+        w = original.float() * self.scales[name] if name in self.scales else original.float()
+        new = clip_quantize(w, *self.clips[name], self.weights) if self.weights else w
+        return new.to(original.dtype)
+
+    def _hook(self, name: str) -> Any:
+        def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0].float() / self.scales[name] if name in self.scales else args[0].float()
+            tokens = self.block.current[0]
+            plan = LinearPlan(None, self.activations)
+            return plan.new_input(x, tokens).to(args[0].dtype), *args[1:]
+
+        return quantize
+
+    def found(self) -> Found:
+        found: Found = {name: {} for name in self.linears}
+        for name, scale in self.scales.items():
+            if name in found:
+                found[name]["scale"] = scale.detach().clone()
+        for name, (high, low) in self.clips.items():
+            found[name] |= {"high": high.detach(), "low": low.detach()}
+        return found
+
+
+def clip_quantize(w: Tensor, high: Tensor, low: Tensor, format: Format) -> Tensor:
+    """w [out, in] in ranges [sigmoid(low) min, sigmoid(high) max], both [out, groups]; differentiable in all three."""
+    parts, start = [], 0
+    for part in grouped(w.float(), format.group_size):
+        stop = start + part.shape[1]
+        least = part.amin(dim=-1, keepdim=True) * low[:, start:stop].sigmoid().unsqueeze(-1)
+        most = part.amax(dim=-1, keepdim=True) * high[:, start:stop].sigmoid().unsqueeze(-1)
+        parts.append(format.levels.grid(least, most)(part).flatten(1))
+        start = stop
+    return torch.cat(parts, dim=1)

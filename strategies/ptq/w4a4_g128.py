@@ -1,0 +1,26 @@
+"""W4A4 as QAPruner (arXiv 2604.02816) describes it."""
+
+from dataclasses import dataclass
+
+from qapbench import Format, UserError, ptq
+
+from .rtn import RTN
+
+G128 = Format(bits=4, group_size=128)
+
+
+@ptq("w4a4-g128")
+@dataclass(frozen=True)
+class W4A4G128(RTN):
+    """`rtn` in one format on both sides: 4 bit, asymmetric, groups of 128 channels.
+
+    That is the paper's text; the released code that it builds on does something else, which is `qvlm`.
+    """
+
+    formats = (G128, G128)
+
+    def check(self, weights: Format | None, activations: Format | None) -> None:
+        super().check(weights, activations)
+        for side, asked in (("weights", weights), ("activations", activations)):
+            if asked not in (None, G128):
+                raise UserError(f"w4a4-g128 is one format by definition: leave {side} out, or take the method rtn")

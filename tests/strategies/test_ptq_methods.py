@@ -1,0 +1,309 @@
+"""OmniQuant, QuIP, Q-VLM, MBQ and MQuant: each formula against float64 numpy, or against what it has to improve."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qapbench import Format, Gradient, LinearPlan, Rotation, Tokens, UserError, ptqs
+from qapbench.quantization import TokenActivation
+from qapbench.spec import QuantizeSpec
+from qapbench.strategies.ptq import mbq, mquant, omniquant, quip, qvlm
+
+W4, A4 = Format(bits=4), Format(bits=4)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(tokens: int, width: int, seed: int = 0) -> Tensor:
+    """Inputs [T, in] with a few directions and channels that dominate, as a model's."""
+    x = random(tokens, width, seed=seed) @ random(width, width, seed=seed + 1) / width**0.5
+    x[:, ::11] *= 8
+    return x
+
+
+def model_and_samples() -> tuple[nn.Sequential, dict[str, nn.Linear], list[Tensor]]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(48, 40), nn.GELU(), nn.Linear(40, 24))
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return model, linears, [correlated(30, 48, seed) for seed in range(6)]
+
+
+def loss(model: nn.Module, linears: dict[str, nn.Linear], plans: dict[str, LinearPlan], samples: list[Tensor]) -> float:
+    """Mean squared error of the planned model's output."""
+    import contextlib
+
+    from qapbench.install import installed
+
+    with torch.no_grad():
+        wanted = [model(x) for x in samples]
+        with contextlib.ExitStack() as stack:
+            for name, plan in plans.items():
+                stack.enter_context(installed(linears[name], plan))
+            return sum(float((model(x) - y).square().mean()) for x, y in zip(samples, wanted, strict=True))
+
+
+# -- methods with formats of their own --
+
+
+def test_methods_that_name_their_formats_need_none_in_the_spec() -> None:
+    spec = QuantizeSpec.model_validate({"method": "w4a4-g128"})
+    assert spec.weights == spec.activations == Format(bits=4, group_size=128)
+    assert spec.label == "w4a4-g128 W4A4"
+    spec = QuantizeSpec.model_validate({"method": "qvlm"})
+    assert spec.activations == Format(bits=4, granularity="channel", zero_point="free")
+    with pytest.raises(UserError, match="w4a4-g128 is one format by definition: leave weights out"):
+        ptqs.create("w4a4-g128").check(Format(bits=4), None)
+    with pytest.raises(UserError, match=r"activations\.granularity: this method makes tensor, not 'row'"):
+        ptqs.create("mquant").check(W4, A4)
+    with pytest.raises(UserError, match=r"activations\.granularity: this method makes row or tensor"):
+        ptqs.create("rtn").check(None, Format(bits=4, granularity="channel"))
+
+
+def test_w4a4_g128_is_rtn_in_that_format() -> None:
+    model, linears, _ = model_and_samples()
+    g128 = Format(bits=4, group_size=128)
+    ours, plain = (ptqs.create(name).prepare(model, linears, g128, g128) for name in ("w4a4-g128", "rtn"))
+    assert ours == plain
+
+
+# -- QuIP --
+
+
+def test_ldlq_feedback_is_the_factor_of_the_hessian() -> None:
+    x = correlated(60, 24).double()
+    gram = x.mT @ x
+    a = quip.upper_unit(gram, damping=0.0).numpy()
+    assert np.allclose(np.tril(a, -1), 0)
+    assert np.allclose(np.diag(a), 1)
+    inverse = np.linalg.inv(a)
+    diagonal = inverse @ gram.numpy() @ inverse.T
+    assert np.abs(diagonal - np.diag(np.diag(diagonal))).max() < 1e-6 * np.abs(diagonal).max()
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_ldlq_column_by_column(group_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocked code against the recurrence taken literally, in float64."""
+    monkeypatch.setattr(quip, "COLUMNS", 8)
+    w, x, format = random(6, 40, seed=9), correlated(80, 40), Format(bits=3, group_size=group_size)
+    gram = x.mT @ x
+    got = quip.ldlq(w, gram, format, 0.01).numpy()
+    a, weights = quip.upper_unit(gram.double(), 0.01).numpy(), w.double().numpy()
+    done, size = np.zeros_like(weights), group_size or 40
+    for k in range(40):
+        part = weights[:, k - k % size : k - k % size + size]
+        low, high = np.minimum(part.min(axis=1), 0), np.maximum(part.max(axis=1), 0)
+        scale = (high - low) / 7
+        zero = np.round(-low / scale)
+        column = weights[:, k] + (weights[:, :k] - done[:, :k]) @ a[:k, k]
+        done[:, k] = (np.clip(np.round(column / scale) + zero, 0, 7) - zero) * scale
+    assert (np.abs(got - done) < 1e-4).mean() > 0.98, "more than roundings at a tie, and what follows them"
+
+
+def test_quip_beats_rounding_and_undoes_its_rotations() -> None:
+    model, linears, samples = model_and_samples()
+    format = Format(bits=3)
+    plans = ptqs.create("quip").prepare(model, linears, format, None, samples)
+    plain = ptqs.create("rtn").prepare(model, linears, format, None)
+    assert loss(model, linears, plans, samples) < 0.7 * loss(model, linears, plain, samples)
+    unrounded = {name: LinearPlan(transform=plan.transform) for name, plan in plans.items()}
+    assert loss(model, linears, unrounded, samples) < 1e-9
+
+
+# -- OmniQuant --
+
+
+def test_clipping_matches_float64() -> None:
+    w, high, low = random(5, 20), random(5, 3, seed=1), random(5, 3, seed=2)
+    got = omniquant.clip_quantize(w, high, low, Format(bits=4, group_size=8, zero_point="free")).numpy()
+    for row, group in np.ndindex(5, 3):
+        part = w[row, 8 * group : 8 * group + 8].double().numpy()
+        least = part.min() / (1 + np.exp(-float(low[row, group])))
+        most = part.max() / (1 + np.exp(-float(high[row, group])))
+        scale = (most - least) / 15
+        zero = np.round(-least / scale)
+        wanted = (np.clip(np.round(part / scale) + zero, 0, 15) - zero) * scale
+        np.testing.assert_allclose(got[row, 8 * group : 8 * group + len(part)], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("activations", [None, A4])
+def test_omniquant_learns(activations: Format | None) -> None:
+    model, linears, samples = model_and_samples()
+    errors = []
+    for epochs in (0, 30):
+        method = ptqs.create("omniquant", epochs=epochs)
+        plans = method.prepare(model, linears, Format(bits=3), activations, samples)
+        errors.append(loss(model, linears, plans, samples))
+    assert errors[1] < 0.9 * errors[0]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# -- Q-VLM --
+
+
+def test_ranges_run_with_the_sequence() -> None:
+    """Prefill: a range of each channel over the sample's own tokens. Decoding widens it."""
+    act = qvlm.RunningRange()
+    x, valid = random(2, 6, 5), torch.tensor([[True] * 6, [False] * 2 + [True] * 4])
+    vision = torch.zeros_like(valid)
+    out = act(x, Tokens(vision, valid, prefill=True))
+    assert torch.equal(out[1, 2:], qvlm.CHANNEL(x[1:, 2:])[0])
+    step = 3 * random(2, 1, 5, seed=1)
+    got = act(step, Tokens(vision[:, :1], valid[:, -1:], prefill=False))
+    for row, start in ((0, 0), (1, 2)):
+        seen = torch.cat([x[row, start:], step[row]]).double().numpy()
+        low, high = seen.min(axis=0), seen.max(axis=0)
+        scale = (high - low) / 15
+        zero = np.round(-low / scale)
+        wanted = (np.clip(np.round(seen[-1] / scale) + zero, 0, 15) - zero) * scale
+        np.testing.assert_allclose(got[row, 0].numpy(), wanted, atol=1e-5)
+    fresh = act(x[:1], Tokens(vision[:1], valid[:1], prefill=True))
+    assert torch.equal(fresh[0], out[0]), "a new sequence begins anew"
+
+
+def test_static_ranges_are_static_until_decoding() -> None:
+    low, high = -torch.ones(5), 2 * torch.ones(5)
+    act = qvlm.RunningRange((low, high))
+    x = 5 * random(1, 4, 5)
+    tokens = Tokens(torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool))
+    assert torch.equal(act(x, tokens), qvlm.CHANNEL.levels.grid(low, high)(x))
+    assert act(x, tokens).max() <= 2
+    later = Tokens(tokens.vision[:, :1], tokens.valid[:, :1], prefill=False)
+    assert act(torch.full((1, 1, 5), 7.0), later).max() > 6.5
+
+
+def test_the_gate_and_the_search() -> None:
+    gate = qvlm.Gate(entropy=37, period=3)
+    opened = []
+    for gate.block in range(1, 6):
+        opened.append(gate.opens(1))
+    assert opened == [True, False, False, True, False]
+    gate.entropies[1] = 40
+    assert gate.opens(1)
+    assert gate.opens(0)
+    x = random(50, 6)
+    gate = qvlm.Gate(entropy=0, period=1)
+    seen = qvlm.StaticRange(gate, [0])
+    seen(x, torch.zeros(50, dtype=torch.bool))
+    best = seen.best()
+
+    def score(share: float) -> float:
+        low, high = x.amin(0).clamp(max=0) * share, x.amax(0).clamp(min=0) * share
+        return float((qvlm.CHANNEL.levels.grid(low, high)(x) - x).abs().sqrt().mean())
+
+    shares = [1 - step / 10 for step in range(7)]
+    chosen = float(best["high"][0] / x[:, 0].max())
+    assert min(score(share) for share in shares) == pytest.approx(score(min(shares, key=lambda s: abs(s - chosen))))
+    a = np.abs(x.double().numpy())
+    a /= np.linalg.norm(a, axis=0)
+    assert qvlm.entropy(x) == pytest.approx(float(-(a * np.log(a + 1e-7)).sum(axis=0).mean()), rel=1e-5)
+
+
+# -- MBQ --
+
+
+def test_vision_counts_by_the_ratio() -> None:
+    error = random(1, 5, 4)
+    vision, valid = torch.tensor([1, 1, 0, 0, 0]).bool(), torch.tensor([1, 1, 1, 1, 0]).bool()
+    size = error[0].abs().double().numpy()
+    wanted = 2.5 * size[:2].sum() + size[2:4].sum()
+    assert mbq.weighed(error, vision, valid, 2.5) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_ratio_is_that_of_the_sublayers_end() -> None:
+    from qapbench import Group
+
+    def group(*names: str) -> Group:
+        return Group({name: nn.Linear(1, 1) for name in names}, None, "")
+
+    groups = [group("l.3.a.q", "l.3.a.k"), group("l.3.a.o"), group("l.3.m.gate", "l.3.m.up"), group("l.3.m.down")]
+    assert mbq.ends(groups) == ["l.3.a.o", "l.3.a.o", "l.3.m.down", "l.3.m.down"]
+    assert mbq.kind("l.3.a.o") == mbq.kind("l.14.a.o") != mbq.kind("l.3.m.down")
+    assert mbq.ratio_of(Gradient(vision=1.0, text=9.0, answer=4.0)) == 0.25
+    assert np.isnan(mbq.ratio_of(Gradient(vision=1.0, text=9.0, answer=float("nan"))))
+
+
+def test_mbq_beats_rounding() -> None:
+    model, linears, samples = model_and_samples()
+    both = Format(bits=4, symmetric=True)
+    plans = ptqs.create("mbq").prepare(model, linears, both, both, samples)
+    plain = ptqs.create("rtn").prepare(model, linears, both, both)
+    assert loss(model, linears, plans, samples) < 0.9 * loss(model, linears, plain, samples)
+
+
+# -- MQuant --
+
+
+def test_clipped_range_is_the_best_of_its_grid() -> None:
+    w, format = random(4, 64) ** 3, Format(bits=4, symmetric=True)
+    got = mquant.clipped(w, format)
+    for row, scale in zip(w.double().numpy(), got.scale[:, 0].double().numpy(), strict=True):
+        scales = [np.abs(row).max() * (1 - step / 80) / 7 for step in range(64)]
+        errors = [(np.abs(np.clip(np.round(row / s), -7, 7) * s - row) ** 2.4).sum() for s in scales]
+        assert scale == pytest.approx(scales[int(np.argmin(errors))], rel=1e-5)
+
+
+def test_static_scales_are_those_of_the_modality() -> None:
+    format = Format(bits=8, symmetric=True, granularity="tensor")
+    rotation = Rotation.random(8, 0)
+    ranges = mquant.Ranges(rotation)
+    x, vision = random(10, 8), torch.arange(10) < 4
+    x[vision] *= 50
+    ranges(x, vision)
+    turned = rotation(x)
+    found = ranges.found
+    assert torch.equal(found["vision"], torch.stack([turned[:4].min(), turned[:4].max()]))
+    assert torch.equal(found["text"], torch.stack([turned[4:].min(), turned[4:].max()]))
+    act: TokenActivation = mquant.ByModality(format, found["vision"], found["text"])
+    out = act(turned[None], Tokens(vision[None], torch.ones(1, 10, dtype=torch.bool)))
+    scale = float(turned[4:].abs().max()) / 127
+    assert float((out[0, 4:] - turned[4:]).abs().max()) <= scale / 2 + 1e-6
+    assert act(turned[None]).abs().max() <= turned[4:].abs().max() + 1e-5, "of no known modality: text"
+
+
+def test_rotation_helps_static_scales_and_feedback_helps_rounding() -> None:
+    model, linears, samples = model_and_samples()
+    w, a = Format(bits=4, symmetric=True), Format(bits=4, symmetric=True, granularity="tensor")
+    rotated = ptqs.create("mquant").prepare(model, linears, None, a, samples)
+    plain = ptqs.create("rtn").prepare(model, linears, None, a)
+    assert loss(model, linears, rotated, samples) < 0.7 * loss(model, linears, plain, samples)
+    gptq, rtn = (ptqs.create("mquant", rounding=r).prepare(model, linears, w, None, samples) for r in ("gptq", "rtn"))
+    assert loss(model, linears, gptq, samples) < 0.7 * loss(model, linears, rtn, samples)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_tokens_reordered_by_modality_change_nothing(left: bool) -> None:
+    """AIFS on a decoder in full precision: embeddings, positions and mask permuted, outputs put back."""
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model: Any = LlamaModel(config).eval()
+    x, valid = random(2, 12, 32), torch.ones(2, 12, dtype=torch.bool)
+    valid[1, slice(0, 3) if left else slice(9, 12)] = False
+    vision = valid & (torch.arange(12) % 5 > 2)
+    positions = (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
+    order, mask = mquant.modality_first(vision, valid)
+    assert not torch.equal(order, order.sort(dim=-1).values)
+    for row, count in zip(vision.gather(1, order), vision.sum(dim=-1), strict=True):
+        assert row[:count].all()
+        assert all(a >= b for a, b in pairwise(row.tolist()))
+
+    def permuted(values: Tensor) -> Tensor:
+        return values.gather(1, order.view(*order.shape, *[1] * (values.ndim - 2)).expand_as(values))
+
+    with torch.no_grad():
+        plain = model(inputs_embeds=x, attention_mask=valid.long(), position_ids=positions).last_hidden_state
+        moved = model(
+            inputs_embeds=permuted(x), attention_mask=mask, position_ids=permuted(positions)
+        ).last_hidden_state
+    back = torch.empty_like(moved).scatter(1, order.unsqueeze(-1).expand_as(moved), moved)
+    torch.testing.assert_close(back[valid], plain[valid], rtol=1e-4, atol=1e-5)
