@@ -68,8 +68,8 @@ def add_lora(llava: Any, rank: int = RANK, alpha: int = ALPHA) -> Any:
 
 
 def lora_weights(adapted: nn.Module) -> nn.ParameterDict:
-    """The trainable weights alone, as a module: a checkpoint then does not hold the language model."""
-    return nn.ParameterDict({n.replace(".", "/"): p for n, p in adapted.named_parameters() if p.requires_grad})
+    """LoRA's weights alone, as a module: a checkpoint then does not hold the language model."""
+    return nn.ParameterDict({n.replace(".", "/"): p for n, p in adapted.named_parameters() if "lora_" in n})
 
 
 def export(llava: Any, clip: Any, adapted: Any, tower: Path, out: Path, status: str) -> int:
