@@ -1,4 +1,4 @@
-"""`smol-llava`'s training on a tiny random stand-in: packs are the benchmark's prompts; stages train, resume, export."""
+"""The training of `smol-llava` on a tiny random stand-in: what packs ask, what stages train, resume and export."""
 
 import argparse
 import itertools
