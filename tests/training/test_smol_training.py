@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from training.labels import Labeller
 from training.model import build_models, build_tokenizers
 from training.smol import packs as packing
 from training.smol import sizing, subset
-from training.smol.model import add_lora, start
+from training.smol.model import add_lora, halve, start
 from training.smol.packs import LETTER, Feed, Packs, Wording, collate
 from training.smol.stages import FedCompanion, Seeing
 from training.smol.train import parser, train
@@ -114,6 +115,8 @@ def test_a_pack_follows_from_its_number(begun: tuple[Any, Any, Packs]) -> None:
     _, _, data = begun
     one, other = data[5], data[5]
     assert all(torch.equal(one[name], other[name]) for name in one)
+    sent = pickle.loads(pickle.dumps(data))[5]  # as worker processes get it
+    assert all(torch.equal(one[name], sent[name]) for name in one)
     assert not torch.equal(one["ids"], data[6]["ids"])
     assert "pixels" in one and "pixels" not in data[7]
     feed = Feed(data, 2, workers=0)
@@ -147,6 +150,24 @@ def test_every_stage_trains_its_own_parts(begun: tuple[Any, Any, Packs]) -> None
         for part, root in roots.items():
             assert any(root in n for n in moved) == (part in parts), part
         assert all(any(root in n for root in roots.values()) for n in moved)
+
+
+def test_bfloat16_trains_float32_weights_to_the_same_loss(begun: tuple[Any, Any, Packs]) -> None:
+    """What runs on a GPU, on a CPU: the decoder fixed in bfloat16, everything that is trained in float32."""
+    llava, _, data = begun
+    adapted, vision = add_lora(llava, 2, 4), Vision(llava, data.labeller, 0)
+    exact, _ = Seeing("joint", llava, adapted, vision, data, data, 1, 0).loss(0, 0.0)
+    halve(llava)
+    stage = Seeing("joint", llava, adapted, vision, data, data, 1, 0, bf16=True)
+    assert llava.lm_head.weight.dtype == torch.bfloat16
+    loss, _ = stage.loss(0, 0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    grads = {
+        part: [p.grad for p in module.parameters() if p.grad is not None] for part, module in stage.trained.items()
+    }
+    assert all(grads.values())
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for part in grads.values() for grad in part)
 
 
 @pytest.fixture

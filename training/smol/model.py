@@ -67,6 +67,14 @@ def add_lora(llava: Any, rank: int = RANK, alpha: int = ALPHA) -> Any:
     return get_peft_model(llava.model.language_model, config)
 
 
+def halve(llava: Any) -> None:
+    """The fixed language model in bfloat16, LoRA on it in float32."""
+    llava.model.language_model.to(torch.bfloat16)
+    for name, parameter in llava.model.language_model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
 def lora_weights(adapted: nn.Module) -> nn.ParameterDict:
     """LoRA's weights alone, as a module: a checkpoint then does not hold the language model."""
     return nn.ParameterDict({n.replace(".", "/"): p for n, p in adapted.named_parameters() if "lora_" in n})

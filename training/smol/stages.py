@@ -39,14 +39,16 @@ class Seeing:
         adapted: the decoder with LoRA, as `add_lora` gives it; its other weights stay as they are.
         vision: judges of what patches and the CLS token tell; both stages train their heads.
         data: training packs; checks: validation packs.
+        batch: packs a step; workers: processes that draw them.
+        bf16: compute in bfloat16, for a model that went through `halve`.
     """
 
     def __init__(
         self, name: str, llava: Any, adapted: nn.Module, vision: Vision, data: Packs, checks: Packs,
-        batch: int, workers: int,
+        batch: int, workers: int, bf16: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.llava, self.checks, self.batch = name, llava, checks, batch
-        self.device = llava.device
+        self.bf16, self.device = bf16, llava.device
         self.feed = Feed(data, batch, workers, pin=self.device.type == "cuda")
         self.letters = torch.tensor(data.wording.letters, device=self.device)
         self.image = data.wording.image
@@ -76,9 +78,9 @@ class Seeing:
         Args:
             blank: show a grey image in place of each.
         """
-        half = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         # LoRA's float32 weights would pull the inputs of every linear up to float32 with them.
-        with half, disable_input_dtype_casting(self.llava.model.language_model, self.device.type == "cuda"):
+        with half, disable_input_dtype_casting(self.llava.model.language_model, self.bf16):
             logits, patches, cls = self.forward(batch, blank)
         kind = batch["kind"][(due := batch["kind"] > 0)]
         target = batch["target"][due]

@@ -24,7 +24,7 @@ from training.loop import Loop, keep_heap
 from training.rows import Speller
 from training.vision import Vision
 
-from .model import ALPHA, RANK, TOWER, add_lora, export, find_base, start
+from .model import ALPHA, RANK, TOWER, add_lora, export, find_base, halve, start
 from .packs import Wording
 from .stages import FedCompanion, Seeing, packs_for
 
@@ -36,13 +36,9 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     """Models on the device, data, and what the stages share."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     llava, processor, clip = start(args.gguf or find_base(), args.tower, args.seed)
-    if device.type == "cuda":
-        llava.model.language_model.to(torch.bfloat16)  # fixed; what is trained stays in float32
-        torch.backends.cuda.matmul.allow_tf32 = True
     adapted = add_lora(llava, args.rank, args.alpha)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    if args.bf16:
+        halve(llava)
     llava.to(device)
     clip.to(device)
     slots = args.out / "slots.json"
@@ -62,7 +58,7 @@ def stage_of(name: str, built: dict[str, Any], args: argparse.Namespace) -> Any:
     if name == "companion":
         return FedCompanion(built["llava"], built["clip"], built["speller"], args.seed, args.workers)
     keys = ("llava", "adapted", "vision", "data", "checks")
-    return Seeing(name, *(built[key] for key in keys), args.batch, args.workers)
+    return Seeing(name, *(built[key] for key in keys), args.batch, args.workers, args.bf16)
 
 
 def train(args: argparse.Namespace) -> bool:
@@ -104,6 +100,10 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--slots", type=int, default=6000, help="scenes to find the labels of patches in")
     out.add_argument("--log-every", type=int, default=20, help="steps")
     out.add_argument("--status", default=STATUS, help="one line that runs of the model repeat")
+    out.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="compute in bfloat16; on a GPU unless switched off",
+    )  # fmt: skip
     out.add_argument("--device", help="cuda where there is one, else cpu")
     return out
 
