@@ -3,8 +3,8 @@
     python -m benchmarks.affine [--threads 2] [--rounds 30] [--shape 1 640 4096] [--device cpu]
 
 Contestants take turns, round by round, so that whatever else the machine does falls on all of them. Each makes a
-new tensor, so does the copy (`clone`). Libraries that are not installed are left out. glibc is told to keep freed memory:
-giving it back and taking it anew costs page faults that are several times what is measured, on whom they fall by chance.
+new tensor, so does the copy (`clone`). Libraries that are not installed are left out. glibc is told to keep freed
+memory: giving it back and taking it anew costs page faults that are several times what is measured, and fall on anyone.
 One thread on a CPU is timed by its own processor time, which other processes do not lengthen; all else by the wall.
 """
 

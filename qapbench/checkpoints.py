@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,10 @@ HOW_TO_CONVERT = (
     "from safetensors.torch import save_file; [save_file({k: v.clone() for k, v in torch.load(f, weights_only=True)"
     ".items()}, f[:-3] + 'safetensors', {'format': 'pt'}) for f in glob.glob('pytorch_model*.bin')]\""
 )
+Report = Callable[[str, int, int], None]
+"""Called with (model name, steps done, steps in all)."""
+watcher: ContextVar[Report | None] = ContextVar("watcher", default=None)
+"""Who is told while an embedded model is put together on first use; a command line sets its bar here."""
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -32,6 +38,17 @@ class Checkpoint:
         return file.read_text(encoding="utf-8").strip() if self.embedded and file.is_file() else ""
 
 
+def embedded_names() -> list[str]:
+    """Models that come with the package: checkpoint folders, and recipes for one (`assembly.json`)."""
+    return sorted(
+        {path.parent.name for file in ("config.json", "assembly.json") for path in EMBEDDED.glob(f"*/{file}")}
+    )
+
+
+def is_embedded(name: str) -> bool:
+    return name in embedded_names()
+
+
 @functools.lru_cache(maxsize=64)
 def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Checkpoint:
     """An embedded name, a checkpoint folder, or a hub id (from the local cache, else fetched).
@@ -41,15 +58,22 @@ def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Chec
         fetch: whether a hub id may be downloaded.
 
     Raises:
-        UserError: there is no such checkpoint, it holds no safetensors, or the hub cannot be reached.
+        UserError: there is no such checkpoint, it holds no safetensors, the hub cannot be reached, or what an embedded
+            model is put together from is not installed.
     """
-    embedded = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
-    if name in embedded:
-        return Checkpoint(EMBEDDED / name, embedded=True)
+    if is_embedded(name):
+        folder = EMBEDDED / name
+        if not (folder / "config.json").is_file():
+            from .assembly import assemble
+
+            folder = assemble(folder, field)
+        return Checkpoint(folder, embedded=True)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise UserError(Problem(f"no embedded model or folder '{name}'; {nearest(name, embedded)}", (field,)))
+            raise UserError(
+                Problem(f"no embedded model or folder '{name}'; {nearest(name, embedded_names())}", (field,))
+            )
         folder = _from_hub(name, field, fetch)
     if not (folder / "config.json").is_file():
         raise UserError(Problem(f"{folder} is not a checkpoint folder (no config.json)", (field,)))

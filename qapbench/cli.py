@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .checkpoints import watcher
 from .errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -388,6 +391,28 @@ class _Progress:
         self.bar.stop()
 
 
+@contextlib.contextmanager
+def _watching_assembly() -> Iterator[None]:
+    """Show a bar while an embedded model is put together, which happens once a machine."""
+    shown: list[_Progress] = []
+
+    def report(name: str, done: int, total: int) -> None:
+        if not shown:
+            shown.append(_Progress())
+            shown[0].bar.start()
+        shown[0].report(f"{name}: first use", done, total)
+        if done == total:
+            shown.pop().bar.stop()
+
+    token = watcher.set(report)
+    try:
+        yield
+    finally:
+        watcher.reset(token)
+        for bars in shown:
+            bars.bar.stop()
+
+
 def main() -> None:
     """Entry point: the user's mistakes are one readable message and exit code 2, faults of ours exit with 1."""
     from .receipt import NotQuantizedError
@@ -398,7 +423,8 @@ def main() -> None:
     for noisy in ("transformers", "torchao", "torch.utils._pytree"):  # torchao: kernels of other machines
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        app()
+        with _watching_assembly():
+            app()
     except UserError as error:
         for problem in error.problems:
             err.print(f"[red]error:[/] {escape(str(problem))}", highlight=False, soft_wrap=True)

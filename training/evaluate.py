@@ -48,8 +48,9 @@ def prompt(processor: Any, row: Any) -> str:
 @torch.inference_mode()
 def guesses(model: Any, processor: Any, frame: pd.DataFrame, blank: bool, batch: int) -> list[int]:
     """Index of the likeliest option per row."""
-    letters = [processor.tokenizer.encode(f" {c}", add_special_tokens=False)[0] for c in LETTERS]
     texts = [prompt(processor, row) for row in frame.itertuples()]
+    glue = "" if texts[0][-1].isspace() else " "  # as answers follow the chat template
+    letters = [processor.tokenizer.encode(f"{glue}{c}", add_special_tokens=False)[0] for c in LETTERS]
     has_image = [image is not None for image in frame.image]
     order = sorted(range(len(texts)), key=lambda i: (has_image[i], len(texts[i])))
     groups = [[i for i in order if has_image[i] is kind] for kind in (False, True)]

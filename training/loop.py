@@ -57,12 +57,18 @@ class Loop:
 
     The learning rate follows the share of the budget that is used up, so that a run ends on time on a machine of
     any speed. A checkpoint holds everything that a resumed run needs.
+
+    Args:
+        optimizer: its groups have a `base_lr`; Muon and AdamW at `lr` where None.
     """
 
-    def __init__(self, stage: Stage, out: Path, minutes: float, lr: float, rank: int, ranks: int) -> None:
+    def __init__(
+        self, stage: Stage, out: Path, minutes: float, lr: float, rank: int = 0, ranks: int = 1,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:  # fmt: skip
         self.stage, self.out, self.budget = stage, out, minutes * 60
         self.rank, self.ranks = rank, ranks
-        self.opt = build_optimizer(list(stage.trained.values()), lr, lr)
+        self.opt = optimizer or build_optimizer(list(stage.trained.values()), lr, lr)
         self.params = [p for group in self.opt.param_groups for p in group["params"]]
         self.step, self.used = 0, 0.0
 
@@ -89,8 +95,14 @@ class Loop:
         with (self.out / "log.jsonl").open("a") as file:
             file.write(line + "\n")
 
-    def train(self, log_every: int = 20, val_every: float = 5.0, save_every: float = 3.0) -> None:
-        """Run to the end of the budget."""
+    @property
+    def done(self) -> bool:
+        return self.used >= self.budget
+
+    def train(
+        self, log_every: int = 20, val_every: float = 5.0, save_every: float = 3.0, until: float = float("inf")
+    ) -> None:
+        """Run to the end of the budget, or to a time (as `time.time()` has it) at which a checkpoint is left."""
         start = time.time() - self.used
         sums: dict[str, float] = defaultdict(float)
         last_val = last_save = time.time()
@@ -116,9 +128,12 @@ class Loop:
             if time.time() - last_val > val_every * 60 or progress >= 1:
                 self.log(**self.stage.validate())
                 last_val = time.time()
-            if time.time() - last_save > save_every * 60 or progress >= 1:
+            stop = time.time() >= until
+            if time.time() - last_save > save_every * 60 or progress >= 1 or stop:
                 self.store()
                 last_save = time.time()
+            if stop:
+                break
 
     def _average(self, progress: float) -> float:
         """Average the gradients over processes; all of them take the first one's clock."""

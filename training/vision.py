@@ -30,7 +30,7 @@ def pixels_of(scenes: list[Scene]) -> Tensor:
 
 def see(llava: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Patches of hidden state -2, which the projector takes, and the CLS token of the last layer."""
-    states = llava.model.vision_tower(pixels, output_hidden_states=True)
+    states = llava.model.vision_tower(pixels.to(llava.device), output_hidden_states=True)
     return states.hidden_states[-2][:, 1:], states.last_hidden_state[:, 0]
 
 
@@ -67,13 +67,29 @@ class Vision:
         with self._watched() as seen:
             patches, cls = see(self.llava, pixels_of(scenes))
         labels = torch.stack([self.labeller.patches(scene) for scene in scenes])
-        total, means, logged = torch.zeros(()), [], {}
+        patch, whole, logged = self.told(patches, cls, labels)
+        names = labels[..., self.labeller.places["name"]]
+        early = F.cross_entropy(self.heads.aux_early(seen["input"][:, 1:])[names > 0], names[names > 0])
+        looked = self._looked(seen, scenes)
+        logged = {key: value for key, value in logged.items() if key in ("right", *SHOWN)}
+        for key, value in (("patch", patch), ("cls", whole), ("early", early), ("looked", looked)):
+            logged[key] = float(value.detach())
+        return patch + 0.2 * whole + 0.3 * early + 0.2 * looked, logged
+
+    def told(self, patches: Tensor, cls: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Cross-entropy of slots at patches [B, N, C], and of what CLS tokens [B, C] say of the image; shares right.
+
+        Args:
+            labels: [B, N, slots], as the labeller gives them, on the same device.
+        """
+        total, means, logged = labels.new_zeros((), dtype=torch.float32), [], {}
         parts = self.heads.aux_patch(self.heads.aux_norm(patches)).split(self.labeller.sizes, dim=-1)
+        # Half of an image is background: a fifth of it is enough.
+        fifth = torch.arange(labels.shape[1], device=labels.device) % 5 == 0
         right = said = 0
         for (slot, place), scores in zip(self.labeller.places.items(), parts, strict=True):
             label = labels[..., place]
-            # Half of an image is background: a fifth of it is enough.
-            kept = (label >= 0) if slot != "name" else (label > 0) | (torch.arange(label.shape[1]) % 5 == 0)
+            kept = (label >= 0) if slot != "name" else (label > 0) | fifth
             if not kept.any():
                 continue
             loss = F.cross_entropy(scores[kept], label[kept], reduction="sum")
@@ -81,26 +97,15 @@ class Vision:
             hits = scores[kept].argmax(-1) == label[kept]
             logged[slot] = float(hits.float().mean())
             right, said = right + int(hits.sum()), said + len(hits)
-        names = labels[..., self.labeller.places["name"]]
-        early = F.cross_entropy(self.heads.aux_early(seen["input"][:, 1:])[names > 0], names[names > 0])
-        looked = self._looked(seen, scenes)
-        bag = torch.zeros(len(scenes), sum(self.labeller.sizes))
-        offset = 0
-        for place, size in enumerate(self.labeller.sizes):
-            label = labels[..., place]
-            for image in range(len(scenes)):
-                there = label[image][label[image] >= 0].unique()
-                bag[image, offset + there] = 1
-            offset += size
+        starts = torch.tensor([0, *self.labeller.sizes[:-1]], device=labels.device).cumsum(0)
+        bag = torch.zeros(len(labels), sum(self.labeller.sizes), device=labels.device)
+        image, _, place = (there := labels >= 0).nonzero().unbind(1)
+        bag[image, starts[place] + labels[there]] = 1
         bag[:, 0] = 0
         bag = bag / bag.sum(-1, keepdim=True).clamp(min=1)
         whole = -(self.heads.aux_image(F.layer_norm(cls, cls.shape[-1:])).log_softmax(-1) * bag).sum(-1).mean()
         # Every label counts, and every slot: relations have few labels and are the hardest to see.
-        patch = 0.5 * total / said + 0.5 * torch.stack(means).mean()
-        logged = {"right": right / said} | {key: value for key, value in logged.items() if key in SHOWN}
-        for key, value in (("patch", patch), ("cls", whole), ("early", early), ("looked", looked)):
-            logged[key] = float(value.detach())
-        return patch + 0.2 * whole + 0.3 * early + 0.2 * looked, logged
+        return 0.5 * total / said + 0.5 * torch.stack(means).mean(), whole, {"right": right / said} | logged
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qapbench.checkpoints import EMBEDDED
+from qapbench.checkpoints import is_embedded
 from qapbench.errors import Problem, UserError
 from qapbench.receipt import Receipt
 from qapbench.run.record import RECORD, SCHEMA, SCORED, labels
@@ -171,7 +171,7 @@ def _check_identity(record: RecordSchema, spec: RunSpec, task: LoadedTask, folde
     shown = (record.model_extra or {}).get("labels")
     if shown is not None and shown != labels(spec):
         problems.append("labels are not those of the spec")
-    standing_in = bool(task.stand_in) or spec.model in {folder.name for folder in EMBEDDED.iterdir()}
+    standing_in = bool(task.stand_in) or is_embedded(spec.model)
     if standing_in and not any("stand-in" in note.lower() for note in record.notes):
         problems.append("notes: the model or the data are an embedded stand-in, and no note says so")
     if folder.resolve().name != record.run_id:

@@ -84,8 +84,8 @@ def notes(spec: RunSpec, task: LoadedTask, receipt: Receipt) -> list[str]:
     checkpoint = find_checkpoint(spec.model)
     if checkpoint.embedded:
         said.append(
-            f"Embedded stand-in model: {spec.model} is a few million parameters, trained by this project on "
-            "procedural questions; its numbers say nothing about LLaVA-7B."
+            f"Embedded stand-in model: {spec.model} was trained by this project on procedural questions; "
+            "its numbers say nothing about LLaVA-7B."
         )
         if checkpoint.status:
             said.append(f"Stand-in model: {checkpoint.status}")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_parity import VECTORS, load
+from parity_vectors import VECTORS, load
 
 from qapbench import Format, fake_quantize
 from qapbench.strategies.ptq.llm_int8 import Mixed, int8_rows

@@ -1,0 +1,133 @@
+"""What `smol-llava` starts from, and what of it is kept.
+
+    python -m training.smol.model --out runs/smol-start
+
+writes the start (SmolLM2 joined to diagram-llava's vision tower by an untrained projector) as a checkpoint folder: on
+text-only questions that is SmolLM2 itself, so the framework's own runs can measure it before any training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from qapbench.assembly import IMAGE, RECIPE, Recipe, base_file, join
+from qapbench.checkpoints import EMBEDDED
+from qapbench.llama_gguf import read_llama
+
+NAME = "smol-llava"
+TOWER = EMBEDDED / "diagram-llava" / "clip"
+RANK, ALPHA = 16, 32
+"""LoRA on every linear of the decoder: 305 thousand weights a rank (sizing.py)."""
+
+
+def find_base() -> Path:
+    """SmolLM2's GGUF inside the installed package."""
+    recipe = Recipe.model_validate_json((EMBEDDED / NAME / RECIPE).read_text(encoding="utf-8"))
+    return base_file(recipe.base, NAME, "gguf")
+
+
+def start(gguf: Path, tower: Path, seed: int) -> tuple[Any, Any, Any]:
+    """(LlavaForConditionalGeneration, its processor, companion CLIP), float32; the two share the vision tower.
+
+    Args:
+        gguf: the language model.
+        tower: a CLIP folder, with a tokenizer for its text.
+    """
+    from transformers import CLIPModel
+
+    torch.manual_seed(seed)
+    clip: Any = CLIPModel.from_pretrained(tower, dtype=torch.float32)
+    llava, processor = join(read_llama(gguf, extra=(IMAGE,)), clip.vision_model)
+    calm(llava)
+    return llava, processor, clip
+
+
+@torch.no_grad()
+def calm(llava: Any) -> None:
+    """Give the fresh projector the scale of word embeddings: at its own, twenty times larger, nothing is learnt."""
+    projector, words = llava.model.multi_modal_projector, llava.get_input_embeddings().weight
+    width = projector.linear_2.in_features
+    projector.linear_2.weight.normal_(0, float(words.std()) / width**0.5 * 2)
+    projector.linear_2.bias.zero_()
+
+
+def add_lora(llava: Any, rank: int = RANK, alpha: int = ALPHA) -> Any:
+    """LoRA on all linears of the decoder, in place; the peft model, whose other weights are fixed."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", bias="none")
+    return get_peft_model(llava.model.language_model, config)
+
+
+def halve(llava: Any) -> None:
+    """The fixed language model in bfloat16, LoRA on it in float32."""
+    llava.model.language_model.to(torch.bfloat16)
+    for name, parameter in llava.model.language_model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def lora_weights(adapted: nn.Module) -> nn.ParameterDict:
+    """LoRA's weights alone, as a module: a checkpoint then does not hold the language model."""
+    return nn.ParameterDict({n.replace(".", "/"): p for n, p in adapted.named_parameters() if "lora_" in n})
+
+
+def export(llava: Any, clip: Any, adapted: Any, tower: Path, out: Path, status: str) -> int:
+    """Write the trained parts in bfloat16 where `qapbench.assembly` looks for them; the bytes of all.
+
+    Args:
+        tower: folder of the companion's tokenizer.
+        status: one line on what the model can do, for `status.txt`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    made = out / ".parts"
+    shutil.rmtree(made, ignore_errors=True)
+    half = type(clip)(clip.config).to(torch.bfloat16)
+    half.load_state_dict(clip.state_dict())
+    half.save_pretrained(made / "clip")
+    for file in tower.glob("tokenizer*.json"):
+        shutil.copyfile(file, made / "clip" / file.name)
+    projector = llava.model.multi_modal_projector.state_dict()
+    save_file(
+        {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in projector.items()},
+        made / "projector.safetensors",
+    )
+    from peft import get_peft_model_state_dict
+
+    state = {k: v.detach().to("cpu", torch.bfloat16) for k, v in get_peft_model_state_dict(adapted).items()}
+    adapted.save_pretrained(made / "lora", state_dict=state, save_embedding_layers=False)
+    (made / "lora" / "README.md").unlink(missing_ok=True)
+    (made / "status.txt").write_text(status + "\n", encoding="utf-8")
+    size = 0
+    for path in sorted(file for file in made.rglob("*") if file.is_file()):
+        size += path.stat().st_size
+        target = out / path.relative_to(made)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(made)
+    return size
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gguf", type=Path, help="SmolLM2's file, where the package is not installed")
+    args = parser.parse_args()
+    llava, processor, _ = start(args.gguf or find_base(), TOWER, seed=0)
+    llava.to(torch.bfloat16).save_pretrained(args.out)
+    processor.save_pretrained(args.out)
+    shutil.copytree(TOWER, args.out / "clip", dirs_exist_ok=True)
+    print(json.dumps({"out": str(args.out), "parameters": sum(p.numel() for p in llava.parameters())}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The stages of `smol-llava`, for `training.loop.Loop`: projector, joint (with vision tower and LoRA), companion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from qapbench.tasks.diagramqa.generate import sample
+from qapbench.tasks.diagramqa.scene import Scene
+from training.companion import IMAGES, Companion
+from training.labels import Labeller
+from training.vision import MEAN, STD, Vision, see
+
+from .model import lora_weights
+from .packs import END, LETTER, WORDS, Feed, Packs, collate, visible
+
+WEIGHTS = {"projector": {LETTER: 1.0, END: 0.1, WORDS: 0.2}, "joint": {LETTER: 1.0, END: 0.1, WORDS: 0.05}}
+"""Of one target token by its kind. A caption has dozens of tokens: it leads while the projector finds its place, and
+keeps the tokens telling of the whole image while the questions lead."""
+LABELS = 0.2
+"""Weight of what is true of each patch: without it the CLS token, which attention pruners read, would drift."""
+RATES = {
+    "projector": {"projector": 2e-3, "heads": 2e-3},
+    "joint": {"projector": 5e-4, "tower": 3e-4, "heads": 1e-3, "lora": 5e-4},
+}
+
+
+class Seeing:
+    """Questions, free answers and captions about images, and text-only questions among them.
+
+    Args:
+        name: "projector" trains the projector alone (as LLaVA's first stage); "joint" also the vision tower and LoRA.
+        adapted: the decoder with LoRA, as `add_lora` gives it; its other weights stay as they are.
+        vision: judges of what patches and the CLS token tell; both stages train their heads.
+        data: training packs; checks: validation packs.
+        batch: packs a step; workers: processes that draw them.
+        bf16: compute in bfloat16, for a model that went through `halve`.
+    """
+
+    def __init__(
+        self, name: str, llava: Any, adapted: nn.Module, vision: Vision, data: Packs, checks: Packs,
+        batch: int, workers: int, bf16: bool = False,
+    ) -> None:  # fmt: skip
+        self.name, self.llava, self.checks, self.batch = name, llava, checks, batch
+        self.bf16, self.device = bf16, llava.device
+        self.feed = Feed(data, batch, workers, pin=self.device.type == "cuda")
+        self.letters = torch.tensor(data.wording.letters, device=self.device)
+        self.image = data.wording.image
+        self.vision = vision
+        parts: dict[str, nn.Module] = {
+            "projector": llava.model.multi_modal_projector, "tower": llava.model.vision_tower,
+            "lora": lora_weights(adapted), "heads": vision.heads,
+        }  # fmt: skip
+        llava.requires_grad_(False)
+        self.trained = {part: parts[part].requires_grad_(True) for part in RATES[name]}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, a group for each part that is trained."""
+        groups = [
+            {"params": list(module.parameters()), "lr": RATES[self.name][part], "base_lr": RATES[self.name][part]}
+            for part, module in self.trained.items()
+        ]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=self.device.type == "cuda")
+
+    def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        del progress
+        return self.score({k: v.to(self.device, non_blocking=True) for k, v in self.feed.at(step).items()})
+
+    def score(self, batch: dict[str, Tensor], blank: bool = False) -> tuple[Tensor, dict[str, float]]:
+        """Weighted loss of a collated batch on the device, and shares right.
+
+        Args:
+            blank: show a grey image in place of each.
+        """
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        # LoRA's float32 weights would pull the inputs of every linear up to float32 with them.
+        with half, disable_input_dtype_casting(self.llava.model.language_model, self.bf16):
+            logits, patches, cls = self.forward(batch, blank)
+        kind = batch["kind"][(due := batch["kind"] > 0)]
+        target = batch["target"][due]
+        each = F.cross_entropy(logits.float(), target, reduction="none")
+        weight = torch.zeros_like(each)
+        for which, share in WEIGHTS[self.name].items():
+            weight[kind == which] = share
+        total = (each * weight).sum() / weight.sum()
+        seen = (batch["ids"] == self.image).any(1)[:, None].expand_as(due)[due]
+        hit = self.letters[logits[:, self.letters].argmax(-1)] == target
+        logged = {}
+        for key, chosen in (("image", (kind == LETTER) & seen), ("text", (kind == LETTER) & ~seen)):
+            if n := int(chosen.sum()):
+                logged[f"{key}_acc"] = float(hit[chosen].float().mean())
+                logged[f"{key}_n"] = float(n)
+        if (kind == WORDS).any():
+            logged["words"] = float(each.detach()[kind == WORDS].mean())
+        if patches is not None and "labels" in batch:
+            patch, whole, found = self.vision.told(patches.float(), cls.float(), batch["labels"])
+            logged |= {"labels": float(patch.detach()), "cls": float(whole.detach()), "labels_right": found["right"]}
+            total = total + LABELS * (patch + 0.2 * whole)
+        return total, logged
+
+    def forward(self, batch: dict[str, Tensor], blank: bool = False) -> tuple[Tensor, Any, Any]:
+        """([T, V] logits where an answer is due, patches [I, N, C] before the projector, CLS tokens [I, C])."""
+        model = self.llava.model
+        embeds, patches, cls = model.get_input_embeddings()(batch["ids"]), None, None
+        if "pixels" in batch:
+            pixels = batch["pixels"].permute(0, 3, 1, 2).float() / 255
+            pixels = (pixels - MEAN.to(self.device)) / STD.to(self.device)
+            patches, cls = see(self.llava, torch.zeros_like(pixels) if blank else pixels)
+            features = model.multi_modal_projector(patches).to(embeds.dtype)
+            embeds = embeds.masked_scatter((batch["ids"] == self.image)[..., None], features)
+        hidden = model.language_model(
+            inputs_embeds=embeds, attention_mask=visible(batch["segment"]), position_ids=batch["position"],
+            use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        return self.llava.lm_head(hidden[batch["kind"] > 0]), patches, cls
+
+    @torch.no_grad()
+    def validate(self, count: int = 384) -> dict[str, Any]:
+        """Letters right on the validation split: with their image, with a blank one, and text-only."""
+        sums: dict[str, float] = {}
+        for first in range(0, count, self.batch):
+            packs = collate([self.checks[i] for i in range(first, min(first + self.batch, count))])
+            batch = {key: value.to(self.device) for key, value in packs.items()}
+            for prefix, blank in (("", False), ("blank_", True)):
+                _, found = self.score(batch, blank)
+                for key in ("image", "text"):
+                    if f"{key}_n" in found and not (blank and key == "text"):
+                        sums[f"{prefix}{key}_n"] = sums.get(f"{prefix}{key}_n", 0) + found[f"{key}_n"]
+                        right = found[f"{key}_acc"] * found[f"{key}_n"]
+                        sums[f"{prefix}{key}"] = sums.get(f"{prefix}{key}", 0) + right
+        kinds = [key for key in sums if not key.endswith("_n")]
+        return {f"val_{key}": round(sums[key] / sums[f"{key}_n"], 4) for key in kinds} | {
+            f"val_{key}_n": int(sums[f"{key}_n"]) for key in kinds
+        }
+
+
+class Scenes(Dataset[Scene]):
+    """Scene `index` with an image of the training split."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> Scene:
+        return sample(self.seed, index, "train", modality="image")
+
+
+class FedCompanion(Companion):
+    """The companion CLIP's stage, on any device and with its scenes drawn ahead."""
+
+    def __init__(self, llava: Any, clip: Any, speller: Any, seed: int, workers: int) -> None:
+        self.device = llava.device
+        with torch.device(self.device):
+            super().__init__(llava, clip, speller, seed)
+        llava.requires_grad_(False)
+        for module in self.trained.values():
+            module.requires_grad_(True)
+        self.feed = Feed(Scenes(seed + 2), IMAGES, workers, join=list)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        params = [p for module in self.trained.values() for p in module.parameters()]
+        group = {"params": params, "lr": 1e-3, "base_lr": 1e-3}
+        return torch.optim.AdamW([group], betas=(0.9, 0.98), weight_decay=0.0)
+
+    def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        del progress
+        scenes = self.feed.at(step)
+        with torch.device(self.device):
+            return self.score(scenes, np.random.default_rng([self.seed, step]))
+
+    @torch.no_grad()
+    def validate(self, count: int = 96) -> dict[str, Any]:
+        with torch.device(self.device):
+            return super().validate(count)
+
+
+def packs_for(wording: Any, labeller: Labeller, seed: int) -> tuple[Packs, Packs]:
+    """(training packs, validation packs)."""
+    return Packs(wording, labeller, seed), Packs(wording, labeller, 0, "val")

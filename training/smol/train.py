@@ -1,0 +1,118 @@
+"""Trains `smol-llava` on one GPU, in one command.
+
+    python -m training.smol.train --out runs/smol-llava --export qapbench/models/embedded/smol-llava
+
+Stages: `projector`, `joint` (projector, vision tower, LoRA on the decoder), `companion` (the CLIP text tower), each for
+its share of --minutes. The same command goes on from where it was stopped; --call-minutes ends a call in time with a
+checkpoint, where a command may not run for long. What is trained is written to --export after the last stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from training.labels import Labeller, find_slots
+from training.loop import Loop, keep_heap
+from training.rows import Speller
+from training.vision import Vision
+
+from .model import ALPHA, RANK, TOWER, add_lora, export, find_base, halve, start
+from .packs import Wording
+from .stages import FedCompanion, Seeing, packs_for
+
+SHARES = {"projector": 0.15, "joint": 0.73, "companion": 0.12}
+STATUS = "trained on diagramqa's training stream; see README.md for what it reaches"
+
+
+def build(args: argparse.Namespace) -> dict[str, Any]:
+    """Models on the device, data, and what the stages share."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    llava, processor, clip = start(args.gguf or find_base(), args.tower, args.seed)
+    adapted = add_lora(llava, args.rank, args.alpha)
+    if args.bf16:
+        halve(llava)
+    llava.to(device)
+    clip.to(device)
+    slots = args.out / "slots.json"
+    if not slots.exists():
+        slots.write_text(json.dumps(find_slots(args.seed, args.slots)))
+    wording = Wording(processor.tokenizer, processor.chat_template, llava.config.image_seq_length)
+    labeller = Labeller(json.loads(slots.read_text()))
+    data, checks = packs_for(wording, labeller, args.seed + 1)
+    vision = Vision(llava, labeller, args.seed)
+    vision.heads.to(device)
+    speller = Speller(Tokenizer.from_file(str(args.tower / "tokenizer.json")))
+    return {"llava": llava, "clip": clip, "adapted": adapted, "vision": vision, "data": data, "checks": checks,
+            "speller": speller}  # fmt: skip
+
+
+def stage_of(name: str, built: dict[str, Any], args: argparse.Namespace) -> Any:
+    if name == "companion":
+        return FedCompanion(built["llava"], built["clip"], built["speller"], args.seed, args.workers)
+    keys = ("llava", "adapted", "vision", "data", "checks")
+    return Seeing(name, *(built[key] for key in keys), args.batch, args.workers, args.bf16)
+
+
+def train(args: argparse.Namespace) -> bool:
+    """Run what is left of the stages; whether all are done."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_heap()
+    began = time.time()
+    args.out.mkdir(parents=True, exist_ok=True)
+    built = build(args)
+    until = began + args.call_minutes * 60
+    for name, share in SHARES.items():
+        stage = stage_of(name, built, args)
+        loop = Loop(stage, args.out, args.minutes * share, 0.0, optimizer=stage.optimizer())
+        loop.resume()
+        if not loop.done:
+            loop.train(log_every=args.log_every, val_every=1.5, save_every=1.5, until=until)
+        if not loop.done:
+            return False
+    if args.export:
+        size = export(built["llava"], built["clip"], built["adapted"], args.tower, args.export, args.status)
+        print(json.dumps({"export": str(args.export), "megabytes": round(size / 1e6, 2)}))
+    return True
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line."""
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--out", type=Path, required=True, help="checkpoints and log.jsonl")
+    out.add_argument("--export", type=Path, help="folder for the trained parts")
+    out.add_argument("--minutes", type=float, default=22, help="of all stages together")
+    out.add_argument("--call-minutes", type=float, default=float("inf"), help="end this call after so long")
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--batch", type=int, default=24, help="packs of 640 tokens a step")
+    out.add_argument("--workers", type=int, default=12, help="processes that draw data ahead")
+    out.add_argument("--gguf", type=Path, help="the language model, where its package is not installed")
+    out.add_argument("--tower", type=Path, default=TOWER, help="CLIP folder to start from")
+    out.add_argument("--rank", type=int, default=RANK, help="of LoRA")
+    out.add_argument("--alpha", type=int, default=ALPHA, help="of LoRA")
+    out.add_argument("--slots", type=int, default=6000, help="scenes to find the labels of patches in")
+    out.add_argument("--log-every", type=int, default=20, help="steps")
+    out.add_argument("--status", default=STATUS, help="one line that runs of the model repeat")
+    out.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="compute in bfloat16; on a GPU unless switched off",
+    )  # fmt: skip
+    out.add_argument("--device", help="cuda where there is one, else cpu")
+    return out
+
+
+def main() -> None:
+    """Run, and say whether there is more to do."""
+    done = train(parser().parse_args())
+    print("done" if done else "not done; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()
