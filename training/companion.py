@@ -74,7 +74,7 @@ class Companion:
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         del progress
         first = (step * self.ranks + self.rank) * IMAGES
-        scenes = [sample(self.seed + 2, first + i, "train", modality="image") for i in range(IMAGES)]
+        scenes = [sample(self.seed + 2, first + i, "train", modality="image") for i in range(-(-IMAGES // self.ranks))]
         return self.score(scenes, np.random.default_rng([self.seed, step, self.rank]))
 
     def score(self, scenes: list[Scene], rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:

@@ -145,7 +145,7 @@ def _row_of_attention(q: Tensor, k: Tensor, asked: Tensor, start: int, row: Tens
     return logits.masked_fill(later[:, None], -torch.inf).log_softmax(-1)
 
 
-WEIGHTS = {"letter": 1.0, "word": 0.5, "look": 0.3, "pick": 0.3, "tell": 0.2, "judge": 0.3, "own": 0.3, "text": 0.1}
+WEIGHTS = {"letter": 1.0, "word": 1.0, "look": 0.3, "pick": 0.3, "tell": 0.2, "judge": 0.3, "own": 0.3, "text": 0.1}
 
 
 def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -> dict[str, Tensor]:

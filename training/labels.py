@@ -38,9 +38,13 @@ def find_slots(seed: int, count: int = 6000) -> Slots:
 
 
 def thing_words(thing: Thing, speller: Speller) -> list[int]:
-    """The first token of every word for a thing: its name and what is true of it."""
+    """The first token of every word for a thing: its name and what is true of it alone.
+
+    Names of related things are left out: said in the same breath, they could not be told from its own.
+    """
     name = thing.name.split()[-1] if thing.name.startswith(("letter ", "number ")) else thing.name
-    return [speller.ids(f" {text}")[0] for text in (name, *thing.about.values())]
+    own = (value for slot, value in thing.about.items() if slot not in RELATIONS)
+    return [speller.ids(f" {text}")[0] for text in (name, *own)]
 
 
 RELATIONS = ("across", "down", "eater", "eaten")

@@ -51,6 +51,10 @@ class Language:
         self.names = sorted({name for name in icons() if " " not in name} | set("ABCDEFGHKLMPRTXZ"))
         self.answers = answer_words(speller, seed)
 
+    def share(self, count: int) -> int:
+        """The part of a count that falls to each of the processes, which share the batch."""
+        return -(-count // self.ranks)
+
     def rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, step, self.rank])
 
@@ -70,7 +74,7 @@ class Language:
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         rng = self.rng(step)
-        total, logged = self.combined({"t": (self.text_items(rng, step, TEXT_ROWS), None)}, progress)
+        total, logged = self.combined({"t": (self.text_items(rng, step, self.share(TEXT_ROWS)), None)}, progress)
         drilled, more = self.drilled(rng)
         return total + drilled, logged | more
 
@@ -177,7 +181,7 @@ class Joint(Language):
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         rng = self.rng(step)
         first = (step * self.ranks + self.rank) * 64
-        scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(IMAGES)]
+        scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(self.share(IMAGES))]
         with torch.no_grad():
             patches, _ = see(self.llava, pixels_of(scenes))
         features = self.projector(patches)
@@ -191,7 +195,7 @@ class Joint(Language):
                 question = scene.questions[i]
                 marks = covered(question.relevant) > PATCHES_SEEN
                 items.append((self.speller.row(question, image=True), owner, marks, question.family))
-        text = self.text_items(rng, step, TEXT_ROWS // 3)
+        text = self.text_items(rng, step, self.share(TEXT_ROWS // 3))
         total, logged = self.combined({"i": (items, prefix), "t": (text, None)}, progress)
         drilled, more = self.drilled(rng)
         total, logged = total + 0.3 * drilled, logged | more

@@ -59,7 +59,7 @@ class Vision:
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         del progress
         first = (step * self.ranks + self.rank) * IMAGES
-        scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(IMAGES)]
+        scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(-(-IMAGES // self.ranks))]
         return self.score(scenes)
 
     def score(self, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
