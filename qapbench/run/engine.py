@@ -60,7 +60,7 @@ def run(
             depends on it.
         device: "cpu", "cuda", ...; a GPU where there is one.
         workers: processes that share the questions, each on a GPU of its own where there are some.
-        engine: where workers run: processes of this machine, or Ray's.
+        engine: where workers run; only processes of this machine so far, "ray" is refused.
         spill: keep image features that wait for another quantizer in a memory-mapped file below `runs`.
 
     Raises:
@@ -91,6 +91,10 @@ class Engine:
         trust_remote_code: bool = False, report: Report | None = None, *, workers: int = 1,
         engine: EngineName = "local", spill: bool = False,
     ) -> None:  # fmt: skip
+        if engine == "ray":
+            raise UserError(
+                "--engine ray: not verified yet, so it is refused; --workers N uses this machine's processes"
+            )
         self.runs = runs
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

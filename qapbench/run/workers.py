@@ -1,11 +1,8 @@
-"""Who answers: this process, several of this machine, or Ray's; each a share of the questions, for all runs."""
+"""Who answers: this process, or several of this machine; each a share of the questions, for all runs."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,12 +36,11 @@ class Crew:
         if not cells:
             return
         docs = None if asked is None else {question.place[1] for question in asked}
-        if self.engine.workers == 1 and self.engine.engine == "local":
+        if self.engine.workers == 1:
             self._peak(self.engine.answer(cells, docs))
             return
-        start = _ray if self.engine.engine == "ray" else _processes
         orders = [self._order(cells, docs, index) for index in range(self.engine.workers)]
-        for costs, peak in start(orders, self._progress(cells)):
+        for costs, peak in _processes(orders, self._progress(cells)):
             self._peak(peak)
             for run_id, cost in costs.items():
                 cell = self.cells[run_id]
@@ -117,42 +113,3 @@ def _processes(orders: Sequence[dict[str, Any]], report: Callable[[], None]) -> 
                 "a worker process died (out of memory?); what was answered is kept: run the same command again, "
                 "perhaps with fewer --workers"
             ) from None
-
-
-def _ray(orders: Sequence[dict[str, Any]], report: Callable[[], None]) -> Iterator[Done]:
-    """Ray's workers, on a cluster that is running or on this machine; all must see the folder of the results."""
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--engine ray: Ray is not installed; pip install 'qapbench[ray]'") from None
-    gpus = 1 if orders[0]["settings"]["device"].startswith("cuda") else 0
-    with _ray_session(ray):
-        remote = ray.remote(num_gpus=gpus, num_cpus=orders[0]["threads"], max_retries=0)(work)
-        for order in orders:
-            order["settings"] |= {"runs": Path(order["settings"]["runs"]).resolve()}
-            if gpus:  # Ray shows each worker its own GPU alone
-                order["settings"]["device"] = "cuda"
-        futures = [remote.remote(order) for order in orders]
-        left = futures
-        while left:
-            _, left = ray.wait(left, num_returns=len(left), timeout=1)
-            report()
-        for future in futures:
-            try:
-                yield ray.get(future)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-
-
-@contextlib.contextmanager
-def _ray_session(ray: Any) -> Iterator[None]:
-    """The caller's session where there is one; else one of our own, closed at the end."""
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()

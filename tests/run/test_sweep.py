@@ -4,7 +4,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -150,12 +150,9 @@ def test_a_cell_that_was_torn_is_completed_alone(spec_of: Spec, tmp_path: Path) 
     assert again[1]["receipt"] == records[1]["receipt"]
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_workers_end_with_the_same_bytes(engine: Literal["local", "ray"], spec_of: Spec, tmp_path: Path) -> None:
-    if engine == "ray":
-        pytest.importorskip("ray")
+def test_workers_end_with_the_same_bytes(spec_of: Spec, tmp_path: Path) -> None:
     cells = [spec_of(), spec_of(quantize=W4A4), spec_of(quantize=W4A4, prune={"method": "visionzip", "keep": 5})]
-    records, answers = sweep(cells, tmp_path / "two", workers=2, engine=engine)
+    records, answers = sweep(cells, tmp_path / "two", workers=2)
     single, expected = sweep(cells, tmp_path / "one")
     assert answers == expected
     assert [record["receipt"] for record in records] == [record["receipt"] for record in single]
