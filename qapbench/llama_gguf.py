@@ -83,7 +83,7 @@ def read_llama(file: Path, report: Callable[[int, int], None] | None = None, ext
         eos_token_id=value("tokenizer.ggml.eos_token_id"),
         pad_token_id=value("tokenizer.ggml.padding_token_id"),
     )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": int(config.num_key_value_heads or 0)}
     weights: dict[str, Tensor] = {}
     for done, tensor in enumerate(reader.tensors):
         if report:

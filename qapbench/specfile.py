@@ -47,12 +47,16 @@ def load_spec(
     for cell, changed in cells:
         try:
             run = _at(RunSpec.parse(cell), path.resolve().parent)
+        except UserError as error:
+            apart = _checked_apart(cell, check) if check else []
+            problems += [locate(problem, changed) for problem in (*error.problems, *apart)]
+            continue
+        try:
             if check:
                 check(run)
             runs.append(run)
         except UserError as error:
-            apart = _checked_apart(cell, check) if check else []
-            problems += [locate(problem, changed) for problem in (*error.problems, *apart)]
+            problems += [locate(problem, changed) for problem in error.problems]
     if problems:
         raise UserError(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
     return runs

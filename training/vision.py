@@ -82,7 +82,7 @@ class Vision:
         Args:
             labels: [B, N, slots], as the labeller gives them, on the same device.
         """
-        total, means, logged = labels.new_zeros((), dtype=torch.float32), [], {}
+        total, means, logged = torch.zeros((), device=labels.device), list[Tensor](), dict[str, float]()
         parts = self.heads.aux_patch(self.heads.aux_norm(patches)).split(self.labeller.sizes, dim=-1)
         # Half of an image is background: a fifth of it is enough.
         fifth = torch.arange(labels.shape[1], device=labels.device) % 5 == 0
@@ -99,8 +99,8 @@ class Vision:
             right, said = right + int(hits.sum()), said + len(hits)
         starts = torch.tensor([0, *self.labeller.sizes[:-1]], device=labels.device).cumsum(0)
         bag = torch.zeros(len(labels), sum(self.labeller.sizes), device=labels.device)
-        image, _, place = (there := labels >= 0).nonzero().unbind(1)
-        bag[image, starts[place] + labels[there]] = 1
+        image, _, which = (there := labels >= 0).nonzero().unbind(1)
+        bag[image, starts[which] + labels[there]] = 1
         bag[:, 0] = 0
         bag = bag / bag.sum(-1, keepdim=True).clamp(min=1)
         whole = -(self.heads.aux_image(F.layer_norm(cls, cls.shape[-1:])).log_softmax(-1) * bag).sum(-1).mean()

@@ -215,3 +215,11 @@ def test_names_offer_what_is_assembled(embedded: Path) -> None:
     assert checkpoints.is_embedded("tiny-llava")
     with pytest.raises(UserError, match="did you mean 'tiny-llava'"):
         checkpoints.find_checkpoint("tiny-lava")
+
+
+def test_smol_llava_says_that_it_is_not_trained() -> None:
+    recipe = checkpoints.EMBEDDED / "smol-llava"
+    if all((recipe / part).is_file() for part in assembly.PARTS):
+        pytest.skip("its trained parts are here")
+    with pytest.raises(UserError, match=r"model: 'smol-llava' has no trained parts yet .* training\.smol\.train"):
+        checkpoints.find_checkpoint("smol-llava")

@@ -22,24 +22,25 @@ def subset(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     """`count` rows without an image, each number of options and subject with its share (largest remainders)."""
     text = frame[frame.image.isna()].copy()
     strata = text.groupby([text.choices.map(len), text.subject.fillna("")], sort=True)
-    exact = strata.size() / len(text) * count
-    taken = exact.astype(int)
-    for key in (exact - taken).sort_values(ascending=False, kind="stable").index[: count - int(taken.sum())]:
+    groups = dict(iter(strata))
+    exact = {key: len(group) / len(text) * count for key, group in groups.items()}
+    taken = {key: int(share) for key, share in exact.items()}
+    for key in sorted(exact, key=lambda key: taken[key] - exact[key])[: count - sum(taken.values())]:
         taken[key] += 1
-    parts = [group.sample(taken[key], random_state=seed) for key, group in strata if taken[key]]
+    parts = [group.sample(taken[key], random_state=seed) for key, group in groups.items() if taken[key]]
     return pd.concat(parts).sample(frac=1, random_state=seed)
 
 
 def report(frame: pd.DataFrame, runs: Path) -> None:
     """A table for every run below a folder that answered these very questions."""
-    options = {str(row.pid): len(row.choices) for row in frame.itertuples()}
+    options = dict(zip(frame.pid.astype(str), frame.choices.map(len), strict=True))
     for file in sorted(runs.glob("*/record.json")):
         record = json.loads(file.read_text())
         lines = (file.parent / "scored.jsonl").read_text().splitlines()
         right = {str(one["id"]): one["metrics"]["Avg"] for one in map(json.loads, lines)}
         if set(right) != set(options):
             continue
-        print(f"\n{record['name']}: {record['labels'].get('quantize', '')}\n\n| options | n | right | 95 % | chance |")
+        print(f"\n{record['name']}\n\n| options | n | right | 95 % | chance |")
         print("|---|--:|--:|---|--:|")
         for kind in (*sorted(set(options.values())), "all"):
             ids = [pid for pid, n in options.items() if kind in (n, "all")]

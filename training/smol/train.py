@@ -57,8 +57,8 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
 def stage_of(name: str, built: dict[str, Any], args: argparse.Namespace) -> Any:
     if name == "companion":
         return FedCompanion(built["llava"], built["clip"], built["speller"], args.seed, args.workers)
-    keys = ("llava", "adapted", "vision", "data", "checks")
-    return Seeing(name, *(built[key] for key in keys), args.batch, args.workers, args.bf16)
+    given = {key: built[key] for key in ("llava", "adapted", "vision", "data", "checks")}
+    return Seeing(name, **given, batch=args.batch, workers=args.workers, bf16=args.bf16)
 
 
 def train(args: argparse.Namespace) -> bool:
