@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from leaderboard_runs import write_questions, write_runs, write_study  # type: ignore[import-not-found]
+from leaderboard_runs import write_questions, write_runs, write_study
 from playwright.sync_api import sync_playwright
 
 from qapbench import metrics

@@ -6,8 +6,9 @@ ratios within one run mean something.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import torch
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from qapbench import VisionTokens, pruners
+from qapbench import Pruner, VisionTokens, pruners
 
 COUNT, WIDTH, PATCH, JOINT, SIDE, WORDS = 576, 4096, 1024, 768, 24, 40  # LLaVA-1.5 7B with CLIP ViT-L/14-336
 KINDS = {"random": "tokens independent", "alike": "twelve groups and a common direction, as images have"}
@@ -73,7 +74,7 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
     )  # fmt: skip
 
 
-def fastest(calls: dict[str, Callable[[], Tensor]], repeats: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+def fastest(calls: Mapping[str, Callable[[], Tensor]], repeats: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Milliseconds of each, the best of repeats that take turns, and what each gave."""
     best, given = dict.fromkeys(calls, float("inf")), {}
     for _ in range(repeats):
@@ -84,16 +85,20 @@ def fastest(calls: dict[str, Callable[[], Tensor]], repeats: int) -> tuple[dict[
     return best, given
 
 
+def kept(pruner: Pruner, tokens: VisionTokens, keep: int) -> Tensor:
+    return pruner.select(tokens, keep).indices
+
+
 def cdpruner(repeats: int) -> Table:
     table = Table("tokens", "batch", "whole matmul ms", "keep", "plain ms", "ours ms", "plain / ours", "same tokens")
     ours = pruners.create("cdpruner")
     for kind in KINDS:
         for batch in (1, 8):
             tokens = make_tokens(batch, kind)
-            calls: dict[str, Callable[[], Tensor]] = {"matmul": lambda tokens=tokens: kernel_matmul(tokens)}
+            calls: dict[str, Callable[[], Tensor]] = {"matmul": functools.partial(kernel_matmul, tokens)}
             for keep in (128, 64, 32):
-                calls[f"plain {keep}"] = lambda tokens=tokens, keep=keep: plain_cdpruner(tokens, keep)
-                calls[f"ours {keep}"] = lambda tokens=tokens, keep=keep: ours.select(tokens, keep).indices
+                calls[f"plain {keep}"] = functools.partial(plain_cdpruner, tokens, keep)
+                calls[f"ours {keep}"] = functools.partial(kept, ours, tokens, keep)
             took, given = fastest(calls, repeats)
             for keep in (128, 64, 32):
                 plain, own = took[f"plain {keep}"], took[f"ours {keep}"]
@@ -106,7 +111,7 @@ def cdpruner(repeats: int) -> Table:
 def every_pruner(repeats: int, keep: int) -> Table:
     tokens = make_tokens(1, "random")
     table = Table("pruner", f"ms per image, keep {keep}")
-    calls = {name: lambda name=name: pruners.create(name).select(tokens, keep).indices for name in pruners.names()}
+    calls = {name: functools.partial(kept, pruners.create(name), tokens, keep) for name in pruners.names()}
     for name, took in fastest(calls, repeats)[0].items():
         table.add_row(name, f"{took:.2f}")
     return table

@@ -87,5 +87,5 @@ def drill(rng: np.random.Generator, answers: list[str], names: list[str]) -> Dri
         facts = [" " + fact.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
         asked, answers = (keys, values) if rng.random() < 0.5 else (values, keys)
     order = [int(i) for _ in range(3) for i in rng.permutation(count)][:12]
-    names = list(zip(keys, values, strict=True))
-    return Drill(facts, names, [(asked[i], answers[i], i) for i in order], option)
+    names_of = list(zip(keys, values, strict=True))
+    return Drill(facts, names_of, [(asked[i], answers[i], i) for i in order], option)

@@ -20,6 +20,8 @@ TELL, LOOK, PICK = 1, 3, 4
 answer's word is read out after LOOK. Without these hints the two look-ups (question -> answer -> letter) did not form
 within the time that a CPU has."""
 HINTED_HEADS = 2
+Seen = dict[Any, Any]
+"""What is looked at on the way: attention rows by block, and what asks for them."""
 
 
 class Hints(nn.Module):
@@ -89,17 +91,17 @@ class Decoder:
         asked: Tensor,
         row: Tensor | None = None,
         told: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, Seen]:
         """[R, L] rows behind their prefixes -> ([R, L, D] final states, what was looked at on the way).
 
         Padding is on the right, where causal attention never sees it.
         """
-        seen: dict[str, Any] = {"asked": asked, "row": row, "told": told}
+        seen: Seen = {"asked": asked, "row": row, "told": told}
         x = self._blocks(self.embed(ids), prefix, image, None, seen)
         return self.core.norm(x), seen
 
     def _blocks(
-        self, x: Tensor, prefix: Prefix | None, owner: Tensor | None, store: Prefix | None, seen: dict[str, Any]
+        self, x: Tensor, prefix: Prefix | None, owner: Tensor | None, store: Prefix | None, seen: Seen
     ) -> Tensor:
         start = prefix.length if prefix is not None else 0
         length = x.shape[1]

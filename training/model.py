@@ -180,11 +180,11 @@ def build_models(vocab_size: int) -> tuple[Any, Any]:
                     # Residual branches start small, the rest at unit gain.
                     small = name.endswith(("out_proj.weight", "fc2.weight", "down_proj.weight"))
                     nn.init.normal_(p, 0, (0.2 if small else 1.0) / math.sqrt(p.shape[1]))
-        emb = llava.model.vision_tower.embeddings
+        emb: Any = llava.model.vision_tower.embeddings
         emb.patch_embedding.weight.normal_(0, 1.0 / math.sqrt(3 * PATCH * PATCH))
         emb.position_embedding.weight.normal_(0, 0.3)
         emb.class_embedding.normal_(0, 0.3)
-        words = llava.get_input_embeddings().weight.normal_(0, 0.5)
+        words = nn.init.normal_(llava.get_input_embeddings().weight, 0, 0.5)  # type: ignore[arg-type]
         # The untied head starts as the scaled embeddings: copying a token is then half learnt. So it is where like
         # attends to like (keys resemble queries) and what is read is handed on (outputs resemble values).
         llava.lm_head.weight.copy_(words * 0.1)

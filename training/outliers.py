@@ -67,7 +67,7 @@ def measure(model: Any, processor: Any, frame: pd.DataFrame) -> tuple[dict[str, 
             )
         )
     for row in frame.itertuples():
-        image = Image.open(io.BytesIO(row.image["bytes"])).convert("RGB")  # type: ignore[index, call-overload]
+        image = Image.open(io.BytesIO(row.image["bytes"])).convert("RGB")  # type: ignore[index, call-overload, arg-type]
         model(**processor(images=image, text=prompt(processor, row), return_tensors="pt"))
     for handle in handles:
         handle.remove()

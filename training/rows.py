@@ -162,17 +162,17 @@ def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
             if not drill.option and first in new and start + new.index(first) < ends[-1]:
                 told.append((r, ends[-1], start + new.index(first)))
         ids += speller.ids(f"\n{INSTRUCTION}" if drill.option and r % 2 else "\n")
-        for word, answer, fact in drill.asked:
+        for word, answer, which in drill.asked:
             ids += speller.ids(f" {word}")
             token = speller.ids(f" {answer}")[0]
-            queries.append((r, len(ids) - 1, token, ends[fact], drill.option))
+            queries.append((r, len(ids) - 1, token, ends[which], drill.option))
             ids.append(token)
         rows.append(ids)
     padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for r, row in enumerate(rows):
-        padded[r, : len(row)] = torch.tensor(row)
-    row, at, answer, evidence, option = (torch.tensor(column) for column in zip(*queries, strict=True))
-    return DrillRows(padded, row, at, answer, evidence, option, torch.tensor(told).view(-1, 3))
+    for r, tokens in enumerate(rows):
+        padded[r, : len(tokens)] = torch.tensor(tokens)
+    who, at, due, evidence, option = (torch.tensor(column) for column in zip(*queries, strict=True))
+    return DrillRows(padded, who, at, due, evidence, option, torch.tensor(told).view(-1, 3))
 
 
 def chunk(rows: Sequence[Row], images: Sequence[int], patches: Sequence[Tensor]) -> Chunk:
