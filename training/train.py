@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tokenizers import Tokenizer
+from transformers import CLIPModel, LlavaForConditionalGeneration
 
 from .companion import Companion
 from .labels import Labeller, find_slots
@@ -47,9 +48,18 @@ def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Modu
             modules[name].load_state_dict(state[name])
 
 
-def begin_with(checkpoint: Path, modules: dict[str, torch.nn.Module]) -> None:
-    """Weights of an earlier run of a stage, where they still fit; its optimizer is left behind."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["modules"]
+def begin_with(source: Path, modules: dict[str, torch.nn.Module]) -> None:
+    """Weights of an earlier run, where they still fit, without its optimizer.
+
+    Args:
+        source: checkpoint of a stage, or an exported folder.
+    """
+    if source.is_dir():
+        llava = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+        clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float32)
+        state: dict[str, Any] = {name: module.state_dict() for name, module in modules_of(llava, clip).items()}
+    else:
+        state = torch.load(source, map_location="cpu", weights_only=True)["modules"]
     for name in state.keys() & modules.keys():
         modules[name].load_state_dict(state[name], strict=False)
 
@@ -91,11 +101,14 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         stage = Joint(llava, speller, args.seed, rank, args.ranks)
     else:
         stage = Companion(llava, clip, speller, args.seed, rank, args.ranks)
-    restore(args.out, BEFORE[args.stage], {**modules, **stage.trained})
-    if args.stage == "joint":
-        stage.fit_projector()
-    if args.init:
-        begin_with(args.init, stage.trained)
+    if args.init and args.init.is_dir():
+        begin_with(args.init, {**modules, **stage.trained})
+    else:
+        restore(args.out, BEFORE[args.stage], {**modules, **stage.trained})
+        if args.stage == "joint":
+            stage.fit_projector()
+        if args.init:
+            begin_with(args.init, stage.trained)
     loop = Loop(stage, args.out, args.minutes, args.lr or LEARNING_RATE[args.stage], rank, args.ranks)
     loop.resume()
     loop.train()
@@ -114,7 +127,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--export", type=Path, help="write the public checkpoint folder at the end")
-    parser.add_argument("--init", type=Path, help="checkpoint of this stage whose weights it starts from")
+    parser.add_argument(
+        "--init", type=Path, help="where its weights start: checkpoint of this stage, or exported folder"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the batch size")

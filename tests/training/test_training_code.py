@@ -133,3 +133,15 @@ def test_the_command_trains_and_exports(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["stage"] == "vision"
     model = AutoModelForImageTextToText.from_pretrained(export)
     assert AutoProcessor.from_pretrained(export).tokenizer.convert_tokens_to_ids(IMAGE) == model.config.image_token_id
+
+
+def test_a_stage_starts_from_an_exported_folder(models, speller, tmp_path: Path) -> None:
+    llava, clip = models
+    train.export(llava, clip, speller.bpe, tmp_path / "model", dtype=torch.float32)
+    torch.manual_seed(1)
+    other, other_clip = train.build_models(speller.bpe.get_vocab_size())
+    assert not torch.equal(other.lm_head.weight, llava.lm_head.weight)
+    train.begin_with(tmp_path / "model", train.modules_of(other, other_clip))
+    for name, value in llava.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert torch.equal(other_clip.text_projection.weight, clip.text_projection.weight)
