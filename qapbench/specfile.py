@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -18,15 +18,20 @@ Lines = dict[tuple[str | int, ...], int]
 SHIPPED = Path(__file__).parent / "specs"  # where an installed wheel has them
 
 
-def load_spec(
-    source: str | Path, changes: Sequence[str] = (), check: Callable[[RunSpec], None] | None = None
-) -> list[RunSpec]:
+class Check(Protocol):
+    """Raises UserError where what these fields of a run name is not there; all fields where none are given."""
+
+    def __call__(self, spec: RunSpec, fields: Collection[str] = ..., /) -> None: ...
+
+
+def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | None = None) -> list[RunSpec]:
     """The runs of a spec file, validated; a file without `matrix` or `cases` gives one.
 
     Args:
         source: a path, or the name of a shipped spec ("quickstart").
         changes: `dotted.key=value` strings; the value is YAML. They apply to the fields that all runs share.
-        check: looks at each run once more (is the task there, and the model?) and raises UserError.
+        check: looks at each run once more (is the task there, and the model?) and raises UserError. It is called
+            with the run and the fields to look at, all where none are given.
 
     Raises:
         UserError: every mistake of the file, each with its line.
@@ -44,11 +49,12 @@ def load_spec(
     except UserError as error:
         problems += [locate(problem, {}) for problem in error.problems]
         cells = [({key: value for key, value in data.items() if key not in ("matrix", "cases")}, {})]
+    looked: set[str] = set()
     for cell, changed in cells:
         try:
             run = _at(RunSpec.parse(cell), path.resolve().parent)
         except UserError as error:
-            apart = _checked_apart(cell, check) if check else []
+            apart = _checked_apart(cell, check, looked) if check else []
             problems += [locate(problem, changed) for problem in (*error.problems, *apart)]
             continue
         try:
@@ -62,16 +68,23 @@ def load_spec(
     return runs
 
 
-def _checked_apart(cell: dict[str, Any], check: Callable[[RunSpec], None]) -> list[Problem]:
-    """What `check` says of the model and of the task of a cell that is not valid as a whole."""
+def _checked_apart(cell: dict[str, Any], check: Check, looked: set[str]) -> list[Problem]:
+    """What `check` says of the model and of the task of a cell that is not valid as a whole.
+
+    Args:
+        looked: what earlier cells had looked at, which need not be told again; it grows.
+    """
     found: list[Problem] = []
     for field in ("model", "task"):
         try:
             alone = RunSpec.parse({"model": "?", "task": "?", field: cell.get(field)})
         except UserError:
             continue  # the cell's own errors say so already
+        if (key := f"{field} {cell.get(field)}") in looked:
+            continue
+        looked.add(key)
         try:
-            check(alone)
+            check(alone, (field,))
         except UserError as error:
             found += [problem for problem in error.problems if problem.where[:1] == (field,)]
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,12 +113,17 @@ class Engine:
         self._tasks: dict[Hashable, LoadedTask] = {}
         self._samples: dict[Hashable, CalibrationSamples] = {}
 
-    def check(self, spec: RunSpec) -> None:
-        """Raise UserError where the task or a local model is not there; a hub is not asked."""
+    def check(self, spec: RunSpec, fields: Collection[str] = ("task", "model")) -> None:
+        """Raise UserError where what these fields name is not there; a hub is not asked.
+
+        Args:
+            fields: "task", "model"; the latter stands for the text tower too.
+        """
+        looks: dict[str, Callable[[], object]] = {"task": lambda: self.task(spec), "model": lambda: _check_local(spec)}
         problems: list[Problem] = []
-        for look in (lambda: self.task(spec), lambda: _check_local(spec)):
+        for field in fields:
             try:
-                look()
+                looks[field]()
             except UserError as error:
                 problems += error.problems
         if problems:
