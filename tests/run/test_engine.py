@@ -47,7 +47,10 @@ def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
     }  # fmt: skip
     assert record["fingerprints"]["precision"] == "float32 on cpu"
     assert record["environment"]["torch"] == torch.__version__
-    assert record["spec"]["quantize"]["weights"] == {"bits": 4, "group_size": 16, "symmetric": False}
+    assert record["spec"]["quantize"]["weights"] == {
+        "bits": 4, "group_size": 16, "symmetric": False, "granularity": "row", "divisor": "qmax",
+        "zero_point": "in_range",
+    }  # fmt: skip
     assert record["task"]["chance"] == pytest.approx((7 / 2 + 7 / 3) / QUESTIONS)
     assert record["notes"] == []
     lines = answers(tmp_path, record).splitlines()
