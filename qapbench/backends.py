@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -85,4 +85,9 @@ def describe(backend: Backend, device: torch.device) -> str:
     """What ran, for the receipt."""
     if backend == "simulate":
         return "simulation: quantized values, multiplied in the model's own precision"
-    return f"torchao {version('torchao')} int8 kernels on {device.type}"
+    try:
+        return f"torchao {version('torchao')} int8 kernels on {device.type}"
+    except PackageNotFoundError:
+        raise UserError(
+            Problem("torchao is not installed: pip install 'qapbench[torchao]'", ("quantize", "backend"))
+        ) from None

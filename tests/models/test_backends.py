@@ -56,6 +56,7 @@ def test_the_receipt_says_what_ran(method: str, model: Any, one: dict[str, Any])
 
 
 def test_what_it_cannot_run_is_refused(model: Any, one: dict[str, Any]) -> None:
+    pytest.importorskip("torchao")
     spec = {"method": "gptq", "weights": INT8, "activations": INT8, "backend": "torchao"}
     with (
         pytest.raises(UserError, match=r"quantize.backend: torchao cannot run"),

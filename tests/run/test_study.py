@@ -198,12 +198,12 @@ def test_a_study_is_resumed_and_ends_with_the_same_bytes(spec_of: Spec, tmp_path
     assert other.id != summary.id
 
 
-def test_a_study_needs_a_quantized_model_and_questions(spec_of: Spec) -> None:
+def test_a_study_needs_a_quantized_model_and_questions(spec_of: Spec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantize"):
         studies_of([RunSpec.parse(spec_of())], sample=3, block=1, device=CPU)
     (study,) = studies_of([RunSpec.parse(spec_of(quantize=W4A4, task={"limit": 2}))], sample=3, block=1, device=CPU)
     with pytest.raises(UserError, match="two questions with an image"):
-        study.make(Path("nowhere"))
+        study.make(tmp_path / "nowhere")
 
 
 def test_the_command_prints_a_table_and_the_page_shows_it(spec_of: Spec, write_spec: Write, tmp_path: Path) -> None:
