@@ -51,9 +51,7 @@ def int8_linear(linear: nn.Linear, plan: LinearPlan, line: LinearReceipt) -> Ite
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
-        raise UserError(
-            Problem("torchao is not installed: pip install 'qapbench[torchao]'", ("quantize", "backend"))
-        ) from None
+        raise _missing() from None
     original = linear.weight
     new = original.detach() if plan.transform is None else plan.transform.weight(original.detach()).to(original.dtype)
     holder = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -88,6 +86,8 @@ def describe(backend: Backend, device: torch.device) -> str:
     try:
         return f"torchao {version('torchao')} int8 kernels on {device.type}"
     except PackageNotFoundError:
-        raise UserError(
-            Problem("torchao is not installed: pip install 'qapbench[torchao]'", ("quantize", "backend"))
-        ) from None
+        raise _missing() from None
+
+
+def _missing() -> UserError:
+    return UserError(Problem("torchao is not installed: pip install 'qapbench[torchao]'", ("quantize", "backend")))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from parity_vectors import VECTORS, load
+from parity_vectors import load, needs_vectors
 
 from qapbench import Format, fake_quantize
 from qapbench.strategies.ptq.llm_int8 import Mixed, int8_rows
 
-pytestmark = pytest.mark.skipif(not VECTORS.is_dir(), reason=f"no reference vectors at {VECTORS} (set QAPBENCH_PARITY)")
+pytestmark = needs_vectors
 
 
 @pytest.mark.parametrize("threshold", [6.0, 0.0])
