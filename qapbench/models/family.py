@@ -18,6 +18,16 @@ from .views import Seen
 
 _families: dict[str, type[Family]] = {}
 
+# Parts of `tiny` models, as keywords of their configs.
+TINY_TOWER: Mapping[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+TINY_TEXT: Mapping[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
 
 class Family(abc.ABC):
     """One loaded model, seen through its family.
@@ -45,15 +55,20 @@ class Family(abc.ABC):
         """The module of each scope: language, projector, vision."""
 
     @property
-    @abc.abstractmethod
     def image_token(self) -> int:
         """Id of the placeholder that stands for one visual token."""
+        return self.model.config.image_token_id
 
     @property
     @abc.abstractmethod
     def offers(self) -> frozenset[str]:
         """Fields of VisionTokens that `see` can record for this model; those about the question come from
         `QuestionReader`."""
+
+    def check_offered(self, needs: frozenset[str]) -> None:
+        """Raise UserError where this model does not offer one of these fields."""
+        if missing := needs - self.offers:
+            raise UserError(f"model: this vision tower cannot record {', '.join(sorted(missing))}")
 
     @property
     def stand_ins(self) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from qapbench.errors import UserError
 from qapbench.tokens import VisionTokens
 
-from .family import Family, family
+from .family import TINY_TEXT, TINY_TOWER, Family, family
 from .tower import MIDDLE, cls_row, digest, received, recorded
 from .views import Seen, SeenImage, Views
 
@@ -41,10 +41,6 @@ class InternVL(Family):
         }  # fmt: skip
 
     @property
-    def image_token(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
     def offers(self) -> frozenset[str]:
         fields = {"patches", "image_ids", "grid", "cls_attention", "keys", "last_cls_attention", "last_keys"}
         return frozenset(fields | {"attention_received", "middle_attention_received"})
@@ -67,8 +63,7 @@ class InternVL(Family):
 
     @torch.no_grad()
     def look(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> Seen:
-        if missing := needs - self.offers:
-            raise UserError(f"model: this vision tower cannot record {', '.join(sorted(missing))}")
+        self.check_offered(needs)
         core, pixels = self.model.model, inputs["pixel_values"]
         layers = core.vision_tower.encoder.layer
         chosen = core.config.vision_feature_layer
@@ -140,15 +135,8 @@ class InternVL(Family):
     def tiny(cls) -> tuple[Any, dict[str, Any]]:
         from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-        vision = {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "image_size": [32, 32], "patch_size": [4, 4], "use_qk_norm": False,
-        }  # fmt: skip
-        text = {
-            "model_type": "qwen2", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0,
-            "bos_token_id": 1, "eos_token_id": 2,
-        }  # fmt: skip
+        vision = {**TINY_TOWER, "image_size": [32, 32], "patch_size": [4, 4], "use_qk_norm": False}
+        text = {**TINY_TEXT, "model_type": "qwen2"}
         config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=3, image_seq_length=16)
         model = InternVLForConditionalGeneration(config).eval()
         ids = torch.tensor([[1, 9, 5, *[3] * 48, 6, 8, 7]])  # two tiles and their thumbnail

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qapbench.tokens import VisionTokens
 
-from .family import family
+from .family import TINY_TEXT, TINY_TOWER, family
 from .tower import TowerFamily
 from .views import Seen
 
@@ -51,14 +51,7 @@ class Llava(TowerFamily):
     def tiny(cls) -> tuple[Any, dict[str, Any]]:
         from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-        vision = CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32,
-            patch_size=8,
-        )  # fmt: skip
-        text = LlamaConfig(
-            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+        vision, text = CLIPVisionConfig(**TINY_TOWER), LlamaConfig(**TINY_TEXT)
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=16)
         model = LlavaForConditionalGeneration(config).eval()
         ids = torch.tensor([[1, 9, 8, *[3] * 16, 7, 6, 5]])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .anyres import AnyResFamily
-from .family import family
+from .family import TINY_TEXT, TINY_TOWER, family
 from .llava import Llava
 
 
@@ -48,14 +48,7 @@ class LlavaNext(AnyResFamily):
     def tiny(cls) -> tuple[Any, dict[str, Any]]:
         from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-        vision = CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32,
-            patch_size=8,
-        )  # fmt: skip
-        text = LlamaConfig(
-            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+        vision, text = CLIPVisionConfig(**TINY_TOWER), LlamaConfig(**TINY_TEXT)
         pinpoints = [[32, 64], [64, 32], [64, 64]]
         config = LlavaNextConfig(
             vision_config=vision, text_config=text, image_token_index=3, image_grid_pinpoints=pinpoints

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .anyres import AnyResFamily
-from .family import family
+from .family import TINY_TEXT, TINY_TOWER, family
 
 UNSHRUNK = "anyres_max_1000000"  # more patches than any image has
 
@@ -49,14 +49,7 @@ class LlavaOneVision(AnyResFamily):
             SiglipVisionConfig,
         )
 
-        vision = SiglipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32,
-            patch_size=8, vision_use_head=False,
-        )  # fmt: skip
-        text = Qwen2Config(
-            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+        vision, text = SiglipVisionConfig(**TINY_TOWER, vision_use_head=False), Qwen2Config(**TINY_TEXT)
         config = LlavaOnevisionConfig(
             vision_config=vision, text_config=text, image_token_index=3, video_token_index=4,
             image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]], vision_feature_layer=-1,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qapbench.errors import UserError
 from qapbench.tokens import VisionTokens
 
-from .family import Family, family
+from .family import TINY_TEXT, Family, family
 from .tower import MIDDLE, RECEIVED, digest, received, recorded
 from .views import Seen, SeenImage, Views
 
@@ -36,10 +36,6 @@ class Qwen25VL(Family):
     def parts(self) -> Mapping[str, nn.Module]:
         core = self.model.model
         return {"language": core.language_model, "projector": core.visual.merger, "vision": core.visual.blocks}
-
-    @property
-    def image_token(self) -> int:
-        return self.model.config.image_token_id
 
     @property
     def offers(self) -> frozenset[str]:
@@ -98,8 +94,7 @@ class Qwen25VL(Family):
     @contextlib.contextmanager
     def _recording(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
         """Query-key-values of the blocks that are needed, what rotates them, and the merger's input."""
-        if missing := needs - self.offers:
-            raise UserError(f"model: this vision tower cannot record {', '.join(sorted(missing))}")
+        self.check_offered(needs)
         visual = self.model.model.visual
         last, blocks = len(visual.blocks) - 1, {}
         if needs & {"keys", "last_keys"}:
@@ -154,11 +149,8 @@ class Qwen25VL(Family):
             "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1, 3], "spatial_merge_size": 2,
             "temporal_patch_size": 2, "in_channels": 3,
         }  # fmt: skip
-        text = {
-            "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
-        }  # fmt: skip
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+        text = {**TINY_TEXT, "rope_parameters": rope}
         config = Qwen2_5_VLConfig(
             vision_config=vision, text_config=text, image_token_id=3, video_token_id=4, vision_start_token_id=5,
             vision_end_token_id=6,

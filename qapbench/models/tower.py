@@ -51,10 +51,6 @@ class TowerFamily(Family):
         return self.model.config.vision_config
 
     @property
-    def image_token(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
     def skip(self) -> int:
         """Tokens of the tower's own in front of the patches: CLIP's CLS."""
         return int(self.vision.model_type == CLIP)
@@ -112,8 +108,7 @@ class TowerFamily(Family):
     @contextlib.contextmanager
     def recording(self, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
         """Hooks on the encoder layers that are needed and the projector; attention itself stays SDPA or flash."""
-        if missing := needs - self.offers:
-            raise UserError(f"model: this vision tower cannot record {', '.join(sorted(missing))}")
+        self.check_offered(needs)
         projector, layers = self.model.model.multi_modal_projector, self.model.model.vision_tower.encoder.layers
         wanted: list[tuple[nn.Module, str]] = [(projector, "projected")]
         layer = layers[self._feature_layer(len(layers))]

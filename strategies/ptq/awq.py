@@ -1,7 +1,7 @@
 """AWQ (Lin et al., MLSys 2024): channels that see large inputs are scaled up before weights are rounded."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,13 +73,18 @@ class AWQ(CalibratedPTQ):
         return LinearPlan(weight, activations, Scaling(found["scale"]))
 
 
+def scales(mean: Tensor) -> Iterator[Tensor]:
+    """The grid: mean|x|^r / sqrt(max * min) [in], r from 0 in steps of 1 / 20."""
+    for step in range(STEPS):
+        scale = mean.pow(step / STEPS).clamp(min=1e-4)
+        yield scale / (scale.max() * scale.min()).sqrt()
+
+
 def best_scale(block: Block, linears: Mapping[str, nn.Linear], mean: Tensor, format: Format) -> Tensor:
     """[in]: of the grid, the scale whose rounded weights change the block's output least."""
     wanted = [output.to("cpu") for output in block.outputs()]
     best, least = torch.ones_like(mean), math.inf
-    for step in range(STEPS):
-        scale = mean.pow(step / STEPS).clamp(min=1e-4)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+    for scale in scales(mean):
         plan = LinearPlan(lambda w, s=scale: format(w.float() * s) / s)  # type: ignore[misc]
         with installed_all(linears, plan):
             error = sum(

@@ -23,7 +23,7 @@ from qapbench import (
     ptq,
 )
 
-STEPS = 20
+from .awq import scales
 
 
 @ptq("mbq")
@@ -94,9 +94,7 @@ def search(
     """[in]: of the grid, the scale with which the quantized linears change the module's output least."""
     wanted = [output.to("cpu") for output in block.outputs()]
     best, least = torch.ones_like(mean), math.inf
-    for step in range(STEPS):
-        scale = mean.pow(step / STEPS).clamp(min=1e-4)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+    for scale in scales(mean):
         plan = LinearPlan(weights, activations, Scaling(scale))
         with installed_all(linears, plan, lambda: block.current[0]):
             error = sum(
