@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rows import Chunk, DrillRows
+from .rows import Chunk, DrillRows, QuizRows
 
 TELL, LOOK, PICK = 1, 3, 4
 """Blocks whose attention is shown the first word of a sentence (at its last), the evidence, and the right option. The
@@ -77,10 +77,10 @@ class Decoder:
         to itself is then the same to later blocks as a word that stands in the text."""
         return F.rms_norm(states, states.shape[-1:]) @ self.core.embed_tokens.weight.T * 0.2
 
-    def prefix(self, embeds: Tensor) -> Prefix:
-        """[B, P, D] embeddings -> their keys and values."""
+    def prefix(self, embeds: Tensor, depth: int | None = None) -> Prefix:
+        """[B, P, D] embeddings -> their keys and values, in the first `depth` blocks or in all."""
         out = Prefix([], [])
-        self._blocks(embeds, None, None, out, {})
+        self._blocks(embeds, None, None, out, {}, depth)
         return out
 
     def rows(
@@ -91,17 +91,24 @@ class Decoder:
         asked: Tensor,
         row: Tensor | None = None,
         told: Tensor | None = None,
+        depth: int | None = None,
     ) -> tuple[Tensor, Seen]:
         """[R, L] rows behind their prefixes -> ([R, L, D] final states, what was looked at on the way).
 
-        Padding is on the right, where causal attention never sees it.
+        Padding is on the right, where causal attention never sees it. With `depth`, only so many blocks are run.
         """
         seen: Seen = {"asked": asked, "row": row, "told": told}
-        x = self._blocks(self.embed(ids), prefix, image, None, seen)
+        x = self._blocks(self.embed(ids), prefix, image, None, seen, depth)
         return self.core.norm(x), seen
 
     def _blocks(
-        self, x: Tensor, prefix: Prefix | None, owner: Tensor | None, store: Prefix | None, seen: Seen
+        self,
+        x: Tensor,
+        prefix: Prefix | None,
+        owner: Tensor | None,
+        store: Prefix | None,
+        seen: Seen,
+        depth: int | None = None,
     ) -> Tensor:
         start = prefix.length if prefix is not None else 0
         length = x.shape[1]
@@ -111,7 +118,7 @@ class Decoder:
         mask = None
         if start:
             mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
-        for i, layer in enumerate(self.core.layers):
+        for i, layer in enumerate(self.core.layers[:depth]):
             attention = layer.self_attn
             normed = layer.input_layernorm(x)
             q, k, v = (
@@ -189,28 +196,22 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
     return out
 
 
-def fact_losses(
-    decoder: Decoder, ids: Tensor, lengths: Tensor, prefix: Prefix, image: Tensor, stop: int
-) -> dict[str, Any]:
-    """Losses on sentences that are true of an image: of every token, and of the last word of each as said.
+def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix) -> dict[str, Tensor]:
+    """Mean losses of what is read from an image, many words in a row: the word as said, and where it was looked for.
 
-    Args:
-        ids: [R, L] rows behind their image's prefix, padded on the right; lengths: [R].
-        stop: id of the full stop.
+    Only the blocks that find the word are run: half of the cost of whole rows, and several answers in each.
     """
-    due = torch.zeros_like(ids, dtype=torch.bool)
-    due[:, :-2] = ids[:, 2:] == stop
-    row, at = due.nonzero().T
-    hidden, seen = decoder.rows(ids, prefix, image, at, row)
-    inside = torch.arange(ids.shape[1] - 1, device=ids.device)[None] < lengths[:, None] - 1
-    logits, target = decoder.head(hidden[:, :-1][inside]), ids[:, 1:][inside]
-    word = ids[row, at + 1]
-    last = due[:, :-1][inside]
-    return {
-        "facts": F.cross_entropy(logits, target),
-        "said": F.cross_entropy(decoder.say(seen["said"][row, at]), word),
-        "told_acc": (logits[last].argmax(-1) == target[last]).float().mean(),
-    }
+    _, seen = decoder.rows(part.ids, prefix, part.image, part.at, part.row, depth=LOOK + 1)
+    said = decoder.say(seen["said"][part.row, part.at])
+    hits = said.argmax(-1) == part.word
+    out = {"said": F.cross_entropy(said, part.word), "fact_acc": hits[~part.asked].float().mean()}
+    if part.asked.any():
+        out["quiz_acc"] = hits[part.asked].float().mean()
+    shown = part.patches.any(1)
+    if shown.any():
+        evidence = F.pad(part.patches[shown], (prefix.length - part.patches.shape[1], part.ids.shape[1]))
+        out["gaze"] = -seen[LOOK][shown].masked_fill(~evidence[:, None], -torch.inf).logsumexp(-1).mean()
+    return out
 
 
 def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:

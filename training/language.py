@@ -16,14 +16,15 @@ from qapbench.tasks.diagramqa.generate import sample
 from qapbench.tasks.diagramqa.scene import Question, Scene
 
 from .curriculum import EASY, HARD, drill, lookup
-from .decoder import WEIGHTS, Decoder, Hints, Prefix, drill_losses, fact_losses, letters, losses
+from .decoder import LOOK, WEIGHTS, Decoder, Hints, Prefix, drill_losses, letters, losses, quiz_losses
 from .labels import covered, thing_words
 from .model import N_PATCHES, PATCHES_SEEN
-from .rows import LETTERS, Chunk, Row, Speller, chunk, drill_rows
+from .rows import LETTERS, Chunk, Row, Speller, chunk, drill_rows, quiz_rows
 from .vision import pixels_of, see
 
-TEXT_ROWS, DRILLS, IMAGES, QUESTIONS, FACTS = 48, 24, 10, 4, 12
+TEXT_ROWS, DRILLS, IMAGES, QUESTIONS, FACTS = 48, 24, 12, 4, 12
 Item = tuple[Row, int, Tensor, str]  # row, its image, the patches it depends on, its family
+READING = 0.5  # of the joint stage's time goes mostly to reading words from images
 ALONE = 0.03  # of the joint stage's time: the projector alone learns to speak
 HINTS = ("look", "pick", "judge", "own")  # they fade out
 NOWHERE = torch.zeros(N_PATCHES, dtype=torch.bool)
@@ -80,7 +81,7 @@ class Language:
 
     def drilled(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """Drills, which give way to questions as look-up is mastered: weighted losses, and what to log."""
-        count = max(DRILLS // 3, round(DRILLS * (1 - float(self.hints.mastery[1]))))
+        count = max(DRILLS // 6, round(DRILLS * (1 - float(self.hints.mastery[1]))))
         found = drill_losses(
             self.decoder, drill_rows([drill(rng, self.answers, self.names) for _ in range(count)], self.speller)
         )
@@ -114,11 +115,10 @@ class Language:
                 logged[f"{kind}_{key}"] = float(mine[key].detach()) / max(1, int(mine.get(f"{key}_n", len(items))))
             for key, value in mine.items():
                 sums[key] += value
-        fade = min(1.0, max(0.0, (0.9 - progress) / 0.3))
         total = torch.zeros(())
         for key, weight in WEIGHTS.items():
             if key in sums:
-                factor = weight * (fade if key in HINTS else 1.0)
+                factor = weight * (fade(progress) if key in HINTS else 1.0)
                 mean = sums[key] / max(1, int(sums.get(f"{key}_n", sums["n"])))
                 total = total + factor * mean
                 logged[key] = float(mean.detach())
@@ -173,48 +173,42 @@ class Joint(Language):
         size = self.decoder.core.embed_tokens.weight.std() / self.projector(patches).std()
         self.projector.linear_2.weight *= size
 
-    def prefix_of(self, features: Tensor) -> Prefix:
-        """What rows continue: the head of the prompt and [B, N, D] projected patches."""
+    def prefix_of(self, features: Tensor, depth: int | None = None) -> Prefix:
+        """What rows continue: the head of the prompt and [B, N, D] projected patches, in so many blocks."""
         head = self.decoder.embed(torch.tensor(self.speller.image_head)).expand(len(features), -1, -1)
-        return self.decoder.prefix(torch.cat([head, features], dim=1))
+        return self.decoder.prefix(torch.cat([head, features], dim=1), depth)
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         rng = self.rng(step)
         first = (step * self.ranks + self.rank) * 64
-        scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(self.share(IMAGES))]
+        # Whole questions cost most and teach reading least: two steps of three do without until it is learnt.
+        reading = progress < READING and step % 3 > 0
+        images = self.share(IMAGES * (1 + reading))
+        scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(images)]
         with torch.no_grad():
             patches, _ = see(self.llava, pixels_of(scenes))
         features = self.projector(patches)
         spoken = self.spoken(features, scenes)
         if progress < ALONE:
             return spoken, {"speak": float(spoken.detach())}
-        prefix = self.prefix_of(features)
+        prefix = self.prefix_of(features, LOOK + 1 if reading else None)
         items: list[Item] = []
+        quizzes = []
         for owner, scene in enumerate(scenes):
-            for i in rng.permutation(len(scene.questions))[:QUESTIONS]:
-                question = scene.questions[i]
-                marks = covered(question.relevant) > PATCHES_SEEN
-                items.append((self.speller.row(question, image=True), owner, marks, question.family))
-        text = self.text_items(rng, step, self.share(TEXT_ROWS // 3))
+            order = rng.permutation(len(scene.questions))
+            asked = [(q, covered(q.relevant) > PATCHES_SEEN) for q in (scene.questions[i] for i in order)]
+            items += [(self.speller.row(q, image=True), owner, marks, q.family) for q, marks in asked[:QUESTIONS]]
+            told = [scene.facts[i] for i in rng.permutation(len(scene.facts))[:FACTS]]
+            quizzes.append(([asked[i] for i in rng.permutation(len(asked))], told))
+        quiz = quiz_losses(self.decoder, quiz_rows(quizzes, self.speller), prefix)
+        read = quiz["said"] + 0.3 * fade(progress) * quiz.get("gaze", 0.0) + 0.2 * spoken
+        seen = {key: float(value.detach()) for key, value in {**quiz, "speak": spoken}.items()}
+        if reading:
+            return read, seen
+        text = self.text_items(rng, step, self.share(TEXT_ROWS // 4))
         total, logged = self.combined({"i": (items, prefix), "t": (text, None)}, progress)
         drilled, more = self.drilled(rng)
-        total, logged = total + 0.3 * drilled, logged | more
-        facts = self.facts(scenes, prefix, rng)
-        logged |= {key: float(value.detach()) for key, value in facts.items()}
-        total = total + 0.7 * facts["facts"] + 0.3 * facts["said"]
-        logged |= {"speak": float(spoken.detach())}
-        return total + 0.2 * spoken, logged
-
-    def facts(self, scenes: list[Scene], prefix: Prefix, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The image described: a dozen look-ups in a row, where a question has one."""
-        rows = []
-        for scene in scenes:
-            told = [scene.facts[i] for i in rng.permutation(len(scene.facts))[:FACTS]]
-            rows.append(torch.tensor(self.speller.ids("\n" + " ".join(told))))
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
-        stop = self.speller.ids(" lion.")[-1]
-        return fact_losses(self.decoder, ids, lengths, prefix, torch.arange(len(rows)), stop)
+        return total + 0.3 * drilled + read, logged | more | seen
 
     def spoken(self, features: Tensor, scenes: list[Scene]) -> Tensor:
         """Patches speak the decoder's language: a thing's patches resemble the words for what is true of it."""
@@ -246,6 +240,11 @@ class Joint(Language):
             ]
             self._score(items, prefix, right)
         return _summary(right) | {f"text_{key}": value for key, value in super().validate().items()}
+
+
+def fade(progress: float) -> float:
+    """Weight of hints: none for the end of a budget."""
+    return min(1.0, max(0.0, (0.9 - progress) / 0.3))
 
 
 def _chunk(items: list[Item]) -> Chunk:

@@ -104,7 +104,7 @@ class Loop:
     ) -> None:
         """Run to the end of the budget, or to a time (as `time.time()` has it) at which a checkpoint is left."""
         start = time.time() - self.used
-        sums: dict[str, float] = defaultdict(float)
+        sums: dict[str, list[float]] = defaultdict(list)
         last_val = last_save = time.time()
         progress = self.used / self.budget
         while progress < 1:
@@ -118,12 +118,12 @@ class Loop:
             self.opt.zero_grad(set_to_none=True)
             self.step += 1
             for key, value in {"loss": float(loss.detach()), **parts}.items():
-                sums[key] += value
+                sums[key].append(value)
             if self.rank:
                 continue
             self.used = time.time() - start
             if self.step % log_every == 0:
-                self.log(**{key: round(value / log_every, 4) for key, value in sums.items()})
+                self.log(**{key: round(sum(values) / len(values), 4) for key, values in sums.items()})
                 sums.clear()
             if time.time() - last_val > val_every * 60 or progress >= 1:
                 self.log(**self.stage.validate())

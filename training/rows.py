@@ -149,6 +149,50 @@ class Chunk:
     patches: Tensor
 
 
+@dataclass
+class QuizRows:
+    """What is to be read from images, one row each, padded on the right: questions without options, then sentences.
+
+    Attributes:
+        ids: [R, L]; image: [R] index of the image that a row continues.
+        row, at: [Q] where a word is due; word: [Q] the token that has to come next.
+        asked: [Q] bool, whether a question asks for it; patches: [Q, N] bool, those that its answer depends on.
+    """
+
+    ids: Tensor
+    image: Tensor
+    row: Tensor
+    at: Tensor
+    word: Tensor
+    asked: Tensor
+    patches: Tensor
+
+
+def quiz_rows(quizzes: Sequence[tuple[Sequence[tuple[Question, Tensor]], Sequence[str]]], speller: Speller) -> QuizRows:
+    """For each image, its questions with the patches that they depend on, and true sentences."""
+    rows, due, patches = [], [], []
+    turn = speller.ids(" ASSISTANT:")
+    for r, (questions, sentences) in enumerate(quizzes):
+        ids: list[int] = []
+        for question, marks in questions:
+            word = speller.key(question)
+            if word >= 0:
+                ids += speller.ids(f"\n{question.question}") + turn
+                due.append((r, len(ids) - 1, word, True))
+                patches.append(marks)
+                ids.append(word)
+        ids += speller.ids("\n")
+        for sentence in sentences:
+            told = speller.ids(f" {sentence.removesuffix('.')}")
+            due.append((r, len(ids) + len(told) - 2, told[-1], False))
+            patches.append(torch.zeros_like(questions[0][1]))
+            ids += [*told, *speller.ids(".")]
+        rows.append(torch.tensor(ids))
+    who, at, word_, asked = (torch.tensor(column) for column in zip(*due, strict=True))
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return QuizRows(padded, torch.arange(len(rows)), who, at, word_, asked, torch.stack(patches))
+
+
 def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
     """Drills as token rows: the facts, then word and answer by turns."""
     rows, queries, told = [], [], []
