@@ -15,7 +15,7 @@ from training.curriculum import lookup
 from training.language import NOWHERE, Joint, Language
 from training.loop import Loop
 from training.model import IMAGE, N_PATCHES, build_processor, build_tokenizers
-from training.rows import LETTERS, chunk, prompt_text
+from training.rows import LETTERS, chunk, prompt_text, quiz_rows
 from training.vision import Vision, pixels_of, see
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +85,19 @@ def stages(models: tuple, speller, labeller) -> list:
         Joint(llava, speller, seed=1),
         Companion(llava, clip, speller, seed=1),
     ]
+
+
+def test_a_quiz_asks_for_the_words_that_answer(speller) -> None:
+    scenes = scenes_of("image", 12)
+    quizzes = [([(q, NOWHERE) for q in scene.questions], scene.facts) for scene in scenes]
+    part = quiz_rows(quizzes, speller)
+    assert torch.equal(part.ids[part.row, part.at + 1], part.word)
+    turn = speller.ids(" ASSISTANT:")[-1]
+    assert (part.ids[part.row, part.at][part.asked] == turn).all()
+    keys = [speller.key(question) for scene in scenes for question in scene.questions]
+    assert part.word[part.asked].tolist() == [key for key in keys if key >= 0]
+    last = [speller.ids(f" {fact.removesuffix('.')}")[-1] for scene in scenes for fact in scene.facts]
+    assert part.word[~part.asked].tolist() == last
 
 
 @pytest.mark.parametrize("which", range(4))
