@@ -201,7 +201,8 @@ def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix) -> dict[str, T
 
     Only the blocks that find the word are run: half of the cost of whole rows, and several answers in each.
     """
-    _, seen = decoder.rows(part.ids, prefix, part.image, part.at, part.row, depth=LOOK + 1)
+    images = torch.arange(len(part.ids), device=part.ids.device)
+    _, seen = decoder.rows(part.ids, prefix, images, part.at, part.row, depth=LOOK + 1)
     said = decoder.say(seen["said"][part.row, part.at])
     hits = said.argmax(-1) == part.word
     out = {"said": F.cross_entropy(said, part.word), "fact_acc": hits[~part.asked].float().mean()}
@@ -209,8 +210,9 @@ def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix) -> dict[str, T
         out["quiz_acc"] = hits[part.asked].float().mean()
     shown = part.patches.any(1)
     if shown.any():
-        evidence = F.pad(part.patches[shown], (prefix.length - part.patches.shape[1], part.ids.shape[1]))
-        out["gaze"] = -seen[LOOK][shown].masked_fill(~evidence[:, None], -torch.inf).logsumexp(-1).mean()
+        evidence = _padded(part.patches[shown], prefix.length)
+        paid = seen[LOOK][shown, :, : prefix.length].masked_fill(~evidence[:, None], -torch.inf)
+        out["gaze"] = -paid.logsumexp(-1).mean()
     return out
 
 

@@ -197,7 +197,8 @@ class Joint(Language):
         for owner, scene in enumerate(scenes):
             order = rng.permutation(len(scene.questions))
             asked = [(q, covered(q.relevant) > PATCHES_SEEN) for q in (scene.questions[i] for i in order)]
-            items += [(self.speller.row(q, image=True), owner, marks, q.family) for q, marks in asked[:QUESTIONS]]
+            if not reading:
+                items += [(self.speller.row(q, image=True), owner, marks, q.family) for q, marks in asked[:QUESTIONS]]
             told = [scene.facts[i] for i in rng.permutation(len(scene.facts))[:FACTS]]
             quizzes.append(([asked[i] for i in rng.permutation(len(asked))], told))
         quiz = quiz_losses(self.decoder, quiz_rows(quizzes, self.speller), prefix)

@@ -104,7 +104,7 @@ class Loop:
     ) -> None:
         """Run to the end of the budget, or to a time (as `time.time()` has it) at which a checkpoint is left."""
         start = time.time() - self.used
-        sums: dict[str, list[float]] = defaultdict(list)
+        values_of: dict[str, list[float]] = defaultdict(list)
         last_val = last_save = time.time()
         progress = self.used / self.budget
         while progress < 1:
@@ -117,14 +117,14 @@ class Loop:
             self.opt.step()
             self.opt.zero_grad(set_to_none=True)
             self.step += 1
-            for key, value in {"loss": float(loss.detach()), **parts}.items():
-                sums[key].append(value)
             if self.rank:
                 continue
+            for key, value in {"loss": float(loss.detach()), **parts}.items():
+                values_of[key].append(value)
             self.used = time.time() - start
             if self.step % log_every == 0:
-                self.log(**{key: round(sum(values) / len(values), 4) for key, values in sums.items()})
-                sums.clear()
+                self.log(**{key: round(sum(values) / len(values), 4) for key, values in values_of.items()})
+                values_of.clear()
             if time.time() - last_val > val_every * 60 or progress >= 1:
                 self.log(**self.stage.validate())
                 last_val = time.time()

@@ -154,13 +154,12 @@ class QuizRows:
     """What is to be read from images, one row each, padded on the right: questions without options, then sentences.
 
     Attributes:
-        ids: [R, L]; image: [R] index of the image that a row continues.
+        ids: [R, L], a row an image.
         row, at: [Q] where a word is due; word: [Q] the token that has to come next.
         asked: [Q] bool, whether a question asks for it; patches: [Q, N] bool, those that its answer depends on.
     """
 
     ids: Tensor
-    image: Tensor
     row: Tensor
     at: Tensor
     word: Tensor
@@ -188,9 +187,9 @@ def quiz_rows(quizzes: Sequence[tuple[Sequence[tuple[Question, Tensor]], Sequenc
             patches.append(torch.zeros_like(questions[0][1]))
             ids += [*told, *speller.ids(".")]
         rows.append(torch.tensor(ids))
-    who, at, word_, asked = (torch.tensor(column) for column in zip(*due, strict=True))
+    row, at, token, asked = (torch.tensor(column) for column in zip(*due, strict=True))
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return QuizRows(padded, torch.arange(len(rows)), who, at, word_, asked, torch.stack(patches))
+    return QuizRows(padded, row, at, token, asked, torch.stack(patches))
 
 
 def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
