@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qapbench import Format, Gradient, LinearPlan, Rotation, Tokens, UserError, ptqs
+from qapbench import Calibration, Format, Gradient, LinearPlan, Rotation, Tokens, UserError, ptqs
 from qapbench.quantization import TokenActivation
 from qapbench.spec import QuantizeSpec
 from qapbench.strategies.ptq import mbq, mquant, omniquant, quip, qvlm
@@ -141,6 +141,50 @@ def test_omniquant_learns(activations: Format | None) -> None:
         errors.append(loss(model, linears, plans, samples))
     assert errors[1] < 0.9 * errors[0]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Stack(nn.Module):
+    """Blocks in one list, as a decoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_omniquant_wants_what_full_precision_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is fitted to its full-precision output on full-precision inputs, from what quantized blocks made."""
+    wanted: list[list[Tensor]] = []
+    given: list[list[Tensor]] = []
+    fit = omniquant.Learner.fit
+
+    def spy(self: omniquant.Learner, targets: list[Tensor], *rest: Any) -> None:
+        wanted.append(targets)
+        given.append(list(self.block.outputs()))
+        fit(self, targets, *rest)
+
+    def chains(self: Calibration, linears: dict[str, nn.Linear]) -> list[Any]:
+        return [[(f"layers.{i}", layer, {f"layers.{i}.0": layer[0]}) for i, layer in enumerate(model.layers)]]
+
+    monkeypatch.setattr(omniquant.Learner, "fit", spy)
+    monkeypatch.setattr(Calibration, "_chains", chains)  # as a family would name the blocks
+    model = Stack()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    samples = [random(5, 24, seed=seed) for seed in range(3)]
+    ptqs.create("omniquant", epochs=1).prepare(model, linears, Format(bits=2), A4, samples)
+    assert len(wanted) == 3
+    with torch.no_grad():
+        for index, x in enumerate(samples):
+            for depth, layer in enumerate(model.layers):
+                x = layer(x)
+                torch.testing.assert_close(wanted[depth][index], x, atol=1e-6, rtol=1e-6)
+                off = float((given[depth][index] - x).abs().max())
+                assert off == 0 if depth == 0 else off > 0.05
 
 
 # -- Q-VLM --
