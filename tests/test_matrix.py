@@ -61,7 +61,7 @@ def test_the_command(cells: list[Cell], monkeypatch: Any) -> None:
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout) == [cell.to_json() for cell in cells]
     monkeypatch.setattr("qapbench.matrix.run_matrix", lambda: cells)
-    monkeypatch.setattr("qapbench.cli.out", Console(width=200))
+    monkeypatch.setattr("qapbench.cli.items.out", Console(width=200))
     table = CliRunner().invoke(app, ["list", "--matrix"])
     assert all(name in table.stdout for name in (*families(), *pruners.names()))
     for note in {note for cell in cells for note in cell.notes} | {cell.reason for cell in cells}:

@@ -1,0 +1,5 @@
+"""`python -m qapbench.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,91 @@
+"""What the commands share: consoles, options, bars, and how a page is announced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from qapbench.checkpoints import watcher
+
+WIDE = 200  # characters of a table that is not printed to a terminal
+# Piped or in a file a table may be as wide as it is; a terminal, or COLUMNS, sets the width otherwise.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+err = Console(stderr=True)
+
+SpecArgument = Annotated[str, typer.Argument(help="A spec file, or the name of a shipped spec (quickstart).")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the results.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")]
+RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own Python code.")]
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What a reader of the numbers has to know, each once."""
+    for note in dict.fromkeys(notes):
+        out.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+
+
+def write_page(records: list[dict[str, Any]], page: Path, title: str, runs: Path) -> None:
+    from qapbench.leaderboard import build
+
+    page.parent.mkdir(parents=True, exist_ok=True)
+    build(records, page, title=title, runs=runs)
+    out.print(f"Leaderboard: {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
+
+
+class Progress:
+    """A bar per run, with rate and time left; on standard error, so that tables can be piped."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=err)
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self.bar.start()
+
+    def report(self, name: str, done: int, total: int) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bar.add_task(escape(name), total=total, completed=done, rate="")
+        task = self.tasks[name]
+        speed = self.bar.tasks[self.bar.task_ids.index(task)].speed
+        self.bar.update(task, completed=done, rate=f"{speed:.1f}/s" if speed else "")
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Stop the bar; a user who stopped the work reads that nothing is lost."""
+        self.bar.stop()
+        if kind is KeyboardInterrupt:
+            err.print("stopped; the same command goes on from here", highlight=False)
+            raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def watching_assembly() -> Iterator[None]:
+    """Show a bar while an embedded model is put together, which happens once a machine."""
+    shown: list[Progress] = []
+
+    def report(name: str, done: int, total: int) -> None:
+        if not shown:
+            shown.append(Progress())
+            shown[0].bar.start()
+        shown[0].report(f"{name}: first use", done, total)
+        if done == total:
+            shown.pop().bar.stop()
+
+    token = watcher.set(report)
+    try:
+        yield
+    finally:
+        watcher.reset(token)
+        for bars in shown:
+            bars.bar.stop()

@@ -1,0 +1,87 @@
+"""`list` and `show`: what is registered."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from qapbench.errors import UserError, nearest
+
+from .console import out
+
+
+def list_items(
+    kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ...")] = None,
+    matrix: Annotated[bool, typer.Option(help="Run every pruner on a tiny model of every family.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List what is registered; with --matrix, which pruner runs on which model family."""
+    if matrix:
+        _list_matrix(as_json)
+        return
+    if as_json:
+        items = [registry.describe(name) for registry in _registries(kind) for name in registry.names()]
+        typer.echo(json.dumps(items))
+        return
+    for registry in _registries(kind):
+        table = Table(title=registry.kind, title_justify="left")
+        table.add_column("name", style="bold")
+        table.add_column("parameters")
+        table.add_column("what it is")
+        for entry in registry:
+            fields = entry.params.model_fields
+            params = ", ".join(f"{k}={v.default!r}" for k, v in fields.items())
+            table.add_row(escape(entry.name), escape(params), escape(entry.doc.partition("\n")[0]))
+        out.print(table)
+
+
+def _list_matrix(as_json: bool) -> None:
+    from qapbench.matrix import run_matrix
+
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)  # what it warns of is in the table
+    cells = list(run_matrix())
+    if as_json:
+        typer.echo(json.dumps([cell.to_json() for cell in cells]))
+        return
+    found = {(cell.pruner, cell.family): cell for cell in cells}
+    families = list(dict.fromkeys(cell.family for cell in cells))
+    table = Table(title="pruner x model family, as found by running", title_justify="left")
+    for column in ("pruner", *families):
+        table.add_column(column)
+    marks: dict[str, int] = {}
+    for pruner in dict.fromkeys(cell.pruner for cell in cells):
+        row = []
+        for family in families:
+            cell = found[pruner, family]
+            said = [cell.reason] if cell.reason else cell.notes
+            numbers = "".join(f" [{marks.setdefault(text, len(marks) + 1)}]" for text in said)
+            row.append(escape(f"{cell.outcome}{numbers}"))
+        table.add_row(pruner, *row)
+    out.print(table)
+    for text, number in marks.items():
+        out.print(escape(f"[{number}] {text}"), soft_wrap=True, highlight=False)
+
+
+def show(kind: str, name: str) -> None:
+    """Describe one registered item: documentation, parameters, origin."""
+    (registry,) = _registries(kind)
+    described = registry.describe(name)
+    out.print(f"[bold]{escape(name)}[/] ({registry.kind}), from {escape(described['origin'])}", highlight=False)
+    out.print(escape(described["doc"]), highlight=False)
+    out.print_json(json.dumps(described["parameters"]))
+
+
+def _registries(kind: str | None) -> list[Any]:
+    from qapbench.strategy import KINDS
+
+    if kind is None:
+        return list(KINDS.values())
+    name = kind if kind in KINDS else kind.removesuffix("s")
+    if name not in KINDS:
+        raise UserError(f"no kind '{kind}'; {nearest(kind, KINDS)}")
+    return [KINDS[name]]

@@ -1,0 +1,110 @@
+"""`run` and `validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from qapbench.errors import UserError
+
+from .console import (
+    DeviceOption,
+    Progress,
+    RemoteOption,
+    RunsOption,
+    SetOption,
+    SpecArgument,
+    out,
+    print_notes,
+    write_page,
+)
+
+if TYPE_CHECKING:
+    from qapbench.run.engine import Engine
+    from qapbench.run.plan import Planned
+    from qapbench.spec import RunSpec
+
+
+def run(
+    spec: SpecArgument,
+    changes: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    fresh: Annotated[bool, typer.Option(help="Make every run anew; earlier results are set aside.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="A subset first; rows out of reach there stop, marked.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions; one a GPU.")] = 1,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where workers run.")] = "local",
+    spill: Annotated[bool, typer.Option("--spill", help="Let image features wait on disk, not in memory.")] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together.")] = None,
+    device: DeviceOption = None,
+    trust_remote_code: RemoteOption = False,
+    page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,
+) -> None:
+    """Make the runs of a spec that are missing, print the table, write the leaderboard page."""
+    from qapbench.analysis.table import ablation_table
+    from qapbench.run.engine import Engine
+    from qapbench.specfile import load_spec
+
+    target = page or runs / "leaderboard.html"
+    if target.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {target}: the page is an .html file")
+    bars = Progress()
+    making = Engine(
+        runs, batch_size, device, trust_remote_code, bars.report, workers=workers, engine=engine, spill=spill
+    )
+    specs = load_spec(spec, changes or (), making.check)
+    if dry_run:
+        plans = _plans(specs, making)
+        out.print(_plan_table(plans))
+        for line in making.shared([plan for _, plan in plans if not isinstance(plan, UserError)]).lines:
+            out.print(line, highlight=False)
+        return
+    with bars:
+        records = making.run(specs, fresh, fast)
+    out.print(ablation_table(records, out.width))
+    spent = [record["timing"] for record in records]
+    out.print(
+        f"{sum(t['questions'] for t in spent)} questions in {sum(t['seconds'] for t in spent):.0f} s as made, "
+        f"peak memory {max(t['peak_memory_mb'] for t in spent)} MB"
+    )
+    print_notes(note for record in records for note in record.get("notes", []))
+    write_page(records, target, Path(spec).stem, runs)
+
+
+def validate(spec: SpecArgument, changes: SetOption = None) -> None:
+    """Check a spec, its task, data and local model, and list its runs."""
+    from qapbench.run.engine import Engine
+    from qapbench.specfile import load_spec
+
+    specs = load_spec(spec, changes or (), Engine(Path("runs")).check)
+    for one in specs:
+        out.print(escape(f"{one.name}: {one.model} on {one.task.name}"), highlight=False)
+    out.print(f"{len(specs)} run(s), all valid")
+
+
+def _plans(specs: list[RunSpec], engine: Engine) -> list[tuple[RunSpec, Planned | UserError]]:
+    """What each run would take up, or why that cannot be said."""
+    plans: list[tuple[RunSpec, Planned | UserError]] = []
+    for spec in specs:
+        try:
+            plans.append((spec, engine.plan(spec, fetch=False)))
+        except UserError as error:
+            plans.append((spec, error))
+    return plans
+
+
+def _plan_table(plans: list[tuple[RunSpec, Planned | UserError]]) -> Table:
+    table = Table(title="Plan", title_justify="left")
+    for column in ("run", "id", "state"):
+        table.add_column(column)
+    table.add_column("answered", justify="right")
+    for spec, plan in plans:
+        if isinstance(plan, UserError):
+            table.add_row(escape(spec.name), "–", escape(plan.problems[0].message), "")
+        else:
+            table.add_row(escape(spec.name), plan.id, plan.state, f"{plan.answered} of {plan.total}")
+    return table

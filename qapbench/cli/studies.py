@@ -1,0 +1,79 @@
+"""`explain` and `study`: why rows differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from qapbench.errors import UserError
+
+from .console import DeviceOption, Progress, RemoteOption, RunsOption, SetOption, SpecArgument, out, print_notes
+
+
+def explain(
+    spec: SpecArgument,
+    sample: Annotated[str, typer.Option(help="Id of a question with an image.")],
+    picture: Annotated[Path, typer.Option("--out", help="The picture to write, a .png file.")],
+    changes: SetOption = None,
+    row: Annotated[str | None, typer.Option(help="Which run of a sweep; the first with a sensitivity.")] = None,
+    device: DeviceOption = None,
+    trust_remote_code: RemoteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print scores, kept tokens and answers as JSON.")] = False,
+) -> None:
+    """Draw what one question's pruning sees: image, sensitivity, relevance, both selections, both answers."""
+    from qapbench.analysis.explain import choose_run, explain, save
+    from qapbench.run.engine import Engine
+    from qapbench.specfile import load_spec
+
+    if picture.suffix.lower() != ".png":
+        raise UserError(f"--out {picture}: the picture is a .png file")
+    making = Engine(Path("runs"), device=device)
+    chosen = choose_run(load_spec(spec, changes or (), making.check), row)
+    explanation = explain(chosen, sample, making.device, trust_remote_code)
+    save(explanation, picture)
+    if as_json:
+        typer.echo(json.dumps(explanation.to_json()))
+        return
+    for side in explanation.sides:
+        mark = "right" if side.answer == explanation.question.truth else "wrong"
+        out.print(f"{escape(side.name)}: {escape(side.answer)} ({mark})", highlight=False)
+    print_notes(explanation.notes)
+    out.print(f"Picture: {escape(str(picture.resolve()))}", highlight=False, soft_wrap=True)
+
+
+def study_sensitivity(
+    spec: SpecArgument,
+    changes: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    sample: Annotated[int, typer.Option(min=2, help="Questions with an image, drawn by the spec's seed.")] = 50,
+    block: Annotated[int, typer.Option(min=1, help="Leave out squares of this side, in tokens.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Omissions a forward pass.")] = 16,
+    device: DeviceOption = None,
+    trust_remote_code: RemoteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Which metric predicts the harm of leaving a visual token out? The leaderboard shows what lies in RUNS."""
+    from qapbench.analysis.sensitivity import studies_of
+    from qapbench.analysis.table import study_table
+    from qapbench.run.engine import Engine
+    from qapbench.specfile import load_spec
+
+    making = Engine(runs, device=device)
+    specs = load_spec(spec, changes or (), making.check)
+    studies = studies_of(
+        specs, sample=sample, block=block, batch_size=batch_size, device=making.device,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    bars = Progress()
+    with bars:
+        summaries = [study.make(runs, bars.report) for study in studies]
+    if as_json:
+        typer.echo(json.dumps([summary.model_dump(mode="json") for summary in summaries]))
+        return
+    for summary in summaries:
+        out.print(study_table(summary))
+    print_notes(note for summary in summaries for note in summary.notes)
