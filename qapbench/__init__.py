@@ -27,7 +27,7 @@ from .normal_float import normal_float
 from .quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
 from .rotation import Rotation
 from .run import run
-from .spec import RunSpec, SweepSpec
+from .spec import RunSpec
 from .strategy import (
     Bits,
     DecoderPruner,
@@ -49,6 +49,7 @@ from .strategy import (
     quantizers,
     top,
 )
+from .sweepspec import SweepSpec
 from .tokens import Selection, VisionTokens
 
 __all__ = [

@@ -12,7 +12,8 @@ import yaml
 
 from .errors import Problem, UserError, nearest
 from .registry import load_plugin_file
-from .spec import RunSpec, SweepSpec, override
+from .spec import RunSpec
+from .sweepspec import SweepSpec, override
 
 Lines = dict[tuple[str | int, ...], int]
 SHIPPED = Path(__file__).parent / "specs"  # where an installed wheel has them

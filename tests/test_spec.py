@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from qapbench import RunSpec, SweepSpec, UserError
-from qapbench.spec import Item, override
+from qapbench.spec import Item
+from qapbench.sweepspec import override
 
 FULL: dict[str, Any] = {
     "name": "qapruner-32",

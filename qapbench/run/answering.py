@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.models import Family
-from qapbench.prune import Shown
+from qapbench.shown import Shown
 
 from .cells import Result
 from .questions import Question, Speller

@@ -17,8 +17,9 @@ from qapbench.errors import Problem, UserError
 from qapbench.memory import peak_memory
 from qapbench.models import family_of
 from qapbench.receipt import Receipt
-from qapbench.spec import RunSpec, SweepSpec
+from qapbench.spec import RunSpec
 from qapbench.specfile import load_spec
+from qapbench.sweepspec import SweepSpec
 
 from . import calibration, fast
 from .cells import Cell, worker_of

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qapbench.models import Family
 from qapbench.models.views import Seen
-from qapbench.prune import Memo, PrunedCalls, Shown, whole
+from qapbench.prune import PrunedCalls
+from qapbench.shown import Memo, Shown, whole
 
 from .questions import Question, decoded
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from qapbench.compress import compress, pruned_calls
 from qapbench.models import Family, family_of
-from qapbench.prune import PrunedCalls, Shown
+from qapbench.prune import PrunedCalls
 from qapbench.receipt import Receipt
+from qapbench.shown import Shown
 
 from .answering import Answerer, Row
 from .cells import FLUSH, Cell, Clock, Result, recall
