@@ -2,11 +2,12 @@
 
     python -m training.train vision --minutes 30 --out runs/training
     python -m training.train language --minutes 30 --out runs/training
+    python -m training.train reading --minutes 30 --out runs/training
     python -m training.train joint --minutes 60 --out runs/training
     python -m training.train companion --minutes 10 --out runs/training --export qapbench/models/embedded/diagram-llava
 
-`vision` and `language` do not depend on each other; `joint` takes both up, `companion` takes up `vision`. A stage that
-was stopped goes on from its checkpoint when it is called again.
+`reading` takes up `language`; `vision` does not depend on them; `joint` takes up all, `companion` takes up `vision`. A
+stage that was stopped goes on from its checkpoint when it is called again.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ from tokenizers import Tokenizer
 from transformers import CLIPModel, LlavaForConditionalGeneration
 
 from .companion import Companion
+from .joint import Joint, Reading
 from .labels import Labeller, find_slots
-from .language import Joint, Language
+from .language import Language
 from .loop import Loop, keep_heap
 from .model import build_models, export
 from .rows import Speller
 from .vision import Vision
 from .vocabulary import build_bpe
 
-STAGES = ("vision", "language", "joint", "companion")
+STAGES = ("vision", "language", "reading", "joint", "companion")
 BEFORE: dict[str, tuple[str, ...]] = {
-    "vision": (), "language": (), "joint": ("vision", "language"), "companion": ("vision",),
+    "vision": (), "language": (), "reading": ("language",), "joint": ("vision", "reading"), "companion": ("vision",),
 }  # fmt: skip
-LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "joint": 2e-3, "companion": 2e-3}
+LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "reading": 3e-3, "joint": 2e-3, "companion": 2e-3}
 
 
 def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Module]) -> None:
@@ -97,8 +99,10 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         stage = Vision(llava, labeller, args.seed, rank, args.ranks)
     elif args.stage == "language":
         stage = Language(llava, speller, args.seed, rank, args.ranks)
+    elif args.stage == "reading":
+        stage = Reading(llava, speller, labeller, args.seed, rank, args.ranks)
     elif args.stage == "joint":
-        stage = Joint(llava, speller, args.seed, rank, args.ranks)
+        stage = Joint(llava, speller, labeller, args.seed, rank, args.ranks)
     else:
         stage = Companion(llava, clip, speller, args.seed, rank, args.ranks)
     if args.init and args.init.is_dir():
