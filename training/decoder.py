@@ -233,17 +233,21 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
     return out
 
 
-def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix) -> tuple[dict[str, Tensor], Tensor]:
+def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix | None) -> tuple[dict[str, Tensor], Tensor]:
     """Mean losses of what is read from an image, many words in a row, and [Q] which words were right.
 
     `said`: the word; `read`: words that name something look at it; `look`: whoever asks looks at those words. Only
     the blocks that find the word are run: half of the cost of whole rows, and several answers in each.
     """
     images = torch.arange(len(part.ids), device=part.ids.device)
-    _, seen = decoder.rows(part.ids, prefix, images, part.at, part.row, part.naming, depth=LOOK + 1)
+    naming = part.naming if len(part.naming) else None
+    start = prefix.length if prefix is not None else 0
+    _, seen = decoder.rows(part.ids, prefix, images, part.at, part.row, naming, depth=LOOK + 1)
     said = decoder.say(seen["said"][part.row, part.at])
-    out = {"said": F.cross_entropy(said, part.word), "read": _read(seen, part.seen, prefix.length)}
-    evidence = torch.cat([_padded(part.patches, prefix.length), part.support], dim=1)
+    out = {"said": F.cross_entropy(said, part.word)}
+    if naming is not None:
+        out["read"] = _read(seen, part.seen, start)
+    evidence = torch.cat([_padded(part.patches, start), part.support], dim=1)
     shown = evidence.any(1)
     if shown.any():
         out["look"] = -seen[LOOK][shown].masked_fill(~evidence[shown][:, None], -torch.inf).logsumexp(-1).mean()

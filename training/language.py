@@ -54,12 +54,11 @@ class Language:
     def rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, step, self.rank])
 
-    def text_items(self, rng: np.random.Generator, step: int, count: int) -> list[Item]:
-        """Rows without an image: synthetic ones by as much as look-up is not mastered yet, and the benchmark's own."""
+    def text_questions(self, rng: np.random.Generator, step: int, count: int, synthetic: float) -> list[Question]:
+        """Questions without an image: a share of synthetic ones, else the benchmark's own, rather of weak families."""
+        easy = 0.08 + 0.6 * (1 - self.hints.of(EASY))
+        first = (step * self.ranks + self.rank) * 4096 + 2048 * (synthetic > 0)
         questions: list[Question] = []
-        find, look = self.hints.of(EASY), self.hints.of(HARD)
-        synthetic, easy = 0.12 + 0.63 * (1 - look), 0.08 + 0.6 * (1 - find)
-        first = (step * self.ranks + self.rank) * 4096
         while len(questions) < count:
             if rng.random() < synthetic:
                 questions.append(lookup(rng, self.names, easy))
@@ -67,6 +66,11 @@ class Language:
             family = self.hints.draw(text_families(), rng)
             scene = sample(self.seed + 1, first + len(questions), "train", family=family)
             questions.append(scene.questions[int(rng.integers(len(scene.questions)))])
+        return questions
+
+    def text_items(self, rng: np.random.Generator, step: int, count: int) -> list[Item]:
+        """Rows without an image: synthetic ones by as much as look-up is not mastered yet."""
+        questions = self.text_questions(rng, step, count, 0.12 + 0.63 * (1 - self.hints.of(HARD)))
         return [(self.speller.row(question, image=False), -1, NOWHERE, question.family) for question in questions]
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:

@@ -14,7 +14,9 @@ from qapbench.tasks.diagramqa.scene import Question, Scene
 
 from .labels import RELATIONS, Labeller, covered
 from .model import N_PATCHES, PATCHES_SEEN
-from .rows import Speller
+from .rows import INSTRUCTION, Speller, prompt_text
+
+ASKED = 4  # text-only questions in a row
 
 Values = dict[tuple[int, ...], Tensor]
 """Words, as token ids, and the patches [n] of the things that they are true of."""
@@ -155,3 +157,25 @@ def quiz_rows(quizzes: Sequence[tuple[Shown, Sequence[Question], Sequence[str]]]
     support = names[row] & (where >= begin[:, None]) & (where <= end[:, None])
     needed = torch.stack(patches) & ~support.any(1, keepdim=True)
     return QuizRows(padded, row, end, words, asked, family, needed, support, places, torch.stack(seen))
+
+
+def text_quiz(questions: Sequence[Question], speller: Speller) -> QuizRows:
+    """Text-only questions with their options, several a row, without the instruction: what is due is the word."""
+    rows, due, family = list[Tensor](), [], []
+    for r in range(0, len(questions), ASKED):
+        ids = list(speller.head)
+        for question in questions[r : r + ASKED]:
+            word = speller.key(question)
+            if word >= 0:
+                asked = prompt_text(question, image=True)
+                ids += speller.ids(asked.replace(f"{INSTRUCTION} ", ""))
+                due.append((len(rows), len(ids) - 1, word))
+                family.append(question.family)
+                ids.append(word)
+        rows.append(torch.tensor(ids))
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    row, at, words = torch.tensor(due).view(-1, 3).unbind(1)
+    nothing = torch.zeros(len(due), 0, dtype=torch.bool)
+    support = torch.zeros(len(due), padded.shape[1], dtype=torch.bool)
+    every = torch.ones(len(due), dtype=torch.bool)
+    return QuizRows(padded, row, at, words, every, family, nothing, support, row.new_zeros(0, 2), nothing[:0])
