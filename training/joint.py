@@ -20,7 +20,7 @@ from .rows import Speller
 from .vision import pixels_of, see
 
 IMAGES, QUESTIONS, QUIZZED, FACTS, SOME, WORDED = 12, 4, 24, 4, 24, 32
-ALONE = 0.1  # of the joint stage's time: the projector alone learns the symbols
+ALONE = 0.05  # of the joint stage's time: the projector alone learns the symbols
 
 
 class Reading(Language):
@@ -80,13 +80,14 @@ class Reading(Language):
         quiz = quiz_rows(list(zip(shown, asked, told, strict=True)), self.speller)
         found, hits = quiz_losses(self.decoder, quiz, prefix)
         self.hints.mark(hits[quiz.asked], quiz.family)
-        hinted = 0.3 * found.get("read", 0.0) + 0.2 * found.get("look", 0.0)
         words = text_quiz(self.text_questions(rng, step, self.share(WORDED), 0.0), self.speller)
         worded, known = quiz_losses(self.decoder, words, None)
         self.hints.mark(known, words.family)
-        total = found["said"] + fade(progress) * hinted + worded["said"]
+        hinted = 0.3 * found.get("read", 0.0) + 0.2 * (found.get("look", 0.0) + worded["look"])
+        total = found["said"] + worded["said"] + fade(progress) * hinted
         logged = {f"quiz_{key}": float(value.detach()) for key, value in found.items()}
-        logged |= {"worded": float(worded["said"].detach()), "worded_acc": float(known.float().mean())}
+        logged |= {f"worded_{key}": float(value.detach()) for key, value in worded.items()}
+        logged["worded_acc"] = float(known.float().mean())
         for key, which in (("quiz_acc", quiz.asked), ("fact_acc", ~quiz.asked)):
             logged[key] = float(hits[which].float().mean())
         if not whole:

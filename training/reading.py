@@ -14,7 +14,7 @@ from qapbench.tasks.diagramqa.scene import Question, Scene
 
 from .labels import RELATIONS, Labeller, covered
 from .model import N_PATCHES, PATCHES_SEEN
-from .rows import INSTRUCTION, Speller, prompt_text
+from .rows import Speller
 
 ASKED = 4  # text-only questions in a row
 
@@ -161,21 +161,24 @@ def quiz_rows(quizzes: Sequence[tuple[Shown, Sequence[Question], Sequence[str]]]
 
 def text_quiz(questions: Sequence[Question], speller: Speller) -> QuizRows:
     """Text-only questions with their options, several a row, without the instruction: what is due is the word."""
-    rows, due, family = list[Tensor](), [], []
+    rows, family, support = list[Tensor](), list[str](), list[tuple[int, list[int]]]()
+    due: list[tuple[int, int, int]] = []
     for r in range(0, len(questions), ASKED):
         ids = list(speller.head)
         for question in questions[r : r + ASKED]:
-            word = speller.key(question)
-            if word >= 0:
-                asked = prompt_text(question, image=True)
-                ids += speller.ids(asked.replace(f"{INSTRUCTION} ", ""))
-                due.append((len(rows), len(ids) - 1, word))
+            row = speller.row(question, image=True)
+            if row.word >= 0:
+                support.append((len(due), [at + len(ids) for at in row.support]))
+                ids += [*row.ids[: row.ends[-1] + 1], *speller.ids("\nASSISTANT:")]
+                due.append((len(rows), len(ids) - 1, row.word))
                 family.append(question.family)
-                ids.append(word)
+                ids.append(row.word)
         rows.append(torch.tensor(ids))
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    row, at, words = torch.tensor(due).view(-1, 3).unbind(1)
+    row_of, at, words = torch.tensor(due).view(-1, 3).unbind(1)
     nothing = torch.zeros(len(due), 0, dtype=torch.bool)
-    support = torch.zeros(len(due), padded.shape[1], dtype=torch.bool)
+    where = torch.zeros(len(due), padded.shape[1], dtype=torch.bool)
+    for index, places in support:
+        where[index, places] = True
     every = torch.ones(len(due), dtype=torch.bool)
-    return QuizRows(padded, row, at, words, every, family, nothing, support, row.new_zeros(0, 2), nothing[:0])
+    return QuizRows(padded, row_of, at, words, every, family, nothing, where, row_of.new_zeros(0, 2), nothing[:0])

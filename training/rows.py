@@ -41,8 +41,8 @@ class Row:
         ends: position of the last token of each option.
         answer: index of the right option.
         support: for each sentence of the hint that names the right choice, the last token of it that is of the
-            answer or of the question: there all of the sentence that matters has been read. For an image, the
-            words of the question that name something shown.
+            answer, of the question or a digit: there all of the sentence that matters has been read. Without a hint
+            the right choice itself; for an image, the words of the question that name something shown.
         question: positions of the question proper.
         named: position of every such word, and the patches that it names.
     """
@@ -87,7 +87,7 @@ class Speller:
             ends.append(stops.index(at))
         shift = 0 if image else len(self.head)
         word = self.key(question)
-        support = self._support(encoded.ids, stops, text, question) if word >= 0 and question.hint else []
+        support = self.support(encoded.ids, stops, text, question, ends)
         ids = ([] if image else self.head) + encoded.ids
         answer = self.ids(f" {LETTERS[question.answer]}{EOS}")
         inside = [i + shift for i, stop in enumerate(stops) if told < stop <= until]
@@ -96,9 +96,12 @@ class Speller:
             [s + shift for s in support], range(inside[0], inside[-1] + 1),
         )  # fmt: skip
 
-    def _support(self, ids: list[int], stops: list[int], text: str, question: Question) -> list[int]:
+    def support(self, ids: list[int], stops: list[int], text: str, question: Question, ends: list[int]) -> list[int]:
+        """Where the answer to a question without an image is to be found, as `Row.support` has it."""
         word, told = self.key(question), text.index(question.question)
-        asked = {word, *self.ids(f" {question.question}")}
+        if word < 0:
+            return []
+        telling = {word, *self.ids(f" {question.question}"), *self.ids("0123456789")}
         found: list[int] = []
         sentence: list[int] = []
         for i, stop in enumerate(stops):
@@ -107,9 +110,9 @@ class Speller:
             sentence.append(i)
             if text[stop - 1] in ".\n":
                 if word in (ids[at] for at in sentence):
-                    found.append(max(at for at in sentence if ids[at] in asked))
+                    found.append(max(at for at in sentence if ids[at] in telling))
                 sentence = []
-        return found
+        return found or [ends[question.answer]]
 
 
 @dataclass

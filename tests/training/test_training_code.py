@@ -150,6 +150,7 @@ def test_a_text_quiz_asks_for_the_words_that_answer(speller) -> None:
     assert torch.equal(part.ids[part.row, part.at + 1], part.word)
     assert part.word.tolist() == [speller.key(question) for question in asked]
     assert part.family == [question.family for question in asked]
+    assert part.support.any(1).all() and not part.support[torch.arange(len(asked)), part.at].any()
 
 
 @pytest.mark.parametrize("which", range(5))
