@@ -20,7 +20,6 @@ from .rows import Speller
 from .vision import pixels_of, see
 
 IMAGES, QUESTIONS, QUIZZED, FACTS, SOME, WORDED = 12, 4, 24, 4, 24, 32
-ALONE = 0.05  # of the joint stage's time: the projector alone learns the symbols
 
 
 class Reading(Language):
@@ -121,7 +120,7 @@ class Reading(Language):
 
 class Joint(Reading):
     """Trains projector and decoder on the patches of the vision tower, which is fixed: trained along, in batches of ten
-    images, it forgot in minutes which relations it had learnt. The projector begins by imitating the symbols."""
+    images, it forgot in minutes which relations it had learnt."""
 
     name = "joint"
 
@@ -130,29 +129,10 @@ class Joint(Reading):
     ) -> None:
         super().__init__(llava, speller, labeller, seed, rank, ranks)
         self.projector: nn.Module = llava.model.multi_modal_projector
-        self.trained = {key: module for key, module in self.trained.items() if key != "symbols"}
+        del self.trained["symbols"]
         self.trained["projector"] = self.projector
-
-    @torch.no_grad()
-    def fit_projector(self) -> None:
-        """Bring the untrained projector's output to the size of the embeddings of words."""
-        scenes = [sample(self.seed + 1, i, "train", modality="image") for i in range(16)]
-        patches, _ = see(self.llava, pixels_of(scenes))
-        linear: Any = self.projector
-        linear.linear_1.weight /= patches.std()
-        linear.linear_2.weight *= self.decoder.core.embed_tokens.weight.std() / self.projector(patches).std()
 
     def patches(self, scenes: list[Scene], chosen: Tensor) -> Tensor:
         with torch.no_grad():
             seen, _ = see(self.llava, pixels_of(scenes))
         return self.projector(seen[torch.arange(len(scenes))[:, None], chosen])
-
-    def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        if progress >= ALONE:
-            return super().loss(step, progress)
-        first = (step * self.ranks + self.rank) * 64
-        scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(self.share(QUIZZED))]
-        everything = torch.arange(N_PATCHES).expand(len(scenes), -1)
-        wanted = super().patches(scenes, everything).detach()
-        off = (self.patches(scenes, everything) - wanted).square().sum() / wanted.square().sum()
-        return off, {"off": float(off.detach())}

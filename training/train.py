@@ -3,11 +3,13 @@
     python -m training.train vision --minutes 30 --out runs/training
     python -m training.train language --minutes 30 --out runs/training
     python -m training.train reading --minutes 30 --out runs/training
-    python -m training.train joint --minutes 60 --out runs/training
+    python -m training.train seeing --minutes 20 --out runs/training
+    python -m training.train joint --minutes 30 --out runs/training
     python -m training.train companion --minutes 10 --out runs/training --export qapbench/models/embedded/diagram-llava
 
-`reading` takes up `language`; `vision` does not depend on them; `joint` takes up all, `companion` takes up `vision`. A
-stage that was stopped goes on from its checkpoint when it is called again.
+`reading` takes up `language`; `vision` does not depend on them; `seeing` takes up `vision` and `reading`'s symbols;
+`joint` takes up all, `companion` takes up `seeing`. A stage that was stopped goes on from its checkpoint when it is
+called again.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ from .labels import Labeller, find_slots
 from .language import Language
 from .loop import Loop, keep_heap
 from .model import build_models, export
+from .reading import Symbols
 from .rows import Speller
-from .vision import Vision
+from .vision import Seeing, Vision
 from .vocabulary import build_bpe
 
-STAGES = ("vision", "language", "reading", "joint", "companion")
+STAGES = ("vision", "language", "reading", "seeing", "joint", "companion")
 BEFORE: dict[str, tuple[str, ...]] = {
-    "vision": (), "language": (), "reading": ("language",), "joint": ("vision", "reading"), "companion": ("vision",),
+    "vision": (), "language": (), "reading": ("language",), "seeing": ("vision", "reading"),
+    "joint": ("reading", "seeing"), "companion": ("seeing",),
 }  # fmt: skip
-LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "reading": 3e-3, "joint": 2e-3, "companion": 2e-3}
+LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "reading": 3e-3, "seeing": 2e-3, "joint": 2e-3, "companion": 2e-3}
 
 
 def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Module]) -> None:
@@ -101,6 +105,10 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         stage = Language(llava, speller, args.seed, rank, args.ranks)
     elif args.stage == "reading":
         stage = Reading(llava, speller, labeller, args.seed, rank, args.ranks)
+    elif args.stage == "seeing":
+        words = llava.get_input_embeddings().weight.detach()
+        stage = Seeing(llava, labeller, Symbols(labeller, speller, words, args.seed), args.seed, rank, args.ranks)
+        modules["symbols"] = stage.symbols
     elif args.stage == "joint":
         stage = Joint(llava, speller, labeller, args.seed, rank, args.ranks)
     else:
@@ -109,10 +117,12 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         begin_with(args.init, {**modules, **stage.trained})
     else:
         restore(args.out, BEFORE[args.stage], {**modules, **stage.trained})
-        if args.stage == "joint":
+        if args.stage == "seeing":
             stage.fit_projector()
         if args.init:
             begin_with(args.init, stage.trained)
+    for part in args.freeze:
+        stage.trained[part].requires_grad_(False)
     loop = Loop(stage, args.out, args.minutes, args.lr or LEARNING_RATE[args.stage], rank, args.ranks)
     loop.resume()
     loop.train()
@@ -134,6 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--init", type=Path, help="where its weights start: checkpoint of this stage, or exported folder"
     )
+    parser.add_argument("--freeze", nargs="*", default=[], metavar="PART", help="parts that stay as they are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the batch size")
