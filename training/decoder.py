@@ -6,20 +6,27 @@ image are computed once for all of its questions, and that a few attention rows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rows import Chunk, DrillRows, QuizRows
+from qapbench.tasks.diagramqa.generate import image_families, text_families
+
+from .curriculum import EASY, HARD
+from .reading import QuizRows
+from .rows import Chunk, DrillRows
 
 TELL, LOOK, PICK = 1, 3, 4
-"""Blocks whose attention is shown the first word of a sentence (at its last), the evidence, and the right option. The
-answer's word is read out after LOOK. Without these hints the two look-ups (question -> answer -> letter) did not form
-within the time that a CPU has."""
+"""Blocks whose attention is shown what a word goes with (the first word of its sentence, or the patches that it names),
+the evidence, and the right option. The answer's word is read out after LOOK. Without these hints the two look-ups
+(question -> answer -> letter) did not form within the time that a CPU has."""
 HINTED_HEADS = 2
+FAMILIES = {name: i for i, name in enumerate([EASY, HARD, *image_families(), *text_families()])}
 Seen = dict[Any, Any]
 """What is looked at on the way: attention rows by block, and what asks for them."""
 
@@ -28,23 +35,39 @@ class Hints(nn.Module):
     """What exists only in training: a judge of options where they stand, and how far the look-ups have come.
 
     Attributes:
-        mastery: [2] running share right of look-ups whose question names the answer, and of the others.
+        pace: running share right of each family, which decides what is asked next.
     """
 
-    mastery: Tensor
+    pace: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.aux_judge = nn.Linear(width, 1)
-        self.register_buffer("mastery", torch.zeros(2))
+        self.register_buffer("pace", torch.zeros(len(FAMILIES)))
+
+    def of(self, family: str) -> float:
+        return float(self.pace[FAMILIES[family]])
+
+    def mark(self, hits: Tensor, families: Sequence[str]) -> None:
+        """Take up which questions were answered right."""
+        which = torch.tensor([FAMILIES[family] for family in families])
+        for family in which.unique():
+            mine = which == family
+            self.pace[family].lerp_(hits[mine].float().mean(), 0.01 * min(5, int(mine.sum())))
+
+    def draw(self, families: Sequence[str], rng: np.random.Generator) -> str:
+        """A family: the rather, the less of it is mastered."""
+        weights = np.array([1.1 - self.of(family) for family in families])
+        return families[int(rng.choice(len(families), p=weights / weights.sum()))]
 
 
 @dataclass
 class Prefix:
-    """Keys and values [B, heads, P, d] per block of what stands in front of rows."""
+    """Keys and values [B, heads, P, d] per block of what stands in front of rows, and the positions that it spans."""
 
     keys: list[Tensor]
     values: list[Tensor]
+    span: int = 0
 
     @property
     def length(self) -> int:
@@ -77,10 +100,16 @@ class Decoder:
         to itself is then the same to later blocks as a word that stands in the text."""
         return F.rms_norm(states, states.shape[-1:]) @ self.core.embed_tokens.weight.T * 0.2
 
-    def prefix(self, embeds: Tensor, depth: int | None = None) -> Prefix:
-        """[B, P, D] embeddings -> their keys and values, in the first `depth` blocks or in all."""
-        out = Prefix([], [])
-        self._blocks(embeds, None, None, out, {}, depth)
+    def prefix(
+        self, embeds: Tensor, depth: int | None = None, positions: Tensor | None = None, span: int | None = None
+    ) -> Prefix:
+        """[B, P, D] embeddings -> their keys and values, in the first `depth` blocks or in all.
+
+        Args:
+            positions: [B, P], where these are only some of `span` positions.
+        """
+        out = Prefix([], [], span or embeds.shape[1])
+        self._blocks(embeds, None, None, out, {}, depth, positions)
         return out
 
     def rows(
@@ -109,10 +138,12 @@ class Decoder:
         store: Prefix | None,
         seen: Seen,
         depth: int | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        start = prefix.length if prefix is not None else 0
+        start, first = (prefix.length, prefix.span) if prefix is not None else (0, 0)
         length = x.shape[1]
-        positions = torch.arange(start, start + length, device=x.device)[None]
+        if positions is None:
+            positions = torch.arange(first, first + length, device=x.device)[None]
         cos, sin = self.core.rotary_emb(x, positions)
         cos, sin = cos[:, None], sin[:, None]
         mask = None
@@ -135,7 +166,7 @@ class Decoder:
             if "asked" in seen and i in (TELL, LOOK, PICK):
                 seen[i] = _row_of_attention(q, k, seen["asked"], start, seen["row"])
                 if seen["told"] is not None:
-                    row, end, _ = seen["told"].T
+                    row, end = seen["told"][:, :2].T
                     seen[i, "told"] = _row_of_attention(q, k, end, start, row)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
@@ -154,12 +185,16 @@ def _row_of_attention(q: Tensor, k: Tensor, asked: Tensor, start: int, row: Tens
     return logits.masked_fill(later[:, None], -torch.inf).log_softmax(-1)
 
 
-WEIGHTS = {"letter": 1.0, "word": 1.0, "look": 0.3, "pick": 0.3, "tell": 0.2, "judge": 0.3, "own": 0.3, "text": 0.1}
+WEIGHTS = {
+    "letter": 1.0, "word": 1.0, "look": 0.3, "pick": 0.3, "tell": 0.2, "read": 0.3,
+    "judge": 0.3, "own": 0.3, "text": 0.1,
+}  # fmt: skip
 
 
 def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -> dict[str, Tensor]:
     """Loss of each kind summed over rows (`text`: over tokens), the counts that they are means over, and hits."""
-    hidden, seen = decoder.rows(part.ids, prefix, part.image, part.asked)
+    naming = part.naming if len(part.naming) else None
+    hidden, seen = decoder.rows(part.ids, prefix, part.image, part.asked, told=naming)
     rows = torch.arange(len(part.ids), device=part.ids.device)
     start = prefix.length if prefix is not None else 0
     out: dict[str, Tensor] = {}
@@ -177,6 +212,8 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
         mass = seen[LOOK][shown].masked_fill(~evidence[shown][:, None], -torch.inf).logsumexp(-1)
         out["look"] = -mass.mean(1).sum()
         out["look_n"] = shown.sum()
+    if naming is not None:
+        out |= {"read": _read(seen, part.seen, start) * len(naming), "read_n": torch.tensor(len(naming))}
     chosen = part.ends[rows, part.answer] + start
     out["pick"] = -seen[PICK][rows, :, chosen].mean(1).sum()
     judged = hints.aux_judge(F.rms_norm(seen["said"], seen["said"].shape[-1:]))[..., 0]
@@ -196,24 +233,31 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
     return out
 
 
-def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix) -> dict[str, Tensor]:
-    """Mean losses of what is read from an image, many words in a row: the word as said, and where it was looked for.
+def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix | None) -> tuple[dict[str, Tensor], Tensor]:
+    """Mean losses of what is read from an image, many words in a row, and [Q] which words were right.
 
-    Only the blocks that find the word are run: half of the cost of whole rows, and several answers in each.
+    `said`: the word; `read`: words that name something look at it; `look`: whoever asks looks at those words. Only
+    the blocks that find the word are run: half of the cost of whole rows, and several answers in each.
     """
     images = torch.arange(len(part.ids), device=part.ids.device)
-    _, seen = decoder.rows(part.ids, prefix, images, part.at, part.row, depth=LOOK + 1)
+    naming = part.naming if len(part.naming) else None
+    start = prefix.length if prefix is not None else 0
+    _, seen = decoder.rows(part.ids, prefix, images, part.at, part.row, naming, depth=LOOK + 1)
     said = decoder.say(seen["said"][part.row, part.at])
-    hits = said.argmax(-1) == part.word
-    out = {"said": F.cross_entropy(said, part.word), "fact_acc": hits[~part.asked].float().mean()}
-    if part.asked.any():
-        out["quiz_acc"] = hits[part.asked].float().mean()
-    shown = part.patches.any(1)
+    out = {"said": F.cross_entropy(said, part.word)}
+    if naming is not None:
+        out["read"] = _read(seen, part.seen, start)
+    evidence = torch.cat([_padded(part.patches, start), part.support], dim=1)
+    shown = evidence.any(1)
     if shown.any():
-        evidence = _padded(part.patches[shown], prefix.length)
-        paid = seen[LOOK][shown, :, : prefix.length].masked_fill(~evidence[:, None], -torch.inf)
-        out["gaze"] = -paid.logsumexp(-1).mean()
-    return out
+        out["look"] = -seen[LOOK][shown].masked_fill(~evidence[shown][:, None], -torch.inf).logsumexp(-1).mean()
+    return out, said.argmax(-1) == part.word
+
+
+def _read(seen: Seen, patches: Tensor, start: int) -> Tensor:
+    """Mean -log of the attention of words that name something on the patches [M, n] of it."""
+    marks = _padded(patches, start)[:, None]
+    return -seen[TELL, "told"][..., :start].masked_fill(~marks, -torch.inf).logsumexp(-1).mean()
 
 
 def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:

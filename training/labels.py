@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from qapbench.tasks.diagramqa.generate import sample
-from qapbench.tasks.diagramqa.scene import Box, Scene, Thing
+from qapbench.tasks.diagramqa.scene import Box, Scene
 
 from .model import GRID, N_PATCHES, PATCH, PATCHES_SEEN
-from .rows import Speller
 
 Slots = dict[str, list[str]]
 """Values of each slot. The first value of "name" is "", the background."""
@@ -35,16 +34,6 @@ def find_slots(seed: int, count: int = 6000) -> Slots:
             for slot, value in thing.about.items():
                 found.setdefault(slot, Counter())[value] += 1
     return {slot: ([""] if slot == "name" else []) + sorted(values) for slot, values in found.items()}
-
-
-def thing_words(thing: Thing, speller: Speller) -> list[int]:
-    """The first token of every word for a thing: its name and what is true of it alone.
-
-    Names of related things are left out: said in the same breath, they could not be told from its own.
-    """
-    name = thing.name.split()[-1] if thing.name.startswith(("letter ", "number ")) else thing.name
-    own = (value for slot, value in thing.about.items() if slot not in RELATIONS)
-    return [speller.ids(f" {text}")[0] for text in (name, *own)]
 
 
 RELATIONS = ("across", "down", "eater", "eaten")

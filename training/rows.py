@@ -7,7 +7,7 @@ benchmark asks it, followed by the letter of the answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tokenizers import Tokenizer
@@ -41,7 +41,10 @@ class Row:
         ends: position of the last token of each option.
         answer: index of the right option.
         support: for each sentence of the hint that names the right choice, the last token of it that is of the
-            answer or of the question: there all of the sentence that matters has been read.
+            answer, of the question or a digit: there all of the sentence that matters has been read. Without a hint
+            the right choice itself; for an image, the words of the question that name something shown.
+        question: positions of the question proper.
+        named: position of every such word, and the patches that it names.
     """
 
     ids: list[int]
@@ -50,6 +53,8 @@ class Row:
     ends: list[int]
     answer: int
     support: list[int]
+    question: range
+    named: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 class Speller:
@@ -76,21 +81,27 @@ class Speller:
         encoded = self.bpe.encode(text, add_special_tokens=False)
         stops = [stop for _, stop in encoded.offsets]
         at, ends = text.rindex(f"\n{LETTERS[0]}. "), []
+        told, until = text.index(question.question), at
         for letter, choice in zip(LETTERS, question.choices, strict=False):
             at += len(f"\n{letter}. {choice}")
             ends.append(stops.index(at))
         shift = 0 if image else len(self.head)
         word = self.key(question)
-        support = self._support(encoded.ids, stops, text, question) if word >= 0 and question.hint else []
+        support = self.support(encoded.ids, stops, text, question, ends)
         ids = ([] if image else self.head) + encoded.ids
         answer = self.ids(f" {LETTERS[question.answer]}{EOS}")
+        inside = [i + shift for i, stop in enumerate(stops) if told < stop <= until]
         return Row(
-            ids + answer, len(ids) - 1, word, [e + shift for e in ends], question.answer, [s + shift for s in support]
-        )
+            ids + answer, len(ids) - 1, word, [e + shift for e in ends], question.answer,
+            [s + shift for s in support], range(inside[0], inside[-1] + 1),
+        )  # fmt: skip
 
-    def _support(self, ids: list[int], stops: list[int], text: str, question: Question) -> list[int]:
+    def support(self, ids: list[int], stops: list[int], text: str, question: Question, ends: list[int]) -> list[int]:
+        """Where the answer to a question without an image is to be found, as `Row.support` has it."""
         word, told = self.key(question), text.index(question.question)
-        asked = {word, *self.ids(f" {question.question}")}
+        if word < 0:
+            return []
+        telling = {word, *self.ids(f" {question.question}"), *self.ids("0123456789")}
         found: list[int] = []
         sentence: list[int] = []
         for i, stop in enumerate(stops):
@@ -99,9 +110,9 @@ class Speller:
             sentence.append(i)
             if text[stop - 1] in ".\n":
                 if word in (ids[at] for at in sentence):
-                    found.append(max(at for at in sentence if ids[at] in asked))
+                    found.append(max(at for at in sentence if ids[at] in telling))
                 sentence = []
-        return found
+        return found or [ends[question.answer]]
 
 
 @dataclass
@@ -134,7 +145,8 @@ class Chunk:
         ids: [R, L]; lengths: [R]; image: [R] index of the image a row continues (-1 for text).
         asked, letter, word: [R]; letter is the target token at `asked`.
         ends: [R, 5] positions of the options' last tokens, -1 where there is no such option; answer: [R].
-        support: [R, L] bool, for text; patches: [R, N] bool, the patches that the answer depends on.
+        support: [R, L] bool; patches: [R, n] bool, the patches that the answer depends on.
+        naming, seen: [M, 2] row and position of words that name something shown, and [M, n] the patches of it.
     """
 
     ids: Tensor
@@ -147,49 +159,8 @@ class Chunk:
     answer: Tensor
     support: Tensor
     patches: Tensor
-
-
-@dataclass
-class QuizRows:
-    """What is to be read from images, one row each, padded on the right: questions without options, then sentences.
-
-    Attributes:
-        ids: [R, L], a row an image.
-        row, at: [Q] where a word is due; word: [Q] the token that has to come next.
-        asked: [Q] bool, whether a question asks for it; patches: [Q, N] bool, those that its answer depends on.
-    """
-
-    ids: Tensor
-    row: Tensor
-    at: Tensor
-    word: Tensor
-    asked: Tensor
-    patches: Tensor
-
-
-def quiz_rows(quizzes: Sequence[tuple[Sequence[tuple[Question, Tensor]], Sequence[str]]], speller: Speller) -> QuizRows:
-    """For each image, its questions with the patches that they depend on, and true sentences."""
-    rows, due, patches = [], [], []
-    turn = speller.ids(" ASSISTANT:")
-    for r, (questions, sentences) in enumerate(quizzes):
-        ids: list[int] = []
-        for question, marks in questions:
-            word = speller.key(question)
-            if word >= 0:
-                ids += speller.ids(f"\n{question.question}") + turn
-                due.append((r, len(ids) - 1, word, True))
-                patches.append(marks)
-                ids.append(word)
-        ids += speller.ids("\n")
-        for sentence in sentences:
-            told = speller.ids(f" {sentence.removesuffix('.')}")
-            due.append((r, len(ids) + len(told) - 2, told[-1], False))
-            patches.append(torch.zeros_like(questions[0][1]))
-            ids += [*told, *speller.ids(".")]
-        rows.append(torch.tensor(ids))
-    row, at, token, asked = (torch.tensor(column) for column in zip(*due, strict=True))
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return QuizRows(padded, row, at, token, asked, torch.stack(patches))
+    naming: Tensor
+    seen: Tensor
 
 
 def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
@@ -229,8 +200,11 @@ def chunk(rows: Sequence[Row], images: Sequence[int], patches: Sequence[Tensor])
         support[r, row.support] = True
         ends[r, : len(row.ends)] = torch.tensor(row.ends)
     asked = torch.tensor([row.asked for row in rows])
+    naming = [(r, at) for r, row in enumerate(rows) for at, _ in row.named]
+    seen = [marks for row in rows for _, marks in row.named]
     return Chunk(
         ids, torch.tensor([len(row.ids) for row in rows]), torch.tensor(images), asked,
         ids.gather(1, asked[:, None] + 1)[:, 0], torch.tensor([row.word for row in rows]), ends,
         torch.tensor([row.answer for row in rows]), support, torch.stack(list(patches)),
+        torch.tensor(naming).view(-1, 2), torch.stack(seen or list(patches))[: len(naming)],
     )  # fmt: skip

@@ -2,11 +2,14 @@
 
     python -m training.train vision --minutes 30 --out runs/training
     python -m training.train language --minutes 30 --out runs/training
-    python -m training.train joint --minutes 60 --out runs/training
+    python -m training.train reading --minutes 30 --out runs/training
+    python -m training.train seeing --minutes 20 --out runs/training
+    python -m training.train joint --minutes 30 --out runs/training
     python -m training.train companion --minutes 10 --out runs/training --export qapbench/models/embedded/diagram-llava
 
-`vision` and `language` do not depend on each other; `joint` takes both up, `companion` takes up `vision`. A stage that
-was stopped goes on from its checkpoint when it is called again.
+`reading` takes up `language`; `vision` does not depend on them; `seeing` takes up `vision` and `reading`'s symbols;
+`joint` takes up all, `companion` takes up `seeing`. A stage that was stopped goes on from its checkpoint when it is
+called again.
 """
 
 from __future__ import annotations
@@ -23,19 +26,22 @@ from tokenizers import Tokenizer
 from transformers import CLIPModel, LlavaForConditionalGeneration
 
 from .companion import Companion
+from .joint import Joint, Reading
 from .labels import Labeller, find_slots
-from .language import Joint, Language
+from .language import Language
 from .loop import Loop, keep_heap
 from .model import build_models, export
+from .reading import Symbols
 from .rows import Speller
-from .vision import Vision
+from .vision import Seeing, Vision
 from .vocabulary import build_bpe
 
-STAGES = ("vision", "language", "joint", "companion")
+STAGES = ("vision", "language", "reading", "seeing", "joint", "companion")
 BEFORE: dict[str, tuple[str, ...]] = {
-    "vision": (), "language": (), "joint": ("vision", "language"), "companion": ("vision",),
+    "vision": (), "language": (), "reading": ("language",), "seeing": ("vision", "reading"),
+    "joint": ("reading", "seeing"), "companion": ("seeing",),
 }  # fmt: skip
-LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "joint": 2e-3, "companion": 2e-3}
+LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "reading": 3e-3, "seeing": 2e-3, "joint": 2e-3, "companion": 2e-3}
 
 
 def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Module]) -> None:
@@ -97,18 +103,26 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         stage = Vision(llava, labeller, args.seed, rank, args.ranks)
     elif args.stage == "language":
         stage = Language(llava, speller, args.seed, rank, args.ranks)
+    elif args.stage == "reading":
+        stage = Reading(llava, speller, labeller, args.seed, rank, args.ranks)
+    elif args.stage == "seeing":
+        words = llava.get_input_embeddings().weight.detach()
+        stage = Seeing(llava, labeller, Symbols(labeller, speller, words, args.seed), args.seed, rank, args.ranks)
+        modules["symbols"] = stage.symbols
     elif args.stage == "joint":
-        stage = Joint(llava, speller, args.seed, rank, args.ranks)
+        stage = Joint(llava, speller, labeller, args.seed, rank, args.ranks)
     else:
         stage = Companion(llava, clip, speller, args.seed, rank, args.ranks)
     if args.init and args.init.is_dir():
         begin_with(args.init, {**modules, **stage.trained})
     else:
         restore(args.out, BEFORE[args.stage], {**modules, **stage.trained})
-        if args.stage == "joint":
+        if args.stage == "seeing":
             stage.fit_projector()
         if args.init:
             begin_with(args.init, stage.trained)
+    for part in args.freeze:
+        stage.trained[part].requires_grad_(False)
     loop = Loop(stage, args.out, args.minutes, args.lr or LEARNING_RATE[args.stage], rank, args.ranks)
     loop.resume()
     loop.train()
@@ -130,6 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--init", type=Path, help="where its weights start: checkpoint of this stage, or exported folder"
     )
+    parser.add_argument("--freeze", nargs="*", default=[], metavar="PART", help="parts that stay as they are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the batch size")
