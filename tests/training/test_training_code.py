@@ -17,9 +17,9 @@ from training.labels import covered
 from training.language import NOWHERE, Language
 from training.loop import Loop
 from training.model import IMAGE, N_PATCHES, PATCHES_SEEN, build_processor, build_tokenizers
-from training.reading import named, quiz_rows, show, text_quiz
+from training.reading import Symbols, named, quiz_rows, show, text_quiz
 from training.rows import LETTERS, chunk, prompt_text
-from training.vision import Vision, pixels_of
+from training.vision import Seeing, Vision, pixels_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +87,7 @@ def stages(models: tuple, speller, labeller) -> list:
         Vision(llava, labeller, seed=1),
         Language(llava, speller, seed=1),
         Reading(llava, speller, labeller, seed=1),
+        Seeing(llava, labeller, Symbols(labeller, speller, llava.get_input_embeddings().weight.detach(), 0), seed=1),
         Joint(llava, speller, labeller, seed=1),
         Companion(llava, clip, speller, seed=1),
     ]
@@ -153,7 +154,7 @@ def test_a_text_quiz_asks_for_the_words_that_answer(speller) -> None:
     assert part.support.any(1).all() and not part.support[torch.arange(len(asked)), part.at].any()
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 def test_every_stage_reaches_all_that_it_trains(models, speller, labeller, which: int) -> None:
     stage = stages(models, speller, labeller)[which]
     loss, parts = stage.loss(0, 0.1)
