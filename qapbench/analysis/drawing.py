@@ -24,17 +24,17 @@ def draw(explanation: Explanation) -> Image.Image:
     """Five panels (image, sensitivity, relevance, two choices), the question above, the answers below."""
     question, fused = explanation.question, explanation.sides[-1]
     width = 2 * MARGIN + 5 * PANEL + 4 * GAP
-    text = _wrapped(question.text, _font(15), width - 2 * MARGIN)[:9]
+    text = _wrapped(question.text, font_of(15), width - 2 * MARGIN)[:9]
     top = MARGIN + 30 + 21 * len(text) + 20
-    foot = _wrapped("  ".join(explanation.notes), _font(12), width - 2 * MARGIN)
+    foot = _wrapped("  ".join(explanation.notes), font_of(12), width - 2 * MARGIN)
     bars = 52 + 24 * len(question.options)
     height = top + 26 + PANEL + bars + 18 * len(foot) + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     title = f"{explanation.spec.name}: {question.id}"
-    pen.text((MARGIN, MARGIN), _cut(title, _font(19), width - 2 * MARGIN), INK, _font(19))
+    pen.text((MARGIN, MARGIN), _cut(title, font_of(19), width - 2 * MARGIN), INK, font_of(19))
     for index, line in enumerate(text):
-        pen.text((MARGIN, MARGIN + 32 + 21 * index), line, INK, _font(15))
+        pen.text((MARGIN, MARGIN + 32 + 21 * index), line, INK, font_of(15))
     image = explanation.image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
     grid = fused.look.grid
     spec = explanation.spec.prune
@@ -42,20 +42,20 @@ def draw(explanation: Explanation) -> Image.Image:
         ("image", image),
         (f"sensitivity: {spec.sensitivity if spec else ''}", _heat(image, fused.look.sensitivity, grid)),
         (f"relevance: {spec.method if spec else ''}", _heat(image, fused.look.relevance, grid)),
-        *((_choice(side), _kept(image, explanation.sides, place)) for place, side in enumerate(explanation.sides)),
+        *((_choice(side), kept(image, explanation.sides, place)) for place, side in enumerate(explanation.sides)),
     ]
     for index, (name, panel) in enumerate(panels):
         left = MARGIN + index * (PANEL + GAP)
-        pen.text((left, top), _cut(name, _font(14), PANEL), INK, _font(14))
+        pen.text((left, top), _cut(name, font_of(14), PANEL), INK, font_of(14))
         sheet.paste(panel, (left, top + 26))
         pen.rectangle((left - 1, top + 25, left + PANEL, top + 26 + PANEL), outline=LINE)
     below = top + 26 + PANEL + 14
     _legend(pen, MARGIN + PANEL + GAP, below, 2 * PANEL + GAP)
     for place, side in enumerate(explanation.sides):
         _answers(pen, MARGIN + (3 + place) * (PANEL + GAP), below, side, question.options, question.truth)
-    pen.text((MARGIN, below), f"truth: {question.truth}", INK, _font(14))
+    pen.text((MARGIN, below), f"truth: {question.truth}", INK, font_of(14))
     for index, line in enumerate(foot):
-        pen.text((MARGIN, height - MARGIN - 18 * (len(foot) - index)), line, SOFT, _font(12))
+        pen.text((MARGIN, height - MARGIN - 18 * (len(foot) - index)), line, SOFT, font_of(12))
     return sheet
 
 
@@ -77,19 +77,19 @@ def _heat(image: Image.Image, scores: Tensor | None, grid: tuple[int, int] | Non
     return Image.blend(image.convert("L").convert("RGB"), overlay, 0.74)
 
 
-def _kept(image: Image.Image, sides: Sequence[Side], place: int) -> Image.Image:
+def kept(image: Image.Image, sides: Sequence[Side], place: int) -> Image.Image:
     """The image with what this side drops covered, and what only this side keeps outlined."""
     grid = sides[place].look.grid
     if grid is None:
         return _message("the tokens lie on no grid")
-    kept, other = (set(side.look.selection.indices[0].tolist()) for side in (sides[place], sides[1 - place]))
+    mine, other = (set(side.look.selection.indices[0].tolist()) for side in (sides[place], sides[1 - place]))
     veil = np.full(grid, VEIL)
-    veil.flat[sorted(kept)] = 0
+    veil.flat[sorted(mine)] = 0
     mask = Image.fromarray((veil * 255).astype(np.uint8)).resize((PANEL, PANEL), Image.Resampling.NEAREST)
     panel = Image.composite(Image.new("RGB", image.size, (14, 17, 22)), image, mask)
     pen = ImageDraw.Draw(panel)
     high, wide = PANEL / grid[0], PANEL / grid[1]
-    for token in sorted(kept, key=lambda token: token not in other):
+    for token in sorted(mine, key=lambda token: token not in other):
         row, column = divmod(token, grid[1])
         box = (column * wide, row * high, (column + 1) * wide - 1, (row + 1) * high - 1)
         own = token not in other
@@ -106,14 +106,16 @@ def _choice(side: Side) -> str:
 def _answers(pen: ImageDraw.ImageDraw, left: int, top: int, side: Side, options: Sequence[str], truth: str) -> None:
     """The answer, and a bar for each option's probability."""
     right = side.answer == truth
-    pen.text((left, top), f"answers {side.answer}: {'right' if right else 'wrong'}", GOOD if right else BAD, _font(15))
+    pen.text(
+        (left, top), f"answers {side.answer}: {'right' if right else 'wrong'}", GOOD if right else BAD, font_of(15)
+    )
     for index, (option, share) in enumerate(zip(options, side.probabilities, strict=True)):
         y = top + 28 + 24 * index
-        pen.text((left, y), option, INK, _font(13))
+        pen.text((left, y), option, INK, font_of(13))
         pen.rectangle((left + 22, y + 2, left + PANEL - 52, y + 15), fill=LINE)
         filled = left + 22 + round(share * (PANEL - 74))
         pen.rectangle((left + 22, y + 2, max(filled, left + 23), y + 15), fill=GOOD if option == truth else SOFT)
-        pen.text((left + PANEL - 46, y), f"{100 * share:.1f} %", INK, _font(13))
+        pen.text((left + PANEL - 46, y), f"{100 * share:.1f} %", INK, font_of(13))
 
 
 def _legend(pen: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
@@ -122,20 +124,20 @@ def _legend(pen: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
     for step, colour in enumerate(heat_colours(np.linspace(0, 1, steps))):
         x = left + step * width / steps
         pen.rectangle((x, top + 2, x + width / steps, top + 12), fill=tuple(int(c) for c in colour))
-    pen.text((left, top + 16), "lowest of the image", SOFT, _font(12))
+    pen.text((left, top + 16), "lowest of the image", SOFT, font_of(12))
     high = "highest"
-    pen.text((left + width - _font(12).getlength(high), top + 16), high, SOFT, _font(12))
+    pen.text((left + width - font_of(12).getlength(high), top + 16), high, SOFT, font_of(12))
     pen.rectangle((left, top + 43, left + 12, top + 55), outline=OWN, width=2)
-    pen.text((left + 20, top + 41), "kept by this choice only", SOFT, _font(12))
+    pen.text((left + 20, top + 41), "kept by this choice only", SOFT, font_of(12))
 
 
 def _message(text: str) -> Image.Image:
     panel = Image.new("RGB", (PANEL, PANEL), (240, 241, 242))
-    ImageDraw.Draw(panel).text((PANEL / 2, PANEL / 2), text, SOFT, _font(14), anchor="mm")
+    ImageDraw.Draw(panel).text((PANEL / 2, PANEL / 2), text, SOFT, font_of(14), anchor="mm")
     return panel
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font_of(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("this Pillow was built without FreeType")

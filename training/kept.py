@@ -1,0 +1,57 @@
+"""Twelve questions of the frozen test split, one of each image family, with the tokens that a fused choice keeps.
+
+python -m training.kept --spec table2 --out docs/images/kept.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw
+
+from qapbench.analysis.drawing import BAD, GAP, GOOD, INK, MARGIN, PANEL, PAPER, font_of, kept
+from qapbench.analysis.explain import choose_run, explain
+from qapbench.specfile import load_spec
+
+COLUMNS, LINES, LINE = 4, 3, 20
+
+
+def sheet(spec: str, split: Path) -> Image.Image:
+    """A panel a family: the image with what is dropped veiled, the question below, the answer in green or red."""
+    run = choose_run(load_spec(spec), "combined")
+    frame = pd.read_parquet(split)
+    rows = frame[frame.image.notna()].groupby("family", sort=True).head(1).sort_values("family")
+    height = PANEL + (LINES + 1) * LINE + GAP
+    down = -(-len(rows) // COLUMNS)
+    page = Image.new("RGB", (2 * MARGIN + COLUMNS * (PANEL + GAP) - GAP, 2 * MARGIN + down * height), PAPER)
+    pen, font = ImageDraw.Draw(page), font_of(14)
+    for index, row in enumerate(rows.itertuples()):
+        shown = explain(run, str(row.pid), torch.device("cpu"))
+        left, top = MARGIN + index % COLUMNS * (PANEL + GAP), MARGIN + index // COLUMNS * height
+        picture = shown.image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
+        page.paste(kept(picture, shown.sides, len(shown.sides) - 1), (left, top))
+        for line, text in enumerate(textwrap.wrap(f"{row.family}: {row.question}", 40)[:LINES]):
+            pen.text((left, top + PANEL + 4 + line * LINE), text, INK, font)
+        answer = shown.sides[-1].answer
+        right = answer == shown.question.truth
+        said = answer if right else f"{answer} (truth: {shown.question.truth})"
+        pen.text((left, top + PANEL + 4 + LINES * LINE), said, GOOD if right else BAD, font)
+    return page
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spec", default="table2")
+    parser.add_argument("--split", type=Path, default=Path("tasks/diagramqa/test.parquet"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    sheet(args.spec, args.split).save(args.out, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
