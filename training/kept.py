@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,7 +25,7 @@ def sheet(spec: str, split: Path) -> Image.Image:
     """A panel a family: the image with what is dropped veiled, the question below, the answer in green or red."""
     run = choose_run(load_spec(spec), "combined")
     frame = pd.read_parquet(split)
-    rows = frame[frame.image.notna()].groupby("family", sort=True).head(1).sort_values("family")
+    rows: Any = frame[frame.image.notna()].groupby("family", sort=True).head(1).sort_values("family")
     height = PANEL + (LINES + 1) * LINE + GAP
     down = -(-len(rows) // COLUMNS)
     page = Image.new("RGB", (2 * MARGIN + COLUMNS * (PANEL + GAP) - GAP, 2 * MARGIN + down * height), PAPER)
@@ -36,10 +37,10 @@ def sheet(spec: str, split: Path) -> Image.Image:
         page.paste(kept(picture, shown.sides, len(shown.sides) - 1), (left, top))
         for line, text in enumerate(textwrap.wrap(f"{row.family}: {row.question}", 40)[:LINES]):
             pen.text((left, top + PANEL + 4 + line * LINE), text, INK, font)
-        answer = shown.sides[-1].answer
-        right = answer == shown.question.truth
-        said = answer if right else f"{answer} (truth: {shown.question.truth})"
-        pen.text((left, top + PANEL + 4 + LINES * LINE), said, GOOD if right else BAD, font)
+        said, truth = (row.choices[ord(letter) - ord("A")] for letter in (shown.sides[-1].answer, shown.question.truth))
+        right = said == truth
+        said = said if right else f"{said} (truth: {truth})"
+        pen.text((left, top + PANEL + 4 + LINES * LINE), f"answer: {said}", GOOD if right else BAD, font)
     return page
 
 
