@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from qapbench.analysis.drawing import GAP, MARGIN, PANEL
 from qapbench.tasks.diagramqa.draw import icons
 from qapbench.tasks.diagramqa.generate import sample
-from training import train
+from training import kept, train
 from training.companion import Companion
 from training.curriculum import lookup
 from training.joint import Joint, Reading
@@ -214,3 +216,13 @@ def test_a_stage_starts_from_an_exported_folder(models, speller, tmp_path: Path)
     for name, value in llava.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
     assert torch.equal(other_clip.text_projection.weight, clip.text_projection.weight)
+
+
+def test_a_sheet_shows_what_is_kept_of_each_family(tmp_path: Path) -> None:
+    frame = pd.read_parquet("tasks/diagramqa/test.parquet")
+    frame[frame.family.isin(["identify", "map"])].to_parquet(tmp_path / "two.parquet")
+    page = kept.sheet("table2", tmp_path / "two.parquet")
+    lefts = [MARGIN + i * (PANEL + GAP) for i in range(3)]
+    panels = [page.crop((left, MARGIN, left + PANEL, MARGIN + PANEL)) for left in lefts]
+    colours = [len(panel.getcolors(1 << 20)) for panel in panels]
+    assert min(colours[:2]) > 50 and colours[2] == 1  # two pictures, and nothing where there is no third family
