@@ -13,6 +13,7 @@ from torch import Tensor
 from .quantization import Format
 from .splice import KeptImage
 
+ENOUGH = 32  # values whose gaps tell a step
 OFF_GRID = 0.15  # of a step, mean distance: see _off_grid
 ROWS = 8  # rows of a tensor that are inspected: enough to see 2^bits levels, cheap enough for every linear
 
@@ -203,7 +204,8 @@ def _off_grid(group: Tensor, bits: int) -> float:
     """How far values [R, G] are from multiples of a step, in steps: 0 on a grid, 0.25 for values at random.
 
     The step is the range (with zero) over the number of levels, give or take the one that a rounded zero point
-    costs.
+    costs; or, where a scale is shared with values that are not here (other tokens, outliers), the least gap that so
+    many levels can have.
     """
     low, high = group.amin(-1, keepdim=True).clamp(max=0), group.amax(-1, keepdim=True).clamp(min=0)
     reach = torch.maximum(-low, high)
@@ -212,4 +214,14 @@ def _off_grid(group: Tensor, bits: int) -> float:
     for span, steps in spans:
         scaled = group / (span / steps).clamp(min=torch.finfo(torch.float32).tiny)
         distances.append((scaled - scaled.round()).abs().mean(dim=-1))
+    if group.shape[-1] < ENOUGH:
+        return float(torch.stack(distances).amin(dim=0).median())
+    values = group.sort(dim=-1).values
+    gaps = values.diff(dim=-1)
+    shortest = 0.75 * (values[..., -1:] - values[..., :1]) / 2**bits
+    step = gaps.masked_fill(gaps < shortest.clamp(min=torch.finfo(torch.float32).tiny), torch.inf).amin(
+        -1, keepdim=True
+    )
+    scaled = (values - values[..., :1]) / step
+    distances.append((scaled - scaled.round()).abs().mean(dim=-1))
     return float(torch.stack(distances).amin(dim=0).median())

@@ -101,3 +101,14 @@ def test_bits_are_measured_also_where_groups_are_small(bits: int, group_size: in
     assert measured_bits(fake_quantize(x, bits, group_size, symmetric), format)[0] == bits
     assert measured_bits(x, format)[0] == 32
     assert measured_bits(x.bfloat16(), format)[0] == 16
+
+
+@pytest.mark.parametrize("width", [48, 192])
+def test_a_scale_shared_with_what_is_not_here_is_found(width: int) -> None:
+    """One static scale for all tokens, or one that an outlier set: no row's own range tells the step."""
+    format = Format(bits=8, symmetric=True)
+    rows = torch.randn(8, width, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.2, 1, 8)[:, None]
+    on_grid = (rows / 0.031).round() * 0.031
+    assert measured_bits(on_grid, format)[0] == 8
+    assert measured_bits(rows, format)[0] == 32
+    assert measured_bits(on_grid + 0.01 * torch.randn_like(rows), format)[0] == 32
