@@ -214,14 +214,11 @@ def _off_grid(group: Tensor, bits: int) -> float:
     for span, steps in spans:
         scaled = group / (span / steps).clamp(min=torch.finfo(torch.float32).tiny)
         distances.append((scaled - scaled.round()).abs().mean(dim=-1))
-    if group.shape[-1] < ENOUGH:
-        return float(torch.stack(distances).amin(dim=0).median())
-    values = group.sort(dim=-1).values
-    gaps = values.diff(dim=-1)
-    shortest = 0.75 * (values[..., -1:] - values[..., :1]) / 2**bits
-    step = gaps.masked_fill(gaps < shortest.clamp(min=torch.finfo(torch.float32).tiny), torch.inf).amin(
-        -1, keepdim=True
-    )
-    scaled = (values - values[..., :1]) / step
-    distances.append((scaled - scaled.round()).abs().mean(dim=-1))
+    if group.shape[-1] >= ENOUGH:
+        values = group.sort(dim=-1).values
+        gaps = values.diff(dim=-1)
+        shortest = (0.75 * (values[..., -1:] - values[..., :1]) / 2**bits).clamp(min=torch.finfo(torch.float32).tiny)
+        step = gaps.masked_fill(gaps < shortest, torch.inf).amin(-1, keepdim=True)
+        scaled = (values - values[..., :1]) / step
+        distances.append((scaled - scaled.round()).abs().mean(dim=-1))
     return float(torch.stack(distances).amin(dim=0).median())

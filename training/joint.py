@@ -22,30 +22,16 @@ from .vision import pixels_of, see
 IMAGES, QUESTIONS, QUIZZED, FACTS, SOME, WORDED = 12, 4, 24, 4, 24, 32
 
 
-class Reading(Language):
-    """Trains the decoder on scenes of which each patch is told by symbols.
+class OnImages(Language):
+    """Trains the decoder on images, of which a subclass says what the patches show.
 
     Two steps of three are quizzes on a few patches of many images: they cost half of whole questions and give many
     more answers. The third asks whole questions, on all patches, with text-only ones and drills among them.
     """
 
-    name = "reading"
-
-    def __init__(
-        self, llava: Any, speller: Speller, labeller: Labeller, seed: int, rank: int = 0, ranks: int = 1
-    ) -> None:
-        super().__init__(llava, speller, seed, rank, ranks)
-        self.labeller = labeller
-        self.symbols = Symbols(labeller, speller, llava.get_input_embeddings().weight.detach(), seed)
-        self.trained["symbols"] = self.symbols
-
-    def labels(self, scenes: list[Scene]) -> Tensor:
-        """[B, N, slots] what is true of each patch."""
-        return torch.stack([self.labeller.patches(scene) for scene in scenes])
-
     def patches(self, scenes: list[Scene], chosen: Tensor) -> Tensor:
         """[B, n, D] what the decoder is shown of the chosen patches [B, n]."""
-        return self.symbols(self.labels(scenes)[torch.arange(len(scenes))[:, None], chosen])
+        raise NotImplementedError
 
     def prefix_of(self, features: Tensor, chosen: Tensor, depth: int | None = None) -> Prefix:
         """What rows continue: the head of the prompt and patches [B, n, D] at their positions, in so many blocks."""
@@ -118,18 +104,32 @@ class Reading(Language):
         return summary(right) | {f"text_{key}": value for key, value in super().validate().items()}
 
 
-class Joint(Reading):
+class Reading(OnImages):
+    """The patches are told by symbols, which are trained along."""
+
+    name = "reading"
+
+    def __init__(
+        self, llava: Any, speller: Speller, labeller: Labeller, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        super().__init__(llava, speller, seed, rank, ranks)
+        self.labeller = labeller
+        self.symbols = Symbols(labeller, speller, llava.get_input_embeddings().weight.detach(), seed)
+        self.trained["symbols"] = self.symbols
+
+    def patches(self, scenes: list[Scene], chosen: Tensor) -> Tensor:
+        return self.symbols(self.labeller.all_patches(scenes)[torch.arange(len(scenes))[:, None], chosen])
+
+
+class Joint(OnImages):
     """Trains projector and decoder on the patches of the vision tower, which is fixed: trained along, in batches of ten
     images, it forgot in minutes which relations it had learnt."""
 
     name = "joint"
 
-    def __init__(
-        self, llava: Any, speller: Speller, labeller: Labeller, seed: int, rank: int = 0, ranks: int = 1
-    ) -> None:
-        super().__init__(llava, speller, labeller, seed, rank, ranks)
+    def __init__(self, llava: Any, speller: Speller, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        super().__init__(llava, speller, seed, rank, ranks)
         self.projector: nn.Module = llava.model.multi_modal_projector
-        del self.trained["symbols"]
         self.trained["projector"] = self.projector
 
     def patches(self, scenes: list[Scene], chosen: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def sheet(spec: str, split: Path) -> Image.Image:
     """A panel a family: the image with what is dropped veiled, the question below, the answer in green or red."""
     run = choose_run(load_spec(spec), "combined")
     frame = pd.read_parquet(split)
-    rows: Any = frame[frame.image.notna()].groupby("family", sort=True).head(1).sort_values("family")
+    rows: Any = frame[frame.image.notna()].drop_duplicates("family").sort_values("family")
     height = PANEL + (LINES + 1) * LINE + GAP
     down = -(-len(rows) // COLUMNS)
     page = Image.new("RGB", (2 * MARGIN + COLUMNS * (PANEL + GAP) - GAP, 2 * MARGIN + down * height), PAPER)

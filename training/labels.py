@@ -61,6 +61,10 @@ class Labeller:
                     out[inside, self.places[slot]] = index
         return out
 
+    def all_patches(self, scenes: Sequence[Scene]) -> Tensor:
+        """[B, N, slots] the same for several scenes."""
+        return torch.stack([self.patches(scene) for scene in scenes])
+
     def relations(self, scene: Scene) -> list[tuple[int, Tensor, Tensor]]:
         """(index of the relation, [N] patches of a thing, [N] patches of the thing that it is related to)."""
         found = []

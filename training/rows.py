@@ -87,7 +87,7 @@ class Speller:
             ends.append(stops.index(at))
         shift = 0 if image else len(self.head)
         word = self.key(question)
-        support = self.support(encoded.ids, stops, text, question, ends)
+        support = self._support(encoded.ids, stops, text, question, ends)
         ids = ([] if image else self.head) + encoded.ids
         answer = self.ids(f" {LETTERS[question.answer]}{EOS}")
         inside = [i + shift for i, stop in enumerate(stops) if told < stop <= until]
@@ -96,7 +96,7 @@ class Speller:
             [s + shift for s in support], range(inside[0], inside[-1] + 1),
         )  # fmt: skip
 
-    def support(self, ids: list[int], stops: list[int], text: str, question: Question, ends: list[int]) -> list[int]:
+    def _support(self, ids: list[int], stops: list[int], text: str, question: Question, ends: list[int]) -> list[int]:
         """Where the answer to a question without an image is to be found, as `Row.support` has it."""
         word, told = self.key(question), text.index(question.question)
         if word < 0:

@@ -110,7 +110,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         stage = Seeing(llava, labeller, Symbols(labeller, speller, words, args.seed), args.seed, rank, args.ranks)
         modules["symbols"] = stage.symbols
     elif args.stage == "joint":
-        stage = Joint(llava, speller, labeller, args.seed, rank, args.ranks)
+        stage = Joint(llava, speller, args.seed, rank, args.ranks)
     else:
         stage = Companion(llava, clip, speller, args.seed, rank, args.ranks)
     if args.init and args.init.is_dir():

@@ -36,6 +36,11 @@ def see(llava: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return states.hidden_states[-2][:, 1:], states.last_hidden_state[:, 0]
 
 
+def counted(names: Tensor) -> Tensor:
+    """Which patches [B, N] enter a loss: half of an image is background, of which a fifth is enough."""
+    return (names > 0) | (torch.arange(names.shape[1], device=names.device) % 5 == 0)
+
+
 class Heads(nn.Module):
     """Heads that exist only in training: values of slots, per patch and for the image; names one block earlier."""
 
@@ -68,7 +73,7 @@ class Vision:
         """Cross-entropy of slots at patches and of what the CLS token says of the image, and what to log."""
         with self._watched() as seen:
             patches, cls = see(self.llava, pixels_of(scenes))
-        labels = torch.stack([self.labeller.patches(scene) for scene in scenes])
+        labels = self.labeller.all_patches(scenes)
         patch, whole, logged = self.told(patches, cls, labels)
         names = labels[..., self.labeller.places["name"]]
         early = F.cross_entropy(self.heads.aux_early(seen["input"][:, 1:])[names > 0], names[names > 0])
@@ -91,12 +96,10 @@ class Vision:
         """
         total, means, logged = torch.zeros((), device=labels.device), list[Tensor](), dict[str, float]()
         parts = self.heads.aux_patch(self.heads.aux_norm(patches)).split(self.labeller.sizes, dim=-1)
-        # Half of an image is background: a fifth of it is enough.
-        fifth = torch.arange(labels.shape[1], device=labels.device) % 5 == 0
         right = said = 0
         for (slot, place), scores in zip(self.labeller.places.items(), parts, strict=True):
             label = labels[..., place]
-            kept = (label >= 0) if slot != "name" else (label > 0) | fifth
+            kept = (label >= 0) if slot != "name" else counted(label)
             if not kept.any():
                 continue
             loss = F.cross_entropy(scores[kept], label[kept], reduction="sum")
@@ -186,13 +189,12 @@ class Seeing(Vision):
         """Bring the untrained projector's output to the size of the symbols."""
         scenes = [sample(self.seed + 1, i, "train", modality="image") for i in range(16)]
         patches, _ = see(self.llava, pixels_of(scenes))
-        wanted = self.symbols(torch.stack([self.labeller.patches(scene) for scene in scenes]))
+        wanted = self.symbols(self.labeller.all_patches(scenes))
         self.projector.linear_1.weight /= patches.std()
         self.projector.linear_2.weight *= wanted.std() / self.projector(patches).std()
 
     def besides(self, patches: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`off`: what is missing of the symbols' variance, where things are and on a fifth of the background."""
-        fifth = torch.arange(labels.shape[1]) % 5 == 0
-        kept = (labels[..., self.labeller.places["name"]] > 0) | fifth
+        kept = counted(labels[..., self.labeller.places["name"]])
         wanted = self.symbols(labels[kept])
         return {"off": (self.projector(patches[kept]) - wanted).square().sum() / wanted.square().sum()}

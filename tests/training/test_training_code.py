@@ -30,11 +30,11 @@ def scenes_of(modality: str, count: int) -> list:
     return [sample(5, i, "train", modality=modality) for i in range(count)]
 
 
-def test_the_forward_pass_is_that_of_transformers(models: tuple, speller, labeller) -> None:
+def test_the_forward_pass_is_that_of_transformers(models: tuple, speller) -> None:
     llava, _ = models
     scenes = scenes_of("image", 2)
     rows = [speller.row(scene.questions[0], image=True) for scene in scenes]
-    stage = Joint(llava, speller, labeller, seed=0)
+    stage = Joint(llava, speller, seed=0)
     everything = torch.arange(N_PATCHES).expand(2, -1)
     prefix = stage.prefix_of(stage.patches(scenes, everything), everything)
     part = chunk(rows, [0, 1], [NOWHERE, NOWHERE])
@@ -90,7 +90,7 @@ def stages(models: tuple, speller, labeller) -> list:
         Language(llava, speller, seed=1),
         Reading(llava, speller, labeller, seed=1),
         Seeing(llava, labeller, Symbols(labeller, speller, llava.get_input_embeddings().weight.detach(), 0), seed=1),
-        Joint(llava, speller, labeller, seed=1),
+        Joint(llava, speller, seed=1),
         Companion(llava, clip, speller, seed=1),
     ]
 
