@@ -26,13 +26,15 @@ TELL, LOOK, PICK = 1, 3, 4
 the evidence, and the right option. The answer's word is read out after LOOK. Without these hints the two look-ups
 (question -> answer -> letter) did not form within the time that a CPU has."""
 HINTED_HEADS = 2
+SHELVES = 32
 FAMILIES = {name: i for i, name in enumerate([EASY, HARD, *image_families(), *text_families()])}
 Seen = dict[Any, Any]
 """What is looked at on the way: attention rows by block, and what asks for them."""
 
 
 class Hints(nn.Module):
-    """What exists only in training: a judge of options where they stand, and how far the look-ups have come.
+    """What exists only in training: a judge of options where they stand, where in the dictionary a word is (its place,
+    and its shelf of so many), and how far the look-ups have come.
 
     Attributes:
         pace: running share right of each family, which decides what is asked next.
@@ -43,6 +45,7 @@ class Hints(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.aux_judge = nn.Linear(width, 1)
+        self.aux_place = nn.Linear(width, 1 + SHELVES)
         self.register_buffer("pace", torch.zeros(len(FAMILIES)))
 
     def of(self, family: str) -> float:
@@ -111,6 +114,11 @@ class Decoder:
         out = Prefix([], [], span or embeds.shape[1])
         self._blocks(embeds, None, None, out, {}, depth, positions)
         return out
+
+    def early(self, ids: Tensor) -> Tensor:
+        """[R, L] rows of text -> [R, L, D] normed states that block LOOK starts from."""
+        states = self._blocks(self.embed(ids), None, None, None, {}, LOOK)
+        return F.rms_norm(states, states.shape[-1:])
 
     def rows(
         self,
@@ -236,17 +244,21 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
 def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix | None) -> tuple[dict[str, Tensor], Tensor]:
     """Mean losses of what is read from an image, many words in a row, and [Q] which words were right.
 
-    `said`: the word; `read`: words that name something look at it; `look`: whoever asks looks at those words. Only
-    the blocks that find the word are run: half of the cost of whole rows, and several answers in each.
+    `said`: the word; `read`: words that name something look at it; `tell`: a sentence's end looks at what it is about;
+    `look`: whoever asks looks at those words. Only the blocks that find the word are run: half of the cost of whole
+    rows, and several answers in each.
     """
     images = torch.arange(len(part.ids), device=part.ids.device)
-    naming = part.naming if len(part.naming) else None
+    naming = torch.cat([part.naming, part.told[:, :2]])
     start = prefix.length if prefix is not None else 0
-    _, seen = decoder.rows(part.ids, prefix, images, part.at, part.row, naming, depth=LOOK + 1)
+    looking = naming if len(naming) else None
+    _, seen = decoder.rows(part.ids, prefix, images, part.at, part.row, looking, depth=LOOK + 1)
     said = decoder.say(seen["said"][part.row, part.at])
     out = {"said": F.cross_entropy(said, part.word)}
-    if naming is not None:
+    if len(part.naming):
         out["read"] = _read(seen, part.seen, start)
+    elif len(part.told):
+        out["tell"] = _tell(seen, part.told)
     evidence = torch.cat([_padded(part.patches, start), part.support], dim=1)
     shown = evidence.any(1)
     if shown.any():
@@ -254,10 +266,29 @@ def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix | None) -> tupl
     return out, said.argmax(-1) == part.word
 
 
+def order_losses(
+    decoder: Decoder, hints: Hints, ids: Tensor, row: Tensor, at: Tensor, place: Tensor
+) -> dict[str, Tensor]:
+    """What words [W] of rows [R, L] must tell before it is asked: their places [W] in the dictionary, in [0, 1).
+
+    `order`: of any two, which comes first; `shelf`: about where each is.
+    """
+    told = hints.aux_place(decoder.early(ids)[row, at])
+    ahead = told[None, :, 0] - told[:, None, 0]
+    pairs = place[None] > place[:, None]
+    shelf = F.cross_entropy(told[:, 1:], (place * SHELVES).long())
+    return {"order": F.softplus(-ahead[pairs]).mean(), "shelf": shelf, "ordered": (ahead[pairs] > 0).float().mean()}
+
+
 def _read(seen: Seen, patches: Tensor, start: int) -> Tensor:
     """Mean -log of the attention of words that name something on the patches [M, n] of it."""
     marks = _padded(patches, start)[:, None]
     return -seen[TELL, "told"][..., :start].masked_fill(~marks, -torch.inf).logsumexp(-1).mean()
+
+
+def _tell(seen: Seen, told: Tensor) -> Tensor:
+    """Mean -log of the attention of the ends of sentences [F, 3] on what those are about, in rows without an image."""
+    return -seen[TELL, "told"][torch.arange(len(told), device=told.device), :, told[:, 2]].mean()
 
 
 def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:
@@ -273,9 +304,7 @@ def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:
             mass = seen[block][queries, :, part.evidence].mean(1)
             out |= {name: -mass[mine].sum(), f"{name}_n": mine.sum(), f"{name}_hit": hits[mine].sum()}
     if len(part.told):
-        facts = torch.arange(len(part.told), device=part.at.device)
-        mass = seen[TELL, "told"][facts, :, part.told[:, 2]].mean(1)
-        out |= {"tell": -mass.sum(), "tell_n": torch.tensor(len(facts))}
+        out |= {"tell": _tell(seen, part.told) * len(part.told), "tell_n": torch.tensor(len(part.told))}
     values = ~part.option
     if values.any():
         said = decoder.say(seen["said"][part.row, part.at][values])

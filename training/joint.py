@@ -19,7 +19,7 @@ from .reading import Shown, Symbols, named, quiz_rows, show, text_quiz
 from .rows import Speller
 from .vision import pixels_of, see
 
-IMAGES, QUESTIONS, QUIZZED, FACTS, SOME, WORDED = 12, 4, 24, 4, 24, 32
+IMAGES, QUESTIONS, QUIZZED, FACTS, SOME, WORDED = 12, 4, 24, 4, 24, 192
 
 
 class OnImages(Language):
@@ -68,10 +68,12 @@ class OnImages(Language):
         words = text_quiz(self.text_questions(rng, step, self.share(WORDED), 0.0), self.speller)
         worded, known = quiz_losses(self.decoder, words, None)
         self.hints.mark(known, words.family)
-        hinted = 0.3 * found.get("read", 0.0) + 0.2 * (found.get("look", 0.0) + worded["look"])
-        total = found["said"] + worded["said"] + fade(progress) * hinted
+        hinted = 0.3 * found.get("read", 0.0) + 0.2 * (found.get("look", 0.0) + worded["look"] + worded["tell"])
+        placed, order = self.ordered(rng)
+        total = found["said"] + worded["said"] + placed + fade(progress) * hinted
         logged = {f"quiz_{key}": float(value.detach()) for key, value in found.items()}
         logged |= {f"worded_{key}": float(value.detach()) for key, value in worded.items()}
+        logged |= order
         logged["worded_acc"] = float(known.float().mean())
         for key, which in (("quiz_acc", quiz.asked), ("fact_acc", ~quiz.asked)):
             logged[key] = float(hits[which].float().mean())

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.tasks.diagramqa.draw import icons
+from qapbench.tasks.diagramqa.families.dictionary import words
 from qapbench.tasks.diagramqa.generate import sample, text_families
 from qapbench.tasks.diagramqa.scene import Question
 
 from .curriculum import EASY, HARD, drill, lookup
-from .decoder import WEIGHTS, Decoder, Hints, Prefix, drill_losses, letters, losses
+from .decoder import WEIGHTS, Decoder, Hints, Prefix, drill_losses, letters, losses, order_losses
 from .model import N_PATCHES
 from .rows import LETTERS, Chunk, Row, Speller, chunk, drill_rows
 
@@ -77,7 +78,8 @@ class Language:
         rng = self.rng(step)
         total, logged = self.combined({"t": (self.text_items(rng, step, self.share(TEXT_ROWS)), None)}, progress)
         drilled, more = self.drilled(rng)
-        return total + drilled, logged | more
+        placed, order = self.ordered(rng)
+        return total + drilled + placed, logged | more | order
 
     def drilled(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """Drills, which give way to questions as look-up is mastered: weighted losses, and what to log."""
@@ -94,6 +96,21 @@ class Language:
             logged["drill_tell_loss"] = float(found["tell"].detach() / found["tell_n"])
         total = torch.stack([WEIGHTS[key] * found[key] / found[f"{key}_n"] for key in WEIGHTS if key in found]).sum()
         return total, logged
+
+    def ordered(self, rng: np.random.Generator, rows: int = 12, each: int = 24) -> tuple[Tensor, dict[str, float]]:
+        """Rows of dictionary words in any order, each of which must tell its place: weighted loss, and what to log."""
+        listed = words()
+        told, where = list[Tensor](), list[tuple[int, int, float]]()
+        for row in range(rows):
+            ids = list(self.speller.head)
+            for index in rng.choice(len(listed), each, replace=False).tolist():
+                ids += self.speller.ids(f" {listed[index]}")
+                where.append((row, len(ids) - 1, index / len(listed)))
+            told.append(torch.tensor(ids))
+        row_of, at, place = torch.tensor(where, dtype=torch.float64).unbind(1)
+        padded = nn.utils.rnn.pad_sequence(told, batch_first=True)
+        found = order_losses(self.decoder, self.hints, padded, row_of.long(), at.long(), place.float())
+        return 0.3 * (found["order"] + found["shelf"]), {key: float(value.detach()) for key, value in found.items()}
 
     def combined(self, kinds: dict[str, tuple[list[Item], Prefix | None]], progress: float) -> Any:
         """Weighted losses over rows of each kind, in chunks of similar length."""

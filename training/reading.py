@@ -110,6 +110,7 @@ class QuizRows:
         patches, support: [Q, n] and [Q, L] bool, where to look for the word: at what the question names, or, if
             it names nothing that is shown, at the patches that its answer depends on.
         naming, seen: [M, 2] row and position of every word that names something, and [M, n] what it names.
+        told: [F, 3] row of each sentence of a hint, and where it ends and what it is about.
     """
 
     ids: Tensor
@@ -122,6 +123,7 @@ class QuizRows:
     support: Tensor
     naming: Tensor
     seen: Tensor
+    told: Tensor
 
 
 def quiz_rows(quizzes: Sequence[tuple[Shown, Sequence[Question], Sequence[str]]], speller: Speller) -> QuizRows:
@@ -156,19 +158,21 @@ def quiz_rows(quizzes: Sequence[tuple[Shown, Sequence[Question], Sequence[str]]]
     names[places[:, 0], places[:, 1]] = True
     support = names[row] & (where >= begin[:, None]) & (where <= end[:, None])
     needed = torch.stack(patches) & ~support.any(1, keepdim=True)
-    return QuizRows(padded, row, end, words, asked, family, needed, support, places, torch.stack(seen))
+    nothing = torch.zeros(0, 3, dtype=torch.long)
+    return QuizRows(padded, row, end, words, asked, family, needed, support, places, torch.stack(seen), nothing)
 
 
 def text_quiz(questions: Sequence[Question], speller: Speller) -> QuizRows:
     """Text-only questions with their options, several a row, without the instruction: what is due is the word."""
     rows, family, support = list[Tensor](), list[str](), list[tuple[int, list[int]]]()
-    due: list[tuple[int, int, int]] = []
+    due, told = list[tuple[int, int, int]](), list[tuple[int, int, int]]()
     for r in range(0, len(questions), ASKED):
         ids = list(speller.head)
         for question in questions[r : r + ASKED]:
             row = speller.row(question, image=True)
             if row.word >= 0:
                 support.append((len(due), [at + len(ids) for at in row.support]))
+                told += [(len(rows), len(ids) + end, len(ids) + subject) for end, subject in row.told]
                 ids += [*row.ids[: row.ends[-1] + 1], *speller.ids("\nASSISTANT:")]
                 due.append((len(rows), len(ids) - 1, row.word))
                 family.append(question.family)
@@ -181,4 +185,7 @@ def text_quiz(questions: Sequence[Question], speller: Speller) -> QuizRows:
     for index, places in support:
         where[index, places] = True
     every = torch.ones(len(due), dtype=torch.bool)
-    return QuizRows(padded, row_of, at, words, every, family, nothing, where, row_of.new_zeros(0, 2), nothing[:0])
+    nobody = row_of.new_zeros(0, 2)
+    return QuizRows(
+        padded, row_of, at, words, every, family, nothing, where, nobody, nothing[:0], torch.tensor(told).view(-1, 3)
+    )

@@ -40,9 +40,11 @@ class Row:
         word: id of the token by which the right choice differs from the others, or -1 where there is none.
         ends: position of the last token of each option.
         answer: index of the right option.
-        support: for each sentence of the hint that names the right choice, the last token of it that is of the
-            answer, of the question or a digit: there all of the sentence that matters has been read. Without a hint
+        support: where it is told: in the sentences of the hint that name the right choice (those of them that the
+            question names too, if it names any; where no sentence names the choice, the one that the question names
+            last), a number's first digit, or the last token that is of a choice or of the question. Without a hint
             the right choice itself; for an image, the words of the question that name something shown.
+        told: for each sentence of a hint, that token, and the word that the sentence is about.
         question: positions of the question proper.
         named: position of every such word, and the patches that it names.
     """
@@ -54,6 +56,7 @@ class Row:
     answer: int
     support: list[int]
     question: range
+    told: list[tuple[int, int]]
     named: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
@@ -81,38 +84,54 @@ class Speller:
         encoded = self.bpe.encode(text, add_special_tokens=False)
         stops = [stop for _, stop in encoded.offsets]
         at, ends = text.rindex(f"\n{LETTERS[0]}. "), []
-        told, until = text.index(question.question), at
+        asked_from, until = text.index(question.question), at
         for letter, choice in zip(LETTERS, question.choices, strict=False):
             at += len(f"\n{letter}. {choice}")
             ends.append(stops.index(at))
         shift = 0 if image else len(self.head)
         word = self.key(question)
-        support = self._support(encoded.ids, stops, text, question, ends)
+        support, told = self._support(encoded.ids, stops, text, question)
         ids = ([] if image else self.head) + encoded.ids
         answer = self.ids(f" {LETTERS[question.answer]}{EOS}")
-        inside = [i + shift for i, stop in enumerate(stops) if told < stop <= until]
+        inside = [i + shift for i, stop in enumerate(stops) if asked_from < stop <= until]
         return Row(
             ids + answer, len(ids) - 1, word, [e + shift for e in ends], question.answer,
-            [s + shift for s in support], range(inside[0], inside[-1] + 1),
+            [s + shift for s in support or ends[question.answer :][: word >= 0]], range(inside[0], inside[-1] + 1),
+            [(end + shift, subject + shift) for end, subject in told],
         )  # fmt: skip
 
-    def _support(self, ids: list[int], stops: list[int], text: str, question: Question, ends: list[int]) -> list[int]:
-        """Where the answer to a question without an image is to be found, as `Row.support` has it."""
-        word, told = self.key(question), text.index(question.question)
-        if word < 0:
-            return []
-        telling = {word, *self.ids(f" {question.question}"), *self.ids("0123456789")}
-        found: list[int] = []
-        sentence: list[int] = []
+    def _support(
+        self, ids: list[int], stops: list[int], text: str, question: Question
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """`Row.support` and `Row.told` of a question with a hint."""
+        word, asked_from = self.key(question), text.index(question.question)
+        head = text.index(question.hint) if question.hint else asked_from
+        sentences: list[list[int]] = [[]]
         for i, stop in enumerate(stops):
-            if stop > told:
-                break
-            sentence.append(i)
-            if text[stop - 1] in ".\n":
-                if word in (ids[at] for at in sentence):
-                    found.append(max(at for at in sentence if ids[at] in telling))
-                sentence = []
-        return found or [ends[question.answer]]
+            if head < stop < asked_from:
+                sentences[-1].append(i)
+                if text[stop - 1] in ".\n":
+                    sentences.append([])
+        spelled = [[ids[at] for at in sentence] for sentence in sentences if sentence]
+        asked = self.ids(f" {question.question}")
+        digits, stop_mark = set(self.ids("123456789")), self.ids(".")[0]
+        telling = {word, *asked, *(t for choice in question.choices for t in self.ids(f" {choice}"))} - {stop_mark}
+        right, both, latest, told = list[int](), list[int](), list[tuple[int, int]](), list[tuple[int, int]]()
+        for mine, sentence in zip(spelled, sentences, strict=False):
+            others = [other for other in spelled if other is not mine]
+            ends = [at for at, token in zip(sentence, mine, strict=True) if token in telling]
+            end = next((at for at, token in zip(sentence, mine, strict=True) if token in digits), max(ends, default=-1))
+            alone = [i for i, token in enumerate(asked) if token in set(mine).difference(*others, {stop_mark})]
+            if word in mine:
+                right.append(end)
+                both += [end] * bool(alone)
+            latest.append((max(alone, default=-1), end))
+            # What a sentence is about is where it begins to differ from the others.
+            subject = next((i for i, token in enumerate(mine) if all(token not in o[i : i + 1] for o in others)), 0)
+            if others and end > sentence[subject]:
+                told.append((end, sentence[subject]))
+        found = both or right or [end for at, end in latest if 0 <= at == max(latest)[0]]
+        return found, told
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """The training code: its forward pass is the model's own, its rows are the benchmark's prompts, stages resume."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,9 +13,11 @@ import torch
 from qapbench.analysis.drawing import GAP, MARGIN, PANEL
 from qapbench.tasks.diagramqa.draw import icons
 from qapbench.tasks.diagramqa.generate import sample
+from qapbench.tasks.diagramqa.scene import Question
 from training import kept, train
 from training.companion import Companion
 from training.curriculum import lookup
+from training.decoder import Hints, order_losses
 from training.joint import Joint, Reading
 from training.labels import covered
 from training.language import NOWHERE, Language
@@ -81,6 +85,43 @@ def test_support_is_where_the_hint_names_the_answer(speller) -> None:
         for at in row.support:
             sentence = speller.bpe.decode(row.ids[: at + 1]).rpartition(".")[2]
             assert question.choices[question.answer] in sentence
+
+
+def test_a_sentence_ends_where_its_number_is_and_is_about_what_it_begins_to_differ_in(speller) -> None:
+    for family in ("compare", "economy"):
+        for scene in (sample(5, i, "train", family=family) for i in range(10)):
+            for question in scene.questions:
+                row = speller.row(question, image=False)
+                pairs = [(speller.bpe.id_to_token(row.ids[end]), row.ids[about]) for end, about in row.told]
+                sentences = question.hint.removesuffix(".").split(". ")
+                assert len(pairs) == len(sentences) == 2
+                for (digit, about), sentence, other in zip(pairs, sentences, sentences[::-1], strict=True):
+                    assert f" {digit}0" in sentence
+                    words = zip(speller.ids(f" {sentence}"), speller.ids(f" {other}"), strict=False)
+                    assert about == next(mine for mine, theirs in words if mine != theirs)
+                assert row.support and set(row.support) <= {end for end, _ in row.told}
+
+
+def test_genes_are_looked_up_where_their_trait_is_told(speller) -> None:
+    hint = "Gene D gives a sheep the tail length short. Gene d gives curly. D is dominant."
+    for text, choices, answer, told in (
+        ("A sheep has the genes dd. What is its tail length?", ["short", "curly"], 1, " curly"),
+        ("Which genes give a sheep the tail length curly?", ["DD", "dd"], 1, " curly"),
+        ("Which gene gives the tail length short?", ["D", "d"], 0, " short"),
+    ):
+        row = speller.row(Question(text, hint, choices, answer, "traits", "", "", ""), image=False)
+        assert [row.ids[at] for at in row.support] == [speller.ids(told)[-1]]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_order_of_words_is_judged_by_pairs(sign: float) -> None:
+    place = torch.rand(20, dtype=torch.float64).float()
+    hints = Hints(8)
+    hints.aux_place.weight.data.zero_()[0, 0] = sign
+    decoder = SimpleNamespace(early=lambda ids: ids[..., None] * torch.eye(8)[0])
+    found = order_losses(decoder, hints, place[None], torch.zeros(20, dtype=torch.long), torch.arange(20), place)
+    assert float(found["ordered"]) == (sign > 0)
+    assert (float(found["order"]) < math.log(2)) == (sign > 0)
 
 
 def stages(models: tuple, speller, labeller) -> list:
