@@ -17,7 +17,7 @@ from .decoder import DecoderPruning
 from .errors import UserError
 from .models import Family
 from .models.relevance import QuestionReader, recalled
-from .models.views import Seen
+from .models.views import Seen, Views
 from .passage import portions
 from .receipt import Receipt
 from .shown import Memo, Shown
@@ -214,20 +214,28 @@ class PrunedCalls:
                 span = list(group)
                 if keep == 0:
                     continue
-                tokens = views.tokens[span[0] : span[-1] + 1].only(self.needs)
                 mine = memo.of((index, span[0], span[-1]))
-                if self.reader.needs:
-                    image = views.owners[span[0]]
-                    prompt = ids[rows[image]][mask[rows[image]].bool() & ~placeholders[rows[image]]]
-                    text = relevance_text[image] if relevance_text else self._decode(prompt)
-                    asked: dict[str, Any] = self.reader.fields(tokens, text, prompt, mine.image, mine.question)
-                    tokens = dataclasses.replace(tokens, **asked)
+                image = views.owners[span[0]]
+                asked = ids[rows[image]][mask[rows[image]].bool() & ~placeholders[rows[image]]]
+                text = relevance_text[image] if relevance_text else None
+                key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower))
+                make = functools.partial(self._tokens, views, slice(span[0], span[-1] + 1), asked, text, mine)
+                tokens = recalled(mine.question, key, make)
                 selection = self._choose(tokens, keep, mine)
                 features = self._features(tokens, selection)
                 for view, made, kept in zip(span, features, selection.indices, strict=True):
                     places = views.places[view]
                     parts[views.owners[view]].append(Part(made, places[kept], places, selection.front))
         return parts
+
+    def _tokens(self, views: Views, span: slice, prompt: Tensor, text: str | None, memo: Memo) -> VisionTokens:
+        """What the pruner reads of some views, and of the question: the same for every pruner that reads the same."""
+        tokens = views.tokens[span].only(self.needs)
+        if not self.reader.needs:
+            return tokens
+        text = self._decode(prompt) if text is None else text
+        asked: dict[str, Any] = self.reader.fields(tokens, text, prompt, memo.image, memo.question)
+        return dataclasses.replace(tokens, **asked)
 
     def _budgets(self, seen: Seen) -> list[list[int]]:
         most = self.family.view_tokens

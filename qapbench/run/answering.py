@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from qapbench.shown import Shown
 from .cells import Result
 from .questions import Question, Speller
 
+CACHED = 2**20  # values of one activation: what a CPU's cache holds; more is read from memory at every step
 PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs that say 0 of text
 
 
@@ -58,7 +60,8 @@ class Answerer:
     """Answers rows of prompts with a loaded (and perhaps quantized) model.
 
     Args:
-        batch_size: a forward pass holds no more tokens than that many unpruned prompts.
+        batch_size: a forward pass holds no more tokens than that many unpruned prompts; on a CPU, where prompts are
+            scored, no more than leave the widest activation in its cache.
     """
 
     def __init__(self, family: Family, processor: Any, batch_size: int = 1, seed: int = 0) -> None:
@@ -68,6 +71,8 @@ class Answerer:
         self.speller = Speller(processor.tokenizer)
         self.batch_size = batch_size
         self.seed = seed
+        width = getattr(self.model.config.get_text_config(), "intermediate_size", None)
+        self.cached = CACHED // width if width and self.model.device.type == "cpu" else sys.maxsize
 
     def rows(self, question: Question, shown: dict[str, Shown]) -> list[Row]:
         """What has to run for one question, the prompts of its requests shown as given."""
@@ -94,12 +99,17 @@ class Answerer:
         order = sorted(range(len(rows)), key=lambda index: rows[index].kind)
         for kind, group in itertools.groupby(order, key=lambda index: rows[index].kind):
             members = list(group)
-            size = 1 if rows[members[0]].alone else max(1, self.batch_size * longest // kind[0])
+            size = 1 if rows[members[0]].alone else max(1, self._room(rows[members[0]], longest) // kind[0])
             for at in range(0, len(members), size):
                 chunk = members[at : at + size]
                 for index, result in zip(chunk, self._results([rows[index] for index in chunk]), strict=True):
                     found[index] = result
         return found
+
+    def _room(self, row: Row, longest: int) -> int:
+        """Tokens of a forward pass. Decoding reads every weight for each token, and gains from any neighbour."""
+        room = self.batch_size * longest
+        return room if row.options is not None else min(room, self.cached)
 
     def _results(self, rows: list[Row]) -> list[Result]:
         if (inside := rows[0].shown.inside) is not None:
