@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qapbench.models import Family
@@ -19,7 +20,8 @@ from qapbench.shown import Shown
 from .cells import Result
 from .questions import Question, Speller
 
-CACHED = 2**20  # values of one activation: what a CPU's cache holds; more is read from memory at every step
+CACHED = 2**20  # values of one tensor: what a CPU's cache holds; more is read from memory at every step
+SHORT = 128  # tokens of a row for which reading a large weight costs more than its products
 PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs that say 0 of text
 
 
@@ -157,11 +159,13 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
     work is elementwise or reduces one token, and stays batched.
     """
     with contextlib.ExitStack() as stack:
-        if rows > 1:
-            apart = {id(module) for name in ("vision", "projector") for module in family.parts[name].modules()}
-            for module in model.modules():
-                if id(module) not in apart and (isinstance(module, nn.Linear) or _is_activation(module)):
-                    stack.enter_context(_row_by_row(module))
+        apart = {id(module) for name in ("vision", "projector") for module in family.parts[name].modules()}
+        for module in model.modules():
+            if id(module) in apart:
+                continue
+            large = isinstance(module, nn.Linear) and module.weight.numel() > CACHED
+            if large or (rows > 1 and (isinstance(module, nn.Linear) or _is_activation(module))):
+                stack.enter_context(_row_by_row(module))
         yield
 
 
@@ -174,8 +178,13 @@ def _is_activation(module: nn.Module) -> bool:
 def _row_by_row(module: nn.Module) -> Iterator[None]:
     held = module.__dict__.get("forward")
     inner = module.forward
+    walks = held is None and type(module).forward is nn.Linear.forward
 
     def forward(x: Tensor) -> Tensor:
+        if walks and x.ndim == 3 and x.shape[1] <= SHORT and x.device.type == "cpu":
+            weight: Any = module.weight
+            if weight.numel() > CACHED:
+                return _walked(x, weight, module.bias)
         if x.ndim < 3 or len(x) == 1:
             return inner(x)
         return torch.cat([inner(row) for row in x.split(1)])
@@ -188,6 +197,20 @@ def _row_by_row(module: nn.Module) -> Iterator[None]:
             del module.forward
         else:
             module.forward = held
+
+
+def _walked(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    """The linear of [B, L, in], its large weight taken in blocks, each for row after row while the cache holds it.
+
+    The blocks are the same whatever the batch, and so is every bit.
+    """
+    out = x.new_empty(*x.shape[:2], len(weight))
+    step = max(64, CACHED // weight.shape[1] // 64 * 64)
+    for at in range(0, len(weight), step):
+        block = slice(at, at + step)
+        for row, target in zip(x, out, strict=True):
+            target[:, block] = F.linear(row, weight[block], None if bias is None else bias[block])
+    return out
 
 
 def _with_tail(row: Row) -> dict[str, Any]:

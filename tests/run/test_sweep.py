@@ -13,6 +13,7 @@ from run_questions import QUESTIONS
 import qapbench
 from qapbench import RunSpec
 from qapbench.models.llava import Llava
+from qapbench.run import answering
 from qapbench.run import engine as engine_module
 from qapbench.run.engine import Engine
 from qapbench.run.plan import look_of
@@ -75,6 +76,27 @@ def test_neighbours_in_a_batch_reach_neither_ranges_nor_attention(
     _, many = sweep(cells, tmp_path / "many", batch_size=16)
     assert one == many
     assert len(set(one)) > 1
+
+
+@pytest.mark.parametrize("mode", ["letter", "generate"])
+def test_weights_that_no_cache_holds_give_the_same_answers_in_blocks(
+    mode: str, spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = spec_of(quantize=W4A4, task={"answers": mode})
+    _, (plain,) = sweep([cell], tmp_path / "plain", batch_size=16)
+    walked = []
+    walk = answering._walked
+    monkeypatch.setattr(answering, "_walked", lambda x, *linear: walked.append(len(x)) or walk(x, *linear))
+    monkeypatch.setattr(answering, "CACHED", 1500)
+    _, (one,) = sweep([cell], tmp_path / "one", batch_size=1)
+    assert set(walked) == {1}
+    _, (many,) = sweep([cell], tmp_path / "many", batch_size=16)
+    # What is scored is cut to what the cache holds, what is generated is not.
+    assert (max(walked) > 1) == (mode == "generate")
+    assert one == many
+    for mine, theirs in zip(one.splitlines(), plain.splitlines(), strict=True):
+        for got, expected in zip(json.loads(mine)["outputs"], json.loads(theirs)["outputs"], strict=True):
+            assert got == (expected if mode == "generate" else [pytest.approx(expected[0], abs=1e-3), expected[1]])
 
 
 def test_each_image_goes_through_the_tower_once(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
