@@ -1,6 +1,6 @@
 """What a sweep costs beside its cells alone: `python -m benchmarks.sweep --task diagramqa --limit 60`.
 
-The 12 rows of the spec `table2` on a LLaVA-shaped model of about 100 million random weights. The dense W4A4 cell, or
+The 12 rows of the spec `table2_w4a4` on a LLaVA-shaped model of about 100 million random weights. The dense W4A4 cell, or
 every cell with `--alone all`, is made alone, then the whole sweep; the model is loaded before. Seconds are this
 process's own CPU time, which other work on the machine disturbs less than the clock on the wall; both are shown.
 """
@@ -96,7 +96,7 @@ def main() -> None:
             out.print(f"{count / 1e6:.0f} million parameters")
         data = f", data: {Path(given.data).resolve()}" if given.data else ""
         changes = [f"model={checkpoint.resolve()}", f"task={{name: {given.task}, limit: {given.limit}{data}}}"]
-        specs = load_spec("table2", changes)
+        specs = load_spec("table2_w4a4", changes)
         alone = specs if given.alone == "all" else [spec for spec in specs if spec.name == DENSE]
         docs = [task.docs[index] for index in range(min(given.limit, task.count))]
         shown = sum(doc.get("image") is not None for doc in docs)
