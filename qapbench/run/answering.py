@@ -178,7 +178,8 @@ def _is_activation(module: nn.Module) -> bool:
 def _row_by_row(module: nn.Module) -> Iterator[None]:
     held = module.__dict__.get("forward")
     inner = module.forward
-    walks = held is None and type(module).forward is nn.Linear.forward
+    # A weight of a class of its own (integers, say) has a product of its own.
+    walks = held is None and type(module).forward is nn.Linear.forward and type(module.weight) is nn.Parameter
 
     def forward(x: Tensor) -> Tensor:
         if walks and x.ndim == 3 and x.shape[1] <= SHORT and x.device.type == "cpu":
