@@ -1,7 +1,7 @@
 """What a sweep costs beside its cells alone: `python -m benchmarks.sweep --task diagramqa --limit 60`.
 
-The 12 rows of the spec `table2_w4a4` on a LLaVA-shaped model of about 100 million random weights. The dense W4A4 cell, or
-every cell with `--alone all`, is made alone, then the whole sweep; the model is loaded before. Seconds are this
+The 12 rows of the spec `table2_w4a4` on a LLaVA-shaped model of about 100 million random weights. The dense W4A4 cell,
+or every cell with `--alone all`, is made alone, then the whole sweep; the model is loaded before. Seconds are this
 process's own CPU time, which other work on the machine disturbs less than the clock on the wall; both are shown.
 """
 

@@ -68,7 +68,8 @@ class OnImages(Language):
         words = text_quiz(self.text_questions(rng, step, self.share(WORDED), 0.0), self.speller)
         worded, known = quiz_losses(self.decoder, words, None)
         self.hints.mark(known, words.family)
-        hinted = 0.3 * found.get("read", 0.0) + 0.2 * (found.get("look", 0.0) + worded["look"] + worded["tell"])
+        looked = found.get("look", 0.0) + worded["look"] + worded.get("tell", 0.0)
+        hinted = 0.3 * found.get("read", 0.0) + 0.2 * looked
         placed, order = self.ordered(rng)
         total = found["said"] + worded["said"] + placed + fade(progress) * hinted
         logged = {f"quiz_{key}": float(value.detach()) for key, value in found.items()}

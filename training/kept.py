@@ -1,6 +1,6 @@
 """Twelve questions of the frozen test split, one of each image family, with the tokens that a fused choice keeps.
 
-python -m training.kept --spec table2 --out docs/images/kept.png
+python -m training.kept --spec table2_w4a4 --out docs/images/kept.png
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sheet(spec: str, split: Path) -> Image.Image:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spec", default="table2")
+    parser.add_argument("--spec", default="table2_w4a4")
     parser.add_argument("--split", type=Path, default=Path("tasks/diagramqa/test.parquet"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

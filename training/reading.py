@@ -110,7 +110,7 @@ class QuizRows:
         patches, support: [Q, n] and [Q, L] bool, where to look for the word: at what the question names, or, if
             it names nothing that is shown, at the patches that its answer depends on.
         naming, seen: [M, 2] row and position of every word that names something, and [M, n] what it names.
-        told: [F, 3] row of each sentence of a hint, and where it ends and what it is about.
+        told: [F, 3] row of each sentence of a hint, and where it ends and what it is about; in rows without an image.
     """
 
     ids: Tensor
@@ -186,6 +186,5 @@ def text_quiz(questions: Sequence[Question], speller: Speller) -> QuizRows:
         where[index, places] = True
     every = torch.ones(len(due), dtype=torch.bool)
     nobody = row_of.new_zeros(0, 2)
-    return QuizRows(
-        padded, row_of, at, words, every, family, nothing, where, nobody, nothing[:0], torch.tensor(told).view(-1, 3)
-    )
+    sentences = torch.tensor(told, dtype=torch.long).view(-1, 3)
+    return QuizRows(padded, row_of, at, words, every, family, nothing, where, nobody, nothing[:0], sentences)

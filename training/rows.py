@@ -44,7 +44,7 @@ class Row:
             question names too, if it names any; where no sentence names the choice, the one that the question names
             last), a number's first digit, or the last token that is of a choice or of the question. Without a hint
             the right choice itself; for an image, the words of the question that name something shown.
-        told: for each sentence of a hint, that token, and the word that the sentence is about.
+        told: for each sentence of a hint, its token of that kind, where it has one, and the word that it is about.
         question: positions of the question proper.
         named: position of every such word, and the patches that it names.
     """

@@ -20,7 +20,7 @@ from qapbench.shown import Shown
 from .cells import Result
 from .questions import Question, Speller
 
-CACHED = 2**20  # values of one tensor: what a CPU's cache holds; more is read from memory at every step
+CACHED = 2**20  # values of one tensor that stay in a CPU's cache while they are used again
 SHORT = 128  # tokens of a row for which reading a large weight costs more than its products
 PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs that say 0 of text
 
@@ -144,7 +144,7 @@ class Answerer:
             torch.manual_seed(rows[0].seed)
         else:
             options = {"do_sample": False, "num_beams": options.get("num_beams", 1)}
-        with separately(self.model, self.family, len(rows)):
+        with separately(self.model, self.family, len(rows) * int(options.get("num_beams") or 1)):
             out = self.model.generate(**inputs, max_new_tokens=length, **options)
         new = out[:, inputs["input_ids"].shape[1] :]
         return [[_until(text, until)] for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -156,17 +156,30 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
 
     A BLAS picks its kernel, and a vectorised loop its remainder, by the size of what it gets, and the last bit of a
     result follows; a 4-bit level may follow that. Row by row, no result depends on what shares the batch. All other
-    work is elementwise or reduces one token, and stays batched.
+    work is elementwise or reduces one token, and stays batched. Large weights on a CPU meet short rows in blocks, for
+    one row too, so that a row has the same bits alone.
+
+    Args:
+        rows: of the batch as the language model will see it, beams counted.
     """
     with contextlib.ExitStack() as stack:
         apart = {id(module) for name in ("vision", "projector") for module in family.parts[name].modules()}
         for module in model.modules():
             if id(module) in apart:
                 continue
-            large = isinstance(module, nn.Linear) and module.weight.numel() > CACHED
+            large = _is_large(module)
             if large or (rows > 1 and (isinstance(module, nn.Linear) or _is_activation(module))):
-                stack.enter_context(_row_by_row(module))
+                stack.enter_context(_row_by_row(module, large))
         yield
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Whether its weight is walked in blocks: a plain one on a CPU. Others (of integers, say) have their own way."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    weight = module.weight
+    plain = type(weight) is nn.Parameter and "forward" not in module.__dict__
+    return plain and weight.device.type == "cpu" and weight.numel() > CACHED
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -175,17 +188,13 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _row_by_row(module: nn.Module) -> Iterator[None]:
+def _row_by_row(module: Any, large: bool) -> Iterator[None]:
     held = module.__dict__.get("forward")
     inner = module.forward
-    # A weight of a class of its own (integers, say) has a product of its own.
-    walks = held is None and type(module).forward is nn.Linear.forward and type(module.weight) is nn.Parameter
 
     def forward(x: Tensor) -> Tensor:
-        if walks and x.ndim == 3 and x.shape[1] <= SHORT and x.device.type == "cpu":
-            weight: Any = module.weight
-            if weight.numel() > CACHED:
-                return _walked(x, weight, module.bias)
+        if large and x.ndim == 3 and x.shape[1] <= SHORT:
+            return _walked(x, module.weight, module.bias)
         if x.ndim < 3 or len(x) == 1:
             return inner(x)
         return torch.cat([inner(row) for row in x.split(1)])
