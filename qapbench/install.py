@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .quantization import LinearPlan, Tokens
+from .quantization import Format, LinearPlan, Tokens
 
 Look = Callable[[], Tokens | None]
 """What is known of the tokens of the call that is under way."""
+HELD = "_qapbench_quantized"
 
 
 @contextlib.contextmanager
@@ -44,9 +46,30 @@ def installed_all(linears: Mapping[str, nn.Linear], plan: LinearPlan, tokens: Lo
         yield
 
 
+@dataclasses.dataclass
+class _Held:
+    """A tensor as quantized, kept on the tensor itself and as long as it: q, k and v read one, gate and up another."""
+
+    format: Format
+    value: Tensor
+    readers: set[int]
+
+
 def _input_hook(plan: LinearPlan, tokens: Look) -> Any:
+    activation = plan.activation if isinstance(plan.activation, Format) and plan.transform is None else None
+    by_row = activation is not None and activation.granularity == "row"
+
     def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return plan.new_input(args[0], tokens()), *args[1:]
+        x = args[0]
+        held: _Held | None = getattr(x, HELD, None) if by_row else None
+        # Who reads it a second time may have been given a buffer that was filled anew.
+        if held is not None and held.format is activation and id(module) not in held.readers:
+            held.readers.add(id(module))
+            return held.value, *args[1:]
+        new = plan.new_input(x, tokens())
+        if activation is not None and by_row and new is not x and not new.requires_grad:
+            setattr(x, HELD, _Held(activation, new, {id(module)}))
+        return new, *args[1:]
 
     return quantize
 

@@ -197,7 +197,12 @@ def _row_by_row(module: Any, large: bool) -> Iterator[None]:
             return _walked(x, module.weight, module.bias)
         if x.ndim < 3 or len(x) == 1:
             return inner(x)
-        return torch.cat([inner(row) for row in x.split(1)])
+        first = inner(x[:1])
+        out = first.new_empty(len(x), *first.shape[1:])
+        out[:1] = first
+        for at in range(1, len(x)):
+            out[at] = inner(x[at : at + 1])[0]  # put there at once, while it is in the cache
+        return out
 
     module.forward = forward
     try:

@@ -1,0 +1,77 @@
+"""Plans on linears: what several linears read is quantized once, and never stays when what was read has changed."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qapbench.install import installed
+from qapbench.quantization import Format, LinearPlan
+
+FORMAT = Format(bits=4, group_size=8)
+
+
+class Counted(Format):
+    """Counts how often it quantizes."""
+
+    calls: ClassVar[int] = 0
+
+    def __call__(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        Counted.calls += 1
+        return super().__call__(x, valid)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[nn.Linear, nn.Linear]]:
+    torch.manual_seed(0)
+    Counted.calls = 0
+    one, two = nn.Linear(16, 4), nn.Linear(16, 4)
+    plan = LinearPlan(activation=Counted(bits=4, group_size=8))
+    with installed(one, plan), installed(two, plan):
+        yield one, two
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_an_input_of_several_linears_is_quantized_once(pair: tuple[nn.Linear, nn.Linear], inference: bool) -> None:
+    one, two = pair
+    with torch.inference_mode() if inference else torch.no_grad():
+        x = torch.randn(2, 3, 16)
+        expected = FORMAT(x)
+        assert torch.equal(one(x), nn.functional.linear(expected, one.weight, one.bias))
+        assert torch.equal(two(x), nn.functional.linear(expected, two.weight, two.bias))
+        assert Counted.calls == 1
+        two(x.clone())
+        assert Counted.calls == 2
+
+
+def test_a_buffer_that_is_filled_anew_is_quantized_anew(pair: tuple[nn.Linear, nn.Linear]) -> None:
+    one, two = pair
+    with torch.inference_mode():
+        x = torch.randn(2, 16)
+        for _ in range(2):
+            for linear in (one, two):
+                assert torch.equal(linear(x), nn.functional.linear(FORMAT(x), linear.weight, linear.bias))
+            x.copy_(torch.randn(2, 16))
+    assert Counted.calls == 2
+
+
+def test_what_carries_gradients_is_not_shared(pair: tuple[nn.Linear, nn.Linear]) -> None:
+    one, two = pair
+    x = torch.randn(2, 16, requires_grad=True)
+    (one(x).sum() + two(x).sum()).backward()
+    assert Counted.calls == 2
+    (expected,) = torch.autograd.grad(((FORMAT(x) @ one.weight.T).sum() + (FORMAT(x) @ two.weight.T).sum()), x)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_formats_do_not_share() -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(16, 4), nn.Linear(16, 4)
+    x = torch.randn(2, 16)
+    coarse = Format(bits=2)
+    plans = LinearPlan(activation=FORMAT), LinearPlan(activation=coarse)
+    with torch.no_grad(), installed(one, plans[0]), installed(two, plans[1]):
+        one(x)
+        assert torch.equal(two(x), nn.functional.linear(coarse(x), two.weight, two.bias))
