@@ -167,19 +167,19 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
         for module in model.modules():
             if id(module) in apart:
                 continue
-            large = _is_large(module)
-            if large or (rows > 1 and (isinstance(module, nn.Linear) or _is_activation(module))):
-                stack.enter_context(_row_by_row(module, large))
+            linear = isinstance(module, nn.Linear)
+            large = (
+                linear and _is_plain(module) and module.weight.device.type == "cpu" and module.weight.numel() > CACHED
+            )
+            if large or (rows > 1 and (linear or _is_activation(module))):
+                stack.enter_context(_row_by_row(module, linear and _is_plain(module), large))
         yield
 
 
-def _is_large(module: nn.Module) -> bool:
-    """Whether its weight is walked in blocks: a plain one on a CPU. Others (of integers, say) have their own way."""
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        return False
-    weight = module.weight
-    plain = type(weight) is nn.Parameter and "forward" not in module.__dict__
-    return plain and weight.device.type == "cpu" and weight.numel() > CACHED
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its product is x @ weight.T + bias; a weight of integers, say, has a product of its own."""
+    own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
+    return own and type(linear.weight) is nn.Parameter
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -188,7 +188,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _row_by_row(module: Any, large: bool) -> Iterator[None]:
+def _row_by_row(module: Any, plain: bool, large: bool) -> Iterator[None]:
     held = module.__dict__.get("forward")
     inner = module.forward
 
@@ -197,12 +197,15 @@ def _row_by_row(module: Any, large: bool) -> Iterator[None]:
             return _walked(x, module.weight, module.bias)
         if x.ndim < 3 or len(x) == 1:
             return inner(x)
-        first = inner(x[:1])
-        out = first.new_empty(len(x), *first.shape[1:])
-        out[:1] = first
-        for at in range(1, len(x)):
-            out[at] = inner(x[at : at + 1])[0]  # put there at once, while it is in the cache
-        return out
+        if plain and x.ndim == 3:  # the same products, written where they belong
+            out = x.new_empty(*x.shape[:2], len(module.weight))
+            for row, target in zip(x, out, strict=True):
+                if module.bias is None:
+                    torch.mm(row, module.weight.T, out=target)
+                else:
+                    torch.addmm(module.bias, row, module.weight.T, out=target)
+            return out
+        return torch.cat([inner(row) for row in x.split(1)])
 
     module.forward = forward
     try:
