@@ -39,7 +39,7 @@ def run(
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions; one a GPU.")] = 1,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Where workers run.")] = "local",
     spill: Annotated[bool, typer.Option("--spill", help="Let image features wait on disk, not in memory.")] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together, 8 by default.")] = None,
     device: DeviceOption = None,
     trust_remote_code: RemoteOption = False,
     page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,

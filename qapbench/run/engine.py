@@ -33,6 +33,7 @@ Report = Callable[[str, int, int], None]
 """Called with (run name, questions answered, questions in all)."""
 CALIBRATIONS = "calibrations"  # folder beside the runs
 EngineName = Literal["local", "ray"]
+BATCH = 8
 MEMORY = 1 << 30  # bytes of shown prompts that may wait for a later quantizer group
 
 
@@ -57,8 +58,7 @@ def run(
         runs: folder of the results, one sub-folder a run. What lies there is taken up, never made twice.
         fresh: make every run anew; earlier results are set aside, not deleted.
         fast: ask a stratified subset first, and stop the rows that are out of reach there.
-        batch_size: questions taken up together; 1 on a CPU (where more gains nothing), 8 on a GPU. No answer
-            depends on it.
+        batch_size: questions taken up together, 8 where None. No answer depends on it.
         device: "cpu", "cuda", ...; a GPU where there is one.
         workers: processes that share the questions, each on a GPU of its own where there are some.
         engine: where workers run; only processes of this machine so far, "ray" is refused.
@@ -104,7 +104,7 @@ class Engine:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError):  # an AssertionError is what torch without CUDA raises
             raise UserError(f"device: this machine has no '{device}'; try cpu or cuda") from None
-        self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
+        self.batch_size = batch_size or BATCH
         self.trust_remote_code = trust_remote_code
         self.report = report or (lambda name, done, total: None)
         self.workers = workers
