@@ -182,7 +182,8 @@ def test_relevance_and_sensitivity_are_computed_once(
 def test_equal_selections_are_answered_once(spec_of: Spec, tmp_path: Path) -> None:
     """Keeping every token is the dense run, whatever chooses."""
     everything = [{"method": method, "keep": 16} for method in ("random", "attention")]
-    records, answers = sweep([spec_of(), *(spec_of(prune=prune) for prune in everything)], tmp_path)
+    cells = [spec_of(), *(spec_of(prune=prune) for prune in everything)]
+    records, answers = sweep(cells, tmp_path, batch_size=1)
     assert [record["timing"]["computed"] for record in records] == [QUESTIONS, 0, 0]
     outputs = [[json.loads(line)["outputs"] for line in stored.splitlines()] for stored in answers]
     assert outputs[0] == outputs[1] == outputs[2]
