@@ -3,6 +3,8 @@
 The 12 rows of the spec `table2_w4a4` on a LLaVA-shaped model of about 100 million random weights. The dense W4A4 cell,
 or every cell with `--alone all`, is made alone, then the whole sweep; the model is loaded before. Seconds are this
 process's own CPU time, which other work on the machine disturbs less than the clock on the wall; both are shown.
+
+`--count` counts the multiply-adds of matrix products and attention instead: no machine does better than their ratio.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from qapbench.run.engine import Engine
 from qapbench.run.tasks import load_task
@@ -25,6 +29,7 @@ from qapbench.specfile import load_spec
 from . import random_llava
 
 DENSE = "W4A4 dense"
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know
 out = Console(width=120, highlight=False)
 
 
@@ -33,6 +38,20 @@ def timed(engine: Engine, specs: list[RunSpec]) -> tuple[float, float, list[dict
     wall, cpu = time.perf_counter(), time.process_time()
     records = engine.run(specs)
     return time.process_time() - cpu, time.perf_counter() - wall, records
+
+
+def count_products(specs: list[RunSpec], alone: RunSpec, folder: Path, batch_size: int) -> None:
+    """Multiply-adds of the sweep and of the dense cell alone: what has to be computed, however fast."""
+    engine = Engine(folder / "unused", batch_size)
+    engine.model(specs[0])
+    found = {}
+    for name, asked in (("alone", [alone]), ("sweep", specs)):
+        engine.runs = folder / f"count-{name}"
+        with FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention}) as counter:
+            engine.run(asked)
+        found[name] = counter.get_total_flops() / 2
+    out.print(f"multiply-adds: dense cell alone {found['alone']:.3g}, sweep {found['sweep']:.3g}")
+    out.print(f"sweep / dense cell alone: {found['sweep'] / found['alone']:.2f}")
 
 
 def measure(specs: list[RunSpec], alone: list[RunSpec], folder: Path, batch_size: int) -> None:
@@ -74,6 +93,11 @@ def measure(specs: list[RunSpec], alone: list[RunSpec], folder: Path, batch_size
     )
 
 
+def _attention(query: Any, key: Any, value: Any, *_args: Any, **_more: Any) -> int:
+    """Twice the multiply-adds of [B, heads, L, d] shapes, as if every token saw every other."""
+    return sdpa_flop_count(query, key, value)
+
+
 def _by_size(item: tuple[str, float]) -> float:
     return -item[1]
 
@@ -84,7 +108,8 @@ def main() -> None:
     parser.add_argument("--data", help="a parquet file; the task's own by default")
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--alone", choices=("dense", "all"), default="dense")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--count", action="store_true", help="multiply-adds instead of seconds")
     parser.add_argument("--model", type=Path, help="a checkpoint folder; made there where it is none yet")
     given = parser.parse_args()
     task = load_task(TaskSpec(name=given.task, data=given.data))
@@ -101,7 +126,11 @@ def main() -> None:
         docs = [task.docs[index] for index in range(min(given.limit, task.count))]
         shown = sum(doc.get("image") is not None for doc in docs)
         out.print(f"{given.task}: {len(docs)} questions, {shown} with an image")
-        measure(specs, alone, folder, given.batch_size)
+        if given.count:
+            (dense,) = (spec for spec in specs if spec.name == DENSE)
+            count_products(specs, dense, folder, given.batch_size)
+        else:
+            measure(specs, alone, folder, given.batch_size)
 
 
 if __name__ == "__main__":
