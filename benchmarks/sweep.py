@@ -122,15 +122,14 @@ def main() -> None:
         data = f", data: {Path(given.data).resolve()}" if given.data else ""
         changes = [f"model={checkpoint.resolve()}", f"task={{name: {given.task}, limit: {given.limit}{data}}}"]
         specs = load_spec("table2_w4a4", changes)
-        alone = specs if given.alone == "all" else [spec for spec in specs if spec.name == DENSE]
+        (dense,) = (spec for spec in specs if spec.name == DENSE)
         docs = [task.docs[index] for index in range(min(given.limit, task.count))]
         shown = sum(doc.get("image") is not None for doc in docs)
         out.print(f"{given.task}: {len(docs)} questions, {shown} with an image")
         if given.count:
-            (dense,) = (spec for spec in specs if spec.name == DENSE)
             count_products(specs, dense, folder, given.batch_size)
         else:
-            measure(specs, alone, folder, given.batch_size)
+            measure(specs, specs if given.alone == "all" else [dense], folder, given.batch_size)
 
 
 if __name__ == "__main__":

@@ -56,19 +56,20 @@ class _Held:
 
 
 def _input_hook(plan: LinearPlan, tokens: Look) -> Any:
-    activation = plan.activation if isinstance(plan.activation, Format) and plan.transform is None else None
-    by_row = activation is not None and activation.granularity == "row"
+    shared: Format | None = None  # what a token gets from it depends on nothing but the token
+    if isinstance(plan.activation, Format) and plan.activation.granularity == "row" and plan.transform is None:
+        shared = plan.activation
 
     def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        held: _Held | None = getattr(x, HELD, None) if by_row else None
+        held: _Held | None = getattr(x, HELD, None)
         # Who reads it a second time may have been given a buffer that was filled anew.
-        if held is not None and held.format is activation and id(module) not in held.readers:
+        if held is not None and held.format is shared and id(module) not in held.readers:
             held.readers.add(id(module))
             return held.value, *args[1:]
         new = plan.new_input(x, tokens())
-        if activation is not None and by_row and new is not x and not new.requires_grad:
-            setattr(x, HELD, _Held(activation, new, {id(module)}))
+        if shared is not None and new is not x and not new.requires_grad:
+            setattr(x, HELD, _Held(shared, new, {id(module)}))
         return new, *args[1:]
 
     return quantize

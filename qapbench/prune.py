@@ -207,6 +207,7 @@ class PrunedCalls:
         if relevance_text is not None and len(relevance_text) != len(rows):
             raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(rows)} images")
         parts: list[list[Part]] = [[] for _ in rows]
+        words = mask.bool() & ~placeholders
         for index, (views, keeps) in enumerate(zip(seen.views, self._budgets(seen), strict=True)):
             # Views of one budget are chosen from together; where the question counts, those of one image.
             by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
@@ -216,10 +217,10 @@ class PrunedCalls:
                     continue
                 mine = memo.of((index, span[0], span[-1]))
                 image = views.owners[span[0]]
-                asked = ids[rows[image]][mask[rows[image]].bool() & ~placeholders[rows[image]]]
                 text = relevance_text[image] if relevance_text else None
                 key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower))
-                make = functools.partial(self._tokens, views, slice(span[0], span[-1] + 1), asked, text, mine)
+                asked = ids[rows[image]], words[rows[image]]
+                make = functools.partial(self._tokens, views, slice(span[0], span[-1] + 1), *asked, text, mine)
                 tokens = recalled(mine.question, key, make)
                 selection = self._choose(tokens, keep, mine)
                 features = self._features(tokens, selection)
@@ -228,11 +229,14 @@ class PrunedCalls:
                     parts[views.owners[view]].append(Part(made, places[kept], places, selection.front))
         return parts
 
-    def _tokens(self, views: Views, span: slice, prompt: Tensor, text: str | None, memo: Memo) -> VisionTokens:
+    def _tokens(
+        self, views: Views, span: slice, ids: Tensor, words: Tensor, text: str | None, memo: Memo
+    ) -> VisionTokens:
         """What the pruner reads of some views, and of the question: the same for every pruner that reads the same."""
         tokens = views.tokens[span].only(self.needs)
         if not self.reader.needs:
             return tokens
+        prompt = ids[words]
         text = self._decode(prompt) if text is None else text
         asked: dict[str, Any] = self.reader.fields(tokens, text, prompt, memo.image, memo.question)
         return dataclasses.replace(tokens, **asked)

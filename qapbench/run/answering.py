@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qapbench.models import Family
@@ -167,12 +166,10 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
         for module in model.modules():
             if id(module) in apart:
                 continue
-            linear = isinstance(module, nn.Linear)
-            large = (
-                linear and _is_plain(module) and module.weight.device.type == "cpu" and module.weight.numel() > CACHED
-            )
-            if large or (rows > 1 and (linear or _is_activation(module))):
-                stack.enter_context(_row_by_row(module, linear and _is_plain(module), large))
+            plain = isinstance(module, nn.Linear) and _is_plain(module)
+            large = plain and module.weight.device.type == "cpu" and module.weight.numel() > CACHED
+            if large or (rows > 1 and (isinstance(module, nn.Linear) or _is_activation(module))):
+                stack.enter_context(_row_by_row(module, plain, large))
         yield
 
 
@@ -193,18 +190,11 @@ def _row_by_row(module: Any, plain: bool, large: bool) -> Iterator[None]:
     inner = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        if large and x.ndim == 3 and x.shape[1] <= SHORT:
-            return _walked(x, module.weight, module.bias)
-        if x.ndim < 3 or len(x) == 1:
+        walks = large and x.ndim == 3 and x.shape[1] <= SHORT
+        if not walks and (x.ndim < 3 or len(x) == 1):
             return inner(x)
-        if plain and x.ndim == 3:  # the same products, written where they belong
-            out = x.new_empty(*x.shape[:2], len(module.weight))
-            for row, target in zip(x, out, strict=True):
-                if module.bias is None:
-                    torch.mm(row, module.weight.T, out=target)
-                else:
-                    torch.addmm(module.bias, row, module.weight.T, out=target)
-            return out
+        if plain and x.ndim == 3:
+            return _products(x, module.weight, module.bias, walks)
         return torch.cat([inner(row) for row in x.split(1)])
 
     module.forward = forward
@@ -217,17 +207,22 @@ def _row_by_row(module: Any, plain: bool, large: bool) -> Iterator[None]:
             module.forward = held
 
 
-def _walked(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    """The linear of [B, L, in], its large weight taken in blocks, each for row after row while the cache holds it.
+def _products(x: Tensor, weight: Tensor, bias: Any, in_blocks: bool) -> Tensor:
+    """The linear of [B, L, in] row after row, each written where it belongs.
 
-    The blocks are the same whatever the batch, and so is every bit.
+    Args:
+        in_blocks: take the weight in blocks, each for all rows while the cache holds it. The blocks are the same
+            whatever the batch, and so is every bit.
     """
     out = x.new_empty(*x.shape[:2], len(weight))
-    step = max(64, CACHED // weight.shape[1] // 64 * 64)
+    step = max(64, CACHED // weight.shape[1] // 64 * 64) if in_blocks else len(weight)
     for at in range(0, len(weight), step):
         block = slice(at, at + step)
         for row, target in zip(x, out, strict=True):
-            target[:, block] = F.linear(row, weight[block], None if bias is None else bias[block])
+            if bias is None:
+                torch.mm(row, weight[block].T, out=target[:, block])
+            else:
+                torch.addmm(bias[block], row, weight[block].T, out=target[:, block])
     return out
 
 

@@ -134,9 +134,8 @@ def test_a_resumed_run_has_the_receipt_of_the_whole(spec_of: Spec, tmp_path: Pat
 
 def test_a_row_added_to_a_finished_sweep_shares_its_text_answers(spec_of: Spec, tmp_path: Path) -> None:
     run(spec_of(quantize=W4A4), tmp_path, batch_size=1)
-    added = run(
-        spec_of(quantize=W4A4, prune=PRUNE), tmp_path, batch_size=1
-    )  # another engine, as another process would be
+    # Another engine, as another process would be.
+    added = run(spec_of(quantize=W4A4, prune=PRUNE), tmp_path, batch_size=1)
     assert added["timing"]["computed"] == 7
     other = run(spec_of(prune=PRUNE), tmp_path, batch_size=1)
     assert other["timing"]["computed"] == QUESTIONS

@@ -86,9 +86,14 @@ def test_large_weights_give_the_same_answers_in_blocks(
 ) -> None:
     cell = spec_of(quantize=W4A4, dtype=dtype, task=task)
     _, (plain,) = sweep([cell], tmp_path / "plain", batch_size=16)
-    walked = []
-    walk = answering._walked
-    monkeypatch.setattr(answering, "_walked", lambda x, *linear: walked.append(len(x)) or walk(x, *linear))
+    walked: list[int] = []
+    products = answering._products
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, bias: Any, in_blocks: bool) -> torch.Tensor:
+        walked.extend([len(x)] * in_blocks)
+        return products(x, weight, bias, in_blocks)
+
+    monkeypatch.setattr(answering, "_products", watched)
     monkeypatch.setattr(answering, "CACHED", 1500)
     monkeypatch.setattr(answering.Answerer, "_room", lambda self, row, longest: self.batch_size * longest)
     _, (one,) = sweep([cell], tmp_path / "one", batch_size=1)
