@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qapbench.affine import COMPILE, fake_quantize
+from qapbench.methods.affine import COMPILE, fake_quantize
 
 BITS, GROUP = 4, 128
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}

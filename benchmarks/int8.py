@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qapbench import Format, LinearPlan
-from qapbench.backends import int8_linear
-from qapbench.receipt import LinearReceipt
+from qapbench.quantize.backends import int8_linear
+from qapbench.quantize.receipts import LinearReceipt
 
 INT8 = Format(bits=8, symmetric=True)
 WAYS = ("float32", "bfloat16", "simulated W8A8, float32", "torchao W8A8, eager", "torchao W8A8, compiled")
@@ -38,19 +38,24 @@ def measure(width: int, tokens: int, repeat: int, device: str, compiling: bool) 
         plain, brief = linear_of(width, torch.float32, device), linear_of(width, torch.bfloat16, device)
         quantized = linear_of(width, torch.bfloat16, device)
         plan = LinearPlan(INT8, INT8)
-        stack.enter_context(int8_linear(quantized, plan, LinearReceipt("linear", "language", (width, width))))
+        stack.enter_context(
+            int8_linear(quantized, plan, LinearReceipt(name="linear", part="language", shape=(width, width)))
+        )
         compiled = torch.compile(lambda y: nn.functional.linear(y, quantized.weight))
         simulated = INT8(plain.weight)
         calls: dict[str, Callable[[], Tensor]] = dict(
             zip(
                 WAYS,
                 (
-                    lambda: plain(x), lambda: brief(half), lambda: nn.functional.linear(INT8(x), simulated),
-                    lambda: quantized(half), lambda: compiled(half),
+                    lambda: plain(x),
+                    lambda: brief(half),
+                    lambda: nn.functional.linear(INT8(x), simulated),
+                    lambda: quantized(half),
+                    lambda: compiled(half),
                 ),
                 strict=True,
             )
-        )  # fmt: skip
+        )
         if not compiling:
             del calls[WAYS[-1]]
         times: dict[str, list[float]] = {name: [] for name in calls}

@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 
 from qapbench import metrics
 from qapbench.leaderboard import build
-from qapbench.run.record import read_records
+from qapbench.records.load import load_records
 
 PAINT = "() => performance.getEntriesByName('first-contentful-paint')[0].startTime"
 READY = "() => performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
@@ -34,7 +34,7 @@ def make_page(rows: int, out: Path) -> Path:
         write_runs(runs, write_questions(Path(folder) / "test.parquet"), names)
         write_study(runs)
         started = time.perf_counter()
-        build(read_records(runs), out, runs=runs)
+        build(load_records(runs), out, runs=runs)
         print(f"built in {time.perf_counter() - started:.1f} s, {out.stat().st_size / 2**20:.1f} MB, {len(names)} rows")
     return out
 

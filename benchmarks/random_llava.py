@@ -59,8 +59,13 @@ def save(folder: Path, texts: Iterable[str], seed: int = 0) -> int:
     tokenizer = _tokenizer(texts)
     vision = CLIPVisionConfig(**VISION, image_size=SIDE, patch_size=PATCH, projection_dim=256)
     language = LlamaConfig(
-        **LANGUAGE, vocab_size=VOCABULARY, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        **LANGUAGE,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     image: Any = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=language, image_token_index=image, tie_word_embeddings=True)
@@ -68,10 +73,13 @@ def save(folder: Path, texts: Iterable[str], seed: int = 0) -> int:
     model.save_pretrained(folder)
     square = {"height": SIDE, "width": SIDE}
     LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square), tokenizer=tokenizer,
-        patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=TEMPLATE,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     text = CLIPTextConfig(
         **TEXT, vocab_size=len(tokenizer), max_position_embeddings=77, eos_token_id=2, bos_token_id=1, pad_token_id=0
     )
@@ -93,6 +101,11 @@ def _tokenizer(texts: Iterable[str], size: int = 8000) -> PreTrainedTokenizerFas
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator([*texts, *(f" {letter}" for letter in "ABCDEFGH")], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+    )

@@ -63,15 +63,29 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
     attention = {
         name: normal(COUNT).softmax(dim=-1)
         for name in (
-            "cls_attention", "last_cls_attention", "attention_received", "middle_attention_received", "query_attention",
+            "cls_attention",
+            "last_cls_attention",
+            "attention_received",
+            "middle_attention_received",
+            "query_attention",
         )
-    }  # fmt: skip
+    }
     return VisionTokens(
-        projected, patches=normal(COUNT, PATCH), keys=normal(COUNT, PATCH), heads=16, cls_token=normal(PATCH),
-        image_embeds=normal(COUNT, JOINT), text_embeds=normal(1, JOINT), prompt_embeds=normal(WORDS, WIDTH),
-        last_keys=normal(COUNT, PATCH), text_attention=normal(COUNT, WORDS).softmax(dim=1), embedded=projected,
-        grid=(SIDE, SIDE), image_ids=tuple(map(str, range(batch))), **attention,
-    )  # fmt: skip
+        projected,
+        patches=normal(COUNT, PATCH),
+        keys=normal(COUNT, PATCH),
+        heads=16,
+        cls_token=normal(PATCH),
+        image_embeds=normal(COUNT, JOINT),
+        text_embeds=normal(1, JOINT),
+        prompt_embeds=normal(WORDS, WIDTH),
+        last_keys=normal(COUNT, PATCH),
+        text_attention=normal(COUNT, WORDS).softmax(dim=1),
+        embedded=projected,
+        grid=(SIDE, SIDE),
+        image_ids=tuple(map(str, range(batch))),
+        **attention,
+    )
 
 
 def fastest(calls: Mapping[str, Callable[[], Tensor]], repeats: int) -> tuple[dict[str, float], dict[str, Tensor]]:

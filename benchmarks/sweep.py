@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from qapbench.run.engine import Engine
-from qapbench.run.tasks import load_task
-from qapbench.spec import RunSpec, TaskSpec
-from qapbench.specfile import load_spec
+from qapbench.running.engine import Engine
+from qapbench.spec.run_spec import RunSpec, TaskSpec
+from qapbench.spec.spec_file import load_spec
+from qapbench.tasking.tasks import load_task
 
 from . import random_llava
 

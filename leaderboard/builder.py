@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,14 +16,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qapbench import UserError
+from qapbench.records.record import Record, parse_record
 
 from .export import csv_text, json_text, page_data, percent, plain, script_json, signed
 from .flips import Flips, find_flips
 from .paper import paper_rows, reference
-from .rows import Row, clean, column_names, from_record, mapping, stand_in_notes
-from .standing import REFERENCES, compared, scored_runs
+from .ranking import REFERENCES, compared, scored_runs
+from .rows import Row, clean, column_names, from_record, mapping, stand_in_notes, text
 from .studies import read_studies
 
+LOG = logging.getLogger(__name__)
 TITLE = "qapbench leaderboard"
 FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion")
 APP = ("dom.js", "flips.js", "details.js", "chart.js", "tokens.js", "metrics.js", "study.js", "heat.js", "table.js")
@@ -41,10 +44,13 @@ HINTS = {
 }
 
 
-def build(records: list[dict[str, Any]], out: Path | str, title: str = TITLE, runs: Path | str | None = None) -> Path:
+def build(
+    records: Sequence[Record | Mapping[str, Any]], out: Path | str, title: str = TITLE, runs: Path | str | None = None
+) -> Path:
     """Write the page to `out` (an .html file) and the rows to its .csv and .json siblings; return `out`.
 
     Args:
+        records: of runs, also as plain data; what is not a valid record is left out, with a warning that says why.
         runs: the folder that holds the records' runs. Without it there are no paired comparisons, no flipped questions
             and no studies: a record holds counts alone.
     """
@@ -52,7 +58,7 @@ def build(records: list[dict[str, Any]], out: Path | str, title: str = TITLE, ru
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"the leaderboard is an HTML page: {out.name!r} should end in .html")
     folder = Path(runs) if runs is not None else None
-    cleaned = [mapping(clean(record)) for record in records]
+    cleaned = valid_records(records)
     scored = scored_runs(cleaned, folder)
     own = compared([from_record(record) for record in cleaned], scored)
     rows = [*own, *paper_rows(len(own))]
@@ -71,10 +77,27 @@ def build(records: list[dict[str, Any]], out: Path | str, title: str = TITLE, ru
     return out
 
 
+def valid_records(records: Sequence[Record | Mapping[str, Any]]) -> list[Record]:
+    """The records as typed ones, their texts cleaned; those that are none are left out with a warning."""
+    found = []
+    for record in records:
+        data = clean(record.to_json() if isinstance(record, Record) else record)
+        try:
+            found.append(parse_record(data))
+        except UserError as error:
+            name = text(mapping(data).get("run_id")) or text(mapping(data).get("name")) or "without a name"
+            LOG.warning("record %s is left out: %s", name, "; ".join(map(str, error.problems[:3])))
+    return found
+
+
 def _render(
-    title: str, records: Sequence[dict[str, Any]], rows: Sequence[Row], columns: Sequence[str], flips: Flips,
+    title: str,
+    records: Sequence[Record],
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    flips: Flips,
     data: dict[str, Any],
-) -> str:  # fmt: skip
+) -> str:
     own = [row for row in rows if row.kind == "run"]
     notes = dict.fromkeys(note for record in records for note in stand_in_notes(record))
     notes |= dict.fromkeys(note for study in data["studies"] for note in study["notes"])

@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from qapbench.records.record import Record
+
 from .flips import Flips
-from .rows import Cell, Row, mapping, sequence, text
-from .standing import REFERENCES
+from .ranking import REFERENCES
+from .rows import Row, Score, mapping
 
 FIELDS = ["kind", "rank", "name", "model", "quantization", "pruner", "sensitivity", "fusion", "keep"]
 FIELDS += ["tokens", "tokens_min", "tokens_max", "kept", "merged", "available"]
@@ -55,7 +57,7 @@ def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
     writer.writerow([_harmless(name) for name in (*FIELDS, *heads, *LAST_FIELDS)])
     for row in rows:
         line = [getattr(row, name) for name in FIELDS]
-        for cell in (*(row.cells.get(name, Cell()) for name in columns), row.unparsed):
+        for cell in (*(row.cells.get(name, Score()) for name in columns), row.unparsed):
             line += [percent(cell.accuracy), cell.k, cell.n, percent(cell.low), percent(cell.high)]
         for kind in REFERENCES:
             versus = row.against.get(kind)
@@ -84,9 +86,12 @@ def script_json(data: Any) -> str:
 
 
 def page_data(
-    rows: Sequence[Row], records: Sequence[dict[str, Any]], columns: Sequence[str], flips: Flips,
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    columns: Sequence[str],
+    flips: Flips,
     studies: Sequence[dict[str, Any]],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What the page's script reads. The first rows are the records', in their order; the paper's follow.
 
     Runs of one model share their per-linear receipts, so each different receipt is held once.
@@ -94,18 +99,16 @@ def page_data(
     pool: dict[str, int] = {}
     details = []
     for record in records:
-        receipt = mapping(record.get("receipt"))
-        table = _columnar(sequence(receipt.get("linears")))
+        table = _columnar([line.model_dump(mode="json") for line in record.receipt.linears])
         details.append(
             {
-                "yaml": spec_yaml(record.get("spec")),
+                "yaml": spec_yaml(record.spec),
                 "linears": pool.setdefault(json.dumps(table), len(pool)),
-                "fallbacks": [text(item) for item in sequence(receipt.get("fallbacks"))],
-                "receipt_notes": [text(item) for item in sequence(receipt.get("notes"))],
-                "notes": [text(item) for item in sequence(record.get("notes"))],
-                "environment": _flat(record.get("environment")),
-                "fingerprints": _flat(record.get("fingerprints")),
-                "timing": _flat(record.get("timing")),
+                "fallbacks": record.receipt.fallbacks,
+                "notes": record.notes,
+                "environment": _flat(record.environment.model_dump(mode="json", exclude_none=True)),
+                "fingerprints": _flat(record.fingerprints),
+                "timing": _flat(record.timing.model_dump(mode="json", exclude_none=True)),
             }
         )
     return {

@@ -17,9 +17,13 @@ from pydantic import ValidationError
 from qapbench import UserError
 from qapbench.analysis.paired import OVERALL, Scored, flipped
 from qapbench.analysis.pictures import data_uri, grid_of, seen_image
-from qapbench.checkpoints import find_checkpoint
-from qapbench.run.tasks import LoadedTask, load_task, own_tasks
-from qapbench.spec import TaskSpec
+from qapbench.checkpoints.find import find_checkpoint
+from qapbench.receipt import ImageTokens
+from qapbench.records.answer import Answer
+from qapbench.records.record import Record
+from qapbench.spec.run_spec import TaskSpec
+from qapbench.tasking.outline import TaskOutline, read_outline
+from qapbench.tasking.registry import own_tasks
 
 from .rows import Row, mapping, sequence, text
 
@@ -57,9 +61,9 @@ def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
         return found
     sources = _Sources(found.missing)
     often = Counter(q for _, _, directions in pairs.values() for ids in directions.values() for q in ids)
-    stored: dict[str, dict[str, Any]] = {}
+    stored: dict[str, dict[str, Answer]] = {}
     for index, (one, other, directions) in pairs.items():
-        answers = [stored.setdefault(run.record["run_id"], run.answers()) for run in (one, other)]
+        answers = [stored.setdefault(run.record.run_id, run.answers()) for run in (one, other)]
         drawn: dict[str, Any] = {"against": one.name}
         for direction, ids in directions.items():
             # Images first, then what many rows flip: its image is on the page once.
@@ -74,28 +78,25 @@ def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
     return found
 
 
-def _images(answers: dict[str, Any], question: str) -> list[Any]:
-    return sequence(mapping(answers.get(question)).get("images"))
+def _images(answers: dict[str, Answer], question: str) -> list[ImageTokens]:
+    answer = answers.get(question)
+    return (answer.images if answer else None) or []
 
 
-def _side(answer: Any, square: bool) -> dict[str, Any]:
+def _side(answer: Answer | None, square: bool) -> dict[str, Any]:
     """One run's answer to a question: its text and which tokens of the (first) image it kept; null for all.
 
     Args:
         square: whether the image is; only then is the grid of its tokens known.
     """
-    answer = mapping(answer)
-    image = mapping(next(iter(sequence(answer.get("images"))), None))
-    given = image.get("available")
-    available = given if isinstance(given, int) and 0 < given <= 1 << 16 else 0
-    kept = image.get("kept")
-    valid = isinstance(kept, list) and all(isinstance(i, int) and 0 <= i < available for i in kept)
-    merged = image.get("merged")
+    image = answer.images[0] if answer and answer.images else ImageTokens(available=0)
+    available = image.available if image.available <= 1 << 16 else 0
+    valid = image.kept is not None and all(0 <= place < available for place in image.kept)
     return {
-        "answer": text(answer.get("answer")),
+        "answer": answer.answer if answer else "",
         "grid": grid_of(available) if square else None,
-        "kept": kept if valid else None,
-        "merged": merged if isinstance(merged, int) else 0,
+        "kept": image.kept if valid else None,
+        "merged": image.merged,
     }
 
 
@@ -104,12 +105,12 @@ class _Sources:
 
     def __init__(self, missing: list[str]) -> None:
         self._missing = missing
-        self._tasks: dict[str, tuple[LoadedTask, dict[str, int]] | None] = {}
+        self._tasks: dict[str, tuple[TaskOutline, dict[str, int]] | None] = {}
         self._processors: dict[str, Any] = {}
 
     def add(self, run: Scored, question: str, questions: dict[str, dict[str, Any]]) -> str | None:
         """The question's key in `questions`, put there where there is room; None where it cannot be shown."""
-        data = str(run.record["fingerprints"].get("data"))
+        data = str(run.record.fingerprints.get("data"))
         key = f"{data[:16]} {question}"
         if key in questions:
             return key
@@ -128,15 +129,15 @@ class _Sources:
         shown["truth"] = text(doc.get("letter"))
         if doc.get("image") is not None:
             try:
-                picture = seen_image(doc["image"].load(), self._processor(text(run.record["spec"].get("model"))))
+                picture = seen_image(doc["image"].load(), self._processor(text(run.record.spec.get("model"))))
                 shown["image"], shown["square"] = data_uri(picture), picture.width == picture.height
             except UserError as error:
                 self._miss(f"an image cannot be read: {error}")
         questions[key] = shown
         return key
 
-    def _task(self, record: dict[str, Any]) -> tuple[LoadedTask, dict[str, int]] | None:
-        spec, data = mapping(mapping(record.get("spec")).get("task")), record["fingerprints"].get("data")
+    def _task(self, record: Record) -> tuple[TaskOutline, dict[str, int]] | None:
+        spec, data = mapping(record.spec.get("task")), record.fingerprints.get("data")
         name = str([spec, data])
         if name not in self._tasks:
             self._tasks[name] = None
@@ -145,7 +146,7 @@ class _Sources:
                 # Only the project's own tasks: another's could run its code or fetch, for what a stranger wrote.
                 if asked.name not in own_tasks() or (asked.data and not Path(asked.data).is_file()):
                     raise UserError("they are not on this machine")
-                task = load_task(asked)
+                task = read_outline(asked)
                 if task.fingerprint != data:
                     raise UserError("the file on this machine holds others")
                 self._tasks[name] = task, {question: place for place, question in enumerate(task.ids)}

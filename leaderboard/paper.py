@@ -7,17 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qapbench.analysis.standing import (
-    Against,
-    Kind,
-    Standing,
-    corrected_together,
-    count_ranks,
-    unpaired_difference,
-)
+from qapbench.analysis.ranking import Against, Kind, Ranking, corrected_together, count_ranks, unpaired_difference
 
-from .rows import NONE, Cell, Row, counted
-from .standing import UNTOUCHED, with_standing
+from .ranking import UNTOUCHED, with_ranking
+from .rows import NONE, Row, Score, counted
 
 OVERALL = "Avg"
 MISSING = "Table {table} of the paper does not print this column"
@@ -36,9 +29,9 @@ def as_count(printed: float, n: int) -> int | None:
     return k if f"{100 * k / n:.2f}" == f"{printed:.2f}" else None
 
 
-def _cell(printed: float, n: int) -> Cell:
+def _cell(printed: float, n: int) -> Score:
     k = as_count(printed, n)
-    return Cell(n=n, accuracy=printed / 100) if k is None else counted(k, n)
+    return Score(n=n, accuracy=printed / 100) if k is None else counted(k, n)
 
 
 def paper_rows(start: int = 0) -> list[Row]:
@@ -54,7 +47,7 @@ def _published() -> list[Row]:
     data = reference()
     rows = []
     for table in data["tables"]:
-        absent = Cell(reason=MISSING.format(table=table["table"]))
+        absent = Score(reason=MISSING.format(table=table["table"]))
         for line in table["rows"]:
             printed = dict(zip(table["columns"], line["printed"], strict=True))
             rows.append(
@@ -72,7 +65,7 @@ def _published() -> list[Row]:
                         name: _cell(printed[name], n) if name in printed else absent
                         for name, n in data["questions"].items()
                     },
-                    unparsed=Cell(reason="not stated in the paper"),
+                    unparsed=Score(reason="not stated in the paper"),
                     run_id=f"arXiv {data['source']['arxiv']}, Table {table['table']}",
                 )
             )
@@ -90,9 +83,9 @@ def _compared(rows: list[Row], start: int) -> list[Row]:
             kind: Against(other, unpaired_difference(OVERALL, counts[other], counts[index], n), paired=False)
             for kind, other in _references(row, rows).items()
         }
-        found.append(Standing(ranks[index], len(rows), against))
+        found.append(Ranking(ranks[index], len(rows), against))
     return [
-        with_standing(row, standing, rows, start, _moved(row, standing, rows))
+        with_ranking(row, standing, rows, start, _moved(row, standing, rows))
         for row, standing in zip(rows, corrected_together(found), strict=True)
     ]
 
@@ -111,7 +104,7 @@ def _references(row: Row, rows: list[Row]) -> dict[Kind, int]:
     return found
 
 
-def _moved(row: Row, standing: Standing, rows: list[Row]) -> str:
+def _moved(row: Row, standing: Ranking, rows: list[Row]) -> str:
     dense = standing.get("dense")
-    here, there = (r.cells.get(UNTOUCHED, Cell()).k for r in (row, rows[dense.row] if dense else row))
+    here, there = (r.cells.get(UNTOUCHED, Score()).k for r in (row, rows[dense.row] if dense else row))
     return "" if here == there or None in (here, there) else f"{here} right on {UNTOUCHED}, {there} without pruning"

@@ -1,4 +1,4 @@
-"""From run records to table rows. A record is untrusted: any key may be missing and any value of any type."""
+"""From run records to table rows. What a record says is text of a stranger's: the page escapes all of it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qapbench.analysis.score import Tally
+from qapbench.records.record import ColumnScore, Record, Unparsed
+from qapbench.records.tally import Tally
 
 NONE = "none"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Score:
     """One accuracy, as fractions in [0, 1]; where `accuracy` is None, `reason` says why."""
 
     k: int | None = None
@@ -67,8 +68,8 @@ class Row:
     kept: float | None = None
     merged: float | None = None
     available: float | None = None
-    cells: dict[str, Cell] = field(default_factory=dict)
-    unparsed: Cell = field(default_factory=Cell)
+    cells: dict[str, Score] = field(default_factory=dict)
+    unparsed: Score = field(default_factory=Score)
     receipt: str = ""
     fallbacks: int = 0
     run_id: str = ""
@@ -85,10 +86,10 @@ class Row:
         return next((value for value in (self.tokens, self.keep, self.available) if value is not None), None)
 
 
-def counted(k: int, n: int) -> Cell:
+def counted(k: int, n: int) -> Score:
     """The cell of k correct answers of n."""
     tally = Tally(k, n)
-    return Cell(k, n, tally.accuracy, *tally.interval)
+    return Score(k, n, tally.accuracy, *tally.interval)
 
 
 def clean(value: Any) -> Any:
@@ -122,11 +123,6 @@ def number(value: Any) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _whole(value: Any) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
-
-
 def item_label(value: Any) -> str:
     """`cdpruner`; `convex (semantic 0.7)` for `{convex: {semantic: 0.7}}`; `none` for nothing."""
     if isinstance(value, dict) and len(value) == 1:
@@ -155,62 +151,56 @@ def quantization_label(quantize: Any, dtype: Any = None) -> str:
     return " ".join(parts)
 
 
-def _share(value: Any) -> float | None:
-    found = number(value)
-    return found if found is not None and 0 <= found <= 1 else None
+def _score(column: ColumnScore) -> Score:
+    """The score of a column; counts come first: a rate beside k and n is derived again."""
+    if column.unavailable is not None:
+        return Score(reason=column.unavailable)
+    if column.k is not None and column.n:
+        derived = counted(column.k, column.n)
+        if column.low is None or column.high is None:
+            return derived
+        return Score(column.k, column.n, derived.accuracy, column.low, column.high)
+    value = column.accuracy if column.accuracy is not None else column.mean
+    share = value if value is not None and 0 <= value <= 1 else None
+    reason = "" if share is not None else "the record holds no result"
+    return Score(column.k, column.n, share, column.low, column.high, reason)
 
 
-def _cell(data: dict[str, Any], rate: str = "accuracy") -> Cell:
-    """Counts come first: a rate beside k and n is derived again; a given interval is kept."""
-    if data.get("unavailable") is not None:
-        return Cell(reason=text(data["unavailable"]))
-    k, n = _whole(data.get("k")), _whole(data.get("n"))
-    low, high = _share(data.get("low")), _share(data.get("high"))
-    if k is not None and n is not None and 0 <= k <= n and n > 0:
-        derived = counted(k, n)
-        return derived if low is None or high is None else Cell(k, n, derived.accuracy, low, high)
-    accuracy = _share(data.get(rate, data.get("mean")))
-    return Cell(k, n, accuracy, low, high, "" if accuracy is not None else "the record holds no result")
+def _unparsed(unparsed: Unparsed) -> Score:
+    return counted(unparsed.k, unparsed.n) if unparsed.n else Score(reason="no question was asked")
 
 
-def from_record(record: dict[str, Any]) -> Row:
-    """The row of one cleaned record."""
-    spec, scores, tokens = (mapping(record.get(key)) for key in ("spec", "scores", "tokens"))
-    receipt, prune = mapping(record.get("receipt")), mapping(spec.get("prune"))
-    labels = mapping(record.get("labels"))  # without the parameters that are at their defaults
-    cells = {
-        text(column.get("name")): _cell(column)
-        for column in map(mapping, sequence(scores.get("columns")))
-        if text(column.get("name"))
-    }
+def from_record(record: Record) -> Row:
+    """The row of one record."""
+    spec, tokens, prune = record.spec, record.tokens, mapping(record.spec.get("prune"))
+    labels = record.labels  # without the parameters that are at their defaults
     return Row(
-        name=text(record.get("name")) or "run",
+        name=record.name,
         model=text(spec.get("model")),
         quantization=quantization_label(spec.get("quantize"), spec.get("dtype")),
-        pruner=text(labels.get("pruner")) or item_label(prune.get("method")),
-        sensitivity=text(labels.get("sensitivity")) or item_label(prune.get("sensitivity")),
-        fusion=text(labels.get("fusion")) or item_label(prune.get("fusion")),
+        pruner=labels.get("pruner") or item_label(prune.get("method")),
+        sensitivity=labels.get("sensitivity") or item_label(prune.get("sensitivity")),
+        fusion=labels.get("fusion") or item_label(prune.get("fusion")),
         keep=number(prune.get("keep")),
-        tokens=number(tokens.get("mean")),
-        tokens_min=number(tokens.get("min")),
-        tokens_max=number(tokens.get("max")),
-        kept=number(tokens.get("kept")),
-        merged=number(tokens.get("merged")),
-        available=number(tokens.get("available")),
-        cells=cells,
-        unparsed=_cell(mapping(scores.get("unparsed")), "rate"),
-        receipt=text(receipt.get("summary")),
-        fallbacks=len(sequence(receipt.get("fallbacks"))),
-        run_id=text(record.get("run_id")),
-        created=text(record.get("created")),
+        tokens=tokens.mean if tokens else None,
+        tokens_min=tokens.min if tokens else None,
+        tokens_max=tokens.max if tokens else None,
+        kept=tokens.kept if tokens else None,
+        merged=tokens.merged if tokens else None,
+        available=tokens.available if tokens else None,
+        cells={column.name: _score(column) for column in record.scores.columns},
+        unparsed=_unparsed(record.scores.unparsed),
+        receipt=record.receipt.summary,
+        fallbacks=len(record.receipt.fallbacks),
+        run_id=record.run_id,
+        created=record.created,
         stand_in=bool(stand_in_notes(record)),
     )
 
 
-def stand_in_notes(record: dict[str, Any]) -> list[str]:
+def stand_in_notes(record: Record) -> list[str]:
     """The record's notes that say its model or data is an embedded stand-in."""
-    notes = map(text, sequence(record.get("notes")))
-    return [note for note in notes if "stand-in" in note.lower()]
+    return [note for note in record.notes if "stand-in" in note.lower()]
 
 
 def column_names(rows: Iterable[Row]) -> list[str]:

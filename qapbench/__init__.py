@@ -1,68 +1,156 @@
-"""qapbench: quantization and vision-token pruning of multimodal LLMs, in one typed spec, measured honestly."""
+"""qapbench: quantization and vision-token pruning of multimodal LLMs, in one typed spec, measured honestly.
 
+Names are imported when they are first used: `import qapbench` costs nothing, and `qapbench --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
 import os
+import warnings
+from typing import TYPE_CHECKING, Any
 
 # MKL splits a product by the number of threads, which moves the last bit of a sum: a run by two workers would not end
 # with the bytes of a run by one. MKL reads this at its first product; it costs a few percent.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-from .affine import Grid, Levels, fake_quantize, grouped, round_through
-from .calibration import (
-    AbsMax,
-    Block,
-    CalibratedPTQ,
-    Calibration,
-    CalibrationSamples,
-    Found,
-    Gradient,
-    Gram,
-    Group,
-    MeanAbs,
-    Rows,
-)
-from .compress import compress
-from .errors import UserError
-from .install import installed_all
-from .normal_float import normal_float
-from .quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
-from .rotation import Rotation
-from .run import run
-from .spec import RunSpec
-from .strategy import (
-    Bits,
-    DecoderPruner,
-    GroupSize,
-    Pruner,
-    Share,
-    Stage,
-    even_stages,
-    fusion,
-    fusions,
-    metric,
-    metrics,
-    min_max,
-    pruner,
-    pruners,
-    ptq,
-    ptqs,
-    quantizer,
-    quantizers,
-    top,
-)
-from .sweepspec import SweepSpec
-from .tokens import Selection, VisionTokens
+__version__ = "0.2.0"
+
+PUBLIC = {
+    "errors": ("UserError",),
+    "methods.affine": ("Grid", "Levels", "fake_quantize", "grouped", "round_through"),
+    "methods.kinds": (
+        "Bits",
+        "DecoderPruner",
+        "Fraction",
+        "GroupSize",
+        "Pruner",
+        "Stage",
+        "even_stages",
+        "fusion",
+        "fusions",
+        "metric",
+        "metrics",
+        "min_max",
+        "pruner",
+        "pruners",
+        "ptq",
+        "ptqs",
+        "quantizer",
+        "quantizers",
+        "top_k",
+    ),
+    "methods.normal_float": ("normal_float",),
+    "methods.quantization": ("PTQ", "Format", "LinearPlan", "Scaling", "TokenActivation", "Tokens", "Transform"),
+    "methods.rotation": ("Rotation",),
+    "methods.tokens": ("Selection", "VisionTokens"),
+    "spec.run_spec": ("RunSpec",),
+    "spec.sweep_spec": ("SweepSpec",),
+    "quantize.calibration": (
+        "AbsMaxObserver",
+        "Block",
+        "CalibratedPTQ",
+        "Calibration",
+        "CalibrationResult",
+        "CalibrationSamples",
+        "Gradient",
+        "Gram",
+        "Group",
+        "MeanAbs",
+        "Rows",
+    ),
+    "quantize.install": ("installed_all",),
+    "compression": ("compress",),
+    "running": ("run",),
+}
+"""The public names, by the module that defines them."""
+
+DEPRECATED = {
+    "AbsMax": "AbsMaxObserver",
+    "Found": "CalibrationResult",
+    "Share": "Fraction",
+    "top": "top_k",
+}
+"""Names of version 0.1, which work for one more version and warn -> what replaces them."""
+
+HOMES = {name: module for module, names in PUBLIC.items() for name in names}
+
+if TYPE_CHECKING:
+    from .compression import compress
+    from .errors import UserError
+    from .methods.affine import Grid, Levels, fake_quantize, grouped, round_through
+    from .methods.kinds import (
+        Bits,
+        DecoderPruner,
+        Fraction,
+        GroupSize,
+        Pruner,
+        Stage,
+        even_stages,
+        fusion,
+        fusions,
+        metric,
+        metrics,
+        min_max,
+        pruner,
+        pruners,
+        ptq,
+        ptqs,
+        quantizer,
+        quantizers,
+        top_k,
+    )
+    from .methods.normal_float import normal_float
+    from .methods.quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
+    from .methods.rotation import Rotation
+    from .methods.tokens import Selection, VisionTokens
+    from .quantize.calibration import (
+        AbsMaxObserver,
+        Block,
+        CalibratedPTQ,
+        Calibration,
+        CalibrationResult,
+        CalibrationSamples,
+        Gradient,
+        Gram,
+        Group,
+        MeanAbs,
+        Rows,
+    )
+    from .quantize.install import installed_all
+    from .running import run
+    from .spec.run_spec import RunSpec
+    from .spec.sweep_spec import SweepSpec
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported from its module; a deprecated one with a warning."""
+    if (new := DEPRECATED.get(name)) is not None:
+        warnings.warn(f"qapbench.{name} is now qapbench.{new}; {name} goes in 0.3", DeprecationWarning, stacklevel=2)
+        name = new
+    if name not in HOMES:
+        raise AttributeError(f"module 'qapbench' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES})
+
 
 __all__ = [
     "PTQ",
-    "AbsMax",
+    "AbsMaxObserver",
     "Bits",
     "Block",
     "CalibratedPTQ",
     "Calibration",
+    "CalibrationResult",
     "CalibrationSamples",
     "DecoderPruner",
     "Format",
-    "Found",
+    "Fraction",
     "Gradient",
     "Gram",
     "Grid",
@@ -77,7 +165,6 @@ __all__ = [
     "RunSpec",
     "Scaling",
     "Selection",
-    "Share",
     "Stage",
     "SweepSpec",
     "TokenActivation",
@@ -104,5 +191,5 @@ __all__ = [
     "quantizers",
     "round_through",
     "run",
-    "top",
+    "top_k",
 ]

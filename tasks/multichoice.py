@@ -1,8 +1,11 @@
-"""Multiple-choice questions with an optional image, as ScienceQA asks and counts them.
+"""Multiple-choice questions with an optional image, asked and scored as in the published results on ScienceQA.
 
-Prompts, answer parsers, the columns of the published tables, and the documents that lm-eval iterates over.
-References: lmms-eval (tasks/scienceqa); haotian-liu/LLaVA (scripts/convert_sqa_to_llava*.py and, as at its
-ScienceQA releases, llava/eval/eval_science_qa.py); royalneverwin/QVLM (llava/eval/eval_science_qa.py).
+This module holds the prompts, the parsers of generated answers, the columns of the published tables, and the documents
+that lm-eval iterates over.
+
+Sources: lmms-eval (tasks/scienceqa); haotian-liu/LLaVA (scripts/convert_sqa_to_llava*.py, and
+llava/eval/eval_science_qa.py as it was at the ScienceQA releases); royalneverwin/QVLM
+(llava/eval/eval_science_qa.py).
 """
 
 from __future__ import annotations
@@ -39,13 +42,15 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a question is put.
+    """A wording in which questions are put to a model.
 
     Attributes:
-        body: question, context and options of a row; what relevance to the image is measured against.
-        instruction: what follows the body in the prompt only.
-        parser: the parser that its answers are meant for.
-        max_gen_toks: tokens that an answer may take.
+        body: function that writes the question, context and options of a row. The relevance of visual tokens is
+            measured against this text.
+        instruction: text that follows the body in the prompt, but is no part of the text that relevance is measured
+            against.
+        parser: name of the parser that fits the answers to this prompt.
+        max_gen_toks: largest number of tokens in a generated answer.
     """
 
     body: Callable[[dict[str, Any]], str]
@@ -55,17 +60,17 @@ class Prompt:
 
 
 def _cqm(row: dict[str, Any]) -> str:
-    """Context, question, options one a line: LLaVA-1.5 and lmms-eval."""
+    """Write the context, the question, and one option per line, as LLaVA-1.5 and lmms-eval do."""
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
     pairs = zip(string.ascii_uppercase, row["choices"], strict=False)
     return f"{context}{row['question']}\n" + "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
 
 
 def _qcm(row: dict[str, Any]) -> str:
-    """Question, context, options in one line: LLaVA fine-tuned on ScienceQA.
+    """Write the question, the context, and all options in one line, as for LLaVA fine-tuned on ScienceQA.
 
-    The reference writes `Question: ` in front and its converter takes it away again; double spaces become
-    single ones.
+    The reference writes `Question: ` in front, and its converter removes that again, so it is left out here. Double
+    spaces become single spaces.
     """
     pairs = zip(string.ascii_uppercase, row["choices"], strict=False)
     options = " ".join(f"({letter}) {choice}" for letter, choice in pairs)
@@ -73,7 +78,7 @@ def _qcm(row: dict[str, Any]) -> str:
     return text.replace("  ", " ").strip()
 
 
-# The LEA and LEPA prompts are the same; the models were taught to end differently, hence the parsers.
+# The prompts of LEA and LEPA are equal. Their models were trained to end answers differently, so the parsers differ.
 PROMPTS = {
     "cqm_a": Prompt(_cqm, f"\n{INSTRUCTION}", parser="lmms", max_gen_toks=16),
     "qcm_lea": Prompt(_qcm, "", parser="llava", max_gen_toks=1024),
@@ -82,10 +87,11 @@ PROMPTS = {
 
 
 def _llava(text: str, letters: Sequence[str]) -> str | None:
-    """The whole text is a letter; or it begins `X. `; or it says exactly once `The answer is X.`.
+    """Find the answered letter by the three rules of LLaVA's evaluation; None if no rule applies.
 
-    As in the reference a bare `A.` is not an answer, the first rule that applies decides even where its
-    letter is none of the options, and the full stop of the last rule stands for any character.
+    The rules are: the whole text is one letter; the text begins with `X. `; the text contains `The answer is X.`
+    exactly once. As in the reference, a bare `A.` is not an answer, the first rule that applies decides even if its
+    letter is not one of the options, and the full stop of the last rule matches any character.
     """
     known = string.ascii_uppercase[: max(5, len(letters))]
     if len(text) == 1 and text in known:
@@ -96,14 +102,20 @@ def _llava(text: str, letters: Sequence[str]) -> str | None:
 
 
 def _lmms(text: str, letters: Sequence[str]) -> str | None:
-    """The whole text is a letter, large or small; or it begins with a capital letter and a full stop."""
+    """Find the answered letter by the rules of lmms-eval; None if no rule applies.
+
+    Either the whole text is one letter, in upper or lower case, or it begins with a capital letter and a full stop.
+    """
     if len(text) == 1:
         return text.upper()
     return text[0] if text[:1].isupper() and text[1:2] == "." else None
 
 
 def _qvlm(text: str, letters: Sequence[str]) -> str | None:
-    """It says exactly once `ANSWER: X.` (any character for the full stop, as in the reference)."""
+    """Find the answered letter by QVLM's rule: the text contains `ANSWER: X.` exactly once; None otherwise.
+
+    As in the reference, the full stop matches any character.
+    """
     return _only(re.findall(r"ANSWER: ([A-Z]).", text))
 
 
@@ -117,17 +129,17 @@ PARSERS: dict[str, Callable[[str, Sequence[str]], str | None]] = {
     "qvlm": _qvlm,
 }
 GUESSES = {"qvlm"}
-"""Parsers whose reference guesses at random where there is no answer; here the guess follows seed and pid."""
+"""Parsers whose reference guesses at random if it finds no answer. Here the guess is determined by seed and `pid`."""
 
 
 def parse(doc: dict[str, Any], text: str) -> tuple[int | None, bool]:
-    """What a text answers.
+    """Find the choice that a generated text answers with.
 
-    A letter that is none of the question's options is no answer: wrong, and unparsed.
+    A letter that is not one of the question's options counts as no answer.
 
     Returns:
-        index: of the choice, or None (which is wrong).
-        unparsed: no rule of the parser applied; the index, if any, is a guess.
+        The index of the choice, or None, which counts as wrong; and whether the text could not be parsed, in which
+        case the index, if there is one, is a guess.
     """
     letters, parser = doc["letters"], doc["parser"]
     letter = PARSERS[parser](text.strip(), letters)
@@ -140,11 +152,11 @@ def parse(doc: dict[str, Any], text: str) -> tuple[int | None, bool]:
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """A task's own questions for calibration.
+    """A task's own source of questions for calibration.
 
     Attributes:
-        rows: (samples, seed) -> as many rows, as `rows.read` gives them.
-        version: changes whenever the rows of a seed do.
+        rows: function of (number of samples, seed) that draws so many rows, with the columns that `rows.read` returns.
+        version: string that changes whenever the rows drawn for a given seed change.
     """
 
     rows: Callable[[int, int], list[dict[str, Any]]]
@@ -152,18 +164,18 @@ class CalibrationSource:
 
 
 class Docs(Sequence[dict[str, Any]]):
-    """The documents of one data set, as lm-eval iterates over them: small dicts without image bytes.
+    """The documents of one data set, which lm-eval iterates over: small dicts without the bytes of images.
 
     Attributes:
-        features: the fields of a document (lm-eval reads its keys).
-        unavailable: column -> why it cannot be counted in these data.
-        fingerprint: of the data.
-        prompt, parser: the names in effect.
-        generation: what the prompt asks of decoding, over the YAML's `generation_kwargs`.
-        numbered: the data have no ids; the questions' are row numbers.
-        calibration: (samples, seed, parquet file or None) -> as many questions that quantization may look at, put as
-            these are.
-        calibration_version: of the task's own source of such questions; "" where it has none.
+        features: dict whose keys are the fields of a document; lm-eval reads them.
+        unavailable: for each column that cannot be counted in these data, the reason.
+        fingerprint: fingerprint of the data, from `rows.read`.
+        prompt, parser: names of the prompt and of the parser in use.
+        generation: options of decoding that the prompt requires; they override the YAML's `generation_kwargs`.
+        numbered: whether the data have no ids, so that the ids of the questions are row numbers.
+        calibration: function of (number of samples, seed, parquet file or None) that draws so many questions for the
+            calibration of a quantizer, with the same prompt as these documents.
+        calibration_version: version of the task's own calibration questions; "" if it has none.
     """
 
     def __init__(
@@ -209,18 +221,23 @@ def dataset(
     calibration: CalibrationSource | None = None,
     **_: Any,
 ) -> dict[str, Docs]:
-    """lm-eval's `custom_dataset`: the split `test`. lm-eval passes the whole metadata, hence the rest.
+    """Load a data set as the split `test`. This is what lm-eval calls as the task's `custom_dataset`.
+
+    lm-eval passes all of the task's metadata as keyword arguments. Those that are not listed here are ignored.
 
     Args:
-        data: a parquet file or a hub id (`rows.read` names the columns).
-        prompt: one of PROMPTS.
-        parser: one of PARSERS; the prompt's own where None.
-        seed: of the parsers that guess.
-        limit: only the first questions. Which columns are unavailable is decided on all of them.
-        calibration: the task's own questions for calibration; without it users name a file.
+        data: path of a parquet file, or the id of a data set on the hub. `rows.REQUIRED` lists its columns.
+        prompt: name of a prompt in PROMPTS.
+        parser: name of a parser in PARSERS; None takes the parser that belongs to the prompt.
+        seed: seed of the parsers that guess.
+        limit: keep only so many questions, from the start. Which columns are unavailable is decided on all questions.
+        calibration: the task's own source of calibration questions; without one, users have to name a file.
+
+    Returns:
+        The documents, under the key "test".
 
     Raises:
-        UserError: unknown prompt or parser, or wrong data.
+        UserError: if the prompt or the parser is unknown, or the data cannot be read or are wrong.
     """
     form = PROMPTS[_known("prompt", prompt, PROMPTS)]
     parser = _known("parser", parser or form.parser, PARSERS)
@@ -238,7 +255,7 @@ def dataset(
 def _documents(
     rows: list[dict[str, Any]], form: Prompt, unavailable: dict[str, str], parser: str, seed: int
 ) -> list[dict[str, Any]]:
-    """Rows as documents: what is asked, and what counts as an answer."""
+    """Turn rows into documents, which also hold the prompt and what is needed to score an answer."""
     docs = []
     for row in rows:
         body = form.body(row).replace(IMAGE, "").strip()
@@ -262,7 +279,11 @@ def _documents(
 def _calibration_rows(
     samples: int, seed: int, file: str | None, source: CalibrationSource | None
 ) -> list[dict[str, Any]]:
-    """So many rows of a file, drawn without replacement, or of the task's own source."""
+    """Draw `samples` rows for calibration, from a file without replacement, or from the task's own source.
+
+    Raises:
+        UserError: if there is neither a file nor a source, or the file is wrong or has too few rows.
+    """
     where = ("quantize", "calibration")
     if file is None:
         if source is None:
@@ -285,7 +306,7 @@ def _known(kind: str, name: str, valid: dict[str, Any]) -> str:
 
 
 def columns_of(row: dict[str, Any]) -> list[str]:
-    """The columns that a question counts in, in the order of COLUMNS."""
+    """The columns of the published tables in which a question counts, in the order of COLUMNS."""
     subject = SUBJECTS.get(row["subject"].strip().lower())
     grade = _grade(row["grade"])
     member = {
@@ -301,7 +322,7 @@ def columns_of(row: dict[str, Any]) -> list[str]:
 
 
 def unknown_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Columns that some question may or may not belong to, each with the reason."""
+    """The columns for which it is unknown whether some question belongs to them, each with the reason."""
     unknown = {
         "subject": sum(row["subject"].strip().lower() not in SUBJECTS for row in rows),
         "grade": sum(_grade(row["grade"]) is None for row in rows),
@@ -320,16 +341,20 @@ def _grade(text: str) -> int | None:
 
 
 def doc_to_image(doc: dict[str, Any]) -> list[LazyImage]:
-    """The question's images, still encoded: at most one."""
+    """The images of the question, still encoded. There is at most one."""
     return [] if doc["image"] is None else [doc["image"]]
 
 
 def process_results(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """1 or 0 for each column that the question counts in, and whether its answer could not be parsed.
+    """Score the answer to one question.
 
     Args:
-        doc: one of Docs.
-        results: `[text]` of a generated answer, or one `(log-likelihood, is_greedy)` an option.
+        doc: a document of `Docs`.
+        results: `[text]` for a generated answer, or one `(log-likelihood, is_greedy)` per option.
+
+    Returns:
+        1 (right) or 0 (wrong) for each column in which the question counts, and 1 or 0 under "unparsed", which tells
+        whether the answer could not be parsed.
     """
     if isinstance(results[0], str):
         index, unparsed = parse(doc, results[0])
@@ -340,7 +365,11 @@ def process_results(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, fl
 
 
 def _likeliest(likelihoods: Sequence[float]) -> tuple[int | None, bool]:
-    """The first of the highest; none where a NaN makes them incomparable."""
+    """Find the option with the highest log-likelihood; the first one, if several are equal.
+
+    Returns:
+        The index and False, or None and True if any value is NaN, since NaN cannot be compared.
+    """
     if any(math.isnan(value) for value in likelihoods):
         return None, True
     return max(range(len(likelihoods)), key=likelihoods.__getitem__), False

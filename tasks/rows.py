@@ -1,4 +1,4 @@
-"""Rows of a multiple-choice data set: read once, checked, with the images left on disk."""
+"""Reading and checking the rows of a multiple-choice data set. Images stay on disk until they are needed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,19 @@ KINDS = {
     "grade": "text",
 }
 SHOWN = 5
-"""Mistakes in rows that one message lists; a torn column would otherwise give one line a question."""
+"""Largest number of wrong rows that one message lists. Without it, a damaged column would give a line per question."""
 
 
 class LazyImage:
-    """One image, still encoded and still on disk.
+    """A reference to one image, which stays encoded and on disk.
 
-    It holds the name of the data, a row and nothing else, so it is cheap to keep, copy and pickle; the bytes
-    come from the memory-mapped table whenever they are asked for.
+    It does not hold the image itself, so it is cheap to keep, copy and pickle. The bytes are read through the
+    memory-mapped table each time they are asked for.
+
+    Attributes:
+        data: absolute path of the parquet file, or the id of a data set on the hub.
+        stamp: modification time of the file in nanoseconds; 0 for the hub.
+        row: index of the image's row.
     """
 
     __slots__ = ("_digest", "data", "row", "stamp")
@@ -44,10 +49,10 @@ class LazyImage:
         self._digest: str | None = None
 
     def encoded(self) -> bytes:
-        """The file's bytes (PNG, JPEG, ...).
+        """Read the bytes of the image file (PNG, JPEG or another format).
 
         Raises:
-            UserError: the data changed or went away, or the row names a picture file that is not there.
+            UserError: if the data changed or are gone, or if the row names an image file that cannot be read.
         """
         cell = _pictures(self.data, self.stamp).cell(self.row)
         if cell["bytes"] is not None:
@@ -59,10 +64,10 @@ class LazyImage:
             raise UserError(Problem(f"{self}: cannot read {path}: {error.strerror}", WHERE)) from None
 
     def load(self) -> Image.Image:
-        """The decoded picture, RGB.
+        """Decode the image to RGB.
 
         Raises:
-            UserError: the bytes are not a picture.
+            UserError: if the bytes cannot be read, or are not an image.
         """
         from PIL import Image
 
@@ -73,7 +78,7 @@ class LazyImage:
             raise UserError(Problem(f"{self}: not a readable picture ({error})", WHERE)) from None
 
     def digest(self) -> str:
-        """SHA-256 of the encoded bytes, in hexadecimal: equal files have equal digests."""
+        """SHA-256 of the encoded bytes, in hexadecimal. Equal files have equal digests."""
         if self._digest is None:
             self._digest = hashlib.sha256(self.encoded()).hexdigest()
         return self._digest
@@ -87,24 +92,25 @@ class LazyImage:
     def __hash__(self) -> int:
         return hash(self.__reduce__()[1])
 
-    # No address in it: lm-eval hashes a document by its repr.
+    # lm-eval hashes a document by its repr, so this must not contain a memory address.
     def __repr__(self) -> str:
         return f"LazyImage({Path(self.data).name}, row {self.row})"
 
 
 def read(data: str) -> tuple[list[dict[str, Any]], str]:
-    """Every row of a data set, checked, and its fingerprint.
+    """Read and check all rows of a data set.
 
     Args:
-        data: a parquet file, or `owner/name` of a data set on the hub (its split `test`).
+        data: path of a parquet file, or the id `owner/name` of a data set on the hub, whose split `test` is read.
 
     Returns:
-        rows: the data's own columns; `image` is a `LazyImage` or None, `pid` a string (the row's index where
-            the data have no such column), a null `hint`, `subject` or `grade` is "".
-        fingerprint: SHA-256 of the file; for the hub, the fingerprint that `datasets` gives.
+        The rows, and a fingerprint of the data. A row has the columns of the data, in which `image` is a
+        `LazyImage` or None, `pid` is a string (the index of the row if the data give none), and a null `hint`,
+        `subject` or `grade` is replaced by "". It also has `numbered`: whether `pid` is the index of the row. The
+        fingerprint is the SHA-256 of the file or, for the hub, the fingerprint that `datasets` computes.
 
     Raises:
-        UserError: unreachable or unreadable data, a column missing or of another type, wrong rows.
+        UserError: if the data cannot be reached or read, a column is missing or has a wrong type, or a row is wrong.
     """
     data, path = _locate(data)
     stamp = path.stat().st_mtime_ns if path else 0
@@ -126,7 +132,14 @@ def read(data: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def _locate(data: str) -> tuple[str, Path | None]:
-    """Tell a file from a hub id: the absolute path and itself, or the id and None."""
+    """Tell a file from a data set on the hub.
+
+    Returns:
+        The absolute path as a string and as a `Path`, or the id of the data set and None.
+
+    Raises:
+        UserError: if `data` is a folder, or looks like the path of a file that does not exist.
+    """
     path = Path(data).expanduser()
     if path.is_file():
         return str(path.resolve()), path.resolve()
@@ -139,7 +152,11 @@ def _locate(data: str) -> tuple[str, Path | None]:
 
 
 class _Pictures:
-    """The image column, memory-mapped anew every REMAP bytes: pages once read would else stay resident."""
+    """The image column of a data set, memory-mapped.
+
+    A file is mapped anew after every REMAP bytes that were read, because pages that were read stay resident in memory
+    as long as the mapping exists.
+    """
 
     REMAP = 32 << 20
 
@@ -163,7 +180,15 @@ _pictures = functools.lru_cache(maxsize=8)(_Pictures)
 
 
 def _open(data: str, stamp: int) -> datasets.Dataset:
-    """The memory-mapped table; `stamp` is the file's modification time in ns, 0 for the hub."""
+    """Open a data set as a memory-mapped table, with encoded images.
+
+    Args:
+        data: absolute path of a parquet file, or the id of a data set on the hub.
+        stamp: modification time in nanoseconds that the file had when it was first read; 0 for the hub.
+
+    Raises:
+        UserError: if the data cannot be read, or the file was modified since.
+    """
     import datasets
 
     if not stamp:
@@ -188,10 +213,10 @@ def _from_hub(name: str) -> datasets.Dataset:
     way_out = f"give a local parquet file, e.g. task.data={name.split('/')[-1]}.parquet"
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            # Without this first question, datasets retries an unreachable hub for half a minute.
+            # Without this request, datasets would retry an unreachable hub for half a minute.
             huggingface_hub.HfApi().dataset_info(name, timeout=10)
         table = datasets.load_dataset(name, split="test")
-    except Exception as error:  # httpx, OSError, hub and datasets errors: no common base
+    except Exception as error:  # errors of httpx, huggingface_hub, datasets and the OS have no common base class
         message = f"cannot load {name} from the hub ({first_line(error)}); {way_out}"
         raise UserError(Problem(message, WHERE)) from None
     _check_columns(table.data.table.schema, name)
@@ -242,7 +267,7 @@ def _fits(column: str, kind: pa.DataType) -> bool:
 
 
 def _has_image(column: pa.ChunkedArray) -> list[bool]:
-    """Which rows have a picture, from the validity bitmaps alone: no picture is read."""
+    """Tell for each row whether it has an image. Only the validity bitmaps are read, not the images."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -272,7 +297,7 @@ def _check_rows(rows: list[dict[str, Any]], name: str) -> None:
 
 
 def _mistake(row: dict[str, Any]) -> tuple[str, str]:
-    """The column and the mistake of a row; two empty strings where it is right."""
+    """Find the first mistake of a row: the column and what is wrong, or two empty strings if the row is valid."""
     choices, answer = row["choices"], row["answer"]
     if not row["question"]:
         return "question", "empty"

@@ -8,20 +8,20 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from qapbench import Pruner, Selection, UserError, pruners
+from qapbench.analysis.compatibility import CompatibilityResult, run_matrix
 from qapbench.cli import app
-from qapbench.matrix import Cell, run_matrix
 from qapbench.models.family import families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def cells() -> list[Cell]:
+def cells() -> list[CompatibilityResult]:
     return list(run_matrix())
 
 
-def test_every_pruner_meets_every_family(cells: list[Cell]) -> None:
-    assert [(c.family, c.pruner) for c in cells] == [(f, p) for f in families() for p in pruners.names()]
+def test_every_pruner_meets_every_family(cells: list[CompatibilityResult]) -> None:
+    assert [(c.family, c.pruner) for c in cells] == [(f, p) for f in families.names() for p in pruners.names()]
     for cell in cells:
         assert cell.outcome != "failed", cell
         assert bool(cell.reason) == (cell.outcome == "refused")
@@ -56,14 +56,14 @@ def test_refusals_and_faults_are_found(monkeypatch: Any) -> None:
     }
 
 
-def test_the_command(cells: list[Cell], monkeypatch: Any) -> None:
+def test_the_command(cells: list[CompatibilityResult], monkeypatch: Any) -> None:
     run = CliRunner().invoke(app, ["list", "--matrix", "--json"])
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout) == [cell.to_json() for cell in cells]
     monkeypatch.setattr("qapbench.matrix.run_matrix", lambda: cells)
     monkeypatch.setattr("qapbench.cli.items.out", Console(width=200))
     table = CliRunner().invoke(app, ["list", "--matrix"])
-    assert all(name in table.stdout for name in (*families(), *pruners.names()))
+    assert all(name in table.stdout for name in (*families.names(), *pruners.names()))
     for note in {note for cell in cells for note in cell.notes} | {cell.reason for cell in cells}:
         assert note in table.stdout
 

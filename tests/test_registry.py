@@ -1,5 +1,6 @@
 """The registry itself: collisions, suggestions, typed parameters, plugin files."""
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 from pydantic import Field
 
-from qapbench import Pruner, UserError, metrics, pruner, pruners, ptq, quantizer, registry
+from qapbench import Pruner, UserError, metrics, pruner, pruners, ptq, quantizer
 from qapbench.errors import nearest
-from qapbench.registry import Registry, load_plugin_file
+from qapbench.methods import plugins
+from qapbench.methods.plugins import load_plugin_file
+from qapbench.methods.registry import Registry
 
 
 def toys(check: Callable[[Any], None] = lambda target: None) -> Registry[Any]:
@@ -25,12 +28,12 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     metrics.names()
     for held in (metrics, pruners):
         monkeypatch.setattr(held, "_entries", dict(held._entries))
-    monkeypatch.setattr(registry, "_loaded_files", {})
-    before = dict(registry.sys.modules)
+    monkeypatch.setattr(plugins, "_loaded_files", {})
+    before = dict(sys.modules)
     yield
-    for name in set(registry.sys.modules) - set(before):
+    for name in set(sys.modules) - set(before):
         if name.startswith("qapbench_plugin_"):
-            del registry.sys.modules[name]
+            del sys.modules[name]
 
 
 def test_parameters_become_the_spec() -> None:

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from qapbench import RunSpec, SweepSpec, UserError
-from qapbench.spec import Item
-from qapbench.sweepspec import override
+from qapbench.spec.run_spec import Item
+from qapbench.spec.sweep_spec import override
 
 FULL: dict[str, Any] = {
     "name": "qapruner-32",

@@ -1,1 +1,1 @@
-"""Training of the embedded stand-in ``diagram-llava`` (not needed to use the framework)."""
+"""Training of the embedded model `diagram-llava`. The framework itself never imports this package."""

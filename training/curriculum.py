@@ -1,7 +1,7 @@
-"""Synthetic look-up: questions in the form of the benchmark's text-only ones, and drills.
+"""Synthetic look-ups: questions in the form of the benchmark's text-only questions, and drills.
 
-"Which option names this?" and "which value belongs to this key?" are what every other question is made of. Random
-words as keys and values leave nothing to memorise, so only the look-up itself can be learnt from them.
+All other questions are composed of two look-ups, "which option names this?" and "which value belongs to this key?".
+Since keys and values are random words here, nothing can be memorised, and only the look-up itself can be learnt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qapbench.tasks.diagramqa.families.base import draw_some, pick
 from qapbench.tasks.diagramqa.scene import Question
 
 FORMS = [
-    # fact, question about the value, question about the key
+    # (the fact, questions about its value, questions about its key)
     ("The {k} is {v}.", ["What is the {k}?", "Which word fits the {k}?"], ["What is {v}?", "Which one is {v}?"]),
     ("{k} has {v}.", ["What does {k} have?"], ["Who has {v}?", "Which one has {v}?"]),
     ("{k} goes to {v}.", ["Where does {k} go?", "What belongs to {k}?"], ["What goes to {v}?"]),
@@ -25,7 +25,13 @@ SAME = ["Which word is {w}?", "Which of these is {w}?", "Find {w}.", "Which opti
 
 
 def lookup(rng: np.random.Generator, words: list[str], easy: float) -> Question:
-    """A look-up question; with probability `easy` the question itself names the answer."""
+    """Draw a look-up question.
+
+    Args:
+        rng: random generator.
+        words: words that serve as keys, values and options.
+        easy: probability of a question that itself contains the answer, so that only the option has to be found.
+    """
     options = int(rng.integers(2, 5))
     if rng.random() < easy:
         choices = draw_some(rng, words, options)
@@ -52,14 +58,14 @@ def _question(text: str, hint: str, choices: list[str], answer: int, family: str
 
 @dataclass
 class Drill:
-    """Text in which every other word has to be answered at once: look-up without a question around it.
+    """A text of facts, followed by words each of which is answered by the word after it: look-ups without questions.
 
     Attributes:
-        facts: the text in front, piece by piece.
+        facts: the pieces of the text at the start.
         names: the two words of each fact.
-        asked: (word, answer that has to come next, index of the fact that tells it).
-        option: whether the facts are options and the answers their letters; else one of a fact's words is asked for
-            by the other.
+        asked: for each word that is asked: (the word, the answer that comes next, the index of the fact that tells it).
+        option: whether the facts are options, and the answers are their letters. Otherwise a fact pairs two words, and
+            one of them is the answer to the other.
     """
 
     facts: list[str]
@@ -69,10 +75,15 @@ class Drill:
 
 
 def drill(rng: np.random.Generator, answers: list[str], names: list[str]) -> Drill:
-    """Options and `answers` to find among them, or pairs of `names` to look up: a dozen answers in a row of text.
+    """Draw a drill with up to twelve answers: letters of options, or words that are paired with other words.
 
-    Look-up circuits form under dense targets only; what they learn here on a word that stands in the text, the
-    questions use on a word that the decoder has said to itself.
+    The decoder learns to look something up only if a text has many targets. It learns that here for words in the text;
+    in whole questions, it applies the same to a word that it has predicted itself (`Decoder.say`).
+
+    Args:
+        rng: random generator.
+        answers: words that serve as options.
+        names: words that are paired.
     """
     option = bool(rng.random() < 0.5)
     count = int(rng.integers(2, 6))

@@ -1,7 +1,7 @@
-"""The decoder's forward pass for training: one image prefix shared by several rows, and the losses on them.
+"""The forward pass of the decoder in training, in which several rows share the prefix of one image, and the losses.
 
-The mathematics is that of `LlamaForCausalLM` (a test compares the two); what differs is that keys and values of an
-image are computed once for all of its questions, and that a few attention rows can be looked at.
+The result is that of `LlamaForCausalLM`, which a test checks. There are two differences in how it is computed: the keys
+and values of an image are computed once for all questions about it, and the attention of a few positions is recorded.
 """
 
 from __future__ import annotations
@@ -22,22 +22,27 @@ from .reading import QuizRows
 from .rows import Chunk, DrillRows
 
 TELL, LOOK, PICK = 1, 3, 4
-"""Blocks whose attention is shown what a word goes with (the first word of its sentence, or the patches that it names),
-the evidence, and the right option. The answer's word is read out after LOOK. Without these hints the two look-ups
-(question -> answer -> letter) did not form within the time that a CPU has."""
-HINTED_HEADS = 2
-SHELVES = 32
+"""Indices of blocks whose attention is trained directly.
+
+In TELL, a word should attend to what it goes with: to the word that its sentence is about, or to the patches that it
+names. In LOOK, the position of the answer should attend to the evidence, and in PICK to the right option. The word of
+the answer is predicted from the output of LOOK. Without these hints, the two look-ups (from question to answer, and
+from answer to letter) were not learnt within the time that is affordable on a CPU.
+"""
+HINTED_HEADS = 2  # number of heads per block whose attention is trained directly
+SHELVES = 32  # number of equal parts that the dictionary is divided into
 FAMILIES = {name: i for i, name in enumerate([EASY, HARD, *image_families(), *text_families()])}
 Seen = dict[Any, Any]
-"""What is looked at on the way: attention rows by block, and what asks for them."""
+"""What a forward pass records: log-attention by block, and the positions whose attention is recorded."""
 
 
 class Hints(nn.Module):
-    """What exists only in training: a judge of options where they stand, where in the dictionary a word is (its place,
-    and its shelf of so many), and how far the look-ups have come.
+    """Modules that exist only in training, and a record of how well each family of questions is answered.
 
     Attributes:
-        pace: running share right of each family, which decides what is asked next.
+        aux_judge: scores an option, from the state of its last token.
+        aux_place: predicts the position of a word in the dictionary, as a number and as one of SHELVES parts.
+        pace: [families] running share of right answers, which decides what is asked next.
     """
 
     pace: Tensor
@@ -49,24 +54,36 @@ class Hints(nn.Module):
         self.register_buffer("pace", torch.zeros(len(FAMILIES)))
 
     def of(self, family: str) -> float:
+        """Running share of right answers in a family."""
         return float(self.pace[FAMILIES[family]])
 
     def mark(self, hits: Tensor, families: Sequence[str]) -> None:
-        """Take up which questions were answered right."""
+        """Update the running shares.
+
+        Args:
+            hits: [Q] bool, which questions were answered right.
+            families: the family of each question.
+        """
         which = torch.tensor([FAMILIES[family] for family in families])
         for family in which.unique():
             mine = which == family
             self.pace[family].lerp_(hits[mine].float().mean(), 0.01 * min(5, int(mine.sum())))
 
     def draw(self, families: Sequence[str], rng: np.random.Generator) -> str:
-        """A family: the rather, the less of it is mastered."""
+        """Draw a family. The lower its running share of right answers, the more likely it is drawn."""
         weights = np.array([1.1 - self.of(family) for family in families])
         return families[int(rng.choice(len(families), p=weights / weights.sum()))]
 
 
 @dataclass
 class Prefix:
-    """Keys and values [B, heads, P, d] per block of what stands in front of rows, and the positions that it spans."""
+    """Keys and values of what comes before the rows.
+
+    Attributes:
+        keys: [B, heads, P, d] for each block.
+        values: [B, heads, P, d] for each block.
+        span: number of positions that the prefix occupies; more than P if some patches of an image are left out.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -84,10 +101,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A view of a `LlavaForConditionalGeneration`'s language model.
+    """The language model of a `LlavaForConditionalGeneration`, with a forward pass for training.
 
     Args:
-        options: ids of the option letters, as answers are spelled.
+        llava: the model.
+        options: token ids of the option letters, as they occur in answers.
     """
 
     def __init__(self, llava: Any, options: list[int]) -> None:
@@ -96,27 +114,34 @@ class Decoder:
         self.heads = self.core.config.num_attention_heads
 
     def embed(self, ids: Tensor) -> Tensor:
+        """Embed token ids [...]: [..., D]."""
         return self.core.embed_tokens(ids)
 
     def say(self, states: Tensor) -> Tensor:
-        """Logits of the word that states in mid-depth stand for, in the space of the embeddings: what the decoder says
-        to itself is then the same to later blocks as a word that stands in the text."""
+        """Predict a word from states [..., D] after a block in the middle: [..., V] logits.
+
+        The states are compared to the embeddings of words. A word that is predicted there therefore looks, to later
+        blocks, like a word in the text.
+        """
         return F.rms_norm(states, states.shape[-1:]) @ self.core.embed_tokens.weight.T * 0.2
 
     def prefix(
         self, embeds: Tensor, depth: int | None = None, positions: Tensor | None = None, span: int | None = None
     ) -> Prefix:
-        """[B, P, D] embeddings -> their keys and values, in the first `depth` blocks or in all.
+        """Compute the keys and values of a prefix.
 
         Args:
-            positions: [B, P], where these are only some of `span` positions.
+            embeds: [B, P, D] embeddings.
+            depth: number of blocks to run; None for all.
+            positions: [B, P] positions of the embeddings; None if they are consecutive.
+            span: number of positions that the prefix occupies; None for P.
         """
         out = Prefix([], [], span or embeds.shape[1])
         self._blocks(embeds, None, None, out, {}, depth, positions)
         return out
 
     def early(self, ids: Tensor) -> Tensor:
-        """[R, L] rows of text -> [R, L, D] normed states that block LOOK starts from."""
+        """Run the blocks before LOOK on rows [R, L] of token ids: [R, L, D] normalised states."""
         states = self._blocks(self.embed(ids), None, None, None, {}, LOOK)
         return F.rms_norm(states, states.shape[-1:])
 
@@ -130,9 +155,20 @@ class Decoder:
         told: Tensor | None = None,
         depth: int | None = None,
     ) -> tuple[Tensor, Seen]:
-        """[R, L] rows behind their prefixes -> ([R, L, D] final states, what was looked at on the way).
+        """Run rows that continue prefixes.
 
-        Padding is on the right, where causal attention never sees it. With `depth`, only so many blocks are run.
+        Args:
+            ids: [R, L] token ids, padded on the right, where causal attention never sees the padding.
+            prefix: the prefixes; None for text-only rows.
+            image: [R] index of the prefix that each row continues; None for text-only rows.
+            asked: [Q] position in its row of each token whose attention is recorded.
+            row: [Q] row of each of these tokens; None if there is one in every row, in order.
+            told: [F, 2 or more] row and position of further tokens whose attention is recorded in block TELL and, under
+                a key of its own, in the other recorded blocks.
+            depth: number of blocks to run; None for all.
+
+        Returns:
+            [R, L, D] final states, and what was recorded.
         """
         seen: Seen = {"asked": asked, "row": row, "told": told}
         x = self._blocks(self.embed(ids), prefix, image, None, seen, depth)
@@ -185,7 +221,18 @@ class Decoder:
 
 
 def _row_of_attention(q: Tensor, k: Tensor, asked: Tensor, start: int, row: Tensor | None) -> Tensor:
-    """[Q, heads, P + L] log-attention of the asking positions (one a row unless `row` says whose they are)."""
+    """Log-attention of some tokens to all positions.
+
+    Args:
+        q: [R, heads, L, d] queries.
+        k: [R, heads, P + L, d] keys.
+        asked: [Q] positions of the tokens in their rows.
+        start: P, the length of the prefix.
+        row: [Q] rows of the tokens; None if there is one in every row, in order.
+
+    Returns:
+        [Q, HINTED_HEADS, P + L].
+    """
     query = q[torch.arange(len(q), device=q.device) if row is None else row, :HINTED_HEADS, asked]
     k = k[:, :HINTED_HEADS] if row is None else k[row, :HINTED_HEADS]
     logits = torch.einsum("rhd,rhld->rhl", query, k) / q.shape[-1] ** 0.5
@@ -193,14 +240,37 @@ def _row_of_attention(q: Tensor, k: Tensor, asked: Tensor, start: int, row: Tens
     return logits.masked_fill(later[:, None], -torch.inf).log_softmax(-1)
 
 
+# Weights of the losses that `losses` and `drill_losses` return.
 WEIGHTS = {
-    "letter": 1.0, "word": 1.0, "look": 0.3, "pick": 0.3, "tell": 0.2, "read": 0.3,
-    "judge": 0.3, "own": 0.3, "text": 0.1,
-}  # fmt: skip
+    "letter": 1.0,
+    "word": 1.0,
+    "look": 0.3,
+    "pick": 0.3,
+    "tell": 0.2,
+    "read": 0.3,
+    "judge": 0.3,
+    "own": 0.3,
+    "text": 0.1,
+}
 
 
 def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -> dict[str, Tensor]:
-    """Loss of each kind summed over rows (`text`: over tokens), the counts that they are means over, and hits."""
+    """Losses on whole questions, as sums.
+
+    Args:
+        decoder: the decoder.
+        hints: modules that exist only in training.
+        part: the rows.
+        prefix: the prefixes that the rows continue; None for text-only rows.
+
+    Returns:
+        These losses: `letter`, of the answer's letter; `word`, of its word after LOOK; `look`, of the attention to the
+        evidence; `read`, of the attention of words to the patches that they name; `pick`, of the attention to the right
+        option; `judge`, of judging the options; `own`, of predicting an option's own letter at its end; `text`, of all
+        other tokens. Some of them have a count under the same name with `_n`, by which the sum has to be divided;
+        the others are sums over rows. `hit` [R] tells which letters were right; `word_hit` and `judge_hit` are numbers
+        of right predictions.
+    """
     naming = part.naming if len(part.naming) else None
     hidden, seen = decoder.rows(part.ids, prefix, part.image, part.asked, told=naming)
     rows = torch.arange(len(part.ids), device=part.ids.device)
@@ -242,11 +312,20 @@ def losses(decoder: Decoder, hints: Hints, part: Chunk, prefix: Prefix | None) -
 
 
 def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Mean losses of what is read from an image, many words in a row, and [Q] which words were right.
+    """Losses on quizzes, as means.
 
-    `said`: the word; `read`: words that name something look at it; `tell`: a sentence's end looks at what it is about;
-    `look`: whoever asks looks at those words. Only the blocks that find the word are run: half of the cost of whole
-    rows, and several answers in each.
+    Only the blocks up to LOOK are run, which predict the word of the answer. That costs half of what whole rows cost,
+    and every row has several answers.
+
+    Args:
+        decoder: the decoder.
+        part: the rows, of which row i continues prefix i.
+        prefix: the prefixes; None for text-only rows.
+
+    Returns:
+        The losses, and [Q] which words were right. The losses are `said`, of the word; `read`, of the attention of
+        words to the patches that they name; `tell`, of the attention of a sentence's end to what the sentence is about;
+        `look`, of the attention of the answer's position to the evidence.
     """
     images = torch.arange(len(part.ids), device=part.ids.device)
     naming = torch.cat([part.naming, part.told[:, :2]])
@@ -269,9 +348,19 @@ def quiz_losses(decoder: Decoder, part: QuizRows, prefix: Prefix | None) -> tupl
 def order_losses(
     decoder: Decoder, hints: Hints, ids: Tensor, row: Tensor, at: Tensor, place: Tensor
 ) -> dict[str, Tensor]:
-    """What words [W] of rows [R, L] must tell before it is asked: their places [W] in the dictionary, in [0, 1).
+    """Losses on predicting, from the states before LOOK, where words are in the dictionary.
 
-    `order`: of any two, which comes first; `shelf`: about where each is.
+    Args:
+        decoder: the decoder.
+        hints: modules that exist only in training.
+        ids: [R, L] rows of words.
+        row: [W] row of each word.
+        at: [W] position of each word's last token.
+        place: [W] position of each word in the dictionary, in [0, 1).
+
+    Returns:
+        The mean losses `order`, of which one of two words comes first, and `shelf`, of the part of the dictionary that
+        a word is in; and `ordered`, the share of pairs whose order is right.
     """
     told = hints.aux_place(decoder.early(ids)[row, at])
     ahead = told[None, :, 0] - told[:, None, 0]
@@ -281,18 +370,29 @@ def order_losses(
 
 
 def _read(seen: Seen, patches: Tensor, start: int) -> Tensor:
-    """Mean -log of the attention of words that name something on the patches [M, n] of it."""
+    """Mean negative log-attention of M words in block TELL to the patches [M, n] that they name."""
     marks = _padded(patches, start)[:, None]
     return -seen[TELL, "told"][..., :start].masked_fill(~marks, -torch.inf).logsumexp(-1).mean()
 
 
 def _tell(seen: Seen, told: Tensor) -> Tensor:
-    """Mean -log of the attention of the ends of sentences [F, 3] on what those are about, in rows without an image."""
+    """Mean negative log-attention of the ends of sentences to what these are about, in rows without an image.
+
+    Args:
+        seen: what the forward pass recorded.
+        told: [F, 3] row of each sentence, and the positions of its end and of what it is about.
+    """
     return -seen[TELL, "told"][torch.arange(len(told), device=told.device), :, told[:, 2]].mean()
 
 
 def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:
-    """Loss of each kind over the answers of drills, summed, with counts and hits."""
+    """Losses on drills, as sums over answers.
+
+    Returns:
+        The losses `letter`, of the answer, and, as in `losses` and `quiz_losses`, `pick`, `look`, `tell` and `word`.
+        Each has a count under the same name with `_n`; `pick`, `look` and `word` have the number of right answers under
+        the same name with `_hit`.
+    """
     hidden, seen = decoder.rows(part.ids, None, None, part.at, part.row, part.told if len(part.told) else None)
     out: dict[str, Tensor] = {}
     logits = decoder.head(hidden[part.row, part.at])
@@ -314,13 +414,13 @@ def drill_losses(decoder: Decoder, part: DrillRows) -> dict[str, Tensor]:
 
 
 def _padded(patches: Tensor, start: int) -> Tensor:
-    """[R, N] patch marks as marks on the prefix, whose last N places are the patches."""
+    """Extend marks [R, N] on patches to marks [R, start] on the prefix, whose last N positions are the patches."""
     return F.pad(patches, (start - patches.shape[1], 0)) if start else patches[:, :0]
 
 
 @torch.no_grad()
 def letters(decoder: Decoder, part: Chunk, prefix: Prefix | None) -> Tensor:
-    """[R] index of the likeliest letter among those that a row offers."""
+    """Answer the questions: [R] index of the most likely letter among the options that a row has."""
     hidden, _ = decoder.rows(part.ids, prefix, part.image, part.asked)
     rows = torch.arange(len(part.ids), device=part.ids.device)
     scores = decoder.head(hidden[rows, part.asked])[:, decoder.options]

@@ -16,13 +16,16 @@ from PIL import Image, ImageDraw
 
 from qapbench.analysis.drawing import BAD, GAP, GOOD, INK, MARGIN, PANEL, PAPER, font_of, kept
 from qapbench.analysis.explain import choose_run, explain
-from qapbench.specfile import load_spec
+from qapbench.running.session import Session
+from qapbench.running.settings import Settings
+from qapbench.spec.spec_file import load_spec
 
 COLUMNS, LINES, LINE = 4, 3, 20
 
 
 def sheet(spec: str, split: Path) -> Image.Image:
     """A panel a family: the image with what is dropped veiled, the question below, the answer in green or red."""
+    session = Session(Settings(Path("runs"), torch.device("cpu")))
     run = choose_run(load_spec(spec), "combined")
     frame = pd.read_parquet(split)
     rows: Any = frame[frame.image.notna()].drop_duplicates("family").sort_values("family")
@@ -31,7 +34,7 @@ def sheet(spec: str, split: Path) -> Image.Image:
     page = Image.new("RGB", (2 * MARGIN + COLUMNS * (PANEL + GAP) - GAP, 2 * MARGIN + down * height), PAPER)
     pen, font = ImageDraw.Draw(page), font_of(14)
     for index, row in enumerate(rows.itertuples()):
-        shown = explain(run, str(row.pid), torch.device("cpu"))
+        shown = explain(run, str(row.pid), session)
         left, top = MARGIN + index % COLUMNS * (PANEL + GAP), MARGIN + index // COLUMNS * height
         picture = shown.image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
         page.paste(kept(picture, shown.sides, len(shown.sides) - 1), (left, top))

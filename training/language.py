@@ -43,8 +43,10 @@ class Language:
         self.decoder = Decoder(llava, [speller.ids(f" {letter}")[0] for letter in LETTERS])
         self.hints = Hints(llava.config.text_config.hidden_size)
         self.trained: dict[str, nn.Module] = {
-            "decoder": llava.model.language_model, "head": llava.lm_head, "hints": self.hints,
-        }  # fmt: skip
+            "decoder": llava.model.language_model,
+            "head": llava.lm_head,
+            "hints": self.hints,
+        }
         self.names = sorted({name for name in icons() if " " not in name} | set("ABCDEFGHKLMPRTXZ"))
         self.answers = answer_words(speller, seed)
 

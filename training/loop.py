@@ -63,9 +63,15 @@ class Loop:
     """
 
     def __init__(
-        self, stage: Stage, out: Path, minutes: float, lr: float, rank: int = 0, ranks: int = 1,
+        self,
+        stage: Stage,
+        out: Path,
+        minutes: float,
+        lr: float,
+        rank: int = 0,
+        ranks: int = 1,
         optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.stage, self.out, self.budget = stage, out, minutes * 60
         self.rank, self.ranks = rank, ranks
         self.opt = optimizer or build_optimizer(list(stage.trained.values()), lr, lr)

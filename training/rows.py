@@ -95,10 +95,15 @@ class Speller:
         answer = self.ids(f" {LETTERS[question.answer]}{EOS}")
         inside = [i + shift for i, stop in enumerate(stops) if asked_from < stop <= until]
         return Row(
-            ids + answer, len(ids) - 1, word, [e + shift for e in ends], question.answer,
-            [s + shift for s in support or ends[question.answer :][: word >= 0]], range(inside[0], inside[-1] + 1),
+            ids + answer,
+            len(ids) - 1,
+            word,
+            [e + shift for e in ends],
+            question.answer,
+            [s + shift for s in support or ends[question.answer :][: word >= 0]],
+            range(inside[0], inside[-1] + 1),
             [(end + shift, subject + shift) for end, subject in told],
-        )  # fmt: skip
+        )
 
     def _support(
         self, ids: list[int], stops: list[int], text: str, question: Question
@@ -222,8 +227,16 @@ def chunk(rows: Sequence[Row], images: Sequence[int], patches: Sequence[Tensor])
     naming = [(r, at) for r, row in enumerate(rows) for at, _ in row.named]
     seen = [marks for row in rows for _, marks in row.named]
     return Chunk(
-        ids, torch.tensor([len(row.ids) for row in rows]), torch.tensor(images), asked,
-        ids.gather(1, asked[:, None] + 1)[:, 0], torch.tensor([row.word for row in rows]), ends,
-        torch.tensor([row.answer for row in rows]), support, torch.stack(list(patches)),
-        torch.tensor(naming).view(-1, 2), torch.stack(seen or list(patches))[: len(naming)],
-    )  # fmt: skip
+        ids,
+        torch.tensor([len(row.ids) for row in rows]),
+        torch.tensor(images),
+        asked,
+        ids.gather(1, asked[:, None] + 1)[:, 0],
+        torch.tensor([row.word for row in rows]),
+        ends,
+        torch.tensor([row.answer for row in rows]),
+        support,
+        torch.stack(list(patches)),
+        torch.tensor(naming).view(-1, 2),
+        torch.stack(seen or list(patches))[: len(naming)],
+    )

@@ -38,9 +38,13 @@ from .vocabulary import build_bpe
 
 STAGES = ("vision", "language", "reading", "seeing", "joint", "companion")
 BEFORE: dict[str, tuple[str, ...]] = {
-    "vision": (), "language": (), "reading": ("language",), "seeing": ("vision", "reading"),
-    "joint": ("reading", "seeing"), "companion": ("seeing",),
-}  # fmt: skip
+    "vision": (),
+    "language": (),
+    "reading": ("language",),
+    "seeing": ("vision", "reading"),
+    "joint": ("reading", "seeing"),
+    "companion": ("seeing",),
+}
 LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "reading": 3e-3, "seeing": 2e-3, "joint": 2e-3, "companion": 2e-3}
 
 
@@ -73,11 +77,15 @@ def begin_with(source: Path, modules: dict[str, torch.nn.Module]) -> None:
 def modules_of(llava: Any, clip: Any) -> dict[str, torch.nn.Module]:
     """The parts of the two models, by the name under which stages store them."""
     return {
-        "tower": llava.model.vision_tower, "projector": llava.model.multi_modal_projector,
-        "decoder": llava.model.language_model, "head": llava.lm_head, "text": clip.text_model,
-        "text_projection": clip.text_projection, "visual_projection": clip.visual_projection,
+        "tower": llava.model.vision_tower,
+        "projector": llava.model.multi_modal_projector,
+        "decoder": llava.model.language_model,
+        "head": llava.lm_head,
+        "text": clip.text_model,
+        "text_projection": clip.text_projection,
+        "visual_projection": clip.visual_projection,
         "post_norm": clip.vision_model.post_layernorm,
-    }  # fmt: skip
+    }
 
 
 def build(out: Path, seed: int) -> tuple[Any, Any, Speller, Labeller]:

@@ -94,7 +94,6 @@ function runSections(row, detail, index) {
     flipSection(index),
     section("Receipt", make("p", "", row.receipt || "The record holds no receipt."), tokenLine(row),
       detail.fallbacks.length ? make("div", "banner", make("strong", "", "Fallbacks"), bullets(detail.fallbacks)) : null,
-      detail.receipt_notes.length ? bullets(detail.receipt_notes) : null,
       linears.rows.length ? linearsTable(linears) : null),
     detail.timing.length ? section("Timing", pairs(detail.timing)) : null,
     detail.environment.length ? section("Environment", pairs(detail.environment)) : null,

@@ -2,85 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from qapbench.checkpoints import is_embedded
+from qapbench.checkpoints.find import is_embedded
 from qapbench.errors import Problem, UserError
 from qapbench.receipt import Receipt
-from qapbench.run.record import RECORD, SCHEMA, SCORED, labels
-from qapbench.run.store import ANSWERS, Answer, Store
-from qapbench.run.tasks import LoadedTask, load_task, own_tasks
-from qapbench.spec import RunSpec
-
-from .score import tally
+from qapbench.records.answer import Answer
+from qapbench.records.load import read_scored_questions
+from qapbench.records.record import MOST, SCHEMA, SCORED, ColumnScore, Record, read_record
+from qapbench.records.store import ANSWERS, answers_of
+from qapbench.records.tally import tally
+from qapbench.running.notes import labels
+from qapbench.spec.run_spec import RunSpec
+from qapbench.tasking.registry import own_tasks
+from qapbench.tasking.tasks import LoadedTask, load_task
 
 TOLERANCE = 1e-9
-MOST = 20  # problems that are listed
-Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-
-
-class _Part(BaseModel):
-    """What a record must hold; it may hold more."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Column(_Part):
-    name: Annotated[str, Field(min_length=1)]
-    k: Annotated[int, Field(ge=0)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-
-
-class _Unparsed(_Part):
-    k: Annotated[int, Field(ge=0)]
-    n: Annotated[int, Field(ge=1)]
-
-
-class _Scores(_Part):
-    columns: Annotated[list[_Column], Field(min_length=1)]
-    unparsed: _Unparsed
-
-
-class _Linear(_Part):
-    name: str
-    part: str
-    weight_bits: int
-    activation_bits: int | None
-    calls: Annotated[int, Field(ge=0)]
-    planned: bool
-
-
-class _Receipt(_Part):
-    summary: Annotated[str, Field(min_length=1)]
-    linears: list[_Linear]
-    fallbacks: list[str]
-
-
-class RecordSchema(_Part):
-    """A record of schema 1."""
-
-    schema_: Annotated[Literal[1], Field(alias="schema")]
-    run_id: Hex
-    name: str
-    created: str
-    spec: dict[str, Any]
-    scores: _Scores
-    tokens: dict[str, float | int]
-    receipt: _Receipt
-    environment: dict[str, Any]
-    fingerprints: dict[str, str]
-    timing: dict[str, Any]
-    notes: list[str]
+RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass
-class Report:
+class CheckResult:
     """What was verified, and what a reader should know."""
 
     passed: list[str] = field(default_factory=list)
@@ -90,7 +36,7 @@ class Report:
         return {"ok": True, "passed": self.passed, "notes": self.notes}
 
 
-def check_record(path: Path, data: str | None = None) -> Report:
+def check_record(path: Path, data: str | None = None) -> CheckResult:
     """Verify a record against the answers and scores that lie beside it.
 
     No code of the record's is run: a spec with plugins is refused, and only this project's own tasks are read.
@@ -103,12 +49,13 @@ def check_record(path: Path, data: str | None = None) -> Report:
         UserError: every mismatch found.
     """
     folder = path if path.is_dir() else path.parent
-    raw = _read(folder / RECORD if path.is_dir() else path)
-    record = _schema(raw)
-    report = Report([f"schema {SCHEMA}"])
+    record = read_record(path)
+    if not RUN_ID.fullmatch(record.run_id):
+        raise UserError(Problem(f"expected 16 hexadecimal digits, got '{record.run_id[:40]}'", ("record", "run_id")))
+    report = CheckResult([f"schema {SCHEMA}"])
     spec = _spec(record, data)
     task = load_task(spec.task, spec.seed)
-    answers = Store(folder).read()
+    answers = answers_of(folder).read()
     problems = [
         *_check_identity(record, spec, task, folder),
         *_check_answers(answers, task, folder),
@@ -126,26 +73,7 @@ def check_record(path: Path, data: str | None = None) -> Report:
     return report
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not a JSON file") from None
-
-
-def _schema(raw: Any) -> RecordSchema:
-    try:
-        return RecordSchema.model_validate(raw)
-    except ValidationError as error:
-        problems = [
-            Problem(str(item["msg"]).lower(), tuple(part for part in item["loc"])) for item in error.errors()[:MOST]
-        ]
-        raise UserError([p.under("record") for p in problems]) from None
-
-
-def _spec(record: RecordSchema, data: str | None) -> RunSpec:
+def _spec(record: Record, data: str | None) -> RunSpec:
     """The record's spec, read without running anything that it names."""
     raw = dict(record.spec)
     if raw.get("plugins"):
@@ -162,14 +90,13 @@ def _spec(record: RecordSchema, data: str | None) -> RunSpec:
     return RunSpec.parse(raw)
 
 
-def _check_identity(record: RecordSchema, spec: RunSpec, task: LoadedTask, folder: Path) -> list[str]:
+def _check_identity(record: Record, spec: RunSpec, task: LoadedTask, folder: Path) -> list[str]:
     problems = []
     if task.fingerprint != record.fingerprints.get("data"):
         problems.append("fingerprints.data is not that of the data here: the questions differ")
     if spec.digest(record.fingerprints, task.asked) != record.run_id:
         problems.append("run_id does not follow from spec and fingerprints: something was changed, or the data differ")
-    shown = (record.model_extra or {}).get("labels")
-    if shown is not None and shown != labels(spec):
+    if record.labels and record.labels != labels(spec):
         problems.append("labels are not those of the spec")
     standing_in = bool(task.stand_in) or is_embedded(spec.model)
     if standing_in and not any("stand-in" in note.lower() for note in record.notes):
@@ -182,22 +109,21 @@ def _check_identity(record: RecordSchema, spec: RunSpec, task: LoadedTask, folde
 def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path) -> list[str]:
     if not answers:
         return [f"{ANSWERS} is missing or empty in {folder}"]
-    found = [doc for answer in answers if isinstance(doc := answer.get("doc"), int)]
-    if len(found) != len(answers) or sorted(found) != list(range(task.count)):
+    if sorted(answer.doc for answer in answers) != list(range(task.count)):
         return [f"{ANSWERS} does not answer each of the {task.count} questions once"]
-    wrong = [a for a in answers if str(a.get("id")) != task.ids[a["doc"]] or not isinstance(a.get("outputs"), list)]
-    return [f"{ANSWERS}: question {wrong[0]['doc']} has another id in the data, or no outputs"] if wrong else []
+    wrong = [answer for answer in answers if answer.id != task.ids[answer.doc]]
+    return [f"{ANSWERS}: question {wrong[0].doc} has another id in the data"] if wrong else []
 
 
-def _check_scores(record: RecordSchema, task: LoadedTask, answers: list[Answer], folder: Path) -> list[str]:
+def _check_scores(record: Record, task: LoadedTask, answers: list[Answer], folder: Path) -> list[str]:
     """Score every stored answer again, as lm-eval hands it to the task."""
     rows = {}
     for answer in answers:
         try:
-            outputs = [output if isinstance(output, str) else tuple(output) for output in answer["outputs"]]
-            rows[answer["doc"]] = task.task.process_results(task.docs[answer["doc"]], outputs)
+            outputs = [output if isinstance(output, str) else tuple(output) for output in answer.outputs]
+            rows[answer.doc] = task.task.process_results(task.docs[answer.doc], outputs)
         except (TypeError, ValueError, IndexError):
-            return [f"{ANSWERS}: the outputs of '{answer['id']}' cannot be scored"]
+            return [f"{ANSWERS}: the outputs of '{answer.id}' cannot be scored"]
     scores = tally((rows[doc] for doc in sorted(rows)), task.columns, task.unavailable).to_json()
     given = {column.name: column for column in record.scores.columns}
     problems = []
@@ -217,29 +143,26 @@ def _check_scores(record: RecordSchema, task: LoadedTask, answers: list[Answer],
     return problems + _check_scored(rows, task, folder)
 
 
-def _check_derived(mine: _Column, column: dict[str, Any]) -> list[str]:
-    extra = mine.model_extra or {}
-    names = [name for name in ("accuracy", "low", "high") if name in extra]
-    off = [name for name in names if not _close(extra[name], column[name])]
+def _check_derived(mine: ColumnScore, column: dict[str, Any]) -> list[str]:
+    names = [name for name in ("accuracy", "low", "high") if getattr(mine, name) is not None]
+    off = [name for name in names if not _close(getattr(mine, name), column[name])]
     return [f"scores: {mine.name}.{name} does not follow from k and n" for name in off]
 
 
 def _check_scored(rows: dict[int, dict[str, Any]], task: LoadedTask, folder: Path) -> list[str]:
     """What paired comparisons read must be the same scores."""
-    path = folder / SCORED
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        stored = {str(line["id"]): line["metrics"] for line in lines}
-    except OSError:
+    if not (folder / SCORED).exists():
         return [f"{SCORED} is missing"]
-    except (ValueError, TypeError, KeyError):
-        return [f"{SCORED} does not hold one scored question a line"]
+    try:
+        stored = {scored.id: scored.metrics for scored in read_scored_questions(folder)}
+    except UserError as error:
+        return [str(error)]
     names = (*task.columns, "unparsed")
     expected = {task.ids[doc]: {n: row[n] for n in names if n in row} for doc, row in rows.items()}
     return [] if stored == expected else [f"{SCORED} does not hold the scores of the stored answers"]
 
 
-def _check_receipt(record: RecordSchema, spec: RunSpec, answers: list[Answer]) -> list[str]:
+def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list[str]:
     """The receipt must show what the spec asks for, and the measured tokens must be those of the answers."""
     problems = []
     planned = [line for line in record.receipt.linears if line.planned]
@@ -253,11 +176,9 @@ def _check_receipt(record: RecordSchema, spec: RunSpec, answers: list[Answer]) -
             if wanted and (not seen or any(bits is None or bits > wanted.bits for bits in seen)):
                 problems.append(f"receipt: {what} of some linear did not reach {wanted.bits} bits")
     counted = Receipt()
-    try:
-        counted.recount([image for answer in answers for image in answer.get("images", [])])
-    except (TypeError, KeyError, AttributeError):
-        return [*problems, f"{ANSWERS}: images without the tokens that were kept"]
-    if any(not _close(record.tokens.get(name), value) for name, value in counted.tokens.items()):
+    counted.recount(image for answer in answers for image in answer.images or [])
+    given = record.tokens.model_dump() if record.tokens else {}
+    if any(not _close(given.get(name), value) for name, value in counted.tokens.items()):
         problems.append("tokens are not those of the stored answers")
     if spec.prune and counted.most is not None:
         few = counted.most < min(spec.prune.keep, counted.available // counted.images)

@@ -36,12 +36,12 @@ def draw(explanation: Explanation) -> Image.Image:
     for index, line in enumerate(text):
         pen.text((MARGIN, MARGIN + 32 + 21 * index), line, INK, font_of(15))
     image = explanation.image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
-    grid = fused.look.grid
+    grid = fused.grid
     spec = explanation.spec.prune
     panels = [
         ("image", image),
-        (f"sensitivity: {spec.sensitivity if spec else ''}", _heat(image, fused.look.sensitivity, grid)),
-        (f"relevance: {spec.method if spec else ''}", _heat(image, fused.look.relevance, grid)),
+        (f"sensitivity: {spec.sensitivity if spec else ''}", _heat(image, fused.sensitivity, grid)),
+        (f"relevance: {spec.method if spec else ''}", _heat(image, fused.relevance, grid)),
         *((_choice(side), kept(image, explanation.sides, place)) for place, side in enumerate(explanation.sides)),
     ]
     for index, (name, panel) in enumerate(panels):
@@ -79,10 +79,10 @@ def _heat(image: Image.Image, scores: Tensor | None, grid: tuple[int, int] | Non
 
 def kept(image: Image.Image, sides: Sequence[Side], place: int) -> Image.Image:
     """The image with what this side drops covered, and what only this side keeps outlined."""
-    grid = sides[place].look.grid
+    grid = sides[place].grid
     if grid is None:
         return _message("the tokens lie on no grid")
-    mine, other = (set(side.look.selection.indices[0].tolist()) for side in (sides[place], sides[1 - place]))
+    mine, other = (set(side.kept) for side in (sides[place], sides[1 - place]))
     veil = np.full(grid, VEIL)
     veil.flat[sorted(mine)] = 0
     mask = Image.fromarray((veil * 255).astype(np.uint8)).resize((PANEL, PANEL), Image.Resampling.NEAREST)
@@ -98,9 +98,8 @@ def kept(image: Image.Image, sides: Sequence[Side], place: int) -> Image.Image:
 
 
 def _choice(side: Side) -> str:
-    selection = side.look.selection
-    merged = selection.budget - selection.indices.shape[1]
-    return f"{side.name}: {selection.indices.shape[1]} kept" + (f" + {merged} merged" if merged else "")
+    merged = f" + {side.merged} merged" if side.merged else ""
+    return f"{side.name}: {len(side.kept)} kept{merged}"
 
 
 def _answers(pen: ImageDraw.ImageDraw, left: int, top: int, side: Side, options: Sequence[str], truth: str) -> None:

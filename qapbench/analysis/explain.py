@@ -1,34 +1,64 @@
-"""`qapbench explain`: what one question's pruning sees and keeps, with and without sensitivity, as a picture."""
+"""`qapbench explain`: what one question's pruning sees and keeps, with and without sensitivity."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from qapbench.compress import compress
 from qapbench.errors import Problem, UserError, nearest
-from qapbench.run.loading import load_model
-from qapbench.run.record import notes as record_notes
-from qapbench.run.tasks import load_task
-from qapbench.spec import RunSpec
+from qapbench.methods.kinds import min_max
+from qapbench.models import family_of
+from qapbench.prune.prompt import PruningView
+from qapbench.running.batches import BatchRunner
+from qapbench.running.notes import notes as record_notes
+from qapbench.running.plan import prune_key
+from qapbench.running.planner import Planner
+from qapbench.running.prompt_encoder import PromptEncoder
+from qapbench.running.session import Session
+from qapbench.spec.run_spec import RunSpec
 
 from .pictures import seen_image
-from .question import Look, Looker, Question, find_question
+from .question import LetterQuestion, by_letter, check_question, find_questions
 
 
 @dataclass(frozen=True)
 class Side:
-    """One choice of tokens: the option that the compressed model then answers, and the probability of each."""
+    """One choice of tokens, and what the compressed model answers with it.
+
+    Attributes:
+        relevance, sensitivity: [N] scores in [0, 1] of all tokens, on which the choice (inside the decoder: the first
+            stage) was based; None where there is none.
+        grid: (height, width) of the tokens; None where they lie on none.
+        kept: places of the tokens that were kept, ascending; merged: tokens made of several.
+        stages: how often tokens were dropped inside the decoder; 0 for a pruner in front of it.
+        answer: the option that is most likely; probabilities: of each option.
+    """
 
     name: str
-    look: Look
+    relevance: Tensor | None
+    sensitivity: Tensor | None
+    grid: tuple[int, int] | None
+    kept: list[int]
+    merged: int
+    stages: int
     answer: str
     probabilities: list[float]
+
+    def to_json(self, options: Sequence[str]) -> dict[str, Any]:
+        """Plain data of the choice and the answer."""
+        probabilities = dict(zip(options, self.probabilities, strict=True))
+        return {
+            "name": self.name,
+            "answer": self.answer,
+            "kept": self.kept,
+            "merged": self.merged,
+            "probabilities": probabilities,
+        }
 
 
 @dataclass(frozen=True)
@@ -36,26 +66,27 @@ class Explanation:
     """Meaning alone first, then the fused choice; `image` as the model saw it."""
 
     spec: RunSpec
-    question: Question
+    question: LetterQuestion
     image: Image.Image
     sides: list[Side]
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        def scores(values: torch.Tensor | None) -> list[float] | None:
+        """Plain data: scores, kept tokens, answers."""
+
+        def scores(values: Tensor | None) -> list[float] | None:
             return None if values is None else [round(float(value), 6) for value in values]
 
-        fused = self.sides[-1].look
+        fused = self.sides[-1]
         return {
-            "sample": self.question.id, "truth": self.question.truth, "grid": fused.grid,
-            "relevance": scores(fused.relevance), "sensitivity": scores(fused.sensitivity), "notes": self.notes,
-            "sides": [
-                {"name": side.name, "answer": side.answer, "kept": side.look.selection.indices[0].tolist(),
-                 "merged": side.look.selection.budget - side.look.selection.indices.shape[1],
-                 "probabilities": dict(zip(self.question.options, side.probabilities, strict=True))}
-                for side in self.sides
-            ],
-        }  # fmt: skip
+            "sample": self.question.id,
+            "truth": self.question.truth,
+            "grid": fused.grid,
+            "relevance": scores(fused.relevance),
+            "sensitivity": scores(fused.sensitivity),
+            "notes": self.notes,
+            "sides": [side.to_json(self.question.options) for side in self.sides],
+        }
 
 
 def choose_run(specs: Sequence[RunSpec], name: str | None) -> RunSpec:
@@ -77,46 +108,71 @@ def choose_run(specs: Sequence[RunSpec], name: str | None) -> RunSpec:
     raise UserError(Problem(message, ("prune", "sensitivity")))
 
 
-def explain(spec: RunSpec, sample: str, device: torch.device, trust_remote_code: bool = False) -> Explanation:
-    """Look at one question as the spec's pruning does, and answer it twice.
+def explain(spec: RunSpec, sample: str, session: Session) -> Explanation:
+    """Ask one question as the run does, twice: pruned by meaning alone, and with the sensitivity fused in.
+
+    Args:
+        sample: id of a question with an image.
+        session: whose folder of runs keeps calibrations.
 
     Raises:
         UserError: no such question, or one that cannot be explained.
     """
-    fused = spec.prune
+    fused, asked = spec.prune, by_letter(spec)
     if fused is None or fused.sensitivity is None:
         raise UserError(Problem("give a sensitivity to explain", ("prune", "sensitivity")))
-    task = load_task(spec.task, spec.seed)
-    if sample not in task.ids:  # before the model is loaded
-        raise UserError(Problem(f"no question '{sample}' in {task.name}; {nearest(sample, task.ids)}", ("sample",)))
-    model, processor = load_model(spec, device, trust_remote_code)
-    question = find_question(task, processor, sample)
+    planner = Planner(session.settings.runs, session.settings.device)
+    check_question(planner.task(asked), sample)  # before the model is loaded
+    (question,) = find_questions(session, asked, [sample])
     semantic = fused.model_copy(update={"sensitivity": None, "fusion": None})
     sides: list[Side] = []
     notes: list[str] = []
     for name, prune in (("semantic only", semantic), (f"with {fused.sensitivity}", fused)):
-        looker = Looker(model, processor, spec)
-        with compress(model, spec.model_copy(update={"prune": None}), processor):
-            look = looker.look(question, prune)
-        with compress(model, spec.model_copy(update={"prune": prune}), processor) as receipt:
-            sides.append(_answered(name, look, model, processor, question))
-        notes = record_notes(spec, task, receipt)
-    image = seen_image(question.image, processor.image_processor)
-    return Explanation(spec, question, image, sides, notes)
+        side, notes = _side(name, asked.model_copy(update={"prune": prune}), question, session, planner)
+        sides.append(side)
+    stages = max(side.stages for side in sides)
+    if stages > 1:
+        notes.append(f"Scores are those of the first of {stages} stages inside the decoder; the choice is the last's.")
+    processor = session.model(asked)[1]
+    return Explanation(spec, question, seen_image(question.image, processor.image_processor), sides, notes)
 
 
-@torch.inference_mode()
-def _answered(name: str, look: Look, model: Any, processor: Any, question: Question) -> Side:
-    inputs = question.inputs(processor, model.device)
-    logits = model(**inputs, relevance_text=[question.relevance_text], logits_to_keep=1).logits[0, -1]
-    probabilities = question.probabilities(logits.float()).tolist()
-    answer = question.options[max(range(len(probabilities)), key=probabilities.__getitem__)]
-    return Side(name, look, answer, probabilities)
+def _side(
+    name: str, spec: RunSpec, asked: LetterQuestion, session: Session, planner: Planner
+) -> tuple[Side, list[str]]:
+    """One choice and its answer, and what a reader has to know of them."""
+    views: list[PruningView] = []
+    question, key = asked.question, prune_key(spec)
+    model, processor = session.model(spec)
+    with session.quantized(planner.plan(spec)) as receipt, torch.inference_mode():
+        family, pruning = family_of(model), session.pruning(spec, views.append)
+        encoder = PromptEncoder(family, processor, {key: pruning} if key and pruning else {})
+        runner = BatchRunner(family, processor, seed=spec.seed)
+        texts = dict.fromkeys(instance.args[0] for instance in question.instances)
+        rows = runner.rows(question, {text: encoder.encode(question, text, [key])[key] for text in texts})
+        results = [runner.results([row], row.length)[0] for row in rows]
+    outputs = [output for found, _ in results for output in found]
+    images = [image for _, seen in results for image in seen]
+    first = _only_view(views)
+    scores = [None if s is None else min_max(s[None])[0] for s in (first.relevance, first.sensitivity)]
+    shares = asked.shares(outputs)
+    answer = asked.options[max(range(len(shares)), key=shares.__getitem__)]
+    stages = sum(view.layer is not None for view in views)
+    kept = images[0].kept if images[0].kept is not None else list(range(first.count))
+    side = Side(name, scores[0], scores[1], first.grid, kept, images[0].merged, stages, answer, shares)
+    fallbacks = [*receipt.fallbacks, *(pruning.receipt.fallbacks if pruning else [])]
+    return side, record_notes(spec, session.task(spec), receipt.model_copy(update={"fallbacks": fallbacks}))
 
 
-def save(explanation: Explanation, path: Path) -> None:
-    """Draw and write the picture."""
-    from .drawing import draw
+def _only_view(views: Sequence[PruningView]) -> PruningView:
+    """The first stage's view of an image that is a single view.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(explanation).save(path)
+    Raises:
+        UserError: the image is cut into tiles, or nothing was chosen.
+    """
+    first = [view for view in views if view.layer == views[0].layer]
+    if not first:
+        raise UserError(Problem("nothing is dropped: keep fewer tokens than the image has", ("prune", "keep")))
+    if len(first) != 1:
+        raise UserError("model: only an image that is a single view can be looked at, not one cut into tiles")
+    return first[0]

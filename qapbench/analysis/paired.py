@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +12,10 @@ import numpy as np
 from scipy.stats import binom, false_discovery_control
 
 from qapbench.errors import UserError, nearest
-from qapbench.run.record import SCORED, Record, read_record, read_records
-from qapbench.run.store import Answer, Store
+from qapbench.records.answer import Answer
+from qapbench.records.load import load_records, read_scored_questions
+from qapbench.records.record import SCORED, Record, read_record
+from qapbench.records.store import answers_of
 
 BOOTSTRAP = 10_000
 OVERALL = -1  # the last column of a task is its overall accuracy
@@ -30,15 +31,16 @@ class Scored:
 
     @property
     def name(self) -> str:
-        return str(self.record["name"])
+        return self.record.name
 
     @property
     def columns(self) -> list[str]:
-        return [column["name"] for column in self.record["scores"]["columns"] if "k" in column]
+        """Columns that count right answers, in the order of the table."""
+        return [column.name for column in self.record.scores.columns if column.k is not None]
 
     def answers(self) -> dict[str, Answer]:
         """The stored answer to each question, by its id; empty where there are none."""
-        return {str(answer.get("id")): answer for answer in Store(self.folder).read()} if self.folder else {}
+        return {answer.id: answer for answer in answers_of(self.folder).read()} if self.folder else {}
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,12 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         columns = [{**vars(d), "difference": d.difference} for d in self.differences]
         return {
-            "first": self.first, "second": self.second, "columns": columns, "gained": self.gained, "lost": self.lost,
-        }  # fmt: skip
+            "first": self.first,
+            "second": self.second,
+            "columns": columns,
+            "gained": self.gained,
+            "lost": self.lost,
+        }
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -94,27 +100,24 @@ def find_run(name: str, runs: Path) -> Path:
     """
     if (Path(name) / SCORED).exists():
         return Path(name)
-    records = read_records(runs)
-    found = [r for r in records if r["run_id"].startswith(name)] or [r for r in records if r["name"] == name]
+    records = load_records(runs)
+    found = [r for r in records if r.run_id.startswith(name)] or [r for r in records if r.name == name]
     if not found:
-        known = [word for record in records for word in (record["name"], record["run_id"])]
+        known = [word for record in records for word in (record.name, record.run_id)]
         raise UserError(f"no run '{name}' below {runs}; {nearest(name, known)}")
     if len(found) > 1:
-        listed = ", ".join(f"{record['run_id']} ({record['name']})" for record in found)
+        listed = ", ".join(f"{record.run_id} ({record.name})" for record in found)
         raise UserError(f"'{name}' is {len(found)} runs below {runs}: {listed}; give more of the id")
-    return runs / found[0]["run_id"]
+    return runs / found[0].run_id
 
 
 def read_scored(folder: Path) -> Scored:
-    """The record and the scored questions of a run."""
-    path = folder / SCORED
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = {str(row["id"]): dict(row["metrics"]) for row in map(json.loads, filter(None, lines))}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path} does not hold one scored question a line") from None
+    """The record and the scored questions of a run.
+
+    Raises:
+        UserError: one of them is not there, or damaged.
+    """
+    rows = {scored.id: dict(scored.metrics) for scored in read_scored_questions(folder)}
     return Scored(read_record(folder), rows, folder)
 
 
@@ -124,7 +127,7 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
     Raises:
         UserError: the runs answered different data.
     """
-    data = [scored.record["fingerprints"].get("data") for scored in (first, second)]
+    data = [scored.record.fingerprints.get("data") for scored in (first, second)]
     if data[0] != data[1]:
         raise UserError(f"'{first.name}' and '{second.name}' answered different data; nothing can be paired")
     shared = [name for name in first.rows if name in second.rows]
@@ -174,5 +177,5 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
 
 def caveats(first: Scored, second: Scored) -> list[str]:
     """What a reader of a comparison has to know: the notes of either run."""
-    notes = [str(note) for run in (first, second) for note in run.record.get("notes", [])]
+    notes = [note for run in (first, second) for note in run.record.notes]
     return list(dict.fromkeys(notes))

@@ -1,4 +1,4 @@
-"""`qapbench study sensitivity`: leave tokens out one by one, measure the harm, ask every metric for its scores."""
+"""`qapbench study sensitivity`: leave tokens out one by one, measure the effect, ask every metric for its scores."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ import copy
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qapbench.compress import compress
 from qapbench.errors import Problem, UserError
+from qapbench.methods.kinds import metrics
+from qapbench.models import family_of
+from qapbench.prune.prompt import PruningView
 from qapbench.receipt import Receipt
-from qapbench.run.environment import environment
-from qapbench.run.loading import fingerprints, load_model
-from qapbench.run.record import notes as record_notes
-from qapbench.run.store import Store, write_json
-from qapbench.run.tasks import load_task
-from qapbench.spec import PruneSpec, RunSpec
-from qapbench.strategy import metrics, pruners
+from qapbench.records.store import Store, write_json
+from qapbench.running.batches import BatchRunner
+from qapbench.running.environment import environment
+from qapbench.running.notes import notes as record_notes
+from qapbench.running.plan import Planned, prune_key
+from qapbench.running.planner import Planner
+from qapbench.running.prompt_encoder import PromptEncoder
+from qapbench.running.session import Session
+from qapbench.spec.run_spec import PruneSpec, RunSpec
 
-from .drops import Harm, Spliced, harm_of, units_of
-from .question import Looker, Question, find_question, image_questions
-from .study import STUDY, TARGETS, Summary, summarize
+from .leave_one_out import OcclusionEffect, Spliced, occlusion_effects, units_of
+from .question import LetterQuestion, by_letter, find_questions, image_questions
+from .study import STUDY, TARGETS, StudyRow, Summary, summarize
 
 DIGITS = 6  # significant digits of a stored score
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -41,60 +43,69 @@ class Study:
 
     Attributes:
         spec: the quantized run without pruning; prunes: whose relevance is asked as well.
+        sample: questions to ask; block: side of what is left out, in tokens.
+        batch_size: omissions per forward pass.
     """
 
     spec: RunSpec
     prunes: tuple[PruneSpec, ...]
     sample: int
     block: int
-    device: torch.device
-    trust_remote_code: bool = False
     batch_size: int = 16
 
-    def make(self, runs: Path, report: Report = lambda name, done, total: None) -> Summary:
+    def make(self, session: Session) -> Summary:
         """Ask the questions that are missing, write the summary and return it.
 
         Raises:
             UserError: the model, the task or the sample do not fit.
         """
-        task = load_task(self.spec.task, self.spec.seed)
-        names = metrics.names()
-        labels = [prune.method.name for prune in self.prunes]
-        content = fingerprints(self.spec, task.fingerprint, self.device)
-        asked = {"sensitivity": [self.sample, self.block, names, [str(p.method.params) for p in self.prunes], labels]}
-        digest = self.spec.digest(content, {**task.asked, "study": asked})
-        folder = runs / f"study-{digest}"
+        settings, spec = session.settings, by_letter(self.spec)
+        planner = Planner(settings.runs, settings.device)
+        planned = planner.plan(spec)
+        prunes = [prune.model_dump(mode="json") for prune in self.prunes]
+        asked = {"sensitivity": [self.sample, self.block, metrics.names(), prunes]}
+        digest = spec.digest(planned.fingerprints, {**planned.task.asked, "study": asked})
+        folder = settings.runs / f"study-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
-        store = Store(folder)
-        chosen = self._sample(image_questions(task))
+        store = Store(folder, StudyRow)
+        chosen = self._sample(image_questions(planned.task))
         started = time.perf_counter()
         with store.locked():
             rows = store.read()[: len(chosen)]
-            if [row.get("id") for row in rows] != chosen[: len(rows)]:
+            if [row.id for row in rows] != chosen[: len(rows)]:
                 raise UserError(f"{store.path} holds other questions than this study asks; move it away")
             store.keep(len(rows))
-            report(self.spec.name, len(rows), len(chosen))
+            session.progress(self.spec.name, len(rows), len(chosen))
             fresh = len(chosen) - len(rows)
             if fresh:
-                model, processor = load_model(self.spec, self.device, self.trust_remote_code)
-                questions = (find_question(task, processor, name) for name in chosen[len(rows) :])
-                for row in self._ask(model, processor, questions, names):
+                questions = find_questions(session, spec, chosen[len(rows) :])
+                for row in self._ask(session, planner, planned, questions):
                     store.append([row])
                     rows.append(row)
-                    report(self.spec.name, len(rows), len(chosen))
+                    session.progress(self.spec.name, len(rows), len(chosen))
             seconds = time.perf_counter() - started
+            about = record_notes(self.spec, planned.task, Receipt())
             summary = Summary(
-                id=digest, name=self.spec.name, created=datetime.now(UTC).isoformat(timespec="seconds"),
-                model=self.spec.model, task=task.name, quantization=_quantization(self.spec),
-                spec=self.spec.model_dump(mode="json"), questions=len(rows), sample=self.sample,
-                units=sum(len(row["harm"]["answer"]) for row in rows), block=self.block,
-                changed=float(np.mean([np.mean(row["changed"]) for row in rows])), targets=TARGETS,
-                predictors=summarize(rows, self.spec.seed), fingerprints=content,
-                environment=environment(self.device),
+                id=digest,
+                name=self.spec.name,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                model=self.spec.model,
+                task=planned.task.name,
+                quantization=_quantization(self.spec),
+                spec=self.spec.model_dump(mode="json"),
+                questions=len(rows),
+                sample=self.sample,
+                units=sum(len(row.effects["answer"]) for row in rows),
+                block=self.block,
+                changed=float(np.mean([np.mean(row.changed) for row in rows])),
+                targets=TARGETS,
+                predictors=summarize(rows, self.spec.seed),
+                fingerprints=planned.fingerprints,
+                environment=environment(settings.device),
                 timing={"seconds": round(seconds, 3), "questions": fresh},
-                notes=_notes(record_notes(self.spec, task, Receipt()), rows),
-            )  # fmt: skip
-            write_json(folder / STUDY, summary.model_dump(mode="json"))
+                notes=list(dict.fromkeys([*about, *(note for row in rows for note in row.notes)])),
+            )
+            write_json(folder / STUDY, summary)
         return summary
 
     def _sample(self, ids: Sequence[str]) -> list[str]:
@@ -105,49 +116,72 @@ class Study:
 
     @torch.inference_mode()
     def _ask(
-        self, model: Any, processor: Any, questions: Iterator[Question], names: Sequence[str]
-    ) -> Iterator[dict[str, Any]]:
-        """The row of each question: every score and every harm of its units."""
+        self, session: Session, planner: Planner, planned: Planned, questions: Sequence[LetterQuestion]
+    ) -> Iterator[StudyRow]:
+        """The row of each question: every score and every effect of its units."""
+        model, processor = session.model(planned.spec)
         full = Spliced(copy.deepcopy(model))  # the twin that stays in full precision
-        with compress(model, self.spec.model_copy(update={"prune": None}), processor) as receipt:
-            quantized = Spliced(model)
-            looker = Looker(model, processor, self.spec)
+        views: dict[str, list[PruningView]] = {}
+        with session.quantized(planned) as receipt:
+            quantized, family = Spliced(model), family_of(model)
+            prunings = {}
+            for prune in self.prunes:
+                one = planned.spec.model_copy(update={"prune": prune})
+                key = str(prune_key(one))
+                views[key] = []
+                prunings[key] = session.pruning(one, views[key].append)
+            encoder = PromptEncoder(family, processor, {k: p for k, p in prunings.items() if p is not None})
+            runner = BatchRunner(family, processor)
             for place, question in enumerate(questions):
-                inputs = question.inputs(processor, self.device)
-                quantized.start(inputs)
-                full.start(inputs)
+                inputs = encoder.inputs(question.question, question.question.prompt)
+                for spliced in (quantized, full):
+                    spliced.start(inputs)
                 if not place:
                     receipt.check()
                     quantized.check(inputs)
                     full.check(inputs)
-                tokens = quantized.seen.projected
-                units = units_of(tokens.shape[1], quantized.seen.grid, self.block)
-                harm = harm_of(quantized, full, inputs, units, question.ids, self.batch_size)
-                scores = {f"metric {name}": metrics.create(name)(tokens)[0] for name in names}
-                for prune in self.prunes:
-                    seen = looker.tokens(question, prune)
-                    relevance = pruners.create(prune.method.name, **prune.method.params).relevance(seen)
-                    if relevance is not None:
-                        scores[f"relevance {prune.method.name}"] = relevance[0]
-                yield _row(question, scores, harm, units, looker.receipt.fallbacks)
+                tokens = quantized.view.projected
+                units = units_of(tokens.shape[1], quantized.view.grid, self.block)
+                effect = occlusion_effects(quantized, full, inputs, units, question.ids, self.batch_size)
+                scores = {f"metric {name}": metrics.create(name)(tokens)[0] for name in metrics.names()}
+                for prune, (key, pruning) in zip(self.prunes, prunings.items(), strict=True):
+                    relevance = _relevance(question, key, views[key], encoder, runner)
+                    if relevance is not None and pruning is not None:
+                        scores[f"relevance {prune.method.name}"] = relevance
+                fallbacks = [note for one in prunings.values() if one for note in one.receipt.fallbacks]
+                yield _row(question, scores, effect, units, list(dict.fromkeys(fallbacks)))
 
 
-def _notes(about: list[str], rows: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys([*about, *(note for row in rows for note in row.get("notes", []))]))
+def _relevance(
+    asked: LetterQuestion, key: str, views: list[PruningView], encoder: PromptEncoder, runner: BatchRunner
+) -> Tensor | None:
+    """[N] the relevance of every token, as the pruner (inside the decoder: its first stage) sees it."""
+    views.clear()
+    question = asked.question
+    prompt = encoder.encode(question, question.prompt, [key])[key]
+    if prompt.inside is not None:
+        runner.results(runner.rows(question, {question.prompt: prompt}), 1)
+    return views[0].relevance if views else None
 
 
 def _row(
-    question: Question, scores: dict[str, Tensor], harm: Harm, units: list[Tensor], notes: list[str]
-) -> dict[str, Any]:
+    question: LetterQuestion,
+    scores: dict[str, Tensor],
+    effect: OcclusionEffect,
+    units: list[Tensor],
+    notes: list[str],
+) -> StudyRow:
     by_unit = {
         name: _short(torch.stack([values.double().cpu()[unit].mean() for unit in units]))
         for name, values in scores.items()
     }
-    row = {
-        "id": question.id, "scores": by_unit,
-        "harm": {name: _short(getattr(harm, name)) for name in TARGETS}, "changed": harm.changed.int().tolist(),
-    }  # fmt: skip
-    return {**row, "notes": [f"Fallback: {note}" for note in notes]} if notes else row
+    return StudyRow(
+        id=question.id,
+        scores=by_unit,
+        effects={name: _short(getattr(effect, name)) for name in TARGETS},
+        changed=effect.changed.int().tolist(),
+        notes=[f"Fallback: {note}" for note in notes],
+    )
 
 
 def _short(values: Tensor) -> list[float]:
@@ -158,26 +192,32 @@ def _quantization(spec: RunSpec) -> str:
     return spec.quantize.label if spec.quantize else "full precision"
 
 
-def studies_of(specs: Sequence[RunSpec], **options: Any) -> list[Study]:
+def studies_of(specs: Sequence[RunSpec], sample: int, block: int = 1, batch_size: int = 16) -> list[Study]:
     """One study for each (model, task, quantization) of a sweep, which asks the relevance of each of its pruners.
 
-    Args:
-        options: of Study.
+    The studied model sees all tokens, so a calibration that would prune uses the whole samples.
 
     Raises:
         UserError: nothing in the sweep is quantized.
     """
-    groups: dict[str, list[RunSpec]] = {}
+    groups: dict[str, tuple[RunSpec, dict[str, PruneSpec]]] = {}
     for spec in specs:
         if spec.quantize:
-            alone = spec.model_copy(update={"prune": None})
-            groups.setdefault(alone.canonical(), []).append(spec)
+            alone = _alone(spec)
+            _, prunes = groups.setdefault(alone.canonical(), (alone, {}))
+            if spec.prune:
+                method = spec.prune.method
+                prunes[json.dumps([method.name, method.params], sort_keys=True)] = spec.prune
     if not groups:
         raise UserError(Problem("the study is about a quantized model: give `quantize`", ("quantize",)))
-    studies = []
-    for members in groups.values():
-        first = members[0]
-        alone = first.model_copy(update={"prune": None, "name": f"{Path(first.model).name} {_quantization(first)}"})
-        prunes = {json.dumps([p.method.name, p.method.params], sort_keys=True): p for m in members if (p := m.prune)}
-        studies.append(Study(alone, tuple(prunes.values()), **options))
-    return studies
+    return [Study(alone, tuple(prunes.values()), sample, block, batch_size) for alone, prunes in groups.values()]
+
+
+def _alone(spec: RunSpec) -> RunSpec:
+    """The quantized run without pruning, named by its model and quantization."""
+    quantize = spec.quantize
+    if quantize is not None and quantize.calibration is not None and quantize.calibration.pruned:
+        calibration = quantize.calibration.model_copy(update={"pruned": False})
+        quantize = quantize.model_copy(update={"calibration": calibration})
+    name = f"{Path(spec.model).name} {_quantization(spec)}"
+    return spec.model_copy(update={"prune": None, "quantize": quantize, "name": name})

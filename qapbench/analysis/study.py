@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import rankdata
 
 STUDY = "study.json"
@@ -18,6 +18,30 @@ TARGETS = {
     "error": "quantization error of the tokens that stay grows: relative error of hidden states, mean over layers",
     "full": "answer of the full-precision model changes: what is lost without any quantization",
 }
+
+
+class StudyRow(BaseModel):
+    """One question of a study as it is stored.
+
+    Attributes:
+        scores: of every unit, by `metric NAME` or `relevance NAME`.
+        effects: of leaving each unit out, by the names of TARGETS.
+        changed: 1 where the quantized model then answers otherwise, else 0.
+        notes: what the scores did otherwise than asked.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Annotated[Literal[1], Field(alias="schema", exclude=True)] = 1
+    id: str
+    scores: dict[str, list[float]]
+    effects: dict[str, list[float]]
+    changed: list[int]
+    notes: list[str] = Field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data as it is stored."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
 class Correlation(BaseModel):
@@ -84,12 +108,12 @@ def spearman(scores: np.ndarray, harm: np.ndarray) -> np.ndarray:
         return (centred[0] @ centred[1].T) / np.outer(*lengths)
 
 
-def summarize(rows: Sequence[dict[str, Any]], seed: int) -> list[Predictor]:
+def summarize(rows: Sequence[StudyRow], seed: int) -> list[Predictor]:
     """The mean correlation of every score with every harm, best predictor of the answer first."""
-    names = list(rows[0]["scores"])
+    names = list(rows[0].scores)
     rhos = np.stack(
         [
-            spearman(np.array([row["scores"][n] for n in names]), np.array([row["harm"][t] for t in TARGETS]))
+            spearman(np.array([row.scores[n] for n in names]), np.array([row.effects[t] for t in TARGETS]))
             for row in rows
         ]
     )  # [questions, M, T]

@@ -8,7 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qapbench.run.store import Answer
+from qapbench.records.answer import Answer
+from qapbench.records.record import Record
 
 from .paired import Comparison
 from .study import Correlation, Summary
@@ -16,13 +17,13 @@ from .study import Correlation, Summary
 NAME, TOKENS, COLUMN, INTERVAL = 28, 10, 9, 20  # widths of the run's name, tokens, one accuracy, interval and n
 
 
-def ablation_table(records: Iterable[dict[str, Any]], width: int = 200) -> Table:
+def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
     """One row a run: measured tokens, accuracies in percent, the interval of the last one.
 
     Where not everything fits in `width` characters, interval and n go first, then columns from the front.
     """
     records = list(records)
-    names = list(dict.fromkeys(column["name"] for r in records for column in r["scores"]["columns"]))
+    names = list(dict.fromkeys(column.name for record in records for column in record.scores.columns))
     room = width - NAME - TOKENS - 2
     detailed = room >= len(names) * COLUMN + INTERVAL
     shown = names[-max(1, room // COLUMN) :]
@@ -35,11 +36,11 @@ def ablation_table(records: Iterable[dict[str, Any]], width: int = 200) -> Table
         table.add_column("95 %", justify="right", no_wrap=True)
         table.add_column("n", justify="right", no_wrap=True)
     for record in records:
-        columns = {column["name"]: column for column in record["scores"]["columns"]}
+        columns = {column.name: column.model_dump() for column in record.scores.columns}
         last = columns.get(names[-1], {}) if names else {}
-        tokens = f"{record['tokens']['mean']:g}" if record.get("tokens") else "–"
-        details = [_interval(last), str(last.get("n", ""))] if detailed else []
-        table.add_row(escape(record["name"]), tokens, *(_cell(columns.get(name)) for name in shown), *details)
+        tokens = f"{record.tokens.mean:g}" if record.tokens else "–"
+        details = [_interval(last), str(last.get("n") or "")] if detailed else []
+        table.add_row(escape(record.name), tokens, *(_cell(columns.get(name)) for name in shown), *details)
     notes = [f"Wilson interval of {names[-1]}"] if detailed and names else []
     notes += [f"not shown for lack of width: {', '.join(names[: -len(shown)])}"] if len(shown) < len(names) else []
     table.caption = "; ".join(notes) or None
@@ -68,19 +69,28 @@ def scores_table(scores: dict[str, Any]) -> Table:
 def comparison_table(comparison: Comparison) -> Table:
     """One row a column: both accuracies, the paired difference with its interval, flips, p and q."""
     table = Table(
-        title=escape(f"{comparison.second} against {comparison.first}"), title_justify="left", caption_justify="left",
+        title=escape(f"{comparison.second} against {comparison.first}"),
+        title_justify="left",
+        caption_justify="left",
         caption="paired by question: points, bootstrap 95 % interval, exact McNemar p, "
         "q by Benjamini-Hochberg over the columns",
-    )  # fmt: skip
+    )
     table.add_column("column")
     for name in ("n", "first", "second", "difference", "95 % interval", "gained", "lost", "p", "q"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.differences:
         table.add_row(
-            escape(row.column), str(row.n), f"{100 * row.first / row.n:.2f}", f"{100 * row.second / row.n:.2f}",
-            f"{100 * row.difference:+.2f}", f"{100 * row.low:+.2f} … {100 * row.high:+.2f}",
-            str(row.gained), str(row.lost), f"{row.p:.3g}", f"{row.q:.3g}",
-        )  # fmt: skip
+            escape(row.column),
+            str(row.n),
+            f"{100 * row.first / row.n:.2f}",
+            f"{100 * row.second / row.n:.2f}",
+            f"{100 * row.difference:+.2f}",
+            f"{100 * row.low:+.2f} … {100 * row.high:+.2f}",
+            str(row.gained),
+            str(row.lost),
+            f"{row.p:.3g}",
+            f"{row.q:.3g}",
+        )
     return table
 
 
@@ -98,7 +108,7 @@ def flips_table(comparison: Comparison, answers: Sequence[Mapping[str, Answer]],
         table.add_column(name, overflow="fold")
     for ids, word in both:
         for name in ids[:limit]:
-            given = [str(side[name].get("answer", "–")) if name in side else "–" for side in answers]
+            given = [side[name].answer if name in side else "–" for side in answers]
             table.add_row(word, escape(name), *map(escape, given))
     return table
 
@@ -107,11 +117,12 @@ def study_table(summary: Summary) -> Table:
     """One row a score: its mean rank correlation with each kind of harm."""
     table = Table(
         title=escape(f"{summary.name} on {summary.task}: rank correlation with the harm of leaving a token out"),
-        title_justify="left", caption_justify="left",
+        title_justify="left",
+        caption_justify="left",
         caption=f"mean Spearman's rho over {summary.questions} questions ({summary.units} omissions, "
         f"{100 * summary.changed:.1f} % change the answer), bootstrap 95 % interval over questions\n"
         + "\n".join(f"{name}: {meaning}" for name, meaning in summary.targets.items()),
-    )  # fmt: skip
+    )
     table.add_column("score")
     for name in summary.targets:
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,15 +1,17 @@
-"""`qapbench`: parse, call, print."""
+"""`qapbench`: parse, call, print. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
-import functools
 import logging
+import os
 import sys
+import warnings
+from typing import Annotated
 
-import tqdm.auto
 import typer
 from rich.markup import escape
 
+from qapbench import __version__
 from qapbench.errors import UserError
 
 from . import items, results, running, studies
@@ -17,9 +19,11 @@ from .console import err, watching_assembly
 
 study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.")
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
-)  # fmt: skip
+)
 app.command()(running.run)
 app.command()(running.validate)
 app.command("list")(items.list_items)
@@ -32,15 +36,27 @@ app.add_typer(study_app, name="study")
 study_app.command("sensitivity")(studies.study_sensitivity)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qapbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Benchmark quantized and vision-token-pruned multimodal LLMs."""
+
+
 def main() -> None:
     """Entry point: the user's mistakes are one readable message and exit code 2, faults of ours exit with 1."""
-    from qapbench.receipt import NotQuantizedError
-
-    # Our own bar is the only one; lm-eval and transformers offer no common switch for theirs.
-    tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
-    tqdm.auto.tqdm.__init__ = functools.partialmethod(tqdm.auto.tqdm.__init__, disable=True)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bar is the only one
     for noisy in ("transformers", "torchao", "torch.utils._pytree"):  # torchao: kernels of other machines
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.showwarning = _show_warning
     try:
         with watching_assembly():
             app()
@@ -48,11 +64,18 @@ def main() -> None:
         for problem in error.problems:
             err.print(f"[red]error:[/] {escape(str(problem))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except NotQuantizedError as error:
-        err.print(f"[red]run failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
     except OSError as error:
         if error.filename is None:
             raise
         err.print(f"[red]error:[/] {escape(f'{error.filename}: {error.strerror}')}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "NotQuantizedError":  # compared by name: importing it would import torch
+            raise
+        err.print(f"[red]run failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
+    """Warnings as one line without the source that raised them."""
+    err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)

@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qapbench.checkpoints import watcher
+from qapbench.progress import assembly_progress
+
+if TYPE_CHECKING:
+    from qapbench.records.record import Record
 
 WIDE = 200  # characters of a table that is not printed to a terminal
 # Piped or in a file a table may be as wide as it is; a terminal, or COLUMNS, sets the width otherwise.
@@ -33,7 +36,7 @@ def print_notes(notes: Iterable[str]) -> None:
         out.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
 
 
-def write_page(records: list[dict[str, Any]], page: Path, title: str, runs: Path) -> None:
+def write_page(records: list[Record], page: Path, title: str, runs: Path) -> None:
     from qapbench.leaderboard import build
 
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -82,10 +85,10 @@ def watching_assembly() -> Iterator[None]:
         if done == total:
             shown.pop().bar.stop()
 
-    token = watcher.set(report)
+    token = assembly_progress.set(report)
     try:
         yield
     finally:
-        watcher.reset(token)
+        assembly_progress.reset(token)
         for bars in shown:
             bars.bar.stop()

@@ -41,7 +41,7 @@ def list_items(
 
 
 def _list_matrix(as_json: bool) -> None:
-    from qapbench.matrix import run_matrix
+    from qapbench.analysis.compatibility import run_matrix
 
     logging.getLogger("transformers").setLevel(logging.CRITICAL)  # what it warns of is in the table
     cells = list(run_matrix())
@@ -77,7 +77,7 @@ def show(kind: str, name: str) -> None:
 
 
 def _registries(kind: str | None) -> list[Any]:
-    from qapbench.strategy import KINDS
+    from qapbench.methods.kinds import KINDS
 
     if kind is None:
         return list(KINDS.values())

@@ -24,13 +24,13 @@ def leaderboard(
     as_json: Annotated[bool, typer.Option("--json", help="For --check: print JSON.")] = False,
 ) -> None:
     """Write one offline HTML page of every record below RUNS, or verify one record."""
-    from qapbench.run.record import read_records
+    from qapbench.records.load import load_records
 
     if check is not None:
         _check_record(check, data, as_json)
         return
 
-    records = read_records(runs)
+    records = load_records(runs)
     if not records:
         raise UserError(f"no records below {runs}; make some with `qapbench run SPEC --runs {runs}`")
     write_page(records, page, "qapbench leaderboard", runs)
@@ -69,7 +69,7 @@ def score(
     """Score stored outputs again."""
     from qapbench.analysis.score import score_file
     from qapbench.analysis.table import scores_table
-    from qapbench.spec import TaskSpec
+    from qapbench.spec.run_spec import TaskSpec
 
     scores = score_file(file, TaskSpec(name=task, data=data, parser=parser, answers="generate"), seed)
     if as_json:

@@ -24,9 +24,9 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from qapbench.run.engine import Engine
-    from qapbench.run.plan import Planned
-    from qapbench.spec import RunSpec
+    from qapbench.running.plan import Planned
+    from qapbench.running.planner import Planner
+    from qapbench.spec.run_spec import RunSpec
 
 
 def run(
@@ -36,7 +36,7 @@ def run(
     fresh: Annotated[bool, typer.Option(help="Make every run anew; earlier results are set aside.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="A subset first; rows out of reach there stop, marked.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions; one a GPU.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions; one per GPU.")] = 1,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Where workers run.")] = "local",
     spill: Annotated[bool, typer.Option("--spill", help="Let image features wait on disk, not in memory.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together, 8 by default.")] = None,
@@ -46,52 +46,54 @@ def run(
 ) -> None:
     """Make the runs of a spec that are missing, print the table, write the leaderboard page."""
     from qapbench.analysis.table import ablation_table
-    from qapbench.run.engine import Engine
-    from qapbench.specfile import load_spec
+    from qapbench.running.execute import make_runs
+    from qapbench.running.planner import Planner
+    from qapbench.running.settings import BATCH, Settings, find_device
+    from qapbench.spec.spec_file import load_spec
 
     target = page or runs / "leaderboard.html"
     if target.suffix not in (".html", ".htm"):
         raise UserError(f"--out {target}: the page is an .html file")
-    bars = Progress()
-    making = Engine(
-        runs, batch_size, device, trust_remote_code, bars.report, workers=workers, engine=engine, spill=spill
-    )
-    specs = load_spec(spec, changes or (), making.check)
+    settings = Settings(runs, find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
+    planner = Planner(runs, settings.device)
+    specs = load_spec(spec, changes or (), planner.check)
     if dry_run:
-        plans = _plans(specs, making)
+        plans = _plans(specs, planner)
         out.print(_plan_table(plans))
-        for line in making.shared([plan for _, plan in plans if not isinstance(plan, UserError)]).lines:
+        for line in planner.shared([plan for _, plan in plans if not isinstance(plan, UserError)]).lines:
             out.print(line, highlight=False)
         return
+    bars = Progress()
     with bars:
-        records = making.run(specs, fresh, fast)
+        records = make_runs(specs, settings, fresh, fast, bars.report, planner)
     out.print(ablation_table(records, out.width))
-    spent = [record["timing"] for record in records]
+    spent = [record.timing for record in records]
     out.print(
-        f"{sum(t['questions'] for t in spent)} questions in {sum(t['seconds'] for t in spent):.0f} s as made, "
-        f"peak memory {max(t['peak_memory_mb'] for t in spent)} MB"
+        f"{sum(t.questions for t in spent)} questions in {sum(t.seconds for t in spent):.0f} s as made, "
+        f"peak memory {max(t.peak_memory_mb or 0 for t in spent)} MB"
     )
-    print_notes(note for record in records for note in record.get("notes", []))
+    print_notes(note for record in records for note in record.notes)
     write_page(records, target, Path(spec).stem, runs)
 
 
 def validate(spec: SpecArgument, changes: SetOption = None) -> None:
     """Check a spec, its task, data and local model, and list its runs."""
-    from qapbench.run.engine import Engine
-    from qapbench.specfile import load_spec
+    from qapbench.running.planner import Planner
+    from qapbench.running.settings import find_device
+    from qapbench.spec.spec_file import load_spec
 
-    specs = load_spec(spec, changes or (), Engine(Path("runs")).check)
+    specs = load_spec(spec, changes or (), Planner(Path("runs"), find_device(None)).check)
     for one in specs:
         out.print(escape(f"{one.name}: {one.model} on {one.task.name}"), highlight=False)
     out.print(f"{len(specs)} run(s), all valid")
 
 
-def _plans(specs: list[RunSpec], engine: Engine) -> list[tuple[RunSpec, Planned | UserError]]:
+def _plans(specs: list[RunSpec], planner: Planner) -> list[tuple[RunSpec, Planned | UserError]]:
     """What each run would take up, or why that cannot be said."""
     plans: list[tuple[RunSpec, Planned | UserError]] = []
     for spec in specs:
         try:
-            plans.append((spec, engine.plan(spec, fetch=False)))
+            plans.append((spec, planner.plan(spec, fetch=False)))
         except UserError as error:
             plans.append((spec, error))
     return plans

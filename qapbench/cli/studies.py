@@ -20,21 +20,28 @@ def explain(
     picture: Annotated[Path, typer.Option("--out", help="The picture to write, a .png file.")],
     changes: SetOption = None,
     row: Annotated[str | None, typer.Option(help="Which run of a sweep; the first with a sensitivity.")] = None,
+    runs: RunsOption = Path("runs"),
     device: DeviceOption = None,
     trust_remote_code: RemoteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores, kept tokens and answers as JSON.")] = False,
 ) -> None:
     """Draw what one question's pruning sees: image, sensitivity, relevance, both selections, both answers."""
-    from qapbench.analysis.explain import choose_run, explain, save
-    from qapbench.run.engine import Engine
-    from qapbench.specfile import load_spec
+    from qapbench.analysis.drawing import draw
+    from qapbench.analysis.explain import choose_run, explain
+    from qapbench.running.planner import Planner
+    from qapbench.running.session import Session
+    from qapbench.running.settings import Settings, find_device
+    from qapbench.spec.spec_file import load_spec
 
     if picture.suffix.lower() != ".png":
         raise UserError(f"--out {picture}: the picture is a .png file")
-    making = Engine(Path("runs"), device=device)
-    chosen = choose_run(load_spec(spec, changes or (), making.check), row)
-    explanation = explain(chosen, sample, making.device, trust_remote_code)
-    save(explanation, picture)
+    settings = Settings(runs, find_device(device), trust_remote_code=trust_remote_code)
+    chosen = choose_run(load_spec(spec, changes or (), Planner(runs, settings.device).check), row)
+    bars = Progress()
+    with bars:
+        explanation = explain(chosen, sample, Session(settings, bars.report))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(explanation).save(picture)
     if as_json:
         typer.echo(json.dumps(explanation.to_json()))
         return
@@ -51,7 +58,7 @@ def study_sensitivity(
     runs: RunsOption = Path("runs"),
     sample: Annotated[int, typer.Option(min=2, help="Questions with an image, drawn by the spec's seed.")] = 50,
     block: Annotated[int, typer.Option(min=1, help="Leave out squares of this side, in tokens.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Omissions a forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Omissions per forward pass.")] = 16,
     device: DeviceOption = None,
     trust_remote_code: RemoteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -59,18 +66,19 @@ def study_sensitivity(
     """Which metric predicts the harm of leaving a visual token out? The leaderboard shows what lies in RUNS."""
     from qapbench.analysis.sensitivity import studies_of
     from qapbench.analysis.table import study_table
-    from qapbench.run.engine import Engine
-    from qapbench.specfile import load_spec
+    from qapbench.running.planner import Planner
+    from qapbench.running.session import Session
+    from qapbench.running.settings import Settings, find_device
+    from qapbench.spec.spec_file import load_spec
 
-    making = Engine(runs, device=device)
-    specs = load_spec(spec, changes or (), making.check)
+    settings = Settings(runs, find_device(device), trust_remote_code=trust_remote_code)
     studies = studies_of(
-        specs, sample=sample, block=block, batch_size=batch_size, device=making.device,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        load_spec(spec, changes or (), Planner(runs, settings.device).check), sample, block, batch_size
+    )
     bars = Progress()
     with bars:
-        summaries = [study.make(runs, bars.report) for study in studies]
+        session = Session(settings, bars.report)
+        summaries = [study.make(session) for study in studies]
     if as_json:
         typer.echo(json.dumps([summary.model_dump(mode="json") for summary in summaries]))
         return

@@ -1,4 +1,4 @@
-"""Images of any shape, cut into tiles beside a small whole, with a new-line token behind each row (LLaVA-NeXT)."""
+"""Images of any shape as in LLaVA-NeXT: a scaled-down whole image, and tiles with a new-line token after each line."""
 
 from __future__ import annotations
 
@@ -11,54 +11,59 @@ import torch
 from torch import Tensor
 
 from qapbench.errors import UserError
-from qapbench.tokens import VisionTokens, per_token
+from qapbench.methods.tokens import VisionTokens, per_token
 
+from .encoded import EncodedImage, EncodedImages, Views
 from .tower import TowerFamily
-from .views import Seen, SeenImage, Views
 
-WHOLE = -1  # row of the places that belong to no line
+WHOLE = -1  # in `EncodedImage.rows`: places of the scaled-down whole image, which counts as one line
 
 
 class AnyResFamily(TowerFamily):
-    """The whole picture first, then the patches of all tiles line by line, padding cut off.
+    """Families that encode an image as a scaled-down whole followed by tiles of the full image.
 
-    Each tile is a view, and so is the whole. A new line closes each line of patches; it stays while a token of its
-    line does. Where the packing also shrinks the patches, what is recorded of them is shrunk alike, and a shrunk patch
-    belongs to the tile that its centre is in.
+    The language model reads the whole image first. Then it reads the patches of all tiles line by line across the full
+    image, with padding cut off and a new-line token after each line. The whole image and each tile are views, so each
+    is pruned by itself. A new-line token stays as long as any token of its line does.
+
+    Some models also shrink the patches when they pack them. Then the recorded fields are shrunk in the same way, and a
+    shrunk patch belongs to the tile in which its centre lies.
     """
 
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
 
     @abc.abstractmethod
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Keywords of the model's `get_image_features`."""
+        """Keyword arguments for the model's `get_image_features`."""
 
     @abc.abstractmethod
     def tiling(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-        """Rows and columns of tiles of each image; (0, 0) where there is the whole alone."""
+        """For each image its number of tiles, as (rows, columns). (0, 0) if the image is encoded without tiles."""
 
     @abc.abstractmethod
     def pack(self, tiles: Tensor, size: Tensor, newline: Tensor, shrink: bool = True) -> Tensor:
-        """The model's own packing of one image's tiles [T, N, C], the whole first, into one sequence [L, C].
+        """Join the tiles of one image into one sequence [L, C], as the model itself does.
 
         Args:
+            tiles: [T, N, C] the scaled-down whole image, then the tiles.
             size: height and width of the image in pixels.
-            newline: [C].
-            shrink: whether patches may be resampled, where the model does so.
+            newline: [C] value of the new-line token.
+            shrink: whether patches may be resampled to fewer, if the model does so.
         """
 
     @torch.no_grad()
-    def look(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> Seen:
+    def encode_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
+        """Run vision tower and projector on all tiles of the call at once; see `Family.encode_images`."""
         if inputs.get("image_sizes") is None:
             raise UserError("image_sizes: needed beside pixel_values; the processor gives both")
         pixels: list[Tensor] = []
         handle = self.model.model.vision_tower.register_forward_pre_hook(lambda _, args: pixels.append(args[0]))
         try:
-            with self.recording(needs) as seen:
+            with self.recording(needs) as captured:
                 outputs = self.model.model.get_image_features(**self.arguments(inputs), return_dict=True)
         finally:
             handle.remove()
-        tiles, start = VisionTokens(**self.fields(seen, needs, pixels[0])), 0
+        tiles, start = VisionTokens(**self.fields(captured, needs, pixels[0])), 0
         images, views = [], []
         for index, (features, tiling) in enumerate(zip(outputs.pooler_output, self.tiling(inputs), strict=True)):
             stop = start + 1 + math.prod(tiling)
@@ -66,25 +71,34 @@ class AnyResFamily(TowerFamily):
             images.append(image)
             views += own
             start = stop
-        return Seen(images, Views.grouped(views))
+        return EncodedImages(images, Views.grouped(views))
 
     def _image(
         self, tiles: VisionTokens, features: Tensor, size: Tensor, tiling: tuple[int, int], owner: int
-    ) -> tuple[SeenImage, list[Views]]:
-        """One image [L, D] and its views."""
+    ) -> tuple[EncodedImage, list[Views]]:
+        """Assemble one image and its views.
+
+        Args:
+            tiles: the tokens of the scaled-down whole image and of the tiles, one row each.
+            features: [L, D] the model's packed features.
+            size: height and width of the image in pixels.
+            tiling: rows and columns of tiles.
+            owner: index of the image in the call.
+        """
         blank = tiles.projected.new_zeros(tiles.batch, tiles.count, 1)
         separators = self.pack(blank, size, blank.new_ones(1))[:, 0] > 0.5
         rows = torch.full_like(separators, WHOLE, dtype=torch.long)
         whole = torch.arange(tiles.count, device=features.device)
         views = [Views(tiles[0], [owner], whole[None])]
         if not math.prod(tiling):
-            return SeenImage(features, separators, rows), views
+            return EncodedImage(features, separators, rows), views
         side = math.isqrt(tiles.count)
         lines = int(separators.sum())
         width = (len(features) - tiles.count) // lines
         canvas = torch.arange(tiles.count, len(features), device=features.device).view(lines, width)
         rows[tiles.count :] = torch.arange(lines, device=features.device).repeat_interleave(width)
-        # Where every place would come from without shrinking: its top left corner says what padding was cut off.
+        # Pack indices instead of features, without shrinking: the first one tells how much padding was cut off at the
+        # top and on the left.
         order = torch.arange(blank.numel(), dtype=blank.dtype, device=blank.device).view_as(blank)
         source = self.pack(order, size, blank.new_full((1,), -1), shrink=False)[tiles.count :, 0].long()
         full_lines = int((source < 0).sum())
@@ -99,21 +113,29 @@ class AnyResFamily(TowerFamily):
             down = (tile_rows == index // tiling[1]).nonzero()[:, 0]
             along = (tile_columns == index % tiling[1]).nonzero()[:, 0]
             if not len(down) or not len(along):
-                continue  # nothing but padding
+                continue  # the tile holds nothing but padding
             places = canvas[down][:, along].flatten()
             own = {name: getattr(tiles, name) for name in ("cls_token", "image_ids")}
             own = {name: value[index + 1 : index + 2] for name, value in own.items() if value is not None}
             tokens = VisionTokens(**packed, **own, heads=tiles.heads).take(places, (len(down), len(along)))
             views.append(Views(tokens, [owner], places[None]))
-        return SeenImage(features, separators, rows), views
+        return EncodedImage(features, separators, rows), views
 
     def _packed(
         self, tiles: VisionTokens, features: Tensor, size: Tensor, shrunk: bool, source: Tensor
     ) -> dict[str, Any]:
-        """Every field per token as one sequence [1, L, ...], like the features."""
+        """Every field with values per token as one sequence [1, L, ...], in the order of the features.
+
+        Args:
+            tiles: the tokens of the scaled-down whole image and of the tiles.
+            features: [L, D] the packed features.
+            size: height and width of the image in pixels.
+            shrunk: whether the model resampled the patches of this image.
+            source: for each place after the whole image, the index of its patch; negative for a new line.
+        """
         packed = {"projected": features[None]}
         whole = torch.arange(tiles.count, device=source.device)
-        index = torch.cat([whole, source.clamp(min=0)])  # new lines hold anything: no view contains them
+        index = torch.cat([whole, source.clamp(min=0)])  # any value will do for new lines, which no view contains
         for name in per_token():
             value = getattr(tiles, name)
             if value is None or name == "projected":
@@ -124,6 +146,15 @@ class AnyResFamily(TowerFamily):
         return packed
 
     def _tile_of(self, count: int, full: int, offset: int, side: int) -> Tensor:
-        """[count] the row (or column) of tiles that each line (or place in it) is in."""
+        """The row of tiles in which the centre of each line lies: [count].
+
+        The same function gives the column of tiles for each place in a line.
+
+        Args:
+            count: number of lines after shrinking.
+            full: number of lines before shrinking.
+            offset: lines of padding that were cut off in front.
+            side: lines per tile.
+        """
         centre = (torch.arange(count) + 0.5) * full / count
         return ((centre + offset) // side).long()

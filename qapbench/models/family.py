@@ -1,46 +1,56 @@
-"""What the framework has to know about a model: where its visual tokens, towers and linears are."""
+"""The base class `Family`: what the framework has to know about a kind of model.
+
+Families register themselves by model type.
+"""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from qapbench.errors import UserError, nearest
+from qapbench.errors import UserError
+from qapbench.methods.registry import Entry, Registry
 
+from .checkpoint_format import format_of
+from .encoded import EncodedImages
 from .layers import DecoderLayers
-from .layouts import layout_of
-from .views import Seen
 
-_families: dict[str, type[Family]] = {}
-
-# Parts of `tiny` models, as keywords of their configs.
+# Sizes of the random models that `Family.tiny` makes, as keywords of their configs.
 TINY_TOWER: Mapping[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
     "patch_size": 8,
-}  # fmt: skip
+}
 TINY_TEXT: Mapping[str, Any] = {
-    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 class Family(abc.ABC):
-    """One loaded model, seen through its family.
+    """Uniform access to a loaded model: its parts, its image encoder, and its conventions for inputs.
+
+    There is one subclass per kind of model. `@family(model_type)` registers it.
 
     Attributes:
-        model: the Hugging Face model, not owned.
-        image_inputs: the keywords under which the model takes images, the pixels first.
-        processor_class: name of the transformers processor, where AutoProcessor would want what we do not need (a
-            video processor and its torchvision).
-        stand_ins: fields that `look` fills with a natural counterpart of what they mean -> what stands there. The
-            receipt repeats it.
-        clip_width: width of the vision tower, where it is a CLIP's and so has a joint space with text; else None.
-        view_tokens: tokens of a view; None where it depends on the image.
+        model: the Hugging Face model. A family neither copies nor owns it.
+        image_inputs: keywords under which the model takes images, the pixels first.
+        processor_class: name of the transformers processor to load without its video processor, whose torchvision is
+            not needed here; None loads what AutoProcessor finds.
     """
 
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
@@ -52,77 +62,113 @@ class Family(abc.ABC):
     @property
     @abc.abstractmethod
     def parts(self) -> Mapping[str, nn.Module]:
-        """The module of each scope: language, projector, vision."""
+        """The module of each part that a spec's `scope` can name: language, projector and vision."""
 
     @property
     def image_token(self) -> int:
-        """Id of the placeholder that stands for one visual token."""
+        """Id of the placeholder token. A prompt holds one placeholder for each visual token."""
         return self.model.config.image_token_id
 
     @property
     @abc.abstractmethod
-    def offers(self) -> frozenset[str]:
-        """Fields of VisionTokens that `see` can record for this model; those about the question come from
-        `QuestionReader`."""
+    def available_fields(self) -> frozenset[str]:
+        """Fields of `VisionTokens` that `encode_images` can record for this model.
 
-    def check_offered(self, needs: frozenset[str]) -> None:
-        """Raise UserError where this model does not offer one of these fields."""
-        if missing := needs - self.offers:
+        `QuestionReader` adds those about the question.
+        """
+
+    def check_available(self, needs: frozenset[str]) -> None:
+        """Check that this model can record all fields in `needs`.
+
+        Raises:
+            UserError: a field is missing; the message names it.
+        """
+        if missing := needs - self.available_fields:
             raise UserError(f"model: this vision tower cannot record {', '.join(sorted(missing))}")
 
     @property
-    def stand_ins(self) -> Mapping[str, str]:
+    def substitutes(self) -> Mapping[str, str]:
+        """Fields that `encode_images` fills with a counterpart -> a sentence about it, which the receipt repeats.
+
+        A counterpart is recorded if this kind of model has nothing of a field's exact meaning.
+        """
         return {}
 
     @property
     def clip_width(self) -> int | None:
+        """Hidden size of the vision tower if it is CLIP's, and so has a joint space with a text tower; else None."""
         return None
 
     @property
     def view_tokens(self) -> int | None:
+        """Number of tokens per view (image or tile). None if it depends on the image."""
         return None
 
     @abc.abstractmethod
-    def look(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> Seen:
-        """Run the vision tower and the projector on the images of a call, and record what is needed.
+    def encode_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
+        """Run vision tower and projector on the images of a call and record the fields that are needed.
 
         Args:
-            inputs: the call's keywords, as the processor makes them; a mask is among them.
-            needs: fields of VisionTokens to record beyond `projected`.
+            inputs: keyword arguments of the call as the processor makes them, including an attention mask.
+            needs: fields of `VisionTokens` to record in addition to `projected`.
+
+        Raises:
+            UserError: this model cannot record a field, or an input is missing.
         """
 
     def positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """[..., B, T] position ids of the whole prompt, where they are more than a running count; else None."""
+        """Position ids [..., B, T] of the whole prompt if they are more than a running count (M-RoPE); else None."""
         return None
 
     @abc.abstractmethod
     def project(self, patches: Tensor) -> Tensor:
-        """[B, M, C] merged patches into the language model's space [B, M, D]."""
+        """Project patches that a pruner merged, [B, M, C], into the language model's space [B, M, D]."""
 
     def encoded(self, features: list[Tensor]) -> dict[str, Any]:
-        """Keywords that hand ready features, one [K, D] an image, to the model in place of pixels."""
-        # Annotated as one tensor upstream, but the models fill it with a list of tensors.
+        """Keyword arguments that hand ready features to the model in place of pixels.
+
+        `features` has one tensor [K, D] per image.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        # transformers annotates `pooler_output` as one tensor, but its models put a list of tensors there.
         pooled: Any = features
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
 
     @classmethod
     @abc.abstractmethod
     def tiny(cls) -> tuple[Any, dict[str, Any]]:
-        """A random model of a few thousand weights and one call's inputs with an image, made in memory."""
+        """Make a random model of a few thousand weights in memory.
+
+        Returns (model, keyword arguments of one call with an image).
+        """
 
     @property
     def decoder(self) -> DecoderLayers:
-        """The language model's layers, for pruners inside it; a UserError says why where they cannot be had."""
+        """The language model's layers, for pruners that work inside it.
+
+        Raises:
+            UserError: the decoder is not built as such pruners need it; the message says why.
+        """
         return DecoderLayers(self.parts["language"])
 
     @classmethod
     def default_text_tower(cls, config: Mapping[str, Any]) -> str | None:
-        """Hub id of the CLIP checkpoint whose vision tower models of this config (as in JSON) took over."""
+        """Hub id of the CLIP checkpoint whose vision tower a model took over; None if it is not known.
+
+        Args:
+            config: the model's config as in config.json.
+        """
         return None
 
     @classmethod
     def load_processor(cls, folder: Path, trust_remote_code: bool = False) -> Any:
-        """The processor of a checkpoint folder, for images and text only."""
+        """Load the processor of a checkpoint folder, for images and text only.
+
+        Args:
+            folder: the checkpoint.
+            trust_remote_code: whether a processor may be defined by Python code in the folder.
+        """
         from transformers import AutoProcessor
 
         if cls.processor_class is None:
@@ -130,7 +176,7 @@ class Family(abc.ABC):
         return images_only(cls.processor_class).from_pretrained(folder)
 
     def complete(self, processor: Any) -> None:
-        """Fill in what older checkpoints leave out of their processor, and pad on the left."""
+        """Set what older checkpoints leave out of their processor, and make its tokenizer pad on the left."""
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -138,18 +184,27 @@ class Family(abc.ABC):
 
     @property
     def core(self) -> nn.Module:
-        """The module that takes `input_ids` in every call, pruned or not: what it is given says which tokens run."""
+        """The module that every call, pruned or not, passes its `input_ids` to.
+
+        Its arguments tell which tokens are being processed.
+        """
         return self.model.model
 
     def blocks(self, part: str) -> list[nn.Module]:
-        """The layers of a part, each of which takes what the one before answers; the part itself where it has none."""
+        """The layers of a part in their order of execution, each of which takes the output of the one before it.
+
+        These are the entries of the module list with the most linears. A part without such a list is a single block.
+
+        Args:
+            part: a key of `parts`.
+        """
         root = self.parts[part]
         lists = [module for module in root.modules() if isinstance(module, nn.ModuleList)]
         sizes = [sum(isinstance(inner, nn.Linear) for inner in module.modules()) for module in lists]
         return list(lists[sizes.index(max(sizes))]) if any(sizes) else [root]
 
     def linears(self, scope: Iterable[str]) -> dict[str, nn.Linear]:
-        """The linears of those parts, by their name in the model."""
+        """The linear layers of the parts in `scope`, by their name in the model."""
         roots = {id(self.parts[part]) for part in scope}
         prefixes = [name for name, module in self.model.named_modules() if id(module) in roots]
         return {
@@ -160,7 +215,7 @@ class Family(abc.ABC):
 
 
 def images_only(name: str) -> Any:
-    """The transformers processor of that name without its video processor, which needs torchvision."""
+    """The transformers processor class called `name`, without its video processor, which needs torchvision."""
     import transformers
 
     base = getattr(transformers, name)
@@ -171,40 +226,49 @@ def images_only(name: str) -> Any:
     return type(name, (base,), {"get_attributes": classmethod(get_attributes)})
 
 
-def family(model_type: str) -> Callable[[type[Family]], type[Family]]:
-    """Decorator: this class serves models whose config says `model_type`."""
+def _check_family(target: Any) -> None:
+    if not (isinstance(target, type) and issubclass(target, Family)):
+        raise TypeError(f"a family must be a subclass of qapbench.models.Family, got {target!r}")
 
-    def decorate(cls: type[Family]) -> type[Family]:
-        _families[model_type] = cls
-        return cls
 
-    return decorate
+def _target(entry: Entry[type[Family]], params: dict[str, Any]) -> type[Family]:
+    target: Any = entry.target
+    return target
+
+
+families: Registry[type[Family]] = Registry("family", _target, _check_family, positional=1)
+"""All families, by the `model_type` in the config of their models."""
+family = families.register
+"""Decorator that registers a family under the `model_type` in the config of its models."""
 
 
 def default_tower(config: Mapping[str, Any]) -> str | None:
-    """The default text tower of a checkpoint, by its config.json."""
-    if layout := layout_of(config):
-        return layout.default_text_tower(config)
-    cls = _families.get(str(config.get("model_type")))
-    return cls.default_text_tower(config) if cls else None
+    """Hub id of the CLIP checkpoint that a model took its vision tower from; None if not known.
 
-
-def families() -> dict[str, type[Family]]:
-    """All families, by the model type of their configs."""
-    return dict(sorted(_families.items()))
+    `config` is its config.json.
+    """
+    if format := format_of(config):
+        return format.default_text_tower(config)
+    model_type = str(config.get("model_type"))
+    return family_class(model_type).default_text_tower(config) if model_type in families else None
 
 
 def family_class(model_type: str) -> type[Family]:
-    """The family of a model type; a UserError names the families that there are."""
-    if model_type not in _families:
-        raise UserError(f"model: no family for model type '{model_type}'; {nearest(model_type, _families)}")
-    return _families[model_type]
+    """The family registered for a model type.
+
+    Raises:
+        UserError: there is none; the message names those that exist.
+    """
+    try:
+        return families.create(model_type)
+    except UserError as error:
+        raise UserError([problem.under("model") for problem in error.problems]) from None
 
 
 def family_of(model: Any) -> Family:
-    """The model seen through its family.
+    """The `Family` object of a loaded model.
 
     Raises:
-        UserError: there is none; it names those that there are.
+        UserError: no family is registered for its model type; the message names those that exist.
     """
     return family_class(getattr(getattr(model, "config", None), "model_type", type(model).__name__))(model)

@@ -1,4 +1,4 @@
-"""The layers of a decoder, and the few rows of their attention that a pruner inside it reads."""
+"""The layers of a decoder, and the rows of their attention that a pruner inside the decoder reads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from qapbench.errors import UserError
 
 
 class DecoderLayers:
-    """A language model whose layers call q_proj and k_proj on normalised inputs and rotate halves (Llama, Qwen2).
+    """The layers of a language model with normalised inputs, q_proj and k_proj, and rotary embeddings (Llama, Qwen2).
+
+    Attributes:
+        layers: the decoder layers in order.
+        config: config of the language model.
 
     Raises:
-        UserError: the decoder is built in another way, and says in which.
+        UserError: the decoder is built differently; the message says how.
     """
 
     def __init__(self, language: Any) -> None:
@@ -37,22 +41,23 @@ class DecoderLayers:
         return len(self.layers)
 
     def normed(self, index: int, hidden: Tensor) -> Tensor:
-        """What the layer's projections get of its input."""
+        """Apply the layer's input norm: the input of its query and key projections for hidden states `hidden`."""
         return self.layers[index].input_layernorm(hidden)
 
     def projections(self, index: int) -> tuple[nn.Module, nn.Module]:
-        """The modules that make queries and keys, before their rotation."""
+        """The layer's modules that compute queries and keys, before the rotary embedding."""
         attention = self.layers[index].self_attn
         return attention.q_proj, attention.k_proj
 
     def rows(self, index: int, queries: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
-        """[R, S] rows of the layer's attention over one sequence, mean over heads, in float32.
+        """Compute rows of a layer's attention matrix over one sequence: [R, S], averaged over heads, in float32.
 
         Args:
-            queries: [R, heads * width] of the places `at`, before rotation.
-            keys: [S, key heads * width] of all places, before rotation.
-            rotary: cosine and sine of every place, [S, width].
-            at: [R] places of the queries; a row sees itself and what stands before it.
+            index: index of the layer.
+            queries: [R, heads * width] queries at the places `at`, before the rotary embedding.
+            keys: [S, key heads * width] keys at all places, before the rotary embedding.
+            rotary: cosine and sine of all places, each [S, width].
+            at: [R] places of the queries. Each attends to itself and to the places before it.
         """
         attention = self.layers[index].self_attn
         cos, sin = rotary
@@ -60,12 +65,15 @@ class DecoderLayers:
         key = self._rotated(keys, getattr(attention, "k_norm", None), attention.head_dim, cos, sin)
         groups = query.shape[1] // key.shape[1]
         logits = torch.einsum("rhgd,shd->hgrs", query.unflatten(1, (-1, groups)), key) * attention.scaling
-        behind = torch.arange(len(keys), device=at.device) > at.unsqueeze(1)
-        return logits.masked_fill(behind, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+        later = torch.arange(len(keys), device=at.device) > at.unsqueeze(1)
+        return logits.masked_fill(later, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
 
     @staticmethod
     def _rotated(states: Tensor, norm: nn.Module | None, width: int, cos: Tensor, sin: Tensor) -> Tensor:
-        """[S, heads, width] in float32, with the rotary embedding applied as Llama does: halves of a head in pairs."""
+        """Split into heads and apply the rotary embedding: [S, heads, width] in float32.
+
+        As in Llama, the two halves of a head form the pairs that are rotated.
+        """
         heads = states.unflatten(-1, (-1, width))
         heads = (norm(heads) if norm is not None else heads).float()
         turned, rest = heads.split([cos.shape[-1], width - cos.shape[-1]], dim=-1)

@@ -1,4 +1,4 @@
-"""The CLIP joint space in which an image's patches meet the question."""
+"""The joint image-text space of CLIP, in which patches of an image are compared with the question."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qapbench.checkpoints import find_checkpoint
+from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import UserError, first_line
-from qapbench.tokens import VisionTokens
+from qapbench.methods.tokens import VisionTokens
 
-BESIDE = "clip"  # folder of the companion inside a model's own
+BESIDE = "clip"  # folder of the companion CLIP inside a model's own folder
 
 
 class TextTower:
-    """A CLIP text tower and the two projections of its joint space, from any CLIP checkpoint folder.
+    """The text tower of a CLIP checkpoint and the two projections into its joint image-text space.
 
-    LLaVA's own checkpoints hold a vision tower but neither the text tower nor the projections; this is their
-    companion. The vision encoder of the companion is dropped after loading.
+    A LLaVA checkpoint holds a vision tower, but neither the text tower nor the projections. They come from a second
+    checkpoint, the companion CLIP, whose vision encoder is dropped after loading.
 
     Args:
-        folder: what `CLIPModel.from_pretrained` can load (safetensors), with its tokenizer.
-        vision_width: hidden size of the model's own vision tower; the joint space must fit it.
+        folder: checkpoint folder that `CLIPModel.from_pretrained` can load (safetensors), with its tokenizer.
+        vision_width: hidden size of the model's vision tower, which the joint space must fit.
+        device: where to put the modules.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or its width is a different one.
     """
 
     def __init__(self, folder: str | Path, vision_width: int, device: torch.device | str = "cpu") -> None:
@@ -53,15 +57,18 @@ class TextTower:
 
     @torch.inference_mode()
     def embed_patches(self, patches: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, P], float32: post-layernorm and visual projection, as CDPruner applies them."""
+        """Project patches [B, N, C] into the joint space [B, N, P], in float32.
+
+        Post-layernorm and visual projection are applied as in CDPruner.
+        """
         return self.visual_projection(self.visual_norm(patches.float()))
 
     @torch.inference_mode()
     def embed_text(self, text: str) -> Tensor:
-        """One text -> [1, M, P], float32, where M segments hold all of it.
+        """Embed one text in the joint space: [1, M, P] in float32, in M segments that together hold all of it.
 
-        As in CDPruner's code nothing is truncated: token ids are padded with zeros to a multiple of the context
-        length and cut into segments. Only the last segment holds the end token that CLIP pools at; the others are
+        As in CDPruner's code nothing is truncated: the token ids are padded with zeros to a multiple of the context
+        length and cut into segments. Only the last segment holds the end token at which CLIP pools; the others are
         pooled at their first token.
         """
         ids = self.tokenizer(text, return_tensors="pt", truncation=False, verbose=False).input_ids[0]
@@ -76,13 +83,22 @@ class TextTower:
 def find_tower(
     named: str | None, model_folder: str, default: str | None, fetch: bool = True
 ) -> tuple[Path | None, str]:
-    """(folder of the companion CLIP, "") or (None, why there is none).
+    """Find the companion CLIP of a model. Looked up once per process and arguments.
 
-    In this order: as named; `clip/` in the model's own folder; the hub checkpoint whose vision tower the model took
-    over. Where none can be had, relevance falls back on the language model's embeddings. Looked for once a process.
+    The first of these is taken: the checkpoint named; the folder `clip/` in the model's own folder; the hub checkpoint
+    whose vision tower the model took over. If there is none, relevance falls back on the language model's embeddings.
+
+    Args:
+        named: folder, hub id or embedded name that the spec or the caller names; None if neither does.
+        model_folder: the model's own folder; "" if it has none.
+        default: hub id of the checkpoint that the vision tower came from; None if it is not known.
+        fetch: whether a hub id may be downloaded.
+
+    Returns:
+        (folder of the companion CLIP, ""), or (None, the reason why there is none).
 
     Raises:
-        UserError: one is named and cannot be had.
+        UserError: `named` is given and cannot be found.
     """
     if named:
         return find_checkpoint(named, "text_tower", fetch).folder, ""
@@ -98,15 +114,23 @@ def find_tower(
 
 @functools.lru_cache(maxsize=2)
 def load_tower(folder: Path, vision_width: int, device: torch.device) -> TextTower:
-    """The tower, loaded once for all runs of a process."""
+    """Load a text tower.
+
+    A process that asks for the same tower again gets the same object (the latest two are kept).
+    """
     return TextTower(folder, vision_width, device)
 
 
 class QuestionReader:
-    """Adds the fields of VisionTokens that concern the question.
+    """Computes the fields of `VisionTokens` that concern the question.
 
-    With a text tower, image and text meet in its joint space. Without one, relevance falls back on the language
-    model: projected tokens beside the mean embedding of the prompt's tokens.
+    With a text tower, image and question are embedded in its joint space. Without one, both come from the language
+    model: the projected tokens, and the mean embedding of the prompt's tokens.
+
+    Args:
+        needs: fields that the pruner reads; those outside FIELDS are ignored.
+        tower: the text tower; None if there is none.
+        embed: the language model's embedding: token ids [L] -> [L, D].
     """
 
     FIELDS = frozenset({"image_embeds", "text_embeds", "prompt_embeds"})
@@ -118,28 +142,36 @@ class QuestionReader:
 
     @property
     def visual(self) -> frozenset[str]:
-        """What the model must record for these fields."""
+        """Fields that the model must record so that `fields` can be computed."""
         return frozenset({"patches"}) if self.tower and "image_embeds" in self.needs else frozenset()
 
     @property
     def needs_text(self) -> bool:
-        """Whether the question is read as text, and not only as token ids."""
+        """Whether the question is needed as text, and not only as token ids."""
         return self.tower is not None and "text_embeds" in self.needs
 
     def fields(
-        self, image: VisionTokens, text: str | None, prompt: Tensor,
-        of_image: dict[Hashable, Any] | None = None, of_question: dict[Hashable, Any] | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """The question's fields for one image.
+        self,
+        image: VisionTokens,
+        text: str | None,
+        prompt: Tensor,
+        of_image: dict[Hashable, Any] | None = None,
+        of_question: dict[Hashable, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the question's fields for one image: those of FIELDS that are needed.
 
         Args:
-            image: its tokens, or those of its B views.
-            text: the question for the text tower.
+            image: the image's tokens, one row for each of its B views.
+            text: the question, for the text tower.
             prompt: [L] token ids of the prompt without placeholders and padding.
-            of_image, of_question: what was computed before for this image, and for this question.
+            of_image: earlier results for this image, to which new ones are added.
+            of_question: earlier results for this image and question, to which new ones are added.
+
+        Raises:
+            UserError: the text tower needs the question and `text` is None.
         """
         of_image, of_question = {} if of_image is None else of_image, {} if of_question is None else of_question
-        embedded = recalled(of_question, "prompt_embeds", lambda: self.embed(prompt).unsqueeze(0))
+        embedded = memoized(of_question, "prompt_embeds", lambda: self.embed(prompt).unsqueeze(0))
         tower = self.tower
         if tower is None:
             mean = embedded.mean(dim=1, keepdim=True)
@@ -149,16 +181,16 @@ class QuestionReader:
             if "image_embeds" in self.needs:
                 patches = image.require("patches", "the text tower")
                 key = ("image_embeds", id(tower))
-                found["image_embeds"] = recalled(of_image, key, lambda: tower.embed_patches(patches))
+                found["image_embeds"] = memoized(of_image, key, lambda: tower.embed_patches(patches))
             if "text_embeds" in self.needs:
                 if text is None:
                     raise UserError("relevance needs the question: pass `relevance_text=`, or `compress` a processor")
-                found["text_embeds"] = recalled(of_question, ("text_embeds", id(tower)), lambda: tower.embed_text(text))
+                found["text_embeds"] = memoized(of_question, ("text_embeds", id(tower)), lambda: tower.embed_text(text))
         return {name: value.expand(image.batch, -1, -1) for name, value in found.items() if name in self.needs}
 
 
-def recalled(memo: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
-    """The value under a key, made where it is not there."""
+def memoized(memo: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
+    """The value stored in `memo` under `key`, computed with `make` and stored if it is missing."""
     if key not in memo:
         memo[key] = make()
     return memo[key]

@@ -1,4 +1,4 @@
-"""Models of LLaVA's build: a CLIP or SigLIP tower, patches of one layer, a projector, a language model."""
+"""Families built like LLaVA: a CLIP or SigLIP tower, the patches of one of its layers, a projector, a decoder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from qapbench.errors import UserError
 
 from .family import Family
 
-MIDDLE = 9 / 24  # depth of the layer that HiPrune finds objects in
+MIDDLE = 9 / 24  # relative depth of the layer in which HiPrune finds objects: the ninth of 24
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 EMPTY: Mapping[nn.Module, str] = {}
 RECEIVED = "the tower has no CLS token; attention received from all patches stands in"
 
 
 class TowerFamily(Family):
-    """What LLaVA's relatives have in common. Their towers are called with one tile a row; `fields` says what was seen.
+    """What the relatives of LLaVA have in common.
+
+    Their vision towers take a batch with one image or tile per row. `recording` captures tensors while the tower runs,
+    and `fields` makes fields of `VisionTokens` from them.
 
     Raises:
-        UserError: the tower is neither CLIP nor SigLIP, or its CLS token is not dropped.
+        UserError: the tower is neither CLIP nor SigLIP, or the model's select strategy does not fit it. CLIP's CLS
+            token must be dropped, and all tokens of SigLIP must be kept.
     """
 
     def __init__(self, model: Any) -> None:
@@ -40,44 +44,64 @@ class TowerFamily(Family):
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
+        """The language model, the projector and the vision tower."""
         core = self.model.model
         return {
-            "language": core.language_model, "projector": core.multi_modal_projector, "vision": core.vision_tower,
-        }  # fmt: skip
+            "language": core.language_model,
+            "projector": core.multi_modal_projector,
+            "vision": core.vision_tower,
+        }
 
     @property
     def vision(self) -> Any:
-        """Config of the tower."""
+        """Config of the vision tower."""
         return self.model.config.vision_config
 
     @property
     def skip(self) -> int:
-        """Tokens of the tower's own in front of the patches: CLIP's CLS."""
+        """Number of tokens that the tower puts in front of the patches: 1 for CLIP (its CLS token), 0 for SigLIP."""
         return int(self.vision.model_type == CLIP)
 
     @property
-    def offers(self) -> frozenset[str]:
+    def available_fields(self) -> frozenset[str]:
+        """All fields of the vision tower; `cls_token` only for CLIP."""
         fields = {"patches", "image_ids", "grid", "cls_attention", "keys", "last_cls_attention", "last_keys"}
         fields |= {"attention_received", "middle_attention_received"}
         return frozenset(fields | {"cls_token"} if self.skip else fields)
 
     @property
-    def stand_ins(self) -> Mapping[str, str]:
+    def substitutes(self) -> Mapping[str, str]:
+        """None for CLIP.
+
+        SigLIP has no CLS token, so attention received from all patches takes the place of CLS attention.
+        """
         return {} if self.skip else dict.fromkeys(("cls_attention", "last_cls_attention"), RECEIVED)
 
     @property
     def clip_width(self) -> int | None:
+        """Hidden size of the tower if it is CLIP; None for SigLIP."""
         return self.vision.hidden_size if self.skip else None
 
     @property
     def view_tokens(self) -> int | None:
+        """Number of patches of an image or tile."""
         return (self.vision.image_size // self.vision.patch_size) ** 2
 
     def project(self, patches: Tensor) -> Tensor:
+        """Apply the projector to patches [B, M, C]: [B, M, D]."""
         return self.model.model.multi_modal_projector(patches)
 
     def fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
-        """Fields of VisionTokens, from what `recording` kept of T tiles `pixels` [T, 3, H, W]."""
+        """Make fields of `VisionTokens` for T images or tiles.
+
+        Args:
+            seen: tensors that `recording` captured, by their names.
+            needs: fields to make in addition to `projected`.
+            pixels: [T, 3, H, W] input of the tower, which the content hashes are computed from.
+
+        Returns:
+            Keyword arguments of `VisionTokens`. `grid` is among them if the number of tokens is a square.
+        """
         heads, skip = self.vision.num_attention_heads, self.skip
         found: dict[str, Any] = {"projected": seen["projected"]}
         side = math.isqrt(found["projected"].shape[1])
@@ -107,26 +131,34 @@ class TowerFamily(Family):
 
     @contextlib.contextmanager
     def recording(self, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
-        """Hooks on the encoder layers that are needed and the projector; attention itself stays SDPA or flash."""
-        self.check_offered(needs)
+        """Capture the tensors that the fields in `needs` are made from, while the context is open.
+
+        Hooks take them from the projector and from the query and key projections of the layers concerned, so the
+        tower's own attention can stay SDPA or flash attention.
+
+        Yields:
+            A dict that fills when the tower runs: `projected`, `patches`, `hidden`, `queries`, `keys`, and the latter
+            two with the prefixes `last_` and `middle_`.
+        """
+        self.check_available(needs)
         projector, layers = self.model.model.multi_modal_projector, self.model.model.vision_tower.encoder.layers
         wanted: list[tuple[nn.Module, str]] = [(projector, "projected")]
         layer = layers[self._feature_layer(len(layers))]
         if "cls_token" in needs:
             wanted.append((layer, "hidden"))
-        for prefix, of, fields in (
+        for prefix, source, fields in (
             ("", layer, {"cls_attention", "keys", "attention_received"}),
             ("last_", layers[-1], {"last_cls_attention", "last_keys"}),
             ("middle_", layers[max(round(len(layers) * MIDDLE), 1) - 1], {"middle_attention_received"}),
         ):
             if needs & fields:
-                attention = of.self_attn
+                attention = source.self_attn
                 wanted += [(attention.q_proj, f"{prefix}queries"), (attention.k_proj, f"{prefix}keys")]
-        with recorded(wanted, {projector: "patches"} if "patches" in needs else {}) as seen:
-            yield seen
+        with recorded(wanted, {projector: "patches"} if "patches" in needs else {}) as captured:
+            yield captured
 
     def _feature_layer(self, count: int) -> int:
-        """Index of the encoder layer whose output the projector takes (the last one where there are several)."""
+        """Index of the encoder layer whose output the projector takes; the last one if there are several."""
         chosen = self.model.config.vision_feature_layer
         index = chosen if isinstance(chosen, int) else chosen[-1]
         return (index if index >= 0 else count + 1 + index) - 1
@@ -136,18 +168,29 @@ class TowerFamily(Family):
 def recorded(
     outputs: Iterable[tuple[nn.Module, str]], inputs: Mapping[nn.Module, str], calls: Mapping[nn.Module, str] = EMPTY
 ) -> Iterator[dict[str, Any]]:
-    """A dict that fills while these modules run: with what they give, what they are given, the keywords of a call."""
-    seen: dict[str, Any] = {}
+    """Capture inputs and outputs of modules while the context is open.
+
+    A later call of a module replaces what was captured of an earlier one.
+
+    Args:
+        outputs: (module, name) pairs whose output to capture; of a tuple its first entry.
+        inputs: modules whose first positional argument to capture -> name.
+        calls: modules whose keyword arguments to capture -> name.
+
+    Yields:
+        A dict of what was captured, by name. It fills when the modules run.
+    """
+    captured: dict[str, Any] = {}
 
     def keep_output(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
+            captured[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
     def keep_input(name: str, keywords: bool) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            seen[name] = kwargs if keywords else args[0]
+            captured[name] = kwargs if keywords else args[0]
 
         return hook
 
@@ -158,24 +201,36 @@ def recorded(
             for module, name in named.items()
         ]
     try:
-        yield seen
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
 def cls_row(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """[B, N]: row of the first token (CLS) in softmax(q k^T / sqrt(d)), mean over heads. Float32."""
+    """Attention from the first token (CLS) to every token: [B, N], averaged over heads, in float32.
+
+    Args:
+        queries: [B, N, heads * width], unscaled.
+        keys: [B, N, heads * width].
+        heads: number of heads.
+    """
     return received(queries[:, :1], keys, heads)
 
 
 def received(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """[B, N]: what each token gets of softmax(q k^T / sqrt(d)), mean over heads and queries. Float32."""
+    """Attention that each token receives, softmax(q k^T / sqrt(d)) averaged over heads and queries: [B, N] in float32.
+
+    Args:
+        queries: [B, Q, heads * width], unscaled.
+        keys: [B, N, heads * width].
+        heads: number of heads.
+    """
     query, key = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (queries, keys))
     logits = (query @ key.mT) / math.sqrt(query.shape[-1])
     return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
 def digest(image: Tensor) -> str:
-    """Content hash of pixels, whatever batch they came in."""
+    """Content hash of an image's pixels: 16 hexadecimal digits, the same whatever batch the image came in."""
     return hashlib.sha256(image.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from qapbench import Share, fusion, min_max
+from qapbench import Fraction, fusion, min_max
 
 
 @fusion("rank")
-def rank(relevance: Tensor, sensitivity: Tensor, semantic: Share = 0.7) -> Tensor:
+def rank(relevance: Tensor, sensitivity: Tensor, semantic: Fraction = 0.7) -> Tensor:
     """Order tokens by semantic * rank(relevance) + (1 - semantic) * rank(sensitivity); give the relevance values
     out again in that order.
 

@@ -5,13 +5,13 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from qapbench import Share, fusion
+from qapbench import Fraction, fusion
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @fusion("convex", default=True)
-def convex(relevance: Tensor, sensitivity: Tensor, semantic: Share = 0.7) -> Tensor:
+def convex(relevance: Tensor, sensitivity: Tensor, semantic: Fraction = 0.7) -> Tensor:
     """semantic * relevance + (1 - semantic) * sensitivity: 0.7 and 0.3 in QAPruner's code."""
     return semantic * relevance + (1 - semantic) * sensitivity
 

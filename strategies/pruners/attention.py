@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qapbench import Pruner, Selection, VisionTokens, pruner, top
+from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
 
 
 @pruner("fastervlm")
@@ -22,4 +22,4 @@ class Attention(Pruner):
         return tokens.require("cls_attention", "attention")
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
-        return Selection(top(scores, keep))
+        return Selection(top_k(scores, keep))

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from qapbench import DecoderPruner, Selection, Stage, VisionTokens, pruner, top
+from qapbench import DecoderPruner, Selection, Stage, VisionTokens, pruner, top_k
 
 
 @pruner("fastv")
@@ -32,4 +32,4 @@ class FastV(DecoderPruner):
         return tokens.require("query_attention", "fastv")
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
-        return Selection(top(scores, keep))
+        return Selection(top_k(scores, keep))

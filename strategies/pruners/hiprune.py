@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qapbench import Pruner, Selection, Share, VisionTokens, pruner, top
+from qapbench import Fraction, Pruner, Selection, VisionTokens, pruner, top_k
 
 
 @pruner("hiprune")
@@ -22,7 +22,7 @@ class HiPrune(Pruner):
     """
 
     needs = frozenset({"attention_received", "middle_attention_received", "grid"})
-    alpha: Share = 0.1
+    alpha: Fraction = 0.1
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
         return tokens.require("attention_received", "hiprune")
@@ -31,8 +31,8 @@ class HiPrune(Pruner):
         anchors = min(round(keep * self.alpha / 5), keep // 5)
         middle = tokens.require("middle_attention_received", "hiprune").float()
         height, width = tokens.grid or (1, tokens.count)
-        objects = with_neighbours(Selection(top(middle, anchors)).mask(tokens.count).view(-1, height, width))
-        return Selection(top(scores.masked_fill(objects.flatten(1), torch.inf), keep))
+        objects = with_neighbours(Selection(top_k(middle, anchors)).mask(tokens.count).view(-1, height, width))
+        return Selection(top_k(scores.masked_fill(objects.flatten(1), torch.inf), keep))
 
 
 def with_neighbours(mask: Tensor) -> Tensor:

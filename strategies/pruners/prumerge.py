@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from qapbench import Pruner, Selection, VisionTokens, pruner, top
+from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
 
 
 @pruner("prumerge")
@@ -41,7 +41,7 @@ class PruMerge(Pruner):
 
     def centres(self, scores: Tensor, count: int) -> Tensor:
         """[B, count] ascending."""
-        return top(scores, count)
+        return top_k(scores, count)
 
     def _weights(self, tokens: VisionTokens, attention: Tensor, centres: Tensor) -> Tensor:
         """[B, K, N]: what each centre takes of every patch; all of itself."""

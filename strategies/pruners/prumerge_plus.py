@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qapbench import Selection, Share, pruner, top
+from qapbench import Fraction, Selection, pruner, top_k
 
 from .prumerge import PruMerge
 
@@ -23,11 +23,11 @@ class PruMergePlus(PruMerge):
     chosen by score, so that their number is exact.
     """
 
-    spatial: Share = 0.75
+    spatial: Fraction = 0.75
 
     def centres(self, scores: Tensor, count: int) -> Tensor:
         samples = min(round(count * self.spatial), count - 1)
-        best = top(scores, count - samples)
+        best = top_k(scores, count - samples)
         left = (~Selection(best).mask(scores.shape[1])).nonzero()[:, 1].view(len(scores), -1)
         places = torch.arange(samples, device=scores.device) * left.shape[1] // max(samples, 1)
         return torch.cat([best, left[:, places]], dim=1).sort(dim=-1).values

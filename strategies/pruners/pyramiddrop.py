@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from qapbench import DecoderPruner, Selection, Stage, VisionTokens, even_stages, pruner, top
+from qapbench import DecoderPruner, Selection, Stage, VisionTokens, even_stages, pruner, top_k
 
 
 @pruner("pyramiddrop")
@@ -33,4 +33,4 @@ class PyramidDrop(DecoderPruner):
         return tokens.require("query_attention", "pyramiddrop")
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
-        return Selection(top(scores, keep))
+        return Selection(top_k(scores, keep))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qapbench import Pruner, Selection, VisionTokens, pruner, top
+from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
 
 
 @pruner("random")
@@ -28,7 +28,7 @@ class Random(Pruner):
         return torch.stack(rows).to(tokens.projected.device)
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
-        return Selection(top(scores, keep))
+        return Selection(top_k(scores, keep))
 
 
 def _generator(seed: int, image: str) -> torch.Generator:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from qapbench import DecoderPruner, Selection, Stage, VisionTokens, even_stages, pruner, top
+from qapbench import DecoderPruner, Selection, Stage, VisionTokens, even_stages, pruner, top_k
 
 LAYERS = (3 / 32, 7 / 32, 16 / 32)  # drops are behind layers 2, 6 and 15 (from 0) of 32
 RECYCLED = 0.3  # of the tokens dropped, the best by score
@@ -44,10 +44,10 @@ class SparseVLM(DecoderPruner):
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         count, hidden = tokens.count, tokens.projected.float()
         kept = split(count, keep)
-        best = Selection(top(scores, kept))
+        best = Selection(top_k(scores, kept))
         if kept == keep:
             return best
-        candidates = top(scores.masked_fill(best.mask(count), -torch.inf), recycled(count - kept))
+        candidates = top_k(scores.masked_fill(best.mask(count), -torch.inf), recycled(count - kept))
         merged, centres = cluster(take(hidden, candidates), keep - kept)
         indices = torch.cat([best.indices, candidates.gather(1, centres)], dim=1)
         updated = torch.cat([take(hidden, best.indices), merged], dim=1)
@@ -93,7 +93,7 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     earlier = torch.ones_like(distance, dtype=torch.bool).tril(-1)
     denser = (other > one) | ((other == one) & earlier)
     farthest = distance.amax(dim=(1, 2), keepdim=True)
-    centres = top(density * torch.where(denser, distance, farthest).amin(dim=-1), clusters)
+    centres = top_k(density * torch.where(denser, distance, farthest).amin(dim=-1), clusters)
     nearest = distance.gather(2, centres.unsqueeze(1).expand(-1, tokens.shape[1], -1)).argmin(dim=-1)
     itself = torch.arange(clusters, device=tokens.device).expand_as(centres)
     members = one_hot(nearest.scatter(1, centres, itself), clusters).to(tokens.dtype)

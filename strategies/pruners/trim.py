@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from qapbench import Pruner, Selection, VisionTokens, pruner, top
+from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
 
 
 @pruner("trim")
@@ -37,8 +37,8 @@ class Trim(Pruner):
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         if keep == 1:
-            return Selection(top(scores, 1))
-        kept = Selection(top(scores, keep - 1))
+            return Selection(top_k(scores, 1))
+        kept = Selection(top_k(scores, keep - 1))
         removed = ~kept.mask(tokens.count).unsqueeze(-1)
         patches = tokens.require("patches", "trim").float()
         mean = (patches * removed).sum(dim=1, keepdim=True) / removed.sum(dim=1, keepdim=True)

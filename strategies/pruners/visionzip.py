@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from qapbench import Pruner, Selection, Share, VisionTokens, pruner, top
+from qapbench import Fraction, Pruner, Selection, VisionTokens, pruner, top_k
 
 
 @pruner("visionzip")
@@ -21,7 +21,7 @@ class VisionZip(Pruner):
 
     needs = frozenset({"cls_attention", "keys", "patches", "cls_token"})
     optional = frozenset({"cls_token"})
-    contextual: Share = 5 / 32
+    contextual: Fraction = 5 / 32
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
         return tokens.require("cls_attention", "visionzip")
@@ -30,7 +30,7 @@ class VisionZip(Pruner):
         patches = tokens.require("patches", "visionzip").float()
         with_cls = int(tokens.cls_token is not None and keep > 1)
         targets = min(round(keep * self.contextual), keep - with_cls - 1)
-        dominant = top(scores, keep - with_cls - targets)
+        dominant = top_k(scores, keep - with_cls - targets)
         merged = [] if not with_cls else [tokens.require("cls_token", "visionzip").float().unsqueeze(1)]
         if targets:
             merged.append(self._contextual(tokens, patches, dominant, targets))

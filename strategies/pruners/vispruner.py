@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from qapbench import Pruner, Selection, Share, VisionTokens, pruner
+from qapbench import Fraction, Pruner, Selection, VisionTokens, pruner
 
 STEP = 8  # tokens that one round removes, as released
 
@@ -25,7 +25,7 @@ class VisPruner(Pruner):
     """
 
     needs = frozenset({"cls_attention", "patches"})
-    important: Share = 0.5
+    important: Fraction = 0.5
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
         return tokens.require("cls_attention", "vispruner")

@@ -11,15 +11,15 @@ from qapbench import (
     Block,
     CalibratedPTQ,
     Calibration,
+    CalibrationResult,
     Format,
-    Found,
     LinearPlan,
     MeanAbs,
     Rows,
     Scaling,
     installed_all,
     ptq,
-)  # fmt: skip
+)
 
 STEPS = 20  # of both grids
 LEAST_CLIP = 0.5
@@ -40,16 +40,19 @@ class AWQ(CalibratedPTQ):
     clip: bool = True
 
     def calibrate(
-        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
         activations: Format | None,
-    ) -> Found:  # fmt: skip
+    ) -> CalibrationResult:
         if weights is None:
             return {name: {} for name in linears}
 
-        def find(block: Block) -> Found:
+        def find(block: Block) -> CalibrationResult:
             means = block.observe(lambda _: MeanAbs())
             rows = block.observe(lambda _: Rows(CLIP_TOKENS, len(calibration)))
-            found: Found = {}
+            found: CalibrationResult = {}
             for group in block.groups():
                 mean = means[next(iter(group.linears))].value
                 scale = best_scale(block.inside(group.module), group.linears, mean, weights)

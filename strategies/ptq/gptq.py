@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qapbench import Block, CalibratedPTQ, Calibration, Format, Found, Gram, Grid, LinearPlan, Share, ptq
+from qapbench import Block, CalibratedPTQ, Calibration, CalibrationResult, Format, Fraction, Gram, Grid, LinearPlan, ptq
 
 
 @ptq("gptq")
@@ -21,18 +21,21 @@ class GPTQ(CalibratedPTQ):
     matters where a group is smaller. `static_groups` takes the ranges of the original weights instead.
     """
 
-    damping: Share = 0.01
+    damping: Fraction = 0.01
     block: Annotated[int, Field(ge=1)] = 128
     static_groups: bool = False
 
     def calibrate(
-        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
         activations: Format | None,
-    ) -> Found:  # fmt: skip
+    ) -> CalibrationResult:
         if weights is None:
             return {name: {} for name in linears}
 
-        def find(block: Block) -> Found:
+        def find(block: Block) -> CalibrationResult:
             grams = block.observe(lambda _: Gram())
             return {
                 name: {"weight": self.solve(block.linears[name].weight.detach(), gram.value, weights)}

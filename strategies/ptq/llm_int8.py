@@ -33,9 +33,13 @@ class LLMInt8(PTQ):
                 raise UserError(f"llm_int8 is int8 by definition: write {name}: {{bits: 8, symmetric: true}}")
 
     def prepare(
-        self, model: nn.Module, linears: Mapping[str, nn.Linear], weights: Format | None, activations: Format | None,
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
+        activations: Format | None,
         calibration: Any = None,
-    ) -> dict[str, LinearPlan]:  # fmt: skip
+    ) -> dict[str, LinearPlan]:
         self.check(weights, activations)
         plans = {}
         for name in linears:

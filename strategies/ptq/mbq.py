@@ -12,8 +12,8 @@ from qapbench import (
     Block,
     CalibratedPTQ,
     Calibration,
+    CalibrationResult,
     Format,
-    Found,
     Gradient,
     Group,
     LinearPlan,
@@ -39,15 +39,18 @@ class MBQ(CalibratedPTQ):
     """
 
     def calibrate(
-        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
         activations: Format | None,
-    ) -> Found:  # fmt: skip
+    ) -> CalibrationResult:
         gradients = calibration.gradients(linears) if calibration.family is not None else {}
         ratios = {name: ratio_of(gradient) for name, gradient in gradients.items()}
 
-        def find(block: Block) -> Found:
+        def find(block: Block) -> CalibrationResult:
             means = block.observe(lambda _: MeanAbs())
-            found: Found = {}
+            found: CalibrationResult = {}
             groups = block.groups()
             for group, end in zip(groups, ends(groups), strict=True):
                 alike = [r for name, r in ratios.items() if kind(name) == kind(end) and not math.isnan(r)]
@@ -88,9 +91,13 @@ def kind(name: str) -> str:
 
 
 def search(
-    block: Block, linears: Mapping[str, nn.Linear], mean: Tensor, ratio: float, weights: Format | None,
+    block: Block,
+    linears: Mapping[str, nn.Linear],
+    mean: Tensor,
+    ratio: float,
+    weights: Format | None,
     activations: Format | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """[in]: of the grid, the scale with which the quantized linears change the module's output least."""
     wanted = [output.to("cpu") for output in block.outputs()]
     best, least = torch.ones_like(mean), math.inf

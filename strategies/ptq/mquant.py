@@ -12,13 +12,13 @@ from qapbench import (
     Block,
     CalibratedPTQ,
     Calibration,
+    CalibrationResult,
     Format,
-    Found,
+    Fraction,
     Gram,
     Grid,
     LinearPlan,
     Rotation,
-    Share,
     TokenActivation,
     Tokens,
     Transform,
@@ -46,19 +46,22 @@ class MQuant(CalibratedPTQ):
     """
 
     rounding: Literal["gptq", "rtn"] = "gptq"
-    damping: Share = 0.01
+    damping: Fraction = 0.01
     seed: Annotated[int, Field(ge=0)] = 0
 
     formats = (Format(bits=4, symmetric=True), Format(bits=8, symmetric=True, granularity="tensor"))
     activation_granularities = ("tensor",)
 
     def calibrate(
-        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
         activations: Format | None,
-    ) -> Found:  # fmt: skip
-        def find(block: Block) -> Found:
+    ) -> CalibrationResult:
+        def find(block: Block) -> CalibrationResult:
             grams = block.observe(lambda _: Gram()) if weights and self.rounding == "gptq" else {}
-            found: Found = {}
+            found: CalibrationResult = {}
             for name, seen in block.observe(lambda linear: Ranges(self.rotation(linear))).items():
                 linear = block.linears[name]
                 rotation = self.rotation(linear)

@@ -9,15 +9,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qapbench import (
-    AbsMax,
+    AbsMaxObserver,
     Block,
     CalibratedPTQ,
     Calibration,
+    CalibrationResult,
     Format,
-    Found,
+    Fraction,
     LinearPlan,
     Scaling,
-    Share,
     grouped,
     ptq,
 )
@@ -42,22 +42,25 @@ class OmniQuant(CalibratedPTQ):
     epochs: Annotated[int, Field(ge=0)] = 20
     lwc_lr: Rate = 1e-2
     let_lr: Rate = 1e-3
-    alpha: Share = 0.75
+    alpha: Fraction = 0.75
 
     def calibrate(
-        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
         activations: Format | None,
-    ) -> Found:  # fmt: skip
+    ) -> CalibrationResult:
         before, exact = "", list[Tensor]()  # the latest block's list of layers, and what it answered in full precision
 
-        def find(block: Block) -> Found:
+        def find(block: Block) -> CalibrationResult:
             nonlocal before, exact
             layers = block.name.rpartition(".")[0]
             follows = before == layers and len(exact) == len(block.passes)
             passes = [one.fed(x) for one, x in zip(block.passes, exact, strict=True)] if follows else block.passes
             plain = Block(block.name, block.module, block.linears, passes, block.current)
             before, exact = layers, [output.to("cpu") for output in plain.outputs()]
-            inputs = block.observe(lambda _: AbsMax())
+            inputs = block.observe(lambda _: AbsMaxObserver())
             scales = self.start(block, inputs) if activations else {}
             learner = Learner(block, {name: linears[name] for name in inputs}, scales, weights, activations)
             learner.fit(exact, self.epochs, self.lwc_lr, self.let_lr)
@@ -65,7 +68,7 @@ class OmniQuant(CalibratedPTQ):
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, activations))
 
-    def start(self, block: Block, inputs: Mapping[str, AbsMax]) -> dict[str, Tensor]:
+    def start(self, block: Block, inputs: Mapping[str, AbsMaxObserver]) -> dict[str, Tensor]:
         """The scale [in] that each linear begins with; linears that read one input share one tensor."""
         scales: dict[str, Tensor] = {}
         for group in block.groups():
@@ -89,9 +92,13 @@ class Learner:
     """The parameters of one block and how they are fitted."""
 
     def __init__(
-        self, block: Block, linears: Mapping[str, nn.Linear], scales: Mapping[str, Tensor], weights: Format | None,
+        self,
+        block: Block,
+        linears: Mapping[str, nn.Linear],
+        scales: Mapping[str, Tensor],
+        weights: Format | None,
         activations: Format | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.block, self.linears, self.weights, self.activations = block, linears, weights, activations
         own = {id(scale): nn.Parameter(scale.clone()) for scale in scales.values()}
         self.scales = {name: own[id(scale)] for name, scale in scales.items()}
@@ -159,8 +166,8 @@ class Learner:
 
         return quantize
 
-    def found(self) -> Found:
-        found: Found = {name: {} for name in self.linears}
+    def found(self) -> CalibrationResult:
+        found: CalibrationResult = {name: {} for name in self.linears}
         for name, scale in self.scales.items():
             if name in found:
                 found[name]["scale"] = scale.detach().clone()

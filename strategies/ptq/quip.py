@@ -12,13 +12,13 @@ from qapbench import (
     Block,
     CalibratedPTQ,
     Calibration,
+    CalibrationResult,
     Format,
-    Found,
+    Fraction,
     Gram,
     Grid,
     LinearPlan,
     Rotation,
-    Share,
     Transform,
     ptq,
 )
@@ -38,17 +38,20 @@ class QuIP(CalibratedPTQ):
     random signs (the paper: Kronecker products of two orthogonal matrices; the Hadamard transform is QuIP#'s).
     """
 
-    damping: Share = 0.01
+    damping: Fraction = 0.01
     seed: Annotated[int, Field(ge=0)] = 0
 
     def calibrate(
-        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
         activations: Format | None,
-    ) -> Found:  # fmt: skip
+    ) -> CalibrationResult:
         places = {name: index for index, name in enumerate(linears)}
 
-        def find(block: Block) -> Found:
-            found: Found = {}
+        def find(block: Block) -> CalibrationResult:
+            found: CalibrationResult = {}
             for name, gram in block.observe(lambda _: Gram()).items():
                 linear, seed = linears[name], self.seed + 2 * places[name]
                 ins, outs = Rotation.random(linear.in_features, seed), Rotation.random(linear.out_features, seed + 1)

@@ -13,8 +13,8 @@ from qapbench import (
     Block,
     CalibratedPTQ,
     Calibration,
+    CalibrationResult,
     Format,
-    Found,
     LinearPlan,
     TokenActivation,
     Tokens,
@@ -57,14 +57,17 @@ class QVLM(CalibratedPTQ):
                 raise UserError(f"qvlm is one pair of formats by definition: leave {side} out (here {made})")
 
     def calibrate(
-        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
         activations: Format | None,
-    ) -> Found:  # fmt: skip
+    ) -> CalibrationResult:
         if activations is None:
             return {name: {} for name in linears}
         gate = Gate(self.entropy, self.period)
 
-        def find(block: Block) -> Found:
+        def find(block: Block) -> CalibrationResult:
             gate.block += 1
             static = [name for group in block.groups() if group.norm for name in group.linears]
             with_images = [i for i, one in enumerate(block.passes) if one.tokens is None or one.tokens.vision.any()]

@@ -5,7 +5,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn, stack
 
-from qapbench import AbsMax, Block, CalibratedPTQ, Calibration, Format, Found, LinearPlan, Scaling, Share, ptq
+from qapbench import (
+    AbsMaxObserver,
+    Block,
+    CalibratedPTQ,
+    Calibration,
+    CalibrationResult,
+    Format,
+    Fraction,
+    LinearPlan,
+    Scaling,
+    ptq,
+)
 
 FLOOR = 1e-5
 
@@ -18,17 +29,20 @@ class SmoothQuant(CalibratedPTQ):
     Linears behind anything but a norm (attention output, down projection) are rounded as they are.
     """
 
-    alpha: Share = 0.5
+    alpha: Fraction = 0.5
 
     def calibrate(
-        self, calibration: Calibration, linears: Mapping[str, nn.Linear], weights: Format | None,
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
         activations: Format | None,
-    ) -> Found:  # fmt: skip
+    ) -> CalibrationResult:
         return calibration.block_by_block(linears, self.scales)
 
-    def scales(self, block: Block) -> Found:
-        inputs = block.observe(lambda _: AbsMax())
-        found: Found = {}
+    def scales(self, block: Block) -> CalibrationResult:
+        inputs = block.observe(lambda _: AbsMaxObserver())
+        found: CalibrationResult = {}
         for group in block.groups():
             found |= {name: {} for name in group.linears}
             if group.norm is not None:

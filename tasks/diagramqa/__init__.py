@@ -1,1 +1,1 @@
-"""DiagramQA: procedural multiple-choice questions over small diagrams, in the format of ScienceQA."""
+"""DiagramQA: generated multiple-choice questions about small diagrams, in the format of ScienceQA."""

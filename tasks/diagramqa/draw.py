@@ -1,6 +1,7 @@
-"""Drawing on a 96 x 96 canvas: cached sprites, letters, arrows and light backgrounds.
+"""Drawing of icons, letters and arrows on a canvas of 96 x 96 pixels with a light background.
 
-Everything is drawn at the final resolution, without supersampling, so that one scene costs well under 2 ms.
+Everything is drawn at the final resolution, without supersampling, and icons and letters are cached, so that drawing
+one scene takes well under 2 ms.
 """
 
 from __future__ import annotations
@@ -59,20 +60,20 @@ CELL_COLORS: dict[str, Color] = {
 
 @functools.cache
 def index() -> dict[str, dict[str, object]]:
-    """The sprite index: name -> cell, category, held_out."""
+    """The index of the sprite sheet: "cell" (column, row), "category" and "held_out" of each icon, by its name."""
     return json.loads((HERE / "sprites.json").read_text())
 
 
 @functools.cache
 def sheet() -> Image.Image:
-    """The sprite sheet as RGBA."""
+    """The sprite sheet as an RGBA image."""
     with Image.open(HERE / "sprites.png") as image:
         return image.convert("RGBA")
 
 
 @functools.cache
 def icons(category: str = "", held_out: bool = False) -> tuple[str, ...]:
-    """Names of the icons in ``category`` ("" = all), either the held-out ones or the others."""
+    """Names of the icons in `category` ("" for all categories): only held-out icons, or only the others."""
     return tuple(
         name for name, entry in index().items() if entry["held_out"] == held_out and category in ("", entry["category"])
     )
@@ -80,18 +81,18 @@ def icons(category: str = "", held_out: bool = False) -> tuple[str, ...]:
 
 @functools.cache
 def categories() -> tuple[str, ...]:
-    """All categories, in the order of the sheet."""
+    """Names of all categories, in the order of the sprite sheet."""
     return tuple(dict.fromkeys(str(entry["category"]) for entry in index().values()))
 
 
 def category_of(name: str) -> str:
-    """The category of the icon ``name``."""
+    """The category of the icon `name`."""
     return str(index()[name]["category"])
 
 
 @functools.cache
 def sprite(name: str, size: int) -> Image.Image:
-    """The icon ``name`` as RGBA of ``size`` x ``size`` pixels."""
+    """The icon `name` as an RGBA image of `size` x `size` pixels."""
     cell_of: Any = index()[name]["cell"]
     column, row = cell_of
     cell = sheet().crop((column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL))
@@ -100,20 +101,26 @@ def sprite(name: str, size: int) -> Image.Image:
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that ships inside Pillow: no system font is needed, so pixels are the same everywhere."""
+    """The font that comes with Pillow. No font of the system is used, so the pixels are the same everywhere."""
     return ImageFont.load_default(size)
 
 
 @functools.cache
 def glyph(text: str, size: int) -> Image.Image:
-    """``text`` as a tight mask, thickened by one pixel: thin strokes vanish in 8 px patches."""
+    """Render `text` as a mask without margins. Strokes are thickened: thin ones vanish in patches of 8 x 8 pixels."""
     mask = Image.new("L", (size * (len(text) + 1) + 4, size * 2 + 4))
     ImageDraw.Draw(mask).text((2, 2), text, fill=255, font=font(size), stroke_width=0.4)
     return mask.crop(mask.getbbox())
 
 
 class Canvas:
-    """An image being drawn, and the things drawn on it so far."""
+    """An image that is being drawn, with a record of the things drawn on it so far.
+
+    Attributes:
+        image: the RGB image of SIDE x SIDE pixels.
+        draw: Pillow's drawing object for `image`.
+        things: the things that were recorded.
+    """
 
     def __init__(self, background: Color = (255, 255, 255)) -> None:
         self.image = Image.new("RGB", (SIDE, SIDE), background)
@@ -121,20 +128,20 @@ class Canvas:
         self.things: list[Thing] = []
 
     def thing(self, name: str, box: Box) -> Box:
-        """Record a drawn thing; its box is clipped to the image."""
+        """Record a thing that was drawn. Its box is clipped to the image, and the clipped box is returned."""
         x0, y0, x1, y1 = box
         box = (max(0, x0), max(0, y0), min(SIDE, x1), min(SIDE, y1))
         self.things.append(Thing(name, box))
         return box
 
     def describe(self, box: Box, **about: str) -> None:
-        """Say what is true of the things drawn in exactly this box."""
+        """Add to what is known of the things whose box is exactly `box`: one value per slot."""
         for thing in self.things:
             if thing.box == box:
                 thing.about |= about
 
     def icon(self, name: str, x: int, y: int, size: int = 24) -> Box:
-        """Paste the icon centred on (x, y), moved inward if it would leave the image."""
+        """Paste the icon `name` centred at (x, y), or further inward if it would leave the image. Returns its box."""
         left = min(max(x - size // 2, 0), SIDE - size)
         top = min(max(y - size // 2, 0), SIDE - size)
         picture = sprite(name, size)
@@ -142,7 +149,19 @@ class Canvas:
         return self.thing(name, (left, top, left + size, top + size))
 
     def text(self, text: str, x: int, y: int, size: int = 14, color: Color = INK, name: str = "") -> Box:
-        """Write ``text`` centred on (x, y) and record it as ``name`` ("letter A" for one letter)."""
+        """Write `text` centred at (x, y), or further inward if it would leave the image, and record it as a thing.
+
+        Args:
+            text: the text to write.
+            x: horizontal position of the centre in pixels.
+            y: vertical position of the centre in pixels.
+            size: size of the font.
+            color: colour of the text.
+            name: name of the recorded thing; "" gives a name such as "letter A" or "number 3".
+
+        Returns:
+            The box of the text.
+        """
         mask = glyph(text, size)
         left = min(max(x - mask.width // 2, 0), SIDE - mask.width)
         top = min(max(y - mask.height // 2, 0), SIDE - mask.height)
@@ -151,7 +170,7 @@ class Canvas:
         return self.thing(name or f"{kind} {text}", (left, top, left + mask.width, top + mask.height))
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float], color: Color = INK) -> Box:
-        """A thick arrow whose tip is at ``end``."""
+        """Draw a thick arrow from `start` to its tip at `end`. Returns its box."""
         dx, dy = end[0] - start[0], end[1] - start[1]
         length = math.hypot(dx, dy) or 1.0
         ux, uy = dx / length, dy / length
@@ -163,7 +182,10 @@ class Canvas:
         return self.thing("arrow", (int(min(xs)) - pad, int(min(ys)) - pad, int(max(xs)) + pad, int(max(ys)) + pad))
 
     def decorate(self, rng: np.random.Generator) -> None:
-        """Paste one held-out icon where nothing else is, as a distractor no training image contains."""
+        """Paste one held-out icon as a distractor, which no training image contains, where nothing else is drawn.
+
+        If 40 random positions are all occupied, nothing is pasted.
+        """
         names = icons(held_out=True)
         name = names[int(rng.integers(len(names)))]
         size = 14
@@ -176,12 +198,12 @@ class Canvas:
 
 
 def overlap(a: Box, b: Box) -> bool:
-    """Whether two boxes share a pixel."""
+    """Tell whether two boxes share a pixel."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def union(*boxes: Box) -> Box:
-    """The smallest box around all ``boxes``."""
+    """The smallest box that contains all `boxes`."""
     return (
         min(b[0] for b in boxes),
         min(b[1] for b in boxes),

@@ -1,7 +1,7 @@
-"""Generate DiagramQA scenes, freeze a split, or draw a contact sheet.
+"""Generation of DiagramQA scenes, of a whole split as a parquet file, or of a contact sheet.
 
-``sample(seed, index, split)`` depends on nothing but its arguments. Splits are disjoint by construction: the
-checksum of an image (or of a text-only question) decides which split may contain it.
+The result of `sample(seed, index, split)` depends only on its arguments. The splits train, val and test share nothing,
+because the checksum of an image, or of a text-only question, decides which split may contain it.
 
     python -m qapbench.tasks.diagramqa.generate --split test --seed 2026 --images 2400 --texts 1200 --out test.parquet
     python -m qapbench.tasks.diagramqa.generate --sheet sheet.png
@@ -21,6 +21,7 @@ import numpy as np
 
 from .families import FAMILIES
 from .scene import Question, Scene
+from .sheet import contact_sheet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,13 +29,18 @@ if TYPE_CHECKING:
 
 SPLITS = {"train": 0, "val": 1, "test": 2, "heldout": 3}
 BUCKETS = 8
-"""Checksums modulo 8: 0 is for test and heldout, 1 for val, the rest for train."""
+"""Checksums are divided into this many buckets: 0 belongs to test and heldout, 1 to val, and the others to train."""
 TEXT_TRIES = 200
+"""Largest number of scenes that are tried until one may be in the split."""
 PER_IMAGE = 2
+"""Largest number of questions of one scene, and therefore about one image, in a frozen split."""
+SHEET_SCENES = 2
+"""Number of scenes of each family on a contact sheet."""
 COLUMNS = ["pid", "image", "question", "choices", "answer", "hint", "subject", "grade", "topic", "family"]
 
 
 def _owns(split: str, checksum: int) -> bool:
+    """Tell whether `split` may contain what has this checksum."""
     bucket = checksum % BUCKETS
     if split == "train":
         return bucket >= 2
@@ -42,7 +48,7 @@ def _owns(split: str, checksum: int) -> bool:
 
 
 def _text_key(question: Question) -> int:
-    # The order of the choices is left out: a reordered question is the same question.
+    """Checksum of a question's texts. Questions that differ only in the order of their choices have the same one."""
     return zlib.crc32("|".join([question.question, question.hint, *sorted(question.choices)]).encode())
 
 
@@ -58,7 +64,7 @@ def _cumulative(modality: str) -> np.ndarray:
 
 
 def image_families() -> list[str]:
-    """Names of the families whose questions come with an image."""
+    """Names of the families whose questions have an image."""
     return list(_names("image"))
 
 
@@ -70,9 +76,19 @@ def text_families() -> list[str]:
 def sample(
     seed: int, index: int, split: str = "train", *, modality: str | None = None, family: str | None = None
 ) -> Scene:
-    """Scene ``index`` of a split; the same arguments always give the same scene.
+    """Generate one scene. The same arguments always give the same scene.
 
-    Half of all scenes have an image, unless ``modality`` ("image" or "text") or one ``family`` is asked for.
+    Args:
+        seed: seed of the split.
+        index: number of the scene within the split.
+        split: "train", "val", "test" or "heldout".
+        modality: "image" or "text"; None draws either with equal probability.
+        family: name of the scene's family; None draws one of the modality, in proportion to the families' weights. If
+            it is given, `modality` has no effect.
+
+    Raises:
+        ValueError: if the split, the modality or the family is unknown.
+        RuntimeError: if no scene that may be in the split was found.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, not {split!r}")
@@ -99,7 +115,11 @@ def sample(
 
 
 def png_bytes(scene: Scene) -> bytes:
-    """The image of the scene as a lossless PNG."""
+    """Encode the image of the scene as PNG, without loss.
+
+    Raises:
+        ValueError: if the scene has no image.
+    """
     if scene.image is None:
         raise ValueError("this scene has no image")
     stream = io.BytesIO()
@@ -108,10 +128,19 @@ def png_bytes(scene: Scene) -> bytes:
 
 
 def build(split: str, seed: int, images: int, texts: int) -> pd.DataFrame:
-    """Questions of a split, with and without an image; at most two questions share an image.
+    """Generate a table of questions of one split, with at most two questions per scene.
 
-    The rows are ordered such that every beginning of them is stratified: each family is spread evenly, so the first n
-    rows hold its share to within one question.
+    Every family is spread evenly over the rows. Any first n rows therefore contain each family in proportion to its
+    size, to within one question.
+
+    Args:
+        split: name of the split.
+        seed: seed of the split.
+        images: number of questions with an image.
+        texts: number of text-only questions.
+
+    Returns:
+        One row per question, with the columns COLUMNS.
     """
     import pandas as pd
 
@@ -140,7 +169,7 @@ def build(split: str, seed: int, images: int, texts: int) -> pd.DataFrame:
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with each family at even distances; questions of one image keep together where families allow."""
+    """Order the rows so that those of each family have even distances. Within a family, the order stays as it is."""
     sizes = Counter(row["family"] for row in rows)
     met: Counter[str] = Counter()
     places = []
@@ -167,7 +196,7 @@ def _row(pid: str, question: Question, image: dict[str, Any] | None) -> dict[str
 
 
 def schema() -> pa.Schema:
-    """The schema of a frozen split."""
+    """The parquet schema of a frozen split."""
     import pyarrow as pa
 
     text = pa.string()
@@ -180,19 +209,19 @@ def schema() -> pa.Schema:
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:
-    """Write a split as parquet, with the Pillow version that drew it in the metadata."""
+    """Write a split as a parquet file. Its metadata contain the version of Pillow that drew the images."""
     import PIL
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     fields = schema().with_metadata({"pillow": PIL.__version__})
     table = pa.Table.from_pylist(frame.to_dict("records"), schema=fields)
-    # A row group of 200 rows keeps equal images within the dictionary page limit, so each is stored once.
+    # With 200 rows per group, the images fit into the dictionary page, so that equal images are stored only once.
     pq.write_table(table, path, compression="zstd", row_group_size=200, dictionary_pagesize_limit=4 << 20)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Generate DiagramQA.")
     parser.add_argument("--split", default="test", choices=list(SPLITS))
     parser.add_argument("--seed", type=int, default=2026)
@@ -202,9 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="draw a contact sheet of the image families instead")
     args = parser.parse_args(argv)
     if args.sheet is not None:
-        from .sheet import contact_sheet
-
-        contact_sheet(args.seed, args.split).save(args.sheet, optimize=True)
+        names = [name for name in image_families() for _ in range(SHEET_SCENES)]
+        scenes = [sample(args.seed, i % SHEET_SCENES, args.split, family=name) for i, name in enumerate(names)]
+        contact_sheet(scenes).save(args.sheet, optimize=True)
     elif args.out is not None:
         write(build(args.split, args.seed, args.images, args.texts), args.out)
     else:

@@ -1,11 +1,11 @@
-"""Build ``sprites.png`` and ``sprites.json`` from the npm package emoji-datasource-google.
+"""Build `sprites.png` and `sprites.json` from the npm package emoji-datasource-google.
 
-Run once by hand; the two results are part of the repository::
+This is run once by hand, because the two resulting files are part of the repository:
 
     python make_sprites.py emoji-datasource-google-16.0.0.tgz
 
-Only the listed icons are used. Names are plain English words, so that a model trained from scratch can
-learn them, and near duplicates (dog face / dog, several moons) are left out.
+Only the icons listed below are used. Their names are plain English words, so that a model that is trained from scratch
+can learn them. Near duplicates, such as dog face and dog or the several moons, are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ CELL = 32
 COLUMNS = 16
 HELD_OUT_PERCENT = 15
 
-# category -> "short_name" or "short_name:name we use" (an underscore in our name is a space).
+# Icons by category. A word is the package's short name of an icon or, where our name differs, "short_name:our_name". An
+# underscore in our name stands for a space.
 ICONS: dict[str, str] = {
     "animal": (
         "dog cat cow pig horse lion_face:lion tiger rabbit fox_face:fox bear panda_face:panda "
@@ -84,7 +85,17 @@ ICONS: dict[str, str] = {
 
 
 def main(archive: Path, folder: Path) -> None:
-    """Read the icons out of ``archive`` and write the sheet and its index into ``folder``."""
+    """Read the icons from the package and write the sprite sheet and its index.
+
+    Args:
+        archive: the package as a .tgz file.
+        folder: folder that the two files are written to.
+
+    Raises:
+        FileNotFoundError: if a file is missing from the package.
+        KeyError: if the package has no icon of a listed name.
+        ValueError: if two icons have the same name.
+    """
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/emoji.json")
         if member is None:

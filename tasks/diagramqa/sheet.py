@@ -1,31 +1,40 @@
-"""A contact sheet: scenes of every image family, enlarged, with a question beside each."""
+"""Drawing of a contact sheet: enlarged images of scenes, with questions beside each of them."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
 from .draw import SIDE, font
-from .generate import image_families, sample
+from .scene import Scene
 
 ZOOM = 3
 WIDTH, HEIGHT = 590, SIDE * ZOOM + 12
 
 
-def contact_sheet(seed: int, split: str, columns: int = 3, per_family: int = 2) -> Image.Image:
-    """``per_family`` scenes of each image family; the right answer is marked with a star."""
-    cells = [(name, i) for name in image_families() for i in range(per_family)]
-    rows = -(-len(cells) // columns)
+def contact_sheet(scenes: Sequence[Scene], columns: int = 3) -> Image.Image:
+    """Draw the scenes side by side, each with its family, its hint and two of its questions.
+
+    The right choice is marked with a star. The place of a scene without an image stays empty.
+
+    Args:
+        scenes: the scenes, from the top left to the bottom right.
+        columns: number of scenes in a row of the sheet.
+
+    Returns:
+        An image with a palette of 128 colours.
+    """
+    rows = -(-len(scenes) // columns)
     page = Image.new("RGB", (columns * WIDTH, rows * HEIGHT), (255, 255, 255))
     draw = ImageDraw.Draw(page)
-    for n, (name, i) in enumerate(cells):
+    for n, scene in enumerate(scenes):
         x, y = (n % columns) * WIDTH + 6, (n // columns) * HEIGHT + 6
-        scene = sample(seed, i, split, family=name)
         if scene.image is None:
             continue
         page.paste(scene.image.resize((SIDE * ZOOM, SIDE * ZOOM), Image.Resampling.NEAREST), (x, y))
-        lines = [f"[{name}]"]
+        lines = [f"[{scene.questions[0].family}]"]
         for question in scene.questions[:2]:
             lines += textwrap.wrap(question.question, 42)
             marks = [("*" if k == question.answer else "") + c for k, c in enumerate(question.choices)]

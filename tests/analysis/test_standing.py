@@ -14,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportions_ztest
 
 from qapbench.analysis.paired import Scored, corrected, mcnemar, paired_difference
-from qapbench.analysis.standing import FALSE_DISCOVERIES, count_ranks, paired_ranks, standings, unpaired_difference
+from qapbench.analysis.ranking import FALSE_DISCOVERIES, count_ranks, paired_ranks, rankings, unpaired_difference
 
 FLIPS = st.integers(0, 300)
 
@@ -84,9 +84,12 @@ def test_ranks_of_counts_are_two_sample_tests() -> None:
 def run(name: str, right: list[int], prune: Any = None, created: str = "1", model: str = "m") -> Scored:
     spec = {"quantize": {"bits": 4}, "prune": prune, "seed": 0}
     record = {
-        "name": name, "created": created, "spec": spec, "fingerprints": {"data": "d", "model": model},
+        "name": name,
+        "created": created,
+        "spec": spec,
+        "fingerprints": {"data": "d", "model": model},
         "scores": {"columns": [{"name": "Avg", "k": 0}]},
-    }  # fmt: skip
+    }
     return Scored(record, {f"q{i}": {"Avg": float(r)} for i, r in enumerate(right)})
 
 
@@ -94,11 +97,15 @@ def test_references_are_the_rows_that_differ_in_nothing_else() -> None:
     semantic = {"method": "cdpruner", "keep": 4, "sensitivity": None, "fusion": None}
     fused = {**semantic, "sensitivity": "l2", "fusion": {"convex": {"semantic": 0.7}}}
     rows = [
-        run("dense", [1, 0, 1, 0]), run("semantic", [1, 0, 0, 0], semantic), run("fused", [1, 1, 1, 1], fused),
-        run("other budget", [0, 0, 0, 0], {**semantic, "keep": 8}), run("other model", [1, 1, 1, 1], None, model="x"),
-        run("newer dense", [0, 0, 0, 0], None, created="2"), None,
-    ]  # fmt: skip
-    found = standings(rows)
+        run("dense", [1, 0, 1, 0]),
+        run("semantic", [1, 0, 0, 0], semantic),
+        run("fused", [1, 1, 1, 1], fused),
+        run("other budget", [0, 0, 0, 0], {**semantic, "keep": 8}),
+        run("other model", [1, 1, 1, 1], None, model="x"),
+        run("newer dense", [0, 0, 0, 0], None, created="2"),
+        None,
+    ]
+    found = rankings(rows)
     against = {kind: one.row for kind, one in (found[2].against or {}).items()}
     assert against == {"dense": 5, "semantic": 1}
     assert found[2].against["semantic"].difference.gained == 3  # type: ignore[index]
@@ -110,7 +117,7 @@ def test_references_are_the_rows_that_differ_in_nothing_else() -> None:
 
 def test_rows_on_other_questions_are_not_compared() -> None:
     semantic = {"method": "cdpruner", "keep": 4, "sensitivity": None, "fusion": None}
-    found = standings([run("dense", [1, 0, 1]), run("semantic", [1, 0], semantic)])
+    found = rankings([run("dense", [1, 0, 1]), run("semantic", [1, 0], semantic)])
     assert [one.among for one in found] == [1, 1]
     assert [one.rank for one in found] == [None, None]
     assert found[1].against == {}

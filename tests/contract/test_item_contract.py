@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qapbench import UserError
-from qapbench.strategy import KINDS
+from qapbench.methods.kinds import KINDS
 
 ITEMS = [pytest.param(kind, name, id=f"{kind}-{name}") for kind, reg in KINDS.items() for name in reg.names()]
 

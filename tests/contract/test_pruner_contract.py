@@ -14,9 +14,18 @@ each_pruner = pytest.mark.parametrize("name", pruners.names())
 each_pair = pytest.mark.parametrize("name, fusion", list(itertools.product(pruners.names(), fusions.names())))
 
 PER_TOKEN = (
-    "projected", "patches", "cls_attention", "keys", "image_embeds", "last_cls_attention", "last_keys",
-    "attention_received", "middle_attention_received", "query_attention", "text_attention",
-)  # fmt: skip
+    "projected",
+    "patches",
+    "cls_attention",
+    "keys",
+    "image_embeds",
+    "last_cls_attention",
+    "last_keys",
+    "attention_received",
+    "middle_attention_received",
+    "query_attention",
+    "text_attention",
+)
 PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds", "embedded")
 
 # Where permuting the tokens need not permute the answer: what of it does not follow, and why.

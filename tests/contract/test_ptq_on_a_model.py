@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import CalibrationSamples, LinearPlan, Tokens, UserError, compress, ptqs
-from qapbench.install import installed
+from qapbench.quantize.install import installed
 
 SEVERAL = 3
 calibrating = pytest.mark.parametrize("name", [name for name in ptqs.names() if ptqs.create(name).calibrates])

@@ -14,11 +14,11 @@ import pandas as pd
 from leaderboard_records import IMG, NOTE, SCRIPT_END
 from PIL import Image
 
-from qapbench.analysis.score import tally
 from qapbench.receipt import Receipt
-from qapbench.run.record import labels
-from qapbench.run.tasks import LoadedTask, load_task
-from qapbench.spec import RunSpec, TaskSpec
+from qapbench.records.record import labels
+from qapbench.records.tally import tally
+from qapbench.spec.run_spec import RunSpec, TaskSpec
+from qapbench.tasking.tasks import LoadedTask, load_task
 
 QUESTIONS, TOKENS, KEEP = 40, 16, 5
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
@@ -101,13 +101,21 @@ def _write(folder: Path, task: LoadedTask, data: str, name: str, moved: bool) ->
         "planned": True,
     }
     record = {
-        "schema": 1, "run_id": run_id, "text_key": "t", "name": name, "created": f"2026-11-0{1 + len(name)}T19:00:00Z",
-        "spec": spec.model_dump(mode="json"), "labels": labels(spec),
+        "schema": 1,
+        "run_id": run_id,
+        "text_key": "t",
+        "name": name,
+        "created": f"2026-11-0{1 + len(name)}T19:00:00Z",
+        "spec": spec.model_dump(mode="json"),
+        "labels": labels(spec),
         "scores": tally((line["metrics"] for line in scored), task.columns, task.unavailable).to_json(),
         "tokens": receipt.tokens,
         "receipt": {"summary": "rtn: W4A4", "linears": [linear] if spec.quantize else [], "fallbacks": []},
-        "environment": {"torch": "2.13.0"}, "fingerprints": content, "timing": {"seconds": 1.0}, "notes": [NOTE],
-    }  # fmt: skip
+        "environment": {"torch": "2.13.0"},
+        "fingerprints": content,
+        "timing": {"seconds": 1.0},
+        "notes": [NOTE],
+    }
     place = folder / run_id
     place.mkdir(parents=True)
     (place / "record.json").write_text(json.dumps(record))
@@ -123,16 +131,30 @@ def write_study(folder: Path, hostile: bool = False) -> dict[str, Any]:
     none = {"rho": None, "low": None, "high": None, "n": 0}
     targets = ("answer", "error", "full")
     summary = {
-        "schema_version": 1, "study": "sensitivity", "id": "a" * 16, "name": word if hostile else "tiny rtn W4A4",
-        "created": "2026-11-22T19:00:00Z", "model": word, "task": word, "quantization": word, "spec": {},
-        "questions": 12, "sample": 12, "units": 192, "block": 1, "changed": 0.1,
+        "schema_version": 1,
+        "study": "sensitivity",
+        "id": "a" * 16,
+        "name": word if hostile else "tiny rtn W4A4",
+        "created": "2026-11-22T19:00:00Z",
+        "model": word,
+        "task": word,
+        "quantization": word,
+        "spec": {},
+        "questions": 12,
+        "sample": 12,
+        "units": 192,
+        "block": 1,
+        "changed": 0.1,
         "targets": dict.fromkeys(targets, word),
         "predictors": [
             {"name": word, "kind": "metric", "correlations": dict.fromkeys(targets, correlation)},
             {"name": "cdpruner", "kind": "relevance", "correlations": dict.fromkeys(targets, none)},
         ],
-        "fingerprints": {}, "environment": {}, "timing": {"seconds": 1.0}, "notes": [NOTE],
-    }  # fmt: skip
+        "fingerprints": {},
+        "environment": {},
+        "timing": {"seconds": 1.0},
+        "notes": [NOTE],
+    }
     place = folder / f"study-{summary['id']}"
     place.mkdir(parents=True)
     (place / "study.json").write_text(json.dumps(summary))

@@ -18,7 +18,7 @@ from qapbench.analysis.check import check_record
 from qapbench.analysis.paired import compare, read_scored
 from qapbench.leaderboard import build
 from qapbench.leaderboard.paper import paper_rows
-from qapbench.run.record import read_records
+from qapbench.records.record import read_records
 
 RESULTS = Path(__file__).parents[2] / "leaderboard" / "results"
 Data = dict[str, Any]
@@ -43,9 +43,12 @@ def test_references_are_paired_with_the_stored_scores(runs: Path, tmp_path: Path
     rows, _ = rows_of(runs, tmp_path)
     places = {row["name"]: place for place, row in enumerate(rows) if row["kind"] == "run"}
     assert {name: set(rows[place]["against"]) for name, place in places.items()} == {
-        "full": set(), "dense": set(), "semantic": {"dense"}, "combined": {"dense", "semantic"},
+        "full": set(),
+        "dense": set(),
+        "semantic": {"dense"},
+        "combined": {"dense", "semantic"},
         "l2": {"dense", "semantic"},
-    }  # fmt: skip
+    }
     folders = {record["name"]: runs / record["run_id"] for record in read_records(runs)}
     qs = []
     for name, kind, other in (("l2", "semantic", "semantic"), ("combined", "dense", "dense")):

@@ -17,7 +17,7 @@ from leaderboard_records import IMG, SCRIPT_END, ablation, hostile
 from leaderboard_runs import KEEP, TOKENS, write_questions, write_runs, write_study
 
 from qapbench.leaderboard import build
-from qapbench.run.record import read_records
+from qapbench.records.record import read_records
 
 RECORDS = ablation(12)
 HOSTILE = ablation(6) + hostile()
@@ -284,8 +284,9 @@ def test_csv_and_json_are_the_table(show: Show, pages: dict[str, Path]) -> None:
 
 
 def row_named(page: Any, name: str) -> int:
-    return page.evaluate("name => JSON.parse(document.getElementById('data').textContent).rows.findIndex("
-                         "row => row.name === name)", name)  # fmt: skip
+    return page.evaluate(
+        "name => JSON.parse(document.getElementById('data').textContent).rows.findIndex(row => row.name === name)", name
+    )
 
 
 def traces(page: Any, chart: str) -> dict[str, Any]:

@@ -30,11 +30,21 @@ def tiny_llama(seed: int = 0) -> Any:
     """A random model with one key/value head for three query heads and large numbers in few places."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary()[0]), hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV, max_position_embeddings=512, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(vocabulary()[0]),
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -86,9 +96,15 @@ def tiny_clip() -> Any:
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
     )
     text = CLIPTextConfig(
-        vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).eval()
 
 
@@ -98,8 +114,12 @@ def write_parts(folder: Path) -> None:
 
     tiny_clip().save_pretrained(folder / "clip")
     torch.manual_seed(2)
-    shapes = {"linear_1.weight": (WIDTH, 32), "linear_1.bias": (WIDTH,), "linear_2.weight": (WIDTH, WIDTH),
-              "linear_2.bias": (WIDTH,)}  # fmt: skip
+    shapes = {
+        "linear_1.weight": (WIDTH, 32),
+        "linear_1.bias": (WIDTH,),
+        "linear_2.weight": (WIDTH, WIDTH),
+        "linear_2.bias": (WIDTH,),
+    }
     save_file({name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}, folder / "projector.safetensors")
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(tiny_llama().model, config).save_pretrained(folder / "lora", save_embedding_layers=False)

@@ -17,8 +17,9 @@ from qapbench.models.family import families, images_only
 TILE = {"height": 32, "width": 32}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 PICTURE = {
-    "internvl": "<IMG_CONTEXT>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-}  # fmt: skip
+    "internvl": "<IMG_CONTEXT>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+}
 SIZES = [(64, 32), (30, 60), (50, 34), (32, 32)]  # width, height: two tiles, padding, four tiles, ...
 
 
@@ -33,15 +34,20 @@ def template(image: str) -> str:
 def tokenizer_with(**special: str) -> Any:
     """The tests' tokenizer with named special tokens of a family's own."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=make_tokenizer()._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        padding_side="left", extra_special_tokens=special, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=make_tokenizer()._tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        extra_special_tokens=special,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def save_family(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
     """The family's tiny model with a vocabulary of its own, and its processor."""
     torch.manual_seed(seed)
-    tiny, _ = families()[name].tiny()
+    tiny, _ = families.create(name).tiny()
     processor = PROCESSORS[name](tiny.config)
     tokenizer = processor.tokenizer
     tiny.config.text_config.vocab_size = len(tokenizer)
@@ -58,24 +64,33 @@ def save_family(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
 def _llava_next(config: Any) -> Any:
     images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=TILE, image_grid_pinpoints=PINPOINTS)
     return images_only("LlavaNextProcessor")(
-        image_processor=images, tokenizer=make_tokenizer(), patch_size=8, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template("<image>"),
-    )  # fmt: skip
+        image_processor=images,
+        tokenizer=make_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>"),
+    )
 
 
 def _llava_onevision(config: Any) -> Any:
     images = LlavaOnevisionImageProcessorPil(size=TILE, image_grid_pinpoints=PINPOINTS)
     return images_only("LlavaOnevisionProcessor")(
-        image_processor=images, tokenizer=make_tokenizer(), num_image_tokens=16, vision_feature_select_strategy="full",
+        image_processor=images,
+        tokenizer=make_tokenizer(),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
         chat_template=template("<image>"),
-    )  # fmt: skip
+    )
 
 
 def _qwen(config: Any) -> Any:
     tokenizer = tokenizer_with(
-        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>", image_token="<|image_pad|>",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+        image_token="<|image_pad|>",
         video_token="<|video_pad|>",
-    )  # fmt: skip
+    )
     images = Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 64 * 64}
     )
@@ -98,8 +113,11 @@ def _internvl(config: Any) -> Any:
 
 
 PROCESSORS: dict[str, Callable[[Any], Any]] = {
-    "llava_next": _llava_next, "llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen, "internvl": _internvl,
-}  # fmt: skip
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "qwen2_5_vl": _qwen,
+    "internvl": _internvl,
+}
 
 
 def picture_of(size: tuple[int, int], seed: int) -> Image.Image:

@@ -45,9 +45,14 @@ def make_tokenizer(image: bool = True) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator([WORDS], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        extra_special_tokens={"image_token": "<image>"} if image else {}, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"} if image else {},
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def save_llava(folder: Path, seed: int = 0, layers: int = 2) -> Path:
@@ -55,21 +60,37 @@ def save_llava(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE,
-        patch_size=PATCH, projection_dim=24,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        projection_dim=24,
+    )
     text = LlamaConfig(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.15,
-    )  # fmt: skip
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.15,
+    )
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id, image_seq_length=TOKENS)
     model = LlavaForConditionalGeneration(config)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
-        tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -81,15 +102,26 @@ def save_clip(folder: Path, width: int = 32, seed: int = 1) -> Path:
     tokenizer = make_tokenizer()
     config = CLIPConfig(
         text_config=CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=20, eos_token_id=2, bos_token_id=1, pad_token_id=0,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=20,
+            eos_token_id=2,
+            bos_token_id=1,
+            pad_token_id=0,
         ).to_dict(),
         vision_config=CLIPVisionConfig(
-            hidden_size=width, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE,
+            hidden_size=width,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=SIDE,
             patch_size=PATCH,
         ).to_dict(),
         projection_dim=24,
-    )  # fmt: skip
+    )
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -18,9 +18,11 @@ pytest.importorskip("peft")
 from assembly_parts import TEMPLATE, tiny_clip, tiny_llama, write_gguf, write_parts
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from qapbench import UserError, assembly, checkpoints
-from qapbench.llama_gguf import read_llama
+from qapbench import UserError
+from qapbench.checkpoints import assembly, find
+from qapbench.checkpoints.gguf import read_llama
 from qapbench.models.family import family_of
+from qapbench.progress import assembly_progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,16 +50,21 @@ def embedded(tmp_path: Path, parts: Path, gguf_file: Path, monkeypatch: pytest.M
     folder = tmp_path / "embedded" / "tiny-llava"
     folder.parent.mkdir()
     shutil.copytree(parts, folder)
-    base = {"package": "tiny_base_package", "file": "tiny.gguf", "sha256": checkpoints.digest_file(gguf_file),
-            "extra": "tiny", "install": "pip install tiny"}  # fmt: skip
+    base = {
+        "package": "tiny_base_package",
+        "file": "tiny.gguf",
+        "sha256": find.digest_file(gguf_file),
+        "extra": "tiny",
+        "install": "pip install tiny",
+    }
     (folder / "assembly.json").write_text(json.dumps({"base": base, "made_by": "python -m make.it"}))
     (folder / "status.txt").write_text("never trained")
-    monkeypatch.setattr(checkpoints, "EMBEDDED", folder.parent)
+    monkeypatch.setattr(find, "EMBEDDED", folder.parent)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [str(gguf_file.parent.parent), *sys.path])
-    checkpoints.find_checkpoint.cache_clear()
+    find.find_checkpoint.cache_clear()
     yield folder
-    checkpoints.find_checkpoint.cache_clear()
+    find.find_checkpoint.cache_clear()
 
 
 def test_weights_and_tokenizer_are_those_of_transformers(gguf_file: Path) -> None:
@@ -106,11 +113,11 @@ def by_hand(parts: Path, file: Path) -> dict[str, torch.Tensor]:
 
 def test_assembled_is_what_is_assembled_by_hand(embedded: Path, parts: Path, gguf_file: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    token = checkpoints.watcher.set(lambda *step: told.append(step))
+    token = assembly_progress.set(lambda *step: told.append(step))
     try:
-        checkpoint = checkpoints.find_checkpoint("tiny-llava")
+        checkpoint = find.find_checkpoint("tiny-llava")
     finally:
-        checkpoints.watcher.reset(token)
+        assembly_progress.reset(token)
     assert checkpoint.embedded
     assert checkpoint.status == "never trained"
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
@@ -141,7 +148,7 @@ def test_assembled_is_what_is_assembled_by_hand(embedded: Path, parts: Path, ggu
 
 
 def test_the_chat_template_is_the_files_own(embedded: Path) -> None:
-    processor = AutoProcessor.from_pretrained(checkpoints.find_checkpoint("tiny-llava").folder)
+    processor = AutoProcessor.from_pretrained(find.find_checkpoint("tiny-llava").folder)
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
     own = processor.tokenizer.apply_chat_template(turns, chat_template=TEMPLATE, tokenize=False)
     assert processor.apply_chat_template(turns) == own
@@ -152,27 +159,27 @@ def test_the_chat_template_is_the_files_own(embedded: Path) -> None:
 
 
 def test_the_second_use_takes_what_is_there(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = checkpoints.find_checkpoint("tiny-llava").folder
-    checkpoints.find_checkpoint.cache_clear()
+    folder = find.find_checkpoint("tiny-llava").folder
+    find.find_checkpoint.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(assembly, "build", lambda *_: pytest.fail("built again"))
-        assert checkpoints.find_checkpoint("tiny-llava").folder == folder
+        assert find.find_checkpoint("tiny-llava").folder == folder
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing half-made stays
     # Other parts make another folder; the first stays as it is.
     (embedded / "status.txt").write_text("trained")
-    checkpoints.find_checkpoint.cache_clear()
-    assert checkpoints.find_checkpoint("tiny-llava").folder != folder
+    find.find_checkpoint.cache_clear()
+    assert find.find_checkpoint("tiny-llava").folder != folder
     assert not assembly.broken_file(folder)
 
 
 def test_a_broken_cache_is_detected_and_made_anew(embedded: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = checkpoints.find_checkpoint("tiny-llava").folder
+    folder = find.find_checkpoint("tiny-llava").folder
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert assembly.broken_file(folder) == "model.safetensors"
-    checkpoints.find_checkpoint.cache_clear()
-    assert checkpoints.find_checkpoint("tiny-llava").folder == folder
+    find.find_checkpoint.cache_clear()
+    assert find.find_checkpoint("tiny-llava").folder == folder
     assert file.read_bytes() == whole
     assert "model.safetensors is not what was written" in caplog.text
     (folder / "manifest.json").unlink()
@@ -185,7 +192,7 @@ def test_a_failed_build_leaves_nothing(embedded: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(assembly, "build", fail)
     with pytest.raises(MemoryError):
-        checkpoints.find_checkpoint("tiny-llava")
+        find.find_checkpoint("tiny-llava")
     assert not list(assembly.cache_folder().iterdir())
 
 
@@ -193,9 +200,9 @@ def test_what_is_missing_is_named(embedded: Path) -> None:
     recipe = json.loads((embedded / "assembly.json").read_text())
 
     def message() -> str:
-        checkpoints.find_checkpoint.cache_clear()
+        find.find_checkpoint.cache_clear()
         with pytest.raises(UserError) as caught:
-            checkpoints.find_checkpoint("tiny-llava")
+            find.find_checkpoint("tiny-llava")
         return str(caught.value)
 
     recipe["base"]["sha256"] = "0" * 64
@@ -212,14 +219,14 @@ def test_what_is_missing_is_named(embedded: Path) -> None:
 
 
 def test_names_offer_what_is_assembled(embedded: Path) -> None:
-    assert checkpoints.is_embedded("tiny-llava")
+    assert find.is_embedded("tiny-llava")
     with pytest.raises(UserError, match="did you mean 'tiny-llava'"):
-        checkpoints.find_checkpoint("tiny-lava")
+        find.find_checkpoint("tiny-lava")
 
 
 def test_smol_llava_says_that_it_is_not_trained() -> None:
-    recipe = checkpoints.EMBEDDED / "smol-llava"
+    recipe = find.EMBEDDED / "smol-llava"
     if all((recipe / part).is_file() for part in assembly.PARTS):
         pytest.skip("its trained parts are here")
     with pytest.raises(UserError, match=r"model: 'smol-llava' has no trained parts yet .* training\.smol\.train"):
-        checkpoints.find_checkpoint("smol-llava")
+        find.find_checkpoint("smol-llava")

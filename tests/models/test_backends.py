@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from qapbench import Format, LinearPlan, Scaling, UserError, compress
-from qapbench.backends import int8_linear
-from qapbench.receipt import LinearReceipt
+from qapbench.quantize.backends import int8_linear
+from qapbench.quantize.receipts import LinearReceipt
 
 INT8 = {"bits": 8, "symmetric": True}
 

@@ -5,17 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from qapbench import Block, CalibrationSamples, Found, Gram, compress
-from qapbench.calibration import Calibration
-from qapbench.models.family import _families, family_of
+from qapbench import Block, CalibrationResult, CalibrationSamples, Gram, compress
+from qapbench.models.family import families, family_of
+from qapbench.quantize.calibration import Calibration
 
 SCOPE = ["language", "projector", "vision"]
-each_family = pytest.mark.parametrize("model_type", sorted(_families))
+each_family = pytest.mark.parametrize("model_type", families.names())
 
 
 def tiny(model_type: str) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
-    model, inputs = _families[model_type].tiny()
+    model, inputs = families.create(model_type).tiny()
     return model.eval().requires_grad_(False), inputs
 
 
@@ -35,7 +35,7 @@ def test_blocks_see_what_a_forward_pass_sees(model_type: str) -> None:
     whole = calibration.observe(linears, lambda _: Gram())
     order: list[str] = []
 
-    def find(block: Block) -> Found:
+    def find(block: Block) -> CalibrationResult:
         order.append(block.name)
         return {name: {"gram": gram.value} for name, gram in block.observe(lambda _: Gram()).items()}
 

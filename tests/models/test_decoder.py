@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import DecoderPruner, UserError, VisionTokens, compress, metrics, pruners
 from qapbench.receipt import Receipt
-from qapbench.spec import PruneSpec
+from qapbench.spec.run_spec import PruneSpec
 
 INSIDE = [entry.name for entry in pruners if issubclass(entry.target, DecoderPruner)]  # type: ignore[arg-type]
 KEEP, STEPS, LAYERS = 5, 4, 8
@@ -125,9 +125,13 @@ def test_a_padded_batch_decodes_as_each_row_by_hand(
     try:
         with torch.no_grad(), compress(model, spec(method, sensitivity=sensitivity)) as receipt:
             out = model.generate(
-                **inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, output_logits=True,
+                **inputs,
+                max_new_tokens=STEPS,
+                do_sample=False,
+                eos_token_id=None,
+                output_logits=True,
                 return_dict_in_generate=True,
-            )  # fmt: skip
+            )
     finally:
         model.set_attn_implementation("eager")
     for row, (written, logits) in enumerate(expected):

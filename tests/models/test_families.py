@@ -10,10 +10,10 @@ from family_checkpoints import PICTURE, PROCESSORS, SIZES, picture_of, save_fami
 from llava_checkpoints import save_clip
 
 from qapbench import RunSpec, UserError, compress, pruners
+from qapbench.methods.tokens import per_token
 from qapbench.models import family_of
 from qapbench.models.family import families
-from qapbench.run.loading import load_model
-from qapbench.tokens import per_token
+from qapbench.models.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_family = pytest.mark.parametrize("loaded", sorted(PROCESSORS), indirect=True)
@@ -81,7 +81,7 @@ def written(model: Any, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
 
 
 def test_every_family_is_tested_from_a_folder() -> None:
-    assert set(PROCESSORS) | {"llava"} == set(families())
+    assert set(PROCESSORS) | {"llava"} == set(families.names())
 
 
 @each_family
@@ -121,7 +121,7 @@ def test_every_pruner_in_a_batch_with_padding_and_several_images(method: str, lo
     assert torch.equal(out[:, :longest], inputs["input_ids"])
     assert out.shape[1] <= longest + 5
     assert torch.isfinite(last).all()
-    seen = family_of(loaded.model).look(inputs, frozenset())
+    seen = family_of(loaded.model).encode_images(inputs, frozenset())
     views = [sum(group.owners.count(image) for group in seen.views) for image in range(4)]
     assert receipt.latest is not None
     assert [len(image.indices) + image.merged for image in receipt.latest] == [KEEP * count for count in views]
@@ -181,9 +181,10 @@ def test_pruned_logits_equal_spliced_embeddings(positions: str, loaded: Loaded) 
         where = (stays.nonzero()[:, 0] if positions == "keep" else torch.arange(int(stays.sum())))[None]
     with torch.no_grad():
         hidden = model.model.language_model(
-            inputs_embeds=caught["embeds"][:, stays], position_ids=where,
+            inputs_embeds=caught["embeds"][:, stays],
+            position_ids=where,
             attention_mask=torch.ones(1, int(stays.sum()), dtype=torch.long),
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
         torch.testing.assert_close(pruned, model.lm_head(hidden), rtol=1e-4, atol=1e-4)
 
 
@@ -191,7 +192,7 @@ def test_pruned_logits_equal_spliced_embeddings(positions: str, loaded: Loaded) 
 def test_the_best_of_every_view_are_kept(loaded: Loaded) -> None:
     """Which places are kept, found here one view at a time from what the family records."""
     inputs = loaded.ask([("USER: #\nWhere does # fox live? ASSISTANT:", [2, 0])])
-    seen = family_of(loaded.model).look(inputs, frozenset({"cls_attention"}))
+    seen = family_of(loaded.model).encode_images(inputs, frozenset({"cls_attention"}))
     expected: list[list[int]] = [[], []]
     for group in seen.views:
         assert group.tokens.cls_attention is not None
@@ -207,7 +208,7 @@ def test_the_best_of_every_view_are_kept(loaded: Loaded) -> None:
 def test_views_hold_every_token_once_and_project_to_it(loaded: Loaded) -> None:
     """Places, raster order and the projector's input agree with the features that the model itself makes."""
     inputs, family = loaded.mixed, family_of(loaded.model)
-    seen = family.look(inputs, family.offers)
+    seen = family.encode_images(inputs, family.available_fields)
     places: list[list[int]] = [[] for _ in seen.images]
     for group in seen.views:
         grid = group.tokens.grid
@@ -226,7 +227,7 @@ def test_views_hold_every_token_once_and_project_to_it(loaded: Loaded) -> None:
         expected = whole if image.separators is None else whole[~image.separators]
         assert sorted(found) == expected.tolist()
     recorded = {name for name in per_token() if getattr(seen.views[0].tokens, name) is not None}
-    assert recorded | {"grid", "image_ids"} == family.offers - {"cls_token"} | {"projected"}
+    assert recorded | {"grid", "image_ids"} == family.available_fields - {"cls_token"} | {"projected"}
 
 
 @pytest.mark.parametrize("loaded", sorted(HOLDS), indirect=True)
@@ -246,7 +247,7 @@ def test_a_new_line_stays_while_its_row_lives(loaded: Loaded) -> None:
 def test_padding_has_no_views(folders: dict[str, Loaded]) -> None:
     """34 x 50 fills 43.5 x 64 of a canvas of 64 x 64 pixels: a line of patches goes above, and one below."""
     loaded = folders["llava_next"]
-    seen = family_of(loaded.model).look(loaded.one, frozenset())
+    seen = family_of(loaded.model).encode_images(loaded.one, frozenset())
     grids = sorted(group.tokens.grid for group in seen.views for _ in group.owners if group.tokens.grid)
     assert grids == [(3, 4)] * 4 + [(4, 4)]
 
@@ -259,7 +260,7 @@ def test_shrunk_patches_belong_to_the_tile_of_their_centre(folders: dict[str, Lo
     model.config.vision_aspect_ratio = processor.vision_aspect_ratio = "anyres_max_1"
     try:
         inputs, family = loaded.one, family_of(model)
-        seen = family.look(inputs, frozenset({"keys", "cls_attention", "patches", "image_ids"}))
+        seen = family.encode_images(inputs, frozenset({"keys", "cls_attention", "patches", "image_ids"}))
         plain = logits(model, inputs)
         with compress(model, prune("visionzip", 10_000, per="image")):
             assert torch.equal(logits(model, inputs), plain)
@@ -270,8 +271,12 @@ def test_shrunk_patches_belong_to_the_tile_of_their_centre(folders: dict[str, Lo
     (image,) = seen.images
     assert image.count == 16 + 3 * 4
     assert sorted(group.tokens.grid for group in seen.views for _ in group.owners if group.tokens.grid) == [
-        (1, 2), (1, 2), (2, 2), (2, 2), (4, 4),
-    ]  # fmt: skip
+        (1, 2),
+        (1, 2),
+        (2, 2),
+        (2, 2),
+        (4, 4),
+    ]
     places = torch.cat([group.places.flatten() for group in seen.views]).sort().values
     assert image.separators is not None
     assert torch.equal(places, (~image.separators).nonzero()[:, 0])
@@ -310,7 +315,7 @@ def test_attention_of_qwen_is_what_its_eager_attention_says(folders: dict[str, L
     loaded = folders["qwen2_5_vl"]
     inputs, visual = loaded.one, loaded.model.model.visual
     needs = frozenset({"attention_received", "keys", "middle_attention_received"})
-    seen = family_of(loaded.model).look(inputs, needs)
+    seen = family_of(loaded.model).encode_images(inputs, needs)
     weights: dict[int, list[torch.Tensor]] = {1: [], 3: []}
     before = visual.config._attn_implementation
     visual.set_attn_implementation("eager")
@@ -345,7 +350,7 @@ def test_attention_of_qwen_is_what_its_eager_attention_says(folders: dict[str, L
 def test_attention_of_internvl_is_the_mean_of_four_patches(folders: dict[str, Loaded]) -> None:
     loaded = folders["internvl"]
     inputs, tower = loaded.one, loaded.model.model.vision_tower
-    seen = family_of(loaded.model).look(inputs, frozenset({"cls_attention", "keys"}))
+    seen = family_of(loaded.model).encode_images(inputs, frozenset({"cls_attention", "keys"}))
     states: dict[str, torch.Tensor] = {}
     attention = tower.encoder.layer[-1].attention
     handles = [
@@ -371,7 +376,7 @@ def test_attention_of_internvl_is_the_mean_of_four_patches(folders: dict[str, Lo
 def test_attention_of_siglip_is_received_from_all_patches(folders: dict[str, Loaded]) -> None:
     loaded = folders["llava_onevision"]
     inputs = loaded.ask([("USER: #\nWhat? ASSISTANT:", [0])])
-    seen = family_of(loaded.model).look(inputs, frozenset({"cls_attention", "attention_received"}))
+    seen = family_of(loaded.model).encode_images(inputs, frozenset({"cls_attention", "attention_received"}))
     tower = loaded.model.model.vision_tower
     before = tower.config._attn_implementation
     tower.set_attn_implementation("eager")

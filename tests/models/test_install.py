@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qapbench.install import installed
-from qapbench.quantization import Format, LinearPlan
+from qapbench.methods.quantization import Format, LinearPlan
+from qapbench.quantize.install import installed
 
 FORMAT = Format(bits=4, group_size=8)
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from qapbench import RunSpec, UserError, compress, pruners
-from qapbench.run.loading import fingerprints, load_model
+from qapbench.models.loading import fingerprints, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VERSIONS: dict[str, dict[str, Any]] = {
@@ -38,17 +38,37 @@ def save_original(folder: Path, version: str, **more: Any) -> tuple[Path, dict[s
     )
     tokenizer = make_tokenizer(image=False)
     plain = type(tokenizer)(
-        tokenizer_object=tokenizer._tokenizer, unk_token="<pad>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=tokenizer._tokenizer,
+        unk_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
         extra_special_tokens=["<im_start>", "<im_end>"] if version == "1.3" else [],
-    )  # fmt: skip
+    )
     config = {
-        "architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(plain), "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-        "torch_dtype": "float16", "mm_vision_tower": str(tower), "mm_hidden_size": 32, "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch", "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
-        "use_mm_proj": True, "tune_mm_mlp_adapter": False, **VERSIONS[version], **more,
-    }  # fmt: skip
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(plain),
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "torch_dtype": "float16",
+        "mm_vision_tower": str(tower),
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "use_mm_proj": True,
+        "tune_mm_mlp_adapter": False,
+        **VERSIONS[version],
+        **more,
+    }
     draw = torch.Generator().manual_seed(5)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -211,7 +231,7 @@ def test_the_tower_beside_the_weights_and_its_hash(tmp_path: Path) -> None:
     file = folder / "clip" / "preprocessor_config.json"
     file.write_text(file.read_text().replace("bicubic", "bicubic "))
     file.write_text(file.read_text() + "\n")
-    from qapbench.checkpoints import digest_tree
+    from qapbench.hashing import digest_tree
 
     digest_tree.cache_clear()
     assert fingerprints(spec, "", CPU, fetch=False)["vision tower"] != before["vision tower"]
@@ -250,7 +270,7 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    from qapbench.checkpoints import find_checkpoint
+    from qapbench.checkpoints.find import find_checkpoint
 
     folder, weights = save_original(tmp_path, "1.5")
     for shard in folder.glob("*.safetensors"):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qapbench import PTQ, Format, LinearPlan, compress, fake_quantize, ptq, ptqs
-from qapbench.receipt import NotQuantizedError, measured_bits
+from qapbench.quantize.receipts import NotQuantizedError, measured_bits
 
 FORMAT = {"bits": 4, "group_size": 16}
 
@@ -24,9 +24,13 @@ def lazy_method() -> Iterator[str]:
         """Leaves every linear as it is."""
 
         def prepare(
-            self, model: nn.Module, linears: Mapping[str, nn.Linear], weights: Format | None,
-            activations: Format | None, calibration: Any = None,
-        ) -> dict[str, LinearPlan]:  # fmt: skip
+            self,
+            model: nn.Module,
+            linears: Mapping[str, nn.Linear],
+            weights: Format | None,
+            activations: Format | None,
+            calibration: Any = None,
+        ) -> dict[str, LinearPlan]:
             return {name: LinearPlan() for name in list(linears)[1:]}
 
     yield "lazy"
@@ -38,10 +42,11 @@ def test_measured_bits_are_those_asked_for(
     weight: int | None, activation: int | None, model: Any, one: dict[str, Any]
 ) -> None:
     spec = {
-        "method": "rtn", "scope": ["language"],
+        "method": "rtn",
+        "scope": ["language"],
         "weights": {"bits": weight, "group_size": 16} if weight else None,
         "activations": {"bits": activation} if activation else None,
-    }  # fmt: skip
+    }
     with compress(model, {"quantize": spec}) as receipt, torch.no_grad():
         model(**one)
     receipt.check()

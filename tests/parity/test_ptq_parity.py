@@ -5,7 +5,7 @@ import torch
 from parity_vectors import load, needs_vectors
 
 from qapbench import Format, normal_float
-from qapbench.normal_float import nf4_levels
+from qapbench.methods.normal_float import nf4_levels
 from qapbench.strategies.ptq.omniquant import CLIP, clip_quantize
 
 pytestmark = needs_vectors

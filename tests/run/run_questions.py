@@ -17,8 +17,12 @@ def row(index: int) -> dict[str, Any]:
         Image.fromarray(pixels).save(buffer, "PNG")
         image = {"bytes": buffer.getvalue(), "path": None}
     return {
-        "pid": f"q{index}", "image": image, "question": "Where does the red fox live?" + " What is this?" * (index % 3),
-        "choices": ["cat", "dog", "tree"][: 2 + index % 2], "answer": index % 2, "hint": "picture" if index % 3 else "",
+        "pid": f"q{index}",
+        "image": image,
+        "question": "Where does the red fox live?" + " What is this?" * (index % 3),
+        "choices": ["cat", "dog", "tree"][: 2 + index % 2],
+        "answer": index % 2,
+        "hint": "picture" if index % 3 else "",
         "subject": ["natural science", "social science", "language science"][index % 3],
         "grade": f"grade{1 + index % 12}",
-    }  # fmt: skip
+    }

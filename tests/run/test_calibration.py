@@ -10,9 +10,9 @@ import torch
 from run_questions import row
 
 from qapbench import RunSpec, UserError
-from qapbench.run import run
-from qapbench.run.calibration import samples
-from qapbench.run.engine import Engine
+from qapbench.running import run
+from qapbench.running.engine import Engine
+from qapbench.tasking.calibration_samples import samples
 
 SpecOf = Callable[..., dict[str, Any]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from run_questions import QUESTIONS
 
-from qapbench.specfile import load_spec
+from qapbench.spec.spec_file import load_spec
 
 Spec = Callable[..., dict[str, Any]]
 Write = Callable[[dict[str, Any]], Path]

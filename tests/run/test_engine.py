@@ -11,10 +11,10 @@ from run_questions import QUESTIONS
 
 import qapbench
 from qapbench import RunSpec, UserError
-from qapbench.receipt import NotQuantizedError
-from qapbench.run.engine import Engine
-from qapbench.run.record import read_records
-from qapbench.run.store import Store
+from qapbench.quantize.receipts import NotQuantizedError
+from qapbench.records.record import read_records
+from qapbench.records.store import Store
+from qapbench.running.engine import Engine
 
 Spec = Callable[..., dict[str, Any]]
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
@@ -39,18 +39,35 @@ def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
     assert column(record, "Avg")["n"] == QUESTIONS
     assert column(record, "IMG")["n"] == 7
     assert record["tokens"] == {
-        "images": 7, "available": 16, "mean": 5, "min": 5, "max": 5, "kept": 5, "merged": 0,
-    }  # fmt: skip
+        "images": 7,
+        "available": 16,
+        "mean": 5,
+        "min": 5,
+        "max": 5,
+        "kept": 5,
+        "merged": 0,
+    }
     assert record["receipt"]["summary"].startswith("rtn: W4A4 at 14 of 14 linears (language); cdpruner 5 + combined")
     assert set(record["fingerprints"]) == {
-        "model", "data", "precision", "text_tower", "ptq rtn", "pruner cdpruner", "metric combined", "fusion convex",
-    }  # fmt: skip
+        "model",
+        "data",
+        "precision",
+        "text_tower",
+        "ptq rtn",
+        "pruner cdpruner",
+        "metric combined",
+        "fusion convex",
+    }
     assert record["fingerprints"]["precision"] == "float32 on cpu"
     assert record["environment"]["torch"] == torch.__version__
     assert record["spec"]["quantize"]["weights"] == {
-        "bits": 4, "group_size": 16, "symmetric": False, "granularity": "row", "divisor": "qmax",
+        "bits": 4,
+        "group_size": 16,
+        "symmetric": False,
+        "granularity": "row",
+        "divisor": "qmax",
         "zero_point": "in_range",
-    }  # fmt: skip
+    }
     assert record["task"]["chance"] == pytest.approx((7 / 2 + 7 / 3) / QUESTIONS)
     assert record["notes"] == []
     lines = answers(tmp_path, record).splitlines()

@@ -16,7 +16,7 @@ import qapbench as package
 from qapbench import RunSpec, UserError
 from qapbench.analysis.drawing import HEAT, draw, heat_colours
 from qapbench.analysis.explain import choose_run, explain
-from qapbench.run.store import Store
+from qapbench.records.store import Store
 
 Spec = Callable[..., dict[str, Any]]
 Write = Callable[[dict[str, Any]], Path]

@@ -7,15 +7,16 @@ import pytest
 from family_checkpoints import PROCESSORS, save_family
 
 from qapbench import RunSpec
-from qapbench.run.engine import Engine
-from qapbench.run.store import Store
+from qapbench.records.store import Store
+from qapbench.running.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
 PRUNES: dict[str, Any] = {
-    "dense": None, "cdpruner": {"method": "cdpruner", "keep": 4, "sensitivity": "combined"},
+    "dense": None,
+    "cdpruner": {"method": "cdpruner", "keep": 4, "sensitivity": "combined"},
     "visionzip": {"method": "visionzip", "keep": 4},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from scipy.stats import binomtest
 import qapbench
 from qapbench import RunSpec
 from qapbench.analysis.table import ablation_table
-from qapbench.run import fast
-from qapbench.run.fast import Verdict, field_of, out_of_reach, subset
-from qapbench.run.record import read_records
+from qapbench.records.record import read_records
+from qapbench.running import fast
+from qapbench.running.fast import Verdict, field_of, out_of_reach, subset
 
 Spec = Callable[..., dict[str, Any]]
 
@@ -52,7 +52,7 @@ def test_a_row_stops_where_an_exact_test_says_so() -> None:
     assert "after 200 of 4241 questions: out of reach of 'best'" in verdict.words(4241)
     assert out_of_reach(rows(150, 141), {"0": "a", "1": "b"}) == {
         "1": Verdict("a", 200, 9, 0, 0.5**9, 0.005),
-    }  # fmt: skip
+    }
     assert out_of_reach(rows(150, 143), {"0": "a", "1": "b"}) == {}
     assert out_of_reach(rows(150), {"0": "a"}) == {}
 

@@ -11,12 +11,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import RunSpec, UserError
 from qapbench.models import family_of
-from qapbench.run.cells import Cell
-from qapbench.run.lm import AskingLM, content_items, refuse
-from qapbench.run.plan import Planned
-from qapbench.run.questions import in_order
-from qapbench.run.store import Store
-from qapbench.run.sweep import Sweep
+from qapbench.records.store import Store
+from qapbench.running.active_run import Cell
+from qapbench.running.plan import Planned
+from qapbench.running.sweep import Sweep
+from qapbench.tasking.lm import AskingLM, content_items, refuse
+from qapbench.tasking.questions import in_order
 
 PRUNE = {"prune": {"method": "cdpruner", "keep": 5}}
 

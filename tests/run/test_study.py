@@ -14,13 +14,13 @@ from scipy.stats import spearmanr
 from test_cli import qapbench
 
 from qapbench import RunSpec, UserError, compress, metrics
-from qapbench.analysis.drops import Harm, Spliced, harm_of, units_of
+from qapbench.analysis.leave_one_out import OcclusionEffect, Spliced, occlusion_effects, units_of
 from qapbench.analysis.question import Question, find_question, image_questions
 from qapbench.analysis.sensitivity import Study, studies_of
 from qapbench.analysis.study import STUDY, TARGETS, spearman, summarize
 from qapbench.models.family import families
-from qapbench.run.loading import load_model
-from qapbench.run.tasks import load_task
+from qapbench.models.loading import load_model
+from qapbench.tasking.tasks import load_task
 
 Spec = Callable[..., dict[str, Any]]
 Write = Callable[[dict[str, Any]], Path]
@@ -37,7 +37,9 @@ def ready(spec_of: Spec) -> tuple[Any, Any, RunSpec, Question]:
     return model, processor, spec, find_question(task, processor, image_questions(task)[1])
 
 
-def measure(ready: tuple[Any, Any, RunSpec, Question], block: int = 1, batch_size: int = 3) -> tuple[Harm, Any, Any]:
+def measure(
+    ready: tuple[Any, Any, RunSpec, Question], block: int = 1, batch_size: int = 3
+) -> tuple[OcclusionEffect, Any, Any]:
     model, processor, spec, question = ready
     inputs = question.inputs(processor, CPU)
     with torch.inference_mode(), compress(model, spec, processor):
@@ -47,7 +49,7 @@ def measure(ready: tuple[Any, Any, RunSpec, Question], block: int = 1, batch_siz
             one.start(inputs)
             one.check(inputs)
         units = units_of(quantized.seen.count, quantized.seen.grid, block)
-        return harm_of(quantized, full, inputs, units, question.ids, batch_size), quantized, full
+        return occlusion_effects(quantized, full, inputs, units, question.ids, batch_size), quantized, full
 
 
 def own_logits(spliced: Spliced, inputs: dict[str, Any], gone: torch.Tensor) -> torch.Tensor:
@@ -105,10 +107,10 @@ def test_nothing_depends_on_the_batch(batch_size: int, ready: Any) -> None:
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", families.names())
 def test_every_family_is_left_out_of_or_says_that_it_cannot_be(name: str) -> None:
     torch.manual_seed(0)
-    model, inputs = families()[name].tiny()
+    model, inputs = families.create(name).tiny()
     spliced = Spliced(model.eval())
     with torch.inference_mode():
         try:

@@ -13,12 +13,12 @@ from run_questions import QUESTIONS
 
 import qapbench
 from qapbench import RunSpec
-from qapbench.models.llava import Llava
-from qapbench.run import answering
-from qapbench.run import engine as engine_module
-from qapbench.run.engine import Engine
-from qapbench.run.plan import look_of
-from qapbench.run.store import Store
+from qapbench.models.families.llava import Llava
+from qapbench.records.store import Store
+from qapbench.running import batches
+from qapbench.running import engine as engine_module
+from qapbench.running.engine import Engine
+from qapbench.running.plan import prune_key
 
 Spec = Callable[..., dict[str, Any]]
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
@@ -53,8 +53,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, questions:
 def test_a_cell_has_the_bytes_that_it_has_alone(
     batch_size: int, alone: dict[str, Any], spec_of: Spec, tmp_path: Path
 ) -> None:
-    cells = [spec_of(), spec_of(quantize=W4A4), *(spec_of(quantize=W4A4, prune=prune) for prune in prunes())]
-    records, answers = sweep(cells, tmp_path, batch_size=batch_size)
+    active_runs = [spec_of(), spec_of(quantize=W4A4), *(spec_of(quantize=W4A4, prune=prune) for prune in prunes())]
+    records, answers = sweep(active_runs, tmp_path, batch_size=batch_size)
     for prune, record, stored in zip(prunes(), records[2:], answers[2:], strict=True):
         bytes_alone, receipt, tokens = alone[json.dumps(prune)]
         assert stored == bytes_alone, prune
@@ -68,13 +68,13 @@ def test_a_cell_has_the_bytes_that_it_has_alone(
 def test_neighbours_in_a_batch_reach_neither_ranges_nor_attention(
     dtype: str, mode: str, spec_of: Spec, tmp_path: Path
 ) -> None:
-    cells = [
+    active_runs = [
         spec_of(quantize=quantize, dtype=dtype, task={"answers": mode}, **prune)
         for quantize in (W4A4, W4A4_SYM)
         for prune in ({}, {"prune": {"method": "attention", "keep": 4}}, {"prune": {"method": "random", "keep": 4}})
     ]
-    _, one = sweep(cells, tmp_path / "one", batch_size=1)
-    _, many = sweep(cells, tmp_path / "many", batch_size=16)
+    _, one = sweep(active_runs, tmp_path / "one", batch_size=1)
+    _, many = sweep(active_runs, tmp_path / "many", batch_size=16)
     assert one == many
     assert len(set(one)) > 1
 
@@ -84,21 +84,21 @@ def test_neighbours_in_a_batch_reach_neither_ranges_nor_attention(
 def test_large_weights_give_the_same_answers_in_blocks(
     task: dict[str, Any], dtype: str, spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell = spec_of(quantize=W4A4, dtype=dtype, task=task)
-    _, (plain,) = sweep([cell], tmp_path / "plain", batch_size=16)
+    active = spec_of(quantize=W4A4, dtype=dtype, task=task)
+    _, (plain,) = sweep([active], tmp_path / "plain", batch_size=16)
     walked: list[int] = []
-    products = answering._products
+    products = batches._products
 
     def watched(x: torch.Tensor, weight: torch.Tensor, bias: Any, in_blocks: bool) -> torch.Tensor:
         walked.extend([len(x)] * in_blocks)
         return products(x, weight, bias, in_blocks)
 
-    monkeypatch.setattr(answering, "_products", watched)
-    monkeypatch.setattr(answering, "CACHED", 1500)
-    monkeypatch.setattr(answering.Answerer, "_room", lambda self, row, longest: self.batch_size * longest)
-    _, (one,) = sweep([cell], tmp_path / "one", batch_size=1)
+    monkeypatch.setattr(batches, "_products", watched)
+    monkeypatch.setattr(batches, "CACHED", 1500)
+    monkeypatch.setattr(batches.BatchRunner, "_room", lambda self, row, longest: self.batch_size * longest)
+    _, (one,) = sweep([active], tmp_path / "one", batch_size=1)
     assert set(walked) == {1}
-    _, (many,) = sweep([cell], tmp_path / "many", batch_size=16)
+    _, (many,) = sweep([active], tmp_path / "many", batch_size=16)
     assert max(walked) > 1
     assert one == many
     near = pytest.approx if dtype == "float32" else lambda value, **_: pytest.approx(value, abs=0.2)
@@ -112,8 +112,8 @@ def test_large_weights_give_the_same_answers_in_blocks(
 
 def test_beams_share_no_product_with_other_rows(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
-    open_rows = answering._row_by_row
-    rows_of = answering.Answerer.rows
+    open_rows = batches._row_by_row
+    rows_of = batches.BatchRunner.rows
 
     def beamed(self: Any, question: Any, shown: Any) -> list[Any]:
         rows = rows_of(self, question, shown)
@@ -121,23 +121,23 @@ def test_beams_share_no_product_with_other_rows(spec_of: Spec, tmp_path: Path, m
             dataclasses.replace(row, options=json.dumps({**json.loads(row.options), "num_beams": 3})) for row in rows
         ]
 
-    monkeypatch.setattr(answering.Answerer, "rows", beamed)
-    monkeypatch.setattr(answering, "_row_by_row", lambda *given: widths.append(given[0]) or open_rows(*given))
-    cell = spec_of(quantize=W4A4, task={"answers": "generate", "limit": 6})
-    _, (one,) = sweep([cell], tmp_path / "one", batch_size=1)
+    monkeypatch.setattr(batches.BatchRunner, "rows", beamed)
+    monkeypatch.setattr(batches, "_row_by_row", lambda *given: widths.append(given[0]) or open_rows(*given))
+    active = spec_of(quantize=W4A4, task={"answers": "generate", "limit": 6})
+    _, (one,) = sweep([active], tmp_path / "one", batch_size=1)
     assert widths  # three beams of one row are three rows
-    _, (many,) = sweep([cell], tmp_path / "many", batch_size=16)
+    _, (many,) = sweep([active], tmp_path / "many", batch_size=16)
     assert one == many
 
 
 def test_what_is_scored_stays_in_the_cache(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most = []
-    run = answering.Answerer._run
-    monkeypatch.setattr(answering.Answerer, "_run", lambda self, rows: most.append(len(rows)) or run(self, rows))
+    run = batches.BatchRunner._run
+    monkeypatch.setattr(batches.BatchRunner, "_run", lambda self, rows: most.append(len(rows)) or run(self, rows))
     sweep([spec_of()], tmp_path / "plain", batch_size=16)
     assert max(most) > 1
     most.clear()
-    monkeypatch.setattr(answering, "CACHED", 1500)
+    monkeypatch.setattr(batches, "CACHED", 1500)
     sweep([spec_of()], tmp_path / "cut", batch_size=16)
     assert max(most) == 1
 
@@ -148,14 +148,14 @@ def test_each_image_goes_through_the_tower_once(spec_of: Spec, tmp_path: Path, m
     see = Llava.see
     monkeypatch.setattr(Llava, "see", lambda self, pixels, needs: calls.append(1) or see(self, pixels, needs))
     prune = {"method": "cdpruner", "keep": 5, "sensitivity": "l2"}
-    cells = [spec_of(), *(spec_of(quantize=q, prune=prune) for q in (W4A4, W4A4_SYM)), spec_of(quantize=W4A4)]
-    _, answers = sweep(cells, tmp_path / "memory")
+    active_runs = [spec_of(), *(spec_of(quantize=q, prune=prune) for q in (W4A4, W4A4_SYM)), spec_of(quantize=W4A4)]
+    _, answers = sweep(active_runs, tmp_path / "memory")
     assert len(calls) == IMAGES
-    _, spilled = sweep(cells, tmp_path / "spilled", spill=True)
+    _, spilled = sweep(active_runs, tmp_path / "spilled", spill=True)
     assert len(calls) == 2 * IMAGES
     assert not list((tmp_path / "spilled").glob("features-*"))
     monkeypatch.setattr(engine_module, "MEMORY", 0)
-    _, again = sweep(cells, tmp_path / "nothing")
+    _, again = sweep(active_runs, tmp_path / "nothing")
     assert len(calls) == 5 * IMAGES
     assert answers == spilled == again
     vision = [spec_of(quantize={**W4A4, "scope": ["language", "vision"]}), spec_of(quantize=W4A4), spec_of()]
@@ -175,20 +175,20 @@ def test_relevance_and_sensitivity_are_computed_once(
     calls = []
     relevance = CDPruner.relevance
     monkeypatch.setattr(CDPruner, "relevance", lambda self, tokens: calls.append(1) or relevance(self, tokens))
-    cells = [
+    active_runs = [
         spec_of(prune={"method": "cdpruner", "keep": keep, "sensitivity": name})
         for keep in (4, 5)
         for name in ("l1", "l2", "combined")
     ]
-    sweep(cells, tmp_path)
+    sweep(active_runs, tmp_path)
     assert len(calls) == IMAGES
 
 
 def test_equal_selections_are_answered_once(spec_of: Spec, tmp_path: Path) -> None:
     """Keeping every token is the dense run, whatever chooses."""
     everything = [{"method": method, "keep": 16} for method in ("random", "attention")]
-    cells = [spec_of(), *(spec_of(prune=prune) for prune in everything)]
-    records, answers = sweep(cells, tmp_path, batch_size=1)
+    active_runs = [spec_of(), *(spec_of(prune=prune) for prune in everything)]
+    records, answers = sweep(active_runs, tmp_path, batch_size=1)
     assert [record["timing"]["computed"] for record in records] == [QUESTIONS, 0, 0]
     outputs = [[json.loads(line)["outputs"] for line in stored.splitlines()] for stored in answers]
     assert outputs[0] == outputs[1] == outputs[2]
@@ -196,30 +196,30 @@ def test_equal_selections_are_answered_once(spec_of: Spec, tmp_path: Path) -> No
 
 
 def test_answers_of_a_subset_are_used_for_the_whole(spec_of: Spec, tmp_path: Path) -> None:
-    cells = [spec_of(quantize=W4A4, task={"limit": limit}) for limit in (6, QUESTIONS)]
-    (part,), _ = sweep(cells[:1], tmp_path)
-    (whole,), (answers,) = sweep(cells[1:], tmp_path)
+    active_runs = [spec_of(quantize=W4A4, task={"limit": limit}) for limit in (6, QUESTIONS)]
+    (part,), _ = sweep(active_runs[:1], tmp_path)
+    (whole,), (answers,) = sweep(active_runs[1:], tmp_path)
     assert part["timing"]["computed"] == 6
     assert whole["timing"]["computed"] <= QUESTIONS - 5  # the first question is always measured
-    assert [answers] == sweep(cells[1:], tmp_path / "alone")[1]
+    assert [answers] == sweep(active_runs[1:], tmp_path / "alone")[1]
 
 
 def test_a_cell_that_was_torn_is_completed_alone(spec_of: Spec, tmp_path: Path) -> None:
-    cells = [spec_of(quantize=W4A4, prune=prune) for prune in prunes()[:3]]
-    records, answers = sweep(cells, tmp_path)
+    active_runs = [spec_of(quantize=W4A4, prune=prune) for prune in prunes()[:3]]
+    records, answers = sweep(active_runs, tmp_path)
     folder = tmp_path / records[1]["run_id"]
     (folder / "record.json").unlink()
     (folder / "answers.jsonl").write_bytes(answers[1][: len(answers[1]) // 2])
-    again, completed = sweep(cells, tmp_path)
+    again, completed = sweep(active_runs, tmp_path)
     assert completed == answers
     assert again[0] == records[0]
     assert again[1]["receipt"] == records[1]["receipt"]
 
 
 def test_workers_end_with_the_same_bytes(spec_of: Spec, tmp_path: Path) -> None:
-    cells = [spec_of(), spec_of(quantize=W4A4), spec_of(quantize=W4A4, prune={"method": "visionzip", "keep": 5})]
-    records, answers = sweep(cells, tmp_path / "two", workers=2)
-    single, expected = sweep(cells, tmp_path / "one")
+    active_runs = [spec_of(), spec_of(quantize=W4A4), spec_of(quantize=W4A4, prune={"method": "visionzip", "keep": 5})]
+    records, answers = sweep(active_runs, tmp_path / "two", workers=2)
+    single, expected = sweep(active_runs, tmp_path / "one")
     assert answers == expected
     assert [record["receipt"] for record in records] == [record["receipt"] for record in single]
     assert [record["scores"] for record in records] == [record["scores"] for record in single]
@@ -257,17 +257,17 @@ def test_several_writers_of_one_store(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_what_is_shared(spec_of: Spec, tmp_path: Path) -> None:
-    cells = [spec_of(), *(spec_of(quantize=W4A4, prune=prune) for prune in prunes()[:3])]
+    active_runs = [spec_of(), *(spec_of(quantize=W4A4, prune=prune) for prune in prunes()[:3])]
     engine = Engine(tmp_path)
-    plans = [engine.plan(RunSpec.parse(cell)) for cell in cells]
+    plans = [engine.plan(RunSpec.parse(active)) for active in active_runs]
     shared = engine.shared(plans)
-    assert (shared.cells, shared.groups, shared.asked) == (4, 2, 4 * QUESTIONS)
+    assert (shared.active_runs, shared.groups, shared.asked) == (4, 2, 4 * QUESTIONS)
     assert (shared.text, shared.shown, shared.images) == (4 * IMAGES, 4 * IMAGES, IMAGES)
     assert shared.computed == 4 * IMAGES + 2 * IMAGES
     assert shared.looks == 4
     assert len(shared.lines) == 3
-    sweep(cells, tmp_path)
-    assert engine.shared([engine.plan(RunSpec.parse(cell)) for cell in cells]).lines == []
+    sweep(active_runs, tmp_path)
+    assert engine.shared([engine.plan(RunSpec.parse(active)) for active in active_runs]).lines == []
 
 
 def test_looks_follow_content(spec_of: Spec) -> None:
@@ -275,8 +275,8 @@ def test_looks_follow_content(spec_of: Spec) -> None:
         RunSpec.parse(spec_of(name=name, prune={"method": "random", "keep": keep}))
         for name, keep in (("a", 5), ("b", 5), ("a", 6))
     )
-    assert look_of(one) == look_of(same) != look_of(other)
-    assert look_of(RunSpec.parse(spec_of())) is None
+    assert prune_key(one) == prune_key(same) != prune_key(other)
+    assert prune_key(RunSpec.parse(spec_of())) is None
 
 
 def test_the_model_is_as_before_after_a_sweep(spec_of: Spec, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qapbench import CalibrationSamples, Format, Scaling, Tokens, ptqs
-from qapbench.calibration import Calibration
+from qapbench.quantize.calibration import Calibration
 from qapbench.strategies.ptq.awq import best_clip
 from qapbench.strategies.ptq.gptq import GPTQ, inverse_root
 from qapbench.strategies.ptq.llm_int8 import Mixed, int8_rows

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qapbench import VisionTokens, metrics
-from qapbench.specfile import load_spec
+from qapbench.spec.spec_file import load_spec
 
 
 @pytest.fixture(autouse=True)

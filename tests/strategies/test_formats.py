@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from qapbench import Format, Grid, affine, fake_quantize, grouped, round_through
+from qapbench import Format, Grid, fake_quantize, grouped, round_through
+from qapbench.methods import affine
 
 CONVENTIONS: list[dict[str, Any]] = [
     {"symmetric": True},
@@ -155,9 +156,12 @@ def test_compressed_tensors_agrees(bits: int, symmetric: bool, group_size: int |
 
     x: Tensor = torch.randn(2, 9, 96, generator=torch.Generator().manual_seed(bits))
     args = QuantizationArgs(
-        num_bits=bits, symmetric=symmetric, strategy="group" if group_size else "token", group_size=group_size,
+        num_bits=bits,
+        symmetric=symmetric,
+        strategy="group" if group_size else "token",
+        group_size=group_size,
         dynamic=True,
-    )  # fmt: skip
+    )
     expected = reference(x, *compute_dynamic_scales_and_zp(x, args, torch.nn.Module()), args)
     convention: Any = {"divisor": "half"} if symmetric else {}
     got = Format(bits=bits, symmetric=symmetric, group_size=group_size, **convention)(x)

@@ -64,9 +64,7 @@ def test_buffers_stay_inside_the_grid(anchor: int, kept: list[int]) -> None:
     deep = torch.linspace(1, 0, 25)[None]
     middle = torch.zeros(1, 25)
     middle[0, anchor] = 1
-    tokens = VisionTokens(
-        torch.zeros(1, 25, 2), attention_received=deep, middle_attention_received=middle, grid=(5, 5)
-    )  # fmt: skip
+    tokens = VisionTokens(torch.zeros(1, 25, 2), attention_received=deep, middle_attention_received=middle, grid=(5, 5))
     indices = pruners.create("hiprune", alpha=1.0).select(tokens, 5).indices[0].tolist()
     registers = [token for token in range(25) if token not in kept]
     assert indices == sorted(kept + registers[: 5 - len(kept)])

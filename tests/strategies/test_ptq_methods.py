@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qapbench import Calibration, Format, Gradient, LinearPlan, Rotation, Tokens, UserError, ptqs
-from qapbench.quantization import TokenActivation
-from qapbench.spec import QuantizeSpec
+from qapbench.methods.quantization import TokenActivation
+from qapbench.spec.run_spec import QuantizeSpec
 from qapbench.strategies.ptq import mbq, mquant, omniquant, quip, qvlm
 
 W4, A4 = Format(bits=4), Format(bits=4)
@@ -38,7 +38,7 @@ def loss(model: nn.Module, linears: dict[str, nn.Linear], plans: dict[str, Linea
     """Mean squared error of the planned model's output."""
     import contextlib
 
-    from qapbench.install import installed
+    from qapbench.quantize.install import installed
 
     with torch.no_grad():
         wanted = [model(x) for x in samples]
@@ -327,9 +327,13 @@ def test_tokens_reordered_by_modality_change_nothing(left: bool) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=8,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     model: Any = LlamaModel(config).eval()
     x, valid = random(2, 12, 32), torch.ones(2, 12, dtype=torch.bool)
     valid[1, slice(0, 3) if left else slice(9, 12)] = False

@@ -7,7 +7,7 @@ from scipy.linalg import hadamard
 from scipy.stats import norm
 
 from qapbench import Rotation, normal_float
-from qapbench.normal_float import double_quantize, dynamic_levels, nf4_levels
+from qapbench.methods.normal_float import double_quantize, dynamic_levels, nf4_levels
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 12, 40, 96])

@@ -1,14 +1,14 @@
-"""`random`, `attention`, `top`, and the default methods' relation to their scores."""
+"""`random`, `attention`, `top_k`, and the default methods' relation to their scores."""
 
 import torch
 
-from qapbench import VisionTokens, pruners, top
+from qapbench import VisionTokens, pruners, top_k
 
 
 def test_top_takes_the_lower_index_on_a_tie() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    assert top(scores, 2).tolist() == [[1, 2], [0, 1]]
-    assert top(scores, 4).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert top_k(scores, 2).tolist() == [[1, 2], [0, 1]]
+    assert top_k(scores, 4).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_attention_is_top_k(tokens: VisionTokens) -> None:

@@ -76,8 +76,9 @@ def test_positive_relevance_keeps_the_other_end(keep: int) -> None:
 def test_lengths_count() -> None:
     """The dot product is raw: a patch twice as long is twice as relevant, or irrelevant."""
     tokens = images(2, 1, 6)
-    double = VisionTokens(tokens.projected, image_embeds=2 * tokens.require("image_embeds", "test"),
-                          text_embeds=tokens.text_embeds)  # fmt: skip
+    double = VisionTokens(
+        tokens.projected, image_embeds=2 * tokens.require("image_embeds", "test"), text_embeds=tokens.text_embeds
+    )
     one, two = (pruners.create("trim").relevance(t) for t in (tokens, double))
     assert one is not None
     torch.testing.assert_close(two, 2 * one)

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from qapbench.run.tasks import LoadedTask, load_task
-from qapbench.spec import TaskSpec
+from qapbench.spec.run_spec import TaskSpec
+from qapbench.tasking.tasks import LoadedTask, load_task
 
 TEXT = pa.string()
 SCHEMA = {

@@ -16,7 +16,8 @@ from lm_eval.api.model import LM
 from question_files import ROWS, load, picture, png, row
 
 from qapbench import UserError
-from qapbench.run.tasks import LoadedTask, own_tasks, quiet
+from qapbench.tasking.registry import own_tasks
+from qapbench.tasking.tasks import LoadedTask, quiet
 from qapbench.tasks import multichoice
 from qapbench.tasks.multichoice import COLUMNS, LazyImage
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from question_files import row
 
 from qapbench import UserError
-from qapbench.analysis.score import Mean, Tally, score_file, tally
-from qapbench.spec import TaskSpec
+from qapbench.analysis.score import score_file
+from qapbench.records.tally import Mean, Tally, tally
+from qapbench.spec.run_spec import TaskSpec
 
 NAMES = ["NAT", "IMG", "G1-6", "Avg"]
 

@@ -12,8 +12,8 @@ import pytest
 from question_files import ROWS, TEXT, load, row
 
 from qapbench import UserError
-from qapbench.run.tasks import load_task
-from qapbench.spec import TaskSpec
+from qapbench.spec.run_spec import TaskSpec
+from qapbench.tasking.tasks import load_task
 
 
 @pytest.mark.parametrize(

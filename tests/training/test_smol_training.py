@@ -23,7 +23,7 @@ from assembly_parts import tiny_llama, write_gguf
 from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qapbench import assembly, checkpoints
+from qapbench.checkpoints import assembly, find
 from qapbench.tasks.diagramqa.generate import sample
 from training.labels import Labeller
 from training.model import build_models, build_tokenizers
@@ -172,9 +172,32 @@ def test_bfloat16_trains_float32_weights_to_the_same_loss(begun: tuple[Any, Any,
 
 @pytest.fixture
 def arguments(base: Path, tower: Path, tmp_path: Path) -> argparse.Namespace:
-    line = ["--out", tmp_path / "run", "--export", tmp_path / "embedded" / "tiny-smol", "--minutes", 0.8, "--batch", 2,
-            "--workers", 0, "--gguf", base, "--tower", tower, "--rank", 2, "--alpha", 4, "--slots", 20,
-            "--log-every", 1, "--device", "cpu"]  # fmt: skip
+    line = [
+        "--out",
+        tmp_path / "run",
+        "--export",
+        tmp_path / "embedded" / "tiny-smol",
+        "--minutes",
+        0.8,
+        "--batch",
+        2,
+        "--workers",
+        0,
+        "--gguf",
+        base,
+        "--tower",
+        tower,
+        "--rank",
+        2,
+        "--alpha",
+        4,
+        "--slots",
+        20,
+        "--log-every",
+        1,
+        "--device",
+        "cpu",
+    ]
     return parser().parse_args([str(word) for word in line])
 
 
@@ -182,15 +205,20 @@ def arguments(base: Path, tower: Path, tmp_path: Path) -> argparse.Namespace:
 def recipe(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "embedded" / "tiny-smol"
     folder.mkdir(parents=True)
-    about = {"package": "tiny_smol_package", "file": "tiny.gguf", "sha256": checkpoints.digest_file(base),
-             "extra": "tiny", "install": "pip install tiny"}  # fmt: skip
+    about = {
+        "package": "tiny_smol_package",
+        "file": "tiny.gguf",
+        "sha256": find.digest_file(base),
+        "extra": "tiny",
+        "install": "pip install tiny",
+    }
     (folder / "assembly.json").write_text(json.dumps({"base": about, "made_by": "python -m make.it"}))
-    monkeypatch.setattr(checkpoints, "EMBEDDED", folder.parent)
+    monkeypatch.setattr(find, "EMBEDDED", folder.parent)
     monkeypatch.setattr(sys, "path", [str(base.parent.parent), *sys.path])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    checkpoints.find_checkpoint.cache_clear()
+    find.find_checkpoint.cache_clear()
     yield folder
-    checkpoints.find_checkpoint.cache_clear()
+    find.find_checkpoint.cache_clear()
 
 
 def test_one_command_trains_resumes_and_exports_what_is_assembled(
@@ -217,12 +245,15 @@ def test_one_command_trains_resumes_and_exports_what_is_assembled(
     assert json.loads(capsys.readouterr().out)["megabytes"] < 40
     assert all((recipe / part).is_file() for part in assembly.PARTS)
 
-    folder = checkpoints.find_checkpoint("tiny-smol").folder
+    folder = find.find_checkpoint("tiny-smol").folder
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     trained = torch.load(arguments.out / "joint.pt", weights_only=True)["modules"]
-    assert all(torch.equal(model.model.vision_tower.state_dict()[key], value.bfloat16().float())
-               for key, value in trained["tower"].items() if "post_layernorm" not in key)  # fmt: skip
+    assert all(
+        torch.equal(model.model.vision_tower.state_dict()[key], value.bfloat16().float())
+        for key, value in trained["tower"].items()
+        if "post_layernorm" not in key
+    )
     assert any(float(value.abs().max()) for name, value in trained["lora"].items() if "lora_B" in name)
     Tokenizer.from_file(str(folder / "clip" / "tokenizer.json"))
     assert processor.image_token_id == model.config.image_token_id
@@ -235,12 +266,18 @@ def test_sizing_counts_the_model_that_is_trained(begun: tuple[Any, Any, Packs]) 
     text, vision = llava.config.text_config, llava.config.vision_config
     adapted = add_lora(llava, 2, 4)
     lora = sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
-    decoder = sum(p.numel() for n, p in llava.model.language_model.named_parameters()
-                  if "proj" in n and "lora_" not in n)  # fmt: skip
+    decoder = sum(
+        p.numel() for n, p in llava.model.language_model.named_parameters() if "proj" in n and "lora_" not in n
+    )
     projector = sum(p.numel() for p in llava.model.multi_modal_projector.parameters())
     tower = sum(p.numel() for p in llava.model.vision_tower.parameters())
-    shape = sizing.Decoder(text.hidden_size, text.intermediate_size, text.num_hidden_layers,
-                           text.num_key_value_heads * text.head_dim, text.vocab_size)  # fmt: skip
+    shape = sizing.Decoder(
+        text.hidden_size,
+        text.intermediate_size,
+        text.num_hidden_layers,
+        text.num_key_value_heads * text.head_dim,
+        text.vocab_size,
+    )
     eyes = sizing.Tower(vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)
     assert shape.linears == decoder
     assert shape.lora(2) == lora
@@ -250,8 +287,15 @@ def test_sizing_counts_the_model_that_is_trained(begun: tuple[Any, Any, Packs]) 
 
 
 def test_the_subset_is_stratified_and_seeded() -> None:
-    rows = [{"pid": str(i), "image": {"bytes": b""} if i % 4 == 0 else None, "choices": ["x"] * (2 + i % 3),
-             "subject": ["natural science", "social science"][i % 2]} for i in range(400)]  # fmt: skip
+    rows = [
+        {
+            "pid": str(i),
+            "image": {"bytes": b""} if i % 4 == 0 else None,
+            "choices": ["x"] * (2 + i % 3),
+            "subject": ["natural science", "social science"][i % 2],
+        }
+        for i in range(400)
+    ]
     frame = pd.DataFrame(rows)
     drawn = subset.subset(frame, 60, seed=1)
     assert len(drawn) == 60

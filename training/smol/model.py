@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from qapbench.assembly import IMAGE, RECIPE, Recipe, base_file, join
-from qapbench.checkpoints import EMBEDDED
-from qapbench.llama_gguf import read_llama
+from qapbench.checkpoints.assembly import IMAGE, RECIPE, Recipe, base_file, join
+from qapbench.checkpoints.find import EMBEDDED
+from qapbench.checkpoints.gguf import read_llama
 
 NAME = "smol-llava"
 TOWER = EMBEDDED / "diagram-llava" / "clip"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qapbench.assembly import IMAGE
+from qapbench.checkpoints.assembly import IMAGE
 from qapbench.tasks.diagramqa.generate import sample
 from qapbench.tasks.diagramqa.scene import Question, Scene
 from qapbench.tasks.multichoice import PROMPTS
@@ -124,8 +124,13 @@ class Pack:
     def tensors(self, pad: int) -> dict[str, Tensor]:
         """ids, segment, position, target, kind: [LENGTH] each."""
         rest = LENGTH - len(self.ids)
-        rows = {"ids": (self.ids, pad), "segment": (self.segment, PAD), "position": (self.position, 0),
-                "target": (self.target, 0), "kind": (self.kind, 0)}  # fmt: skip
+        rows = {
+            "ids": (self.ids, pad),
+            "segment": (self.segment, PAD),
+            "position": (self.position, 0),
+            "target": (self.target, 0),
+            "kind": (self.kind, 0),
+        }
         return {name: torch.tensor(row + [filler] * rest) for name, (row, filler) in rows.items()}
 
 

@@ -44,9 +44,17 @@ class Seeing:
     """
 
     def __init__(
-        self, name: str, llava: Any, adapted: nn.Module, vision: Vision, data: Packs, checks: Packs,
-        batch: int, workers: int, bf16: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        llava: Any,
+        adapted: nn.Module,
+        vision: Vision,
+        data: Packs,
+        checks: Packs,
+        batch: int,
+        workers: int,
+        bf16: bool = False,
+    ) -> None:
         self.name, self.llava, self.checks, self.batch = name, llava, checks, batch
         self.bf16, self.device = bf16, llava.device
         self.feed = Feed(data, batch, workers, pin=self.device.type == "cuda")
@@ -54,9 +62,11 @@ class Seeing:
         self.image = data.wording.image
         self.vision = vision
         parts: dict[str, nn.Module] = {
-            "projector": llava.model.multi_modal_projector, "tower": llava.model.vision_tower,
-            "lora": lora_weights(adapted), "heads": vision.heads,
-        }  # fmt: skip
+            "projector": llava.model.multi_modal_projector,
+            "tower": llava.model.vision_tower,
+            "lora": lora_weights(adapted),
+            "heads": vision.heads,
+        }
         llava.requires_grad_(False)
         self.trained = {part: parts[part].requires_grad_(True) for part in RATES[name]}
 
@@ -115,9 +125,11 @@ class Seeing:
             features = model.multi_modal_projector(patches).to(embeds.dtype)
             embeds = embeds.masked_scatter((batch["ids"] == self.image)[..., None], features)
         hidden = model.language_model(
-            inputs_embeds=embeds, attention_mask=visible(batch["segment"]), position_ids=batch["position"],
+            inputs_embeds=embeds,
+            attention_mask=visible(batch["segment"]),
+            position_ids=batch["position"],
             use_cache=False,
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
         return self.llava.lm_head(hidden[batch["kind"] > 0]), patches, cls
 
     @torch.no_grad()

@@ -50,8 +50,15 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     vision = Vision(llava, labeller, args.seed)
     vision.heads.to(device)
     speller = Speller(Tokenizer.from_file(str(args.tower / "tokenizer.json")))
-    return {"llava": llava, "clip": clip, "adapted": adapted, "vision": vision, "data": data, "checks": checks,
-            "speller": speller}  # fmt: skip
+    return {
+        "llava": llava,
+        "clip": clip,
+        "adapted": adapted,
+        "vision": vision,
+        "data": data,
+        "checks": checks,
+        "speller": speller,
+    }
 
 
 def stage_of(name: str, built: dict[str, Any], args: argparse.Namespace) -> Any:
@@ -101,9 +108,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--log-every", type=int, default=20, help="steps")
     out.add_argument("--status", default=STATUS, help="one line that runs of the model repeat")
     out.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
         help="compute in bfloat16; on a GPU unless switched off",
-    )  # fmt: skip
+    )
     out.add_argument("--device", help="cuda where there is one, else cpu")
     return out
 

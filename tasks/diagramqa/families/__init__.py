@@ -1,4 +1,4 @@
-"""Every question family. Importing this package fills :data:`FAMILIES`."""
+"""The families of questions. Importing this package fills `FAMILIES`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of families and the small random functions that all of them share."""
+"""The registry of families, and helpers that all families share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ Make = Callable[[Rng, str], Scene]
 
 @dataclass(frozen=True)
 class Family:
-    """A registered family: who makes its scenes, and what its questions are labelled with."""
+    """A registered family of questions.
+
+    Attributes:
+        name: name of the family.
+        make: function of (random generator, split) that makes a scene.
+        subject: subject in the sense of ScienceQA, such as "natural science".
+        modality: "image" if its questions have an image, else "text".
+        grades: lowest and highest school grade, both included.
+        weight: how often the family is drawn, relative to other families of the same modality.
+    """
 
     name: str
     make: Make
@@ -34,7 +43,7 @@ FAMILIES: dict[str, Family] = {}
 def family(
     name: str, subject: str, modality: str, grades: tuple[int, int], weight: float = 1.0
 ) -> Callable[[Make], Make]:
-    """Register the decorated function. ``modality`` is "image" or "text", ``grades`` is inclusive."""
+    """Return a decorator that registers a function as the `make` of a family. `Family` explains the arguments."""
 
     def register(make: Make) -> Make:
         FAMILIES[name] = Family(name, make, subject, modality, grades, weight)
@@ -44,17 +53,17 @@ def family(
 
 
 def pick(rng: Rng, options: Sequence[T]) -> T:
-    """One of ``options``, uniformly."""
+    """Draw one of `options`, each with equal probability."""
     return options[int(rng.integers(len(options)))]
 
 
 def draw_some(rng: Rng, options: Sequence[T], k: int) -> list[T]:
-    """``k`` different options in random order."""
+    """Draw `k` different options, in random order. All options are drawn if there are fewer."""
     return [options[i] for i in rng.permutation(len(options))[:k]]
 
 
 def listed(text: str, separator: str = " ") -> list[str]:
-    """The words of a long list that is easier to read as one text."""
+    """Split a text into a list. Long lists of words are easier to read as one text."""
     return text.split(separator)
 
 
@@ -64,26 +73,32 @@ MASS = frozenset(
 
 
 def an(name: str) -> str:
-    """The name with its indefinite article, if it takes one."""
+    """Put the indefinite article in front of `name`, unless the name is in MASS and takes none."""
     if name in MASS:
         return name
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def flip(rng: Rng, p: float = 0.5) -> bool:
-    """True with probability ``p``."""
+    """Return True with probability `p`."""
     return bool(rng.random() < p)
 
 
 def pale(rng: Rng) -> Color:
-    """A light background."""
+    """Draw a light colour for the background."""
     return pick(rng, PALE)
 
 
 class Asker:
-    """Collects the questions of one scene and turns them into a :class:`Scene`.
+    """Collects the questions of one scene and turns them into a `Scene`.
 
-    The hint is the same for all questions of a scene and is kept with probability ``hint_rate``.
+    All questions of a scene have the same school grade and the same hint.
+
+    Args:
+        rng: random generator of the scene.
+        name: name of the family.
+        hints: hints of which one is drawn.
+        hint_rate: probability that the scene has a hint at all.
     """
 
     def __init__(self, rng: Rng, name: str, hints: Sequence[str] = (), hint_rate: float = 0.5) -> None:
@@ -103,10 +118,18 @@ class Asker:
         relevant: Sequence[Box] = (),
         limit: int = 4,
     ) -> None:
-        """Add one question; at most ``limit`` choices, in random order.
+        """Add one question, with its choices in random order.
 
-        ``others`` must be such that every subset with the answer is as likely for any answer in it,
-        otherwise the choices alone would tell the answer.
+        The choices alone must not tell the answer. `others` must therefore be such that any given set of choices is
+        equally likely to occur, whichever of them is the answer.
+
+        Args:
+            topic: topic of the question.
+            templates: wordings of the question, of which one is drawn.
+            answer: the right choice.
+            others: the choices that wrong ones are drawn from; may contain the answer and duplicates.
+            relevant: boxes in pixels that the answer depends on.
+            limit: largest number of choices.
         """
         wrong = [other for other in dict.fromkeys(others) if other != answer]
         choices = [answer, *draw_some(self.rng, wrong, limit - 1)]
@@ -126,7 +149,14 @@ class Asker:
         )
 
     def scene(self, split: str, canvas: Canvas | None = None, facts: Sequence[str] = (), keep: int = 6) -> Scene:
-        """The finished scene with at most ``keep`` of its questions, in random order."""
+        """Finish the scene.
+
+        Args:
+            split: name of the split; in the split "heldout", a distractor is added to the image.
+            canvas: what was drawn; None for a scene without an image.
+            facts: sentences that are true of the scene.
+            keep: largest number of questions to keep. They are drawn at random and put in random order.
+        """
         if canvas is None:
             return Scene(None, draw_some(self.rng, self.questions, keep), [], list(facts))
         if split == "heldout":

@@ -1,4 +1,4 @@
-"""Bar charts with letter or icon labels."""
+"""Questions about bar charts, whose bars are labelled with letters or icons."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ LETTERS = list("ABCDEFGHKLMPRTXZ")
 
 @family("chart", "social science", "image", (3, 9), 1.2)
 def chart(rng: Rng, split: str) -> Scene:
-    """Three or four bars of clearly different heights, some with their value on top."""
+    """Draw three or four bars with different values from 1 to 6, and ask for values, colours and comparisons.
+
+    In half of the charts, each bar has its value written above it.
+    """
     canvas = Canvas(pale(rng))
     k = 3 + int(flip(rng))
     pictures = flip(rng, 0.35)

@@ -1,4 +1,4 @@
-"""Natural-science comparisons of numbers, with the facts in the hint."""
+"""Comparisons of two numbers from natural science, which the hint gives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[str, str, str, list[str]]] = {
 
 @family("compare", "natural science", "text", (3, 8), 1.1)
 def compare(rng: Rng, split: str) -> Scene:
-    """Two things with a number each: which is hotter, heavier, faster or taller?"""
+    """Give one number for each of two things, and ask which thing is hotter, heavier, faster or taller."""
     topic = pick(rng, list(KINDS))
     fact, more, less, pool = KINDS[topic]
     things = draw_some(rng, pool, 2)

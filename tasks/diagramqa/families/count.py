@@ -1,4 +1,4 @@
-"""Count equal pictures among others."""
+"""Questions that ask to count equal pictures among others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMBERS = ["1", "2", "3", "4"]
 
 @family("count", "natural science", "image", (1, 2))
 def count(rng: Rng, split: str) -> Scene:
-    """How many pictures of each of two things are there?"""
+    """Draw one to four pictures of each of two things, and ask how many there are of each, and of which more."""
     canvas = Canvas(pale(rng))
     names = draw_some(rng, icons(), 2)
     numbers = [1 + int(rng.integers(4)) for _ in names]

@@ -1,4 +1,4 @@
-"""Guide words of a dictionary page, and alphabetical order."""
+"""Questions about the guide words of a dictionary page and about alphabetical order."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ MORE = (
 
 @functools.cache
 def words() -> tuple[str, ...]:
-    """All one-word entries, in dictionary order."""
+    """All words of the dictionary, in alphabetical order."""
     return tuple(sorted({*MORE.split(), *(name for name in icons() if " " not in name and "-" not in name)}))
 
 
 @family("dictionary", "language science", "text", (2, 7), 1.2)
 def dictionary(rng: Rng, split: str) -> Scene:
-    """Which word is on the page with these guide words, and which comes first?"""
+    """Ask which word is on the page with given guide words, and which of some words comes first or last."""
     asker = Asker(rng, "dictionary")
     pool = words()
     facts: list[str] = []

@@ -1,4 +1,4 @@
-"""Food chains: arrows point from the eaten to the eater."""
+"""Questions about food chains, in which arrows point from the eaten animal to the one that eats it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _centre(box: Box) -> tuple[float, float]:
 
 @family("food web", "natural science", "image", (4, 8), 1.3)
 def food_web(rng: Rng, split: str) -> Scene:
-    """A chain of three or four living things on the corners of a square."""
+    """Draw a food chain of three or four animals on the corners of a square, and ask who eats whom."""
     canvas = Canvas(pale(rng))
     length = 3 + int(flip(rng))
-    # The chain walks around the square, so that no two arrows cross; only its start and sense are random.
+    # The chain follows the sides of the square, so that no arrows cross. Its first corner and direction are random.
     corners = [(16, 16), (80, 16), (80, 80), (16, 80)]
     start, sense = int(rng.integers(4)), pick(rng, [1, -1])
     chain = draw_some(rng, icons("animal"), length)

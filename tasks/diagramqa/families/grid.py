@@ -1,4 +1,4 @@
-"""Where is it: coarse coloured grids and tables with lettered rows and numbered columns."""
+"""Questions about places: in coloured grids, and in tables with lettered rows and numbered columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TABLE_HINTS = [
 
 @family("position", "social science", "image", (1, 4), 1.4)
 def position(rng: Rng, split: str) -> Scene:
-    """A 2 x 2 grid: what is where, and what is next to what?"""
+    """Draw one thing in each square of a 2 x 2 grid, and ask what is where and what is next to what."""
     canvas = Canvas()
     names = draw_some(rng, icons(), 4)
     colors = draw_some(rng, list(CELL_COLORS), 4)
@@ -57,7 +57,7 @@ def position(rng: Rng, split: str) -> Scene:
 
 @family("table", "social science", "image", (2, 6))
 def table(rng: Rng, split: str) -> Scene:
-    """Rows with letters and columns with numbers: what is at A1, where is the lion?"""
+    """Draw a table with two lettered rows and two numbered columns, and ask what is in a cell or where a thing is."""
     canvas = Canvas(pale(rng))
     names = draw_some(rng, icons(), 4)
     letters = pick(rng, ["AB", "CD", "XY", "KR"])

@@ -1,4 +1,4 @@
-"""Name and classify pictures of things."""
+"""Questions that ask for the name or the category of a pictured thing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ WHERE = {0: "left", 1: "right"}
 
 
 def _two(rng: Rng) -> tuple[Canvas, list[str], list[tuple[int, int, int, int]]]:
-    """One or two icons, side by side, at random heights."""
+    """Draw one or two icons at random heights, two of them side by side.
+
+    Returns:
+        The canvas, and the names and boxes of the icons, from left to right.
+    """
     canvas = Canvas(pale(rng))
     k = 1 + int(rng.integers(2))
     names = draw_some(rng, icons(), k)
@@ -33,14 +37,15 @@ def _two(rng: Rng) -> tuple[Canvas, list[str], list[tuple[int, int, int, int]]]:
 
 @family("identify", "natural science", "image", (1, 4), 1.2)
 def identify(rng: Rng, split: str) -> Scene:
-    """Which thing is shown?"""
+    """Draw one or two things, and ask for their names."""
     canvas, names, boxes = _two(rng)
     asker = Asker(rng, "identify", LOOK)
     for i, name in enumerate(names):
         side = WHERE[i]
         canvas.describe(boxes[i], group=category_of(name), side=side if len(names) == 2 else "alone")
         for _ in range(2):
-            # Either all from one category or all at random: a mixture would give the answer away.
+            # The other choices are either all of the answer's category or drawn from all icons. Mixed choices would
+            # give the answer away.
             pool = icons(category_of(name)) if flip(rng) else icons()
             pool = [p for p in pool if p not in names]
             if len(names) == 1:
@@ -56,7 +61,7 @@ def identify(rng: Rng, split: str) -> Scene:
 
 @family("classify", "natural science", "image", (1, 5))
 def classify(rng: Rng, split: str) -> Scene:
-    """Which group does the shown thing belong to?"""
+    """Draw one or two things of different categories, and ask to which category (group) each belongs."""
     canvas = Canvas(pale(rng))
     groups = draw_some(rng, categories(), 1 + int(rng.integers(2)))
     names = [pick(rng, icons(group)) for group in groups]

@@ -1,4 +1,4 @@
-"""Things to be known: which thing is of which kind, and geography."""
+"""Questions to be answered from memory, about the categories of things and about geography."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import Asker, Rng, draw_some, family, pick
 
 @family("kind of", "natural science", "text", (1, 6), 1.1)
 def kind_of(rng: Rng, split: str) -> Scene:
-    """Which of these is an animal? No hint, no image."""
+    """Ask which of several things belongs to a category, or to which category a thing belongs. There is no hint."""
     asker = Asker(rng, "kind of")
     facts = []
     for _ in range(4):
@@ -62,7 +62,7 @@ WHERE = {country: continent for continent, names in CONTINENTS.items() for count
 
 @family("geography", "social science", "text", (3, 9))
 def geography(rng: Rng, split: str) -> Scene:
-    """Continents of countries and capitals of states, from memory."""
+    """Ask for the continents of countries and the capitals of states of the USA. There is no hint."""
     asker = Asker(rng, "geography")
     facts = []
     for _ in range(2):

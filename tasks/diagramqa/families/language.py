@@ -1,4 +1,7 @@
-"""Language science without image or hint: rhymes, kinds of sentences, tenses, capitals, word parts."""
+"""Questions of language science, without image or hint.
+
+They are about rhymes, kinds of sentences, tenses, capital letters, prefixes and figures of speech.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ RHYMES = [
 
 @family("rhyme", "language science", "text", (1, 4), 0.8)
 def rhyme(rng: Rng, split: str) -> Scene:
-    """Which word rhymes, and which does not?"""
+    """Ask which word rhymes with a given word."""
     asker = Asker(rng, "rhyme")
     facts = []
     for _ in range(3):
@@ -40,7 +43,7 @@ WHO = listed(
     ",",
 )
 VERBS = {
-    # base: (past, object)
+    # base form: (past tense, object)
     "open": ("opened", "the door"),
     "clean": ("cleaned", "the room"),
     "paint": ("painted", "the wall"),
@@ -60,7 +63,7 @@ SENTENCES = ["asking sentence", "telling sentence", "command", "exclamation"]
 
 @family("sentences", "language science", "text", (2, 7), 1.0)
 def sentences(rng: Rng, split: str) -> Scene:
-    """Which kind of sentence is this?"""
+    """Ask of which kind a sentence is: asking, telling, a command or an exclamation."""
     asker = Asker(rng, "sentences")
     facts = []
     for _ in range(3):
@@ -83,7 +86,7 @@ TENSES = ["past tense", "present tense", "future tense"]
 
 @family("tense", "language science", "text", (3, 9), 1.0)
 def tense(rng: Rng, split: str) -> Scene:
-    """Past, present or future?"""
+    """Ask whether a sentence is in the past, present or future tense."""
     asker = Asker(rng, "tense")
     facts = []
     for _ in range(3):
@@ -104,7 +107,7 @@ TITLES = listed("North South River Ocean Garden Winter Summer Forest Island Vall
 
 @family("capitals", "language science", "text", (2, 6), 0.6)
 def capitals(rng: Rng, split: str) -> Scene:
-    """Which name is written correctly?"""
+    """Ask in which spelling a name of two words has the correct capital letters."""
     asker = Asker(rng, "capitals")
     for _ in range(3):
         a, b = pick(rng, NAMES), pick(rng, TITLES)
@@ -144,7 +147,7 @@ ECHO = [
 
 @family("word parts", "language science", "text", (7, 12), 0.9)
 def word_parts(rng: Rng, split: str) -> Scene:
-    """What does the prefix mean?"""
+    """Ask what the prefix of a word means."""
     asker = Asker(rng, "word parts")
     facts = []
     meanings = [meaning for meaning, _ in PARTS.values()]
@@ -163,7 +166,7 @@ def word_parts(rng: Rng, split: str) -> Scene:
 
 @family("figures of speech", "language science", "text", (7, 12), 0.9)
 def figures(rng: Rng, split: str) -> Scene:
-    """Which figure of speech is used?"""
+    """Ask which figure of speech a sentence uses."""
     asker = Asker(rng, "figures of speech")
     facts = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Bar magnets: attract or repel, and how strong."""
+"""Questions about bar magnets: whether they attract or repel each other, and how strong the force is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,20 @@ INK_OF = {"N": COLORS["red"], "S": COLORS["blue"]}
 
 
 def _bar(canvas: Canvas, x: int, y: int, width: int, height: int, poles: str, upright: bool) -> list[Box]:
-    """Draw one magnet with its two poles (left to right, or top to bottom); the two pole boxes."""
+    """Draw one magnet.
+
+    Args:
+        canvas: what to draw on.
+        x: left edge in pixels.
+        y: top edge in pixels.
+        width: width in pixels.
+        height: height in pixels.
+        poles: "NS" or "SN": the poles from left to right, or from top to bottom.
+        upright: whether the poles are one above the other.
+
+    Returns:
+        The boxes of the two poles, in the same order.
+    """
     boxes = []
     for i, pole in enumerate(poles):
         if upright:
@@ -35,7 +48,7 @@ def _bar(canvas: Canvas, x: int, y: int, width: int, height: int, poles: str, up
 
 @family("magnets", "natural science", "image", (3, 8), 1.3)
 def magnets(rng: Rng, split: str) -> Scene:
-    """Two bar magnets, side by side or one above the other."""
+    """Draw two bar magnets, side by side or one above the other, and ask about their poles and their force."""
     canvas = Canvas(pale(rng))
     upright = flip(rng)
     first, second = (pick(rng, ["NS", "SN"]) for _ in range(2))
@@ -83,7 +96,7 @@ def magnets(rng: Rng, split: str) -> Scene:
 
 @family("magnet force", "natural science", "image", (6, 8), 0.8)
 def force(rng: Rng, split: str) -> Scene:
-    """Two pairs of magnets with different gaps."""
+    """Draw two pairs of magnets with different gaps, and ask in which pair the force is stronger."""
     canvas = Canvas(pale(rng))
     near, far = int(rng.integers(2, 6)), int(rng.integers(14, 19))
     gaps = [near, far] if flip(rng) else [far, near]

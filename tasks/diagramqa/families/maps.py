@@ -1,4 +1,4 @@
-"""Maps of four coloured states around a crossing point."""
+"""Questions about maps of four coloured states that meet in one point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLACES = ["north west", "north east", "south west", "south east"]
 
 @family("map", "social science", "image", (2, 5), 1.3)
 def states(rng: Rng, split: str) -> Scene:
-    """Colours and compass directions on a map of four states."""
+    """Draw a map of four states with letters, and ask for their colours, letters and compass directions."""
     canvas = Canvas((190, 225, 245))
     letters = draw_some(rng, LETTERS, 4)
     colors = draw_some(rng, STATES, 4)

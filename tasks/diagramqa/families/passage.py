@@ -1,4 +1,4 @@
-"""Look up one fact in a short text."""
+"""Questions whose answer is one fact in a short text, or follows from two of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = listed(
     "Vera Will Zoe Amy Bob Lucy Max Lily Tom"
 )
 KINDS: dict[str, tuple[str, str, str, list[str]]] = {
-    # topic: fact, question about the value, question about the person, values
+    # topic: (the fact, the question about its value, the question about its person, possible values)
     "where people live": (
         "{n} lives in the {v}.",
         "Where does {n} live?",
@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[str, str, str, list[str]]] = {
 
 @family("passage", "social science", "text", (2, 8), 1.4)
 def passage(rng: Rng, split: str) -> Scene:
-    """Two or three people and one fact about each of them."""
+    """Tell one fact about each of two or three people, and ask for the fact or for the person."""
     topic = pick(rng, list(KINDS))
     fact, about_value, about_person, values = KINDS[topic]
     k = pick(rng, [2, 2, 3])
@@ -66,11 +66,11 @@ GOODS = listed("chair table lamp book coat hat bag ball kite drum bed clock")
 
 @family("economy", "social science", "text", (7, 12), 1.1)
 def economy(rng: Rng, split: str) -> Scene:
-    """Compare two prices or towns that the text gives as numbers."""
+    """Give one number for each of two goods or towns, and ask for which of them it is larger or smaller."""
     topic = pick(rng, list(SCARCE))
     fact, more, less = SCARCE[topic]
     things = draw_some(rng, GOODS if topic == "price" else TOWNS, 2)
-    # Numbers of different first digits: the model has to compare, not to calculate.
+    # The numbers have different first digits, so that the model has to compare them, but not to calculate.
     digits = draw_some(rng, range(1, 10), 2)
     numbers = [10 * d for d in digits]
     facts = [fact.format(a=a, x=x) for a, x in zip(things, numbers, strict=True)]

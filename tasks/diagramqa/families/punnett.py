@@ -1,4 +1,4 @@
-"""Punnett squares: read and count the genotypes in a 2 x 2 grid."""
+"""Questions that ask to read or count the genotypes in the 2 x 2 boxes of a Punnett square."""
 
 from __future__ import annotations
 
@@ -16,21 +16,29 @@ ORDER = [0, 1, 2, 3]
 
 
 def _cross(rng: Rng, big: str) -> tuple[list[str], list[str]]:
-    """Two random parents and the four offspring, row by row."""
+    """Draw two random parents and derive their four offspring.
+
+    Args:
+        rng: random generator of the scene.
+        big: the capital letter of the gene.
+
+    Returns:
+        The genotypes of the parents, and those of the offspring, row by row.
+    """
     small = big.lower()
-    # Both orders of a mixed pair, or else the top left box would hold the dominant pair more often.
+    # A mixed pair occurs in both orders. Otherwise the top left box would hold the dominant pair more often.
     parents = [pick(rng, [big * 2, pick(rng, [big + small, small + big]), small * 2]) for _ in range(2)]
     return parents, ["".join(sorted(parents[0][j] + parents[1][i])) for i in (0, 1) for j in (0, 1)]
 
 
 @family("punnett", "natural science", "image", (9, 12), 1.4)
 def punnett(rng: Rng, split: str) -> Scene:
-    """A Punnett square with two alleles of one gene."""
+    """Draw a Punnett square of a gene with two alleles, and ask to read one genotype or to count one of them."""
     canvas = Canvas(pale(rng))
     big = pick(rng, "ABDEFGHR")
     kinds = [big * 2, big + big.lower(), big.lower() * 2]
-    # Draw the answer first and crosses until one fits: chance would favour some answers, and a model that
-    # does not see the square must gain nothing from their frequency.
+    # The answer is drawn first, and then crosses until one of them fits it. If only the cross were drawn, some answers
+    # would be more frequent than others, and a model that does not see the square could gain from that.
     kind, place = pick(rng, kinds), pick(rng, ORDER)
     reading = flip(rng, 0.35)
     pool = [0, 2, 4] if kind == kinds[1] else [0, 1, 2, 4]

@@ -1,4 +1,4 @@
-"""Two beakers with particles: concentration."""
+"""Questions about the concentration of particles in two beakers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WATER = (205, 232, 250)
 
 
 def _beaker(canvas: Canvas, rng: Rng, x: int, count: int, color: str, label: str) -> Box:
-    """Draw a beaker with ``count`` dots; its box."""
+    """Draw a beaker with its left edge at `x` and with `count` dots. Returns its box."""
     canvas.draw.rectangle([x, 20, x + 39, 92], fill=(255, 255, 255))
     canvas.draw.rectangle([x, 26, x + 39, 92], fill=WATER)
     canvas.draw.line([(x, 18), (x, 92), (x + 39, 92), (x + 39, 18)], fill=INK, width=2)
@@ -30,7 +30,7 @@ def _beaker(canvas: Canvas, rng: Rng, x: int, count: int, color: str, label: str
 
 @family("solutions", "natural science", "image", (6, 8), 1.3)
 def solutions(rng: Rng, split: str) -> Scene:
-    """Which solution has the higher concentration?"""
+    """Draw two solutions with equal or different numbers of particles, and ask which has the higher concentration."""
     canvas = Canvas(pale(rng))
     few, many = int(rng.integers(2, 5)), int(rng.integers(10, 15))
     same = pick(rng, [few, many])

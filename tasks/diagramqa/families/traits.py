@@ -1,4 +1,4 @@
-"""Genes and substances: apply a rule that the hint states."""
+"""Questions about genes, for which the hint states a rule, and about the states of matter, without a hint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOKS = {
 
 @family("traits", "natural science", "text", (8, 12), 1.2)
 def traits(rng: Rng, split: str) -> Scene:
-    """A dominant and a recessive allele: genotype and trait."""
+    """State which trait the dominant and the recessive allele of a gene give, and ask for traits and genotypes."""
     beast, trait = pick(rng, BEASTS), pick(rng, list(LOOKS))
     strong, weak = draw_some(rng, LOOKS[trait], 2)
     big = pick(rng, "ABDEFGHLR")
@@ -25,7 +25,7 @@ def traits(rng: Rng, split: str) -> Scene:
     asker = Asker(rng, "traits")
     asker.hint = f"Gene {big} gives a {beast} the {trait} {strong}. Gene {small} gives {weak}. {big} is dominant."
     facts = [f"The {trait} with {big}{big} is {strong}.", f"The {trait} with {small}{small} is {weak}."]
-    # The recessive pair is the only one that shows the weak trait, so it is asked about half of the time.
+    # Only the recessive pair gives the recessive trait. It is listed twice, so that both answers are equally frequent.
     pair = pick(rng, [big + big, big + small, small + small, small + small])
     shown = weak if pair == small * 2 else strong
     text = [f"A {beast} has the genes {pair}. What is its {trait}?"]
@@ -50,7 +50,7 @@ STATE = {thing: state for state, things in MATTER.items() for thing in things.sp
 
 @family("matter", "natural science", "text", (5, 9), 0.8)
 def matter(rng: Rng, split: str) -> Scene:
-    """Solid, liquid or gas, from memory."""
+    """Ask whether a substance is a solid, a liquid or a gas, or which of several is one. There is no hint."""
     asker = Asker(rng, "matter")
     facts = []
     for _ in range(3):

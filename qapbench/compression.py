@@ -1,0 +1,153 @@
+"""`compress(model, spec)`: any supported Hugging Face model, quantized and pruned while the context is open."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UserError
+from .methods.kinds import ptqs
+from .methods.quantization import LinearPlan, TokenActivation
+from .models import Family, family_of
+from .models.relevance import TextTower
+from .prune.build import build_pruning
+from .prune.calls import PrunedCalls
+from .prune.pruning import Pruning
+from .prune.splice import PrunedImage
+from .quantize import backends
+from .quantize.calibration import Calibration, CalibrationSamples
+from .quantize.install import SharedInputs, installed, watching
+from .quantize.receipts import LinearReceipt, measured_bits
+from .receipt import Receipt
+from .spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
+
+
+@contextlib.contextmanager
+def compress(
+    model: Any,
+    spec: RunSpec | Mapping[str, Any],
+    processor: Any = None,
+    text_tower: TextTower | str | None = None,
+    calibration: Any = None,
+    on_images: Callable[[list[PrunedImage]], None] | None = None,
+) -> Iterator[Receipt]:
+    """Quantize and prune a loaded model; inside the context `model(...)` and `model.generate(...)` run compressed.
+
+    After the context the model is as it was, to the bit. `generate` returns the caller's own prompt in front of
+    the new tokens, so the usual `out[:, inputs.input_ids.shape[1]:]` holds; a plain forward's logits have the
+    length of the shortened sequence. Inputs may be batched and padded on either side. Both calls take
+    `relevance_text=[...]`, one question per image, for pruners that weigh the question; where it is not given
+    the prompt is decoded with `processor`.
+
+    Args:
+        spec: a RunSpec, or a mapping with `quantize` and / or `prune` as a spec file has them.
+        text_tower: CLIP checkpoint with the joint space of the model's vision tower (folder, hub id, or loaded).
+        calibration: samples for PTQ methods that need them: a sequence of the model's keyword arguments, one question
+            each (`relevance_text` among them where calibration prunes by the question), or `CalibrationSamples`.
+        on_images: called after every pruned call with what became of each of its images.
+
+    Yields:
+        The receipt, which fills as the model runs.
+
+    Raises:
+        UserError: the spec does not fit this model.
+    """
+    quantize, prune = _sections(spec)
+    owner = spec.text_tower if isinstance(spec, RunSpec) else None
+    family = family_of(model)
+    receipt = Receipt()
+    with contextlib.ExitStack() as stack:
+        # Calibration may prune as the runs do; what it prunes is not counted among them.
+        pruned = build_pruning(family, prune, receipt, processor, text_tower, owner, on_images) if prune else None
+        if quantize:
+            aside = dataclasses.replace(pruned, receipt=Receipt(), on_images=None) if pruned else None
+            stack.enter_context(_quantized(family, quantize, receipt, calibration, aside))
+        if pruned:
+            stack.enter_context(PrunedCalls(pruned).installed())
+        yield receipt
+
+
+def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, PruneSpec | None]:
+    if isinstance(spec, RunSpec):
+        return spec.quantize, spec.prune
+    if unknown := set(spec) - {"quantize", "prune"}:
+        raise UserError(f"spec: unknown section '{sorted(unknown)[0]}'; compress reads `quantize` and `prune`")
+    filled = RunSpec.parse({**spec, "model": "given", "task": "none"})
+    return filled.quantize, filled.prune
+
+
+@contextlib.contextmanager
+def _quantized(
+    family: Family, spec: QuantizeSpec, receipt: Receipt, calibration: Any, pruned: Pruning | None
+) -> Iterator[None]:
+    receipt.quantization = str(spec.method)
+    receipt.wants_weights, receipt.wants_activations = spec.weights is not None, spec.activations is not None
+    receipt.backend = backends.describe(spec.backend, family.model.device)
+    linears = family.linears(spec.scope)
+    parts = {name: part for part in spec.scope for name in family.linears([part])}
+    method = ptqs.create(spec.method.name, **spec.method.params)
+    runner = _calibration(family, spec, calibration, pruned)
+    plans = method.prepare(family.model, linears, spec.weights, spec.activations, runner)
+    if runner is not None:
+        receipt.calibration = runner.used
+    with contextlib.ExitStack() as stack:
+        needs_tokens = any(plan.needs_tokens for plan in plans.values())
+        look = stack.enter_context(watching(family.core, family.image_token)) if needs_tokens else lambda: None
+        shared = SharedInputs()
+        for name, linear in linears.items():
+            plan = plans.get(name)
+            if plan is None:
+                receipt.fall_back(f"{name}: left in full precision by {spec.method}")
+            shape = (linear.out_features, linear.in_features)
+            line = LinearReceipt(name=name, part=parts[name], shape=shape, planned=plan is not None)
+            receipt.linears.append(line)
+            on_kernel = plan is not None and spec.backend == "torchao"
+            if plan is not None and on_kernel:
+                stack.enter_context(backends.int8_linear(linear, plan, line))
+            elif plan is not None:
+                tokens = look if parts[name] == "language" else lambda: None
+                stack.enter_context(installed(linear, plan, tokens, shared=shared))
+            if not on_kernel:
+                line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
+                # Registered last: it sees what the matmul sees.
+                stack.callback(linear.register_forward_pre_hook(_probe(line, spec, plan)).remove)
+        yield
+
+
+def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning | None) -> Calibration | None:
+    """Samples and model brought together; None for methods that do not calibrate."""
+    if spec.calibration is None:
+        return None
+    if not isinstance(given, CalibrationSamples):
+        if not given:
+            raise UserError(f"quantize.method: {spec.method} needs calibration samples; give `calibration=[...]`")
+        given = CalibrationSamples(list(given))
+    if not spec.calibration.pruned:
+        return Calibration(family.model, given, family)
+    shorten = given.shorten
+    if shorten is None:
+        if pruned is None:
+            raise UserError("quantize.calibration.pruned: there is no `prune` section to prune with")
+        shorten = pruned.shorten
+        prune = pruned.spec.model_dump_json()
+        given = dataclasses.replace(given, fingerprints={**given.fingerprints, "prune": prune})
+    return Calibration(family.model, given, family, shorten)
+
+
+def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> Any:
+    def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if not line.calls:
+            exact = plan.activation.exact if plan and isinstance(plan.activation, TokenActivation) else None
+            x = args[0]
+            if exact is not None:
+                line.activation_exact = float(exact.expand(x.shape).float().mean())
+                x = x.masked_fill(exact, 0)
+            line.activation_bits, line.activation_levels = measured_bits(x, spec.activations)
+        line.calls += 1
+
+    return look

@@ -1,0 +1,293 @@
+"""The five kinds of strategy: their base classes, registries and decorators."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qapbench.errors import UserError
+
+from .quantization import PTQ
+from .registry import Entry, Registry
+from .tokens import Selection, VisionTokens
+
+Bits = Annotated[int, Field(ge=2, le=16, description="bits per value")]
+GroupSize = Annotated[int, Field(ge=1, description="channels that share one scale")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# Added to numerator and denominator of the min-max normalisation, as in QAPruner's code.
+EPSILON = 1e-6
+
+Metric = Callable[[Tensor], Tensor]
+"""Sensitivity of tokens to quantization: [B, N, D] -> [B, N], higher means more sensitive."""
+Fusion = Callable[[Tensor, Tensor], Tensor]
+"""Combination of relevance and sensitivity, each [B, N] in [0, 1], into one score [B, N] that is not negative."""
+
+
+class Quantizer(Protocol):
+    """A quantize-dequantize function: [..., D] -> [..., D] in the same dtype. Each row has its own scales."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+def min_max(scores: Tensor) -> Tensor:
+    """Normalise the scores [B, N] of each image to (0, 1]. Constant scores become 1."""
+    low, high = scores.aminmax(dim=-1, keepdim=True)
+    return (scores - low + EPSILON) / (high - low + EPSILON)
+
+
+def top_k(scores: Tensor, keep: int) -> Tensor:
+    """Indices [B, keep] of the highest scores, ascending. Of equal scores the one with the lower index wins."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[:, :keep].sort(dim=-1).values
+
+
+def check_budget(keep: int, count: int) -> None:
+    """Check that `keep` is between 1 and `count`, the number of tokens per image.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not 1 <= keep <= count:
+        raise UserError(f"keep={keep} is out of range: an image has {count} tokens (1..{count})")
+
+
+def _check_finite(x: Tensor, owner: str) -> None:
+    if not x.is_floating_point():
+        raise UserError(f"{owner}: expected a floating tensor, got {x.dtype}")
+    if not torch.isfinite(x).all():
+        raise UserError(f"{owner}: {int((~torch.isfinite(x)).sum())} of {x.numel()} values are not finite")
+
+
+def _check_scores(scores: Tensor, tokens: VisionTokens, owner: str) -> None:
+    if scores.shape != tokens.projected.shape[:2]:
+        raise UserError(f"{owner}: expected [{tokens.batch}, {tokens.count}], got {tuple(scores.shape)}")
+    _check_finite(scores, owner)
+
+
+class Pruner(abc.ABC):
+    """A method that chooses visual tokens.
+
+    Subclasses define how relevant each token is and how tokens are chosen. This class normalises and fuses the scores
+    and enforces the budget. Subclasses are frozen dataclasses whose fields are the parameters that a spec can set.
+
+    Attributes:
+        needs: fields of `VisionTokens` that the method reads in addition to `projected`.
+        optional: those of `needs` that may be missing.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    optional: ClassVar[frozenset[str]] = frozenset()
+
+    def relevance(self, tokens: VisionTokens) -> Tensor | None:
+        """Semantic relevance [B, N] on any scale, higher means keep. None if the method has no such score."""
+        return None
+
+    @abc.abstractmethod
+    def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
+        """Choose `keep` tokens per image.
+
+        Args:
+            tokens: a batch of images.
+            scores: [B, N] from `scores`, not negative.
+            keep: kept and merged tokens per image, with 1 <= keep < N.
+        """
+
+    def select(
+        self,
+        tokens: VisionTokens,
+        keep: int,
+        sensitivity: Tensor | None = None,
+        fusion: Fusion | None = None,
+        relevance: Tensor | None = None,
+    ) -> Selection:
+        """Normalise and fuse the scores, choose tokens, and check the result.
+
+        Args:
+            tokens: a batch of images.
+            keep: tokens per image that the language model will see, kept and merged ones together.
+            sensitivity: [B, N] from a metric, on any scale; None chooses by relevance alone.
+            fusion: combines relevance and sensitivity; None stands for the registry's default.
+            relevance: result of `relevance(tokens)`, if it was computed before.
+
+        Raises:
+            UserError: the budget is out of range, a field is missing, or scores are not finite.
+            RuntimeError: the method returned an invalid selection.
+        """
+        check_budget(keep, tokens.count)
+        for name in sorted(self.needs - self.optional):
+            tokens.require(name, type(self).__name__)
+        if keep == tokens.count:
+            return Selection.everything(tokens)
+        scores = self.scores(tokens, sensitivity, fusion, relevance)
+        return self._checked(self.choose(tokens, scores, keep), tokens, keep)
+
+    def scores(
+        self, tokens: VisionTokens, sensitivity: Tensor | None, fusion: Fusion | None, relevance: Tensor | None = None
+    ) -> Tensor:
+        """The scores [B, N] that `choose` gets: relevance fused with sensitivity.
+
+        Both are normalised to (0, 1] per image first. If only one of them is given, it is the score; if neither is, all
+        scores are 1. The arguments are those of `select`.
+        """
+        semantic = self.relevance(tokens) if relevance is None else relevance
+        given = {"relevance": semantic, "sensitivity": sensitivity}
+        ready = {}
+        for name, values in given.items():
+            if values is None:
+                continue
+            _check_scores(values, tokens, name)
+            ready[name] = min_max(values.float())
+        if len(ready) == 2:
+            fuse = fusion or fusions.create(fusions.default)
+            fused = fuse(ready["relevance"], ready["sensitivity"])
+            _check_scores(fused, tokens, "fusion: scores")
+            if (fused < 0).any():
+                raise UserError("fusion: scores must not be negative")
+            return fused
+        if ready:
+            return next(iter(ready.values()))
+        return torch.ones(tokens.projected.shape[:2], device=tokens.projected.device)
+
+    def _checked(self, chosen: Selection, tokens: VisionTokens, keep: int) -> Selection:
+        """Sort the indices of a selection, or raise a RuntimeError that names the method and its mistake."""
+        indices = chosen.indices.sort(dim=-1).values
+        method = type(self).__name__
+        if chosen.budget != keep or indices.shape[0] != tokens.batch:
+            raise RuntimeError(f"{method} kept {chosen.budget} tokens where {keep} were asked for")
+        if indices.numel() and (indices.min() < 0 or indices.max() >= tokens.count):
+            raise RuntimeError(f"{method} chose a token outside 0..{tokens.count - 1}")
+        if (indices.diff(dim=-1) == 0).any():
+            raise RuntimeError(f"{method} chose a token twice")
+        if chosen.updated is not None:
+            if chosen.updated.shape[:2] != indices.shape:
+                got, wanted = tuple(chosen.updated.shape[:2]), tuple(indices.shape)
+                raise RuntimeError(f"{method} updated {got} tokens where it kept {wanted}")
+            if not torch.equal(indices, chosen.indices):
+                raise RuntimeError(f"{method} updated tokens that are not in ascending order")
+        if chosen.made is not None and (chosen.updated is None or chosen.made.shape != indices.shape):
+            raise RuntimeError(f"{method} says where it made tokens, but not which")
+        return dataclasses.replace(chosen, indices=indices)
+
+
+class Stage(NamedTuple):
+    """One drop inside the decoder.
+
+    Attributes:
+        after: number of decoder layers before the drop.
+        keep: tokens per image that the drop leaves.
+    """
+
+    after: int
+    keep: int
+
+
+class DecoderPruner(Pruner):
+    """A method that drops visual tokens between layers of the language model. The first layers see all tokens.
+
+    `select` is called at every stage with the tokens that are left. Their `projected` field holds their hidden states
+    at that stage, on which sensitivity is computed; the other fields that `needs` can name are DECODER_FIELDS. The
+    layers after a stage see the tokens chosen there, at their original positions.
+
+    Attributes:
+        ahead: whether attention is read in the layer that follows the drop rather than in the one before it.
+    """
+
+    DECODER_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"query_attention", "text_attention", "prompt_embeds", "embedded"}
+    )
+    ahead: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def stages(self, count: int, keep: int, depth: int) -> list[Stage]:
+        """The drops in the order of the layers. The last one keeps `keep` tokens.
+
+        Args:
+            count: visual tokens per image before the first drop.
+            keep: tokens per image after the last drop.
+            depth: number of decoder layers, at least two. Every drop comes after 1 to depth - 1 of them.
+        """
+
+
+def even_stages(layers: Sequence[float], count: int, keep: int, depth: int) -> list[Stage]:
+    """Make stages that each keep the same fraction of the tokens which the stage before left.
+
+    Stage s of S keeps round(count * (keep / count)^(s / S)) tokens.
+
+    Args:
+        layers: number of layers before each stage, rounded and limited to 1 .. depth - 1. If two stages of a shallow
+            decoder fall on the same place, the later one counts.
+        count: visual tokens per image before the first stage.
+        keep: tokens per image after the last stage.
+        depth: number of decoder layers.
+    """
+    places = [min(max(round(layer), 1), depth - 1) for layer in layers]
+    budgets = [round(count * (keep / count) ** (step / len(places))) for step in range(1, len(places) + 1)]
+    return [Stage(*stage) for stage in dict(zip(places, budgets, strict=True)).items()]
+
+
+def _build_metric(entry: Entry[Metric], params: dict[str, Any]) -> Metric:
+    """Wrap the metric: check its input and convert it to float32, and check its output."""
+
+    @functools.wraps(entry.target)
+    def measured(tokens: Tensor) -> Tensor:
+        if tokens.ndim != 3:
+            raise UserError(f"metric '{entry.name}': expected tokens [B, N, D], got {tuple(tokens.shape)}")
+        _check_finite(tokens, f"metric '{entry.name}': tokens")
+        scores = entry.target(tokens.float(), **params)
+        if not isinstance(scores, Tensor) or scores.shape != tokens.shape[:2]:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise UserError(f"metric '{entry.name}': must return [B, N] = {tuple(tokens.shape[:2])}, got {got}")
+        _check_finite(scores, f"metric '{entry.name}': scores")
+        return scores
+
+    return measured
+
+
+def _call(entry: Entry[Any], params: dict[str, Any]) -> Any:
+    return entry.target(**params)
+
+
+def _build_fusion(entry: Entry[Fusion], params: dict[str, Any]) -> Fusion:
+    return functools.partial(entry.target, **params)
+
+
+def _check_class(base: type, kind: str) -> Callable[[Any], None]:
+    def check(target: Any) -> None:
+        if not (isinstance(target, type) and issubclass(target, base)):
+            raise TypeError(f"a {kind} must be a subclass of qapbench.{base.__name__}, got {target!r}")
+
+    return check
+
+
+def _check_callable(target: Any) -> None:
+    usable = callable(target)
+    if isinstance(target, type):  # classes are always callable; the instances have to be
+        usable = any("__call__" in vars(base) for base in target.__mro__)
+    if not usable:
+        raise TypeError(f"expected a function or a class with __call__, got {target!r}")
+
+
+metrics: Registry[Metric] = Registry("metric", _build_metric, _check_callable, positional=1)
+quantizers: Registry[Quantizer] = Registry("quantizer", _call, _check_callable)
+fusions: Registry[Fusion] = Registry("fusion", _build_fusion, _check_callable, positional=2)
+pruners: Registry[Pruner] = Registry("pruner", _call, _check_class(Pruner, "pruner"))
+ptqs: Registry[PTQ] = Registry("ptq", _call, _check_class(PTQ, "ptq"))
+
+# The decorators that register a strategy.
+metric, quantizer, fusion, pruner, ptq = (
+    metrics.register,
+    quantizers.register,
+    fusions.register,
+    pruners.register,
+    ptqs.register,
+)
+KINDS: dict[str, Registry[Any]] = {r.kind: r for r in (metrics, quantizers, fusions, pruners, ptqs)}
+"""Registry of each kind of strategy, by the kind's name."""

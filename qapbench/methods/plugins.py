@@ -1,0 +1,104 @@
+"""Plugins: installed packages (entry-point group `qapbench.plugins`) and Python files that a spec names.
+
+The built-in strategies, model families, checkpoint formats and tasks arrive through the same entry points as anybody's.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from qapbench.errors import Problem, UserError, first_line
+
+ENTRY_POINTS = "qapbench.plugins"
+
+_broken: dict[str, str] = {}
+_loaded_files: dict[Path, str] = {}
+
+
+class BrokenPluginWarning(UserWarning):
+    """An installed plugin failed to import; what it would have registered is missing."""
+
+
+@functools.cache
+def load_plugins() -> None:
+    """Import every module of the entry-point group, once per process.
+
+    A plugin that fails to import is warned of by name, with the file and line where it failed, and leaves all others
+    working: `broken_plugins` remembers it, so that a lookup of an unknown name can mention it.
+    """
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except (Exception, SystemExit) as error:
+            _broken[point.name] = described(error)
+            warnings.warn(f"plugin '{point.name}' ({point.value}) {_broken[point.name]}", BrokenPluginWarning, 2)
+
+
+def broken_plugins() -> dict[str, str]:
+    """The entry points that failed to import, by name -> what failed and where."""
+    return dict(_broken)
+
+
+def load_plugin_file(path: str | Path) -> None:
+    """Run a user's Python file, so that its decorators register. The same file is run once per process.
+
+    Raises:
+        UserError: it is not there, fails, or changed since it was run (what it registered is the old code).
+    """
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise UserError(f"no such plugin file: {file}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if (loaded := _loaded_files.get(file)) is not None:
+        if loaded != digest:
+            raise UserError(f"plugin {file} changed since this process loaded it; start a new process")
+        return
+    load_plugins()
+    # The path is part of the module's name: inspect finds a class's source by it, and stems repeat.
+    name = f"qapbench_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"a plugin must be a Python file (.py): {file}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"plugin {file} {described(error)}") from error
+    _loaded_files[file] = digest
+
+
+def load_plugin_files(named: object) -> list[Problem]:
+    """Run the files that a spec's `plugins` lists, and return what went wrong, under the field of each.
+
+    Anything but a list of texts is left to the validation of the field.
+    """
+    if not isinstance(named, list) or not all(isinstance(plugin, str) for plugin in named):
+        return []
+    problems: list[Problem] = []
+    for index, plugin in enumerate(named):
+        try:
+            load_plugin_file(plugin)
+        except UserError as error:
+            problems += [problem.under("plugins", index) for problem in error.problems]
+    return problems
+
+
+def described(error: BaseException) -> str:
+    """What went wrong while a plugin was imported, and the file and line where it did."""
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
+    else:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+        own = [frame for frame in frames if frame.filename != __file__]
+        where = f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown place"
+    return f"failed to load: {type(error).__name__}: {first_line(error)} ({where})"

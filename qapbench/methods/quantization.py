@@ -1,0 +1,289 @@
+"""Interface of post-training quantization methods: number formats, plans for linear layers, the base class `PTQ`."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from qapbench.errors import Problem, UserError
+
+from .affine import Divisor, Levels, ZeroPoint, fake_quantize
+
+Granularity = Literal["row", "channel", "tensor"]
+"""Which values share a scale; see `Format`."""
+
+
+class Format(BaseModel):
+    """A number format with uniform levels, for weights [out, in] or activations [B, L, in] or [L, in].
+
+    A range that covers several tokens never covers several samples, and padding does not enter it.
+
+    Attributes:
+        bits: bits per value.
+        group_size: consecutive input channels that share a scale; None means all of them. Only for granularity "row".
+        symmetric: whether levels are symmetric around zero, without a zero point.
+        granularity: what has a scale of its own. "row": each output channel of a weight and each token of an
+            activation, or each group of its input channels. "channel": each input channel, over the output channels of
+            a weight or the tokens of one sample. "tensor": each weight, and each sample of an activation.
+        divisor: convention for symmetric scales, see `Levels`. docs/ptq.md lists which published code uses which one.
+        zero_point: convention for asymmetric ranges, see `Levels`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+    group_size: Annotated[int, Field(ge=1)] | None = None
+    symmetric: bool = False
+    granularity: Granularity = "row"
+    divisor: Divisor = "qmax"
+    zero_point: ZeroPoint = "in_range"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Format:
+        if self.group_size is not None and self.granularity != "row":
+            raise ValueError(f"`group_size` groups the channels of a row; leave it out with '{self.granularity}'")
+        if self.divisor != "qmax" and not self.symmetric:
+            raise ValueError("`divisor` is that of a symmetric scale; leave it out, or set `symmetric: true`")
+        if self.zero_point != "in_range" and self.symmetric:
+            raise ValueError("a symmetric format has no `zero_point`; leave it out, or set `symmetric: false`")
+        return self
+
+    @property
+    def levels(self) -> Levels:
+        """Convention by which a range becomes levels."""
+        return Levels(self.bits, self.symmetric, self.divisor, self.zero_point)
+
+    def __call__(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Quantize and dequantize x with ranges taken from x itself.
+
+        The arithmetic is float32; the result has x's shape and dtype.
+
+        Args:
+            x: a weight or an activation.
+            valid: [B, L] bool, True for tokens that are not padding; None if there is no padding. Granularity "row"
+                ignores it.
+        """
+        if self.granularity == "row":
+            return fake_quantize(x, self.bits, self.group_size, self.symmetric, self.divisor, self.zero_point)
+        return self.levels.grid(*self.range(x, valid))(x)
+
+    def range(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value of each set of values that shares a scale.
+
+        Groups within a row are not cut here: pass x as `grouped` cuts it, so that each group is a row. A sample without
+        a valid token has the range [0, 0].
+
+        Args:
+            x: a weight or an activation.
+            valid: [B, L] bool, True for tokens that are not padding; None if there is no padding.
+
+        Returns:
+            (lowest, highest), float32 and broadcastable against x.
+        """
+        over = {"row": [-1], "channel": [-2], "tensor": [-2, -1]}[self.granularity]
+        values = x.float()
+        if valid is None:
+            return values.amin(dim=over, keepdim=True), values.amax(dim=over, keepdim=True)
+        padding = ~valid.unsqueeze(-1)
+        low = values.masked_fill(padding, float("inf")).amin(dim=over, keepdim=True)
+        high = values.masked_fill(padding, float("-inf")).amax(dim=over, keepdim=True)
+        empty = low > high
+        return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+
+    def __str__(self) -> str:
+        """A short description, for example "4-bit asym g128"."""
+        grouping = f"g{self.group_size}" if self.group_size else self.granularity
+        unusual = [word for word in (self.divisor, self.zero_point) if word not in ("qmax", "in_range")]
+        return " ".join([f"{self.bits}-bit", "sym" if self.symmetric else "asym", grouping, *unusual])
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of the tokens in one call of the language model, for activations that depend on it.
+
+    Attributes:
+        vision: [B, L] bool, True at positions that hold an image's features.
+        valid: [B, L] bool, True at positions that are not padding.
+        prefill: True if the call starts a sequence, False if it continues one while tokens are generated.
+    """
+
+    vision: Tensor
+    valid: Tensor
+    prefill: bool = True
+
+
+class TokenActivation(abc.ABC):
+    """Fake quantization of a linear's input that needs more than each token by itself.
+
+    Attributes:
+        exact: bool, broadcastable to the latest input: True for elements that were passed on in full precision; None if
+            there are none. The receipt measures the bits of the other elements and states the fraction of these.
+    """
+
+    exact: Tensor | None = None
+
+    @abc.abstractmethod
+    def __call__(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
+        """Quantize and dequantize x [B, L, in].
+
+        Args:
+            x: the linear's input.
+            tokens: what is known of the tokens of x. None means that nothing is known, as outside the language model:
+                then all tokens count as valid text and each call as a new sequence.
+        """
+
+
+class Transform:
+    """Equivalent transformation around a linear layer: without quantization, the layer's output stays the same.
+
+    `input` and `weight` return float32.
+
+    Attributes:
+        output: applied to the linear's output if it is not None.
+    """
+
+    output: Callable[[Tensor], Tensor] | None = None
+
+    def input(self, x: Tensor) -> Tensor:
+        """Transform the linear's input: [..., in] -> [..., in] in float32."""
+        return x.float()
+
+    def weight(self, w: Tensor) -> Tensor:
+        """Transform the weight: [out, in] -> [out, in] in float32."""
+        return w.float()
+
+
+@dataclass(frozen=True)
+class Scaling(Transform):
+    """Division of input channels by a scale, undone by multiplying the weight's columns (SmoothQuant, AWQ).
+
+    The published codes fold the division into the preceding norm. Here it is applied to the input in float32, so that
+    the model stays unchanged and every linear can be transformed.
+
+    Attributes:
+        scale: [in], positive.
+    """
+
+    scale: Tensor
+
+    def input(self, x: Tensor) -> Tensor:
+        """Divide each input channel by its scale: [..., in] -> [..., in] in float32."""
+        return x.float() / self.scale.to(x.device)
+
+    def weight(self, w: Tensor) -> Tensor:
+        """Multiply each column by its scale: [out, in] -> [out, in] in float32."""
+        return w.float() * self.scale.to(w.device)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How one linear layer is quantized.
+
+    Attributes:
+        weight: returns the fake-quantized weight [out, in] for the original (or transformed) one; None leaves the
+            weight as it is. It is called for one linear at a time, so that a GPU never holds both versions of more than
+            one weight.
+        activation: fake-quantizes the linear's input [..., in]; None leaves it as it is. A `TokenActivation` is also
+            given what is known of the tokens.
+        transform: transformation applied before both, in float32; None for none.
+    """
+
+    weight: Callable[[Tensor], Tensor] | None = None
+    activation: Callable[[Tensor], Tensor] | TokenActivation | None = None
+    transform: Transform | None = None
+
+    def new_weight(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] used in the matmul, in the dtype of `weight`.
+
+        It is `weight` itself if nothing is planned for it.
+        """
+        new = weight if self.transform is None else self.transform.weight(weight)
+        return (new if self.weight is None else self.weight(new)).to(weight.dtype)
+
+    def new_input(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
+        """The input [..., in] used in the matmul, in the dtype of x.
+
+        Args:
+            x: the linear's input.
+            tokens: what is known of the tokens of x; needed if `needs_tokens`.
+        """
+        new = x if self.transform is None else self.transform.input(x)
+        if isinstance(self.activation, TokenActivation):
+            new = self.activation(new, tokens)
+        elif isinstance(self.activation, Format):
+            new = self.activation(new, None if tokens is None else tokens.valid)
+        elif self.activation is not None:
+            new = self.activation(new)
+        return new.to(x.dtype)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the activation depends on what is known of the tokens: on padding, modality or prefill."""
+        spans = isinstance(self.activation, Format) and self.activation.granularity != "row"
+        return spans or isinstance(self.activation, TokenActivation)
+
+    @property
+    def changes_input(self) -> bool:
+        """Whether the matmul gets another input than the linear was given."""
+        return self.activation is not None or self.transform is not None
+
+
+class PTQ(abc.ABC):
+    """A post-training quantization method.
+
+    Subclasses are frozen dataclasses whose fields are the parameters that a spec can set.
+
+    Attributes:
+        calibrates: whether the method needs calibration samples. Such methods derive from `CalibratedPTQ`.
+        formats: (weights, activations) used if a spec states neither; None if a spec must state them.
+        weight_granularities: granularities of weights that `check` accepts.
+        activation_granularities: granularities of activations that `check` accepts.
+    """
+
+    calibrates: ClassVar[bool] = False
+    formats: ClassVar[tuple[Format | None, Format | None] | None] = None
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row",)
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
+
+    def check(self, weights: Format | None, activations: Format | None) -> None:
+        """Check that the method supports these formats.
+
+        Raises:
+            UserError: it does not. The message names the field of the spec's `quantize` section.
+        """
+        sides = {
+            "weights": (weights, self.weight_granularities),
+            "activations": (activations, self.activation_granularities),
+        }
+        for side, (format, supported) in sides.items():
+            if format is not None and format.granularity not in supported:
+                message = f"this method makes {' or '.join(supported)}, not '{format.granularity}'"
+                raise UserError(Problem(message, (side, "granularity")))
+
+    @abc.abstractmethod
+    def prepare(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
+        activations: Format | None,
+        calibration: Any = None,
+    ) -> dict[str, LinearPlan]:
+        """Make a plan for every linear in scope.
+
+        Args:
+            model: the loaded model, which must not be changed.
+            linears: the linears in scope, by their name in the model.
+            weights: the format asked for; None leaves weights in the model's precision.
+            activations: the format asked for; None leaves activations in the model's precision.
+            calibration: samples, for methods that need them: a `Calibration`, `CalibrationSamples`, or a sequence of
+                the model's inputs.
+
+        Returns:
+            One plan per linear. The receipt reports a linear without a plan as a fallback.
+        """

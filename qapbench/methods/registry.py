@@ -1,0 +1,159 @@
+"""Named, typed, pluggable items: one `Registry` per kind (strategies, model families, checkpoint formats, tasks).
+
+A registered item's keyword parameters, with their annotations and defaults, are its spec: `create` validates
+against them and a YAML file can set them. Items arrive through plugins (see `plugins`), the built-in ones too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from qapbench.errors import UserError, nearest
+
+from .parameters import Params, params_model, problems_of
+from .plugins import broken_plugins, load_plugins
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """One registered item.
+
+    Attributes:
+        target: the function or class that was decorated.
+        params: pydantic model of its keyword parameters.
+        origin: "module.qualname (file:line)", for messages about collisions.
+        default: whether the framework takes this item where a spec names none.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    params: type[Params]
+    origin: str
+    default: bool = False
+
+    @property
+    def doc(self) -> str:
+        return inspect.getdoc(self.target) or ""
+
+    @property
+    def source(self) -> Path | None:
+        """The file that defines the item: part of a result's key where it is not ours."""
+        file = inspect.getsourcefile(inspect.unwrap(self.target))
+        return Path(file) if file else None
+
+
+class Registry(Generic[T]):
+    """Items of one kind, by name.
+
+    Args:
+        kind: singular noun for messages ("metric").
+        build: makes the usable object of an entry and its validated parameters.
+        check: raises TypeError when a target cannot serve as this kind.
+        positional: how many leading parameters are call arguments and not part of the spec; None: all of them.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        build: Callable[[Entry[T], dict[str, Any]], T],
+        check: Callable[[Any], None] = lambda target: None,
+        positional: int | None = 0,
+    ) -> None:
+        self.kind = kind
+        self._build = build
+        self._check = check
+        self._positional = positional
+        self._entries: dict[str, Entry[T]] = {}
+
+    def register(self, name: str, *, default: bool = False) -> Callable[[Any], Any]:
+        """Decorator: register the target under `name`. A second registration fails and names both origins."""
+
+        def decorate(target: Any) -> Any:
+            self._check(target)
+            origin = _origin(target)
+            held = self._entries.get(name)
+            if held and not (held.origin == origin or _is_notebook_cell(target)):
+                raise UserError(
+                    f"{self.kind} '{name}' is registered twice: by {held.origin} and by {origin}. "
+                    "Rename one, or import the package under one name only."
+                )
+            if default and (other := next((e for e in self._entries.values() if e.default and e.name != name), None)):
+                raise UserError(f"{self.kind}: '{other.name}' ({other.origin}) is the default already, not {origin}")
+            params = params_model(f"{self.kind}:{name}", target, self._positional)
+            self._entries[name] = Entry(name, target, params, origin, default)
+            return target
+
+        return decorate
+
+    def names(self) -> list[str]:
+        load_plugins()
+        return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        return (self._entries[name] for name in self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def entry(self, name: str) -> Entry[T]:
+        """The entry of that name, or a UserError with the nearest valid name."""
+        names = self.names()
+        if name not in self._entries:
+            broken = "".join(f"; plugin '{plugin}' {why}" for plugin, why in broken_plugins().items())
+            raise UserError(f"no {self.kind} '{name}'; {nearest(name, names)}{broken}")
+        return self._entries[name]
+
+    @property
+    def default(self) -> str:
+        """Name of the item registered with `default=True`."""
+        for entry in self:
+            if entry.default:
+                return entry.name
+        raise UserError(f"no {self.kind} is registered as the default; name one")
+
+    def validate(self, name: str, params: dict[str, Any]) -> dict[str, Any]:
+        """All parameters of the item with defaults filled in. Every mistake in one UserError."""
+        model = self.entry(name).params
+        try:
+            return model.model_validate(params).model_dump()
+        except ValidationError as error:
+            raise UserError(problems_of(error, model, f"{self.kind} '{name}'")) from None
+
+    def create(self, name: str, **params: Any) -> T:
+        """The item, configured and ready to call."""
+        return self._build(self.entry(name), self.validate(name, params))
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Name, documentation, origin and JSON schema of the parameters."""
+        entry = self.entry(name)
+        schema = entry.params.model_json_schema().get("properties", {})
+        return {
+            "kind": self.kind,
+            "name": name,
+            "doc": entry.doc,
+            "origin": entry.origin,
+            "parameters": schema,
+        }
+
+
+def _origin(target: Any) -> str:
+    inner = inspect.unwrap(target)
+    try:
+        file, line = inspect.getsourcefile(inner), inspect.getsourcelines(inner)[1]
+    except (OSError, TypeError):
+        file, line = None, 0
+    return f"{inner.__module__}.{inner.__qualname__} ({file}:{line})"
+
+
+def _is_notebook_cell(target: Any) -> bool:
+    """Running a notebook cell again is how one edits there; it is not a collision."""
+    return getattr(target, "__module__", "") == "__main__" and "ipykernel" in sys.modules

@@ -1,0 +1,77 @@
+"""Load checkpoints: the model, its processor, its config, and the precision that a spec comes to."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from qapbench.checkpoints.find import find_checkpoint
+from qapbench.errors import Problem, UserError, first_line
+from qapbench.models.checkpoint_format import format_of
+from qapbench.models.family import family_class, family_of
+from qapbench.spec.run_spec import RunSpec
+
+
+def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model in eval mode on the device, processor).
+
+    Raises:
+        UserError: the checkpoint cannot be loaded as an image-text-to-text model.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    folder, config, dtype = find_checkpoint(spec.model).folder, read_config(spec), precision(spec, device)
+    try:
+        if layout := format_of(config):
+            model, processor = layout(folder, config).load(dtype)
+        else:
+            family = family_class(str(config.get("model_type")))
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+            processor = family.load_processor(folder, trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ImportError: no common base
+        raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
+    model = model.eval().requires_grad_(False).to(device)
+    family_of(model).complete(processor)
+    return model, processor
+
+
+def load_processor(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> Any:
+    """The processor without its model, as far as prompts and scoring need it.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    folder, config = find_checkpoint(spec.model).folder, read_config(spec)
+    if format_of(config):
+        return load_model(spec, device, trust_remote_code)[1]  # such a folder holds none: it is made with the model
+    try:
+        return family_class(str(config.get("model_type"))).load_processor(folder, trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
+
+
+def precision(spec: RunSpec, device: torch.device) -> str:
+    """The dtype that "auto" comes to: the checkpoint's own on a GPU, float32 on a CPU."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    if device.type == "cpu":
+        return "float32"
+    config = read_config(spec)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def read_config(spec: RunSpec, fetch: bool = True) -> dict[str, Any]:
+    """The checkpoint's config.json."""
+    file = find_checkpoint(spec.model, "model", fetch).folder / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(f"{file} cannot be read: {first_line(error)}", ("model",))) from error

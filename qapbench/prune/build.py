@@ -1,0 +1,84 @@
+"""From a `prune` section and a loaded model to a pruning that is ready to shorten prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qapbench.errors import UserError
+from qapbench.methods.kinds import DecoderPruner, metrics, pruners
+from qapbench.models import Family
+from qapbench.models.family import default_tower
+from qapbench.models.relevance import QuestionReader, TextTower, find_tower, load_tower
+from qapbench.receipt import Receipt
+from qapbench.spec.run_spec import PruneSpec
+
+from .prompt import PruningView
+from .pruning import Pruning
+from .splice import PrunedImage
+
+
+def build_pruning(
+    family: Family,
+    spec: PruneSpec,
+    receipt: Receipt,
+    processor: Any = None,
+    tower: TextTower | str | None = None,
+    owner: str | None = None,
+    on_images: Callable[[list[PrunedImage]], None] | None = None,
+    on_view: Callable[[PruningView], None] | None = None,
+) -> Pruning:
+    """The pruning of one `prune` section, ready to shorten prompts of this model.
+
+    Args:
+        tower: text tower as `compress` takes it; owner: the one that the spec names.
+        on_images, on_view: see `Pruning`.
+
+    Raises:
+        UserError: the method needs what this model does not offer.
+    """
+    receipt.pruning = spec.label
+    pruner = pruners.create(spec.method.name, **spec.method.params)
+    inside = isinstance(pruner, DecoderPruner)
+    available_fields = DecoderPruner.DECODER_FIELDS if inside else family.available_fields | QuestionReader.FIELDS
+    if missing := pruner.needs - pruner.optional - available_fields:
+        raise UserError(
+            f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
+        )
+    for name in sorted(pruner.needs & family.substitutes.keys()):
+        receipt.fall_back(f"{name}: {family.substitutes[name]}")
+    for name in sorted(pruner.optional - family.available_fields - QuestionReader.FIELDS):
+        receipt.fall_back(f"{name}: this model has none, and {spec.method} does without")
+    joint = joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
+    reader = QuestionReader(frozenset() if inside else pruner.needs, joint, family.model.get_input_embeddings())
+    if reader.needs_text and processor is None:
+        processor = _own_tokenizer(family)
+    sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None
+    return Pruning(family, spec, pruner, sensitivity, reader, receipt, processor, on_view, on_images)
+
+
+def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
+    """The text tower; None, noted in the receipt, where relevance falls back on the language model."""
+    if family.clip_width is None:
+        if named is not None:
+            raise UserError("text_tower: this model's vision tower is no CLIP's, so no text tower shares its space")
+        receipt.fall_back("relevance from the language model's embeddings: the vision tower is no CLIP's")
+        return None
+    if isinstance(named, TextTower):
+        return named
+    config = family.model.config
+    folder, reason = find_tower(named, str(family.model.name_or_path), default_tower(config.to_dict()), True)
+    if folder is None:
+        receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
+        return None
+    return load_tower(folder, family.clip_width, family.model.device)
+
+
+def _own_tokenizer(family: Family) -> Any:
+    """The tokenizer in the model's folder, to read the question back from a prompt's ids; None where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(family.model.name_or_path)
+    except (OSError, ValueError):
+        return None

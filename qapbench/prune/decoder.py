@@ -1,0 +1,284 @@
+"""Pruning inside the decoder: visual tokens are dropped between two layers while the prompt passes through them.
+
+Attention runs as the model has it (SDPA, flash or eager); of the layer that a pruner reads, only the rows that it asks
+for are computed beside. Layers behind a drop get fewer columns: their masks, rotary embeddings and KV caches hold just
+these, and what they answer is put back at its column of the prompt, so that nobody outside has to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from qapbench.errors import UserError
+from qapbench.methods.kinds import DecoderPruner, Fusion, Metric
+from qapbench.methods.tokens import Selection, VisionTokens
+from qapbench.models.encoded import EncodedImage
+from qapbench.models.layers import DecoderLayers
+from qapbench.receipt import Receipt
+
+from .prompt import PruningView
+from .splice import PrunedImage
+from .state import DecoderState, ViewState
+from .token_layout import TokenLayout, cut, cut_mask
+
+
+class DecoderPruning:
+    """Hooks on a decoder's layers that let a pruner drop tokens between them."""
+
+    def __init__(
+        self,
+        layers: DecoderLayers,
+        pruner: DecoderPruner,
+        sensitivity: Metric | None,
+        fusion: Fusion | None,
+        receipt: Receipt,
+        on_view: Callable[[PruningView], None] | None = None,
+    ) -> None:
+        self.layers = layers
+        self.pruner = pruner
+        self.sensitivity = sensitivity
+        self.fusion = fusion
+        self.receipt = receipt
+        self.on_view = on_view
+        self._installed = False
+        self._announced: DecoderState | None = None  # a prompt that the next call will bring
+        self._now: DecoderState | None = None  # the prompt that is in the layers
+        self._passed: WeakKeyDictionary[Any, DecoderState] = WeakKeyDictionary()  # by the cache that it filled
+        self._projected: dict[nn.Module, Tensor] = {}  # queries and keys of the layer before a drop
+
+    @property
+    def _name(self) -> str:
+        return type(self.pruner).__name__
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """The hooks, put in place where they are not: what a cache holds is known as long as they stay."""
+        if self._installed:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            self._installed = True
+            stack.callback(setattr, self, "_installed", False)
+            for index, layer in enumerate(self.layers.layers):
+                stack.callback(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True).remove)
+                for projection in self.layers.projections(index):
+                    stack.callback(projection.register_forward_hook(self._record(index)).remove)
+            stack.callback(self.layers.layers[-1].register_forward_hook(self._leave).remove)
+            yield
+
+    @contextlib.contextmanager
+    def prompt(
+        self, view_states: list[ViewState], mask: Tensor, images: list[EncodedImage]
+    ) -> Iterator[list[PrunedImage]]:
+        """Announce a prompt with attention mask [B, L], padded on either side, which the call inside brings.
+
+        Columns behind the L are an answer that is scored; it has no say in what is kept.
+
+        Yields:
+            What became of each image; empty until the prompt left the last layer.
+
+        Raises:
+            UserError: nothing is asked behind an image.
+        """
+        for view in view_states:
+            if not len(view.text):
+                raise UserError(f"{self._name} reads the text behind an image, and a prompt has none")
+            view.budgets = self._stages(len(view.entered), view.keep)
+        valid = mask.bool()
+        columns = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+        layout = TokenLayout.of(columns, valid)
+        state = DecoderState(view_states, images, [layout] * len(self.layers))
+        self._announced = state
+        try:
+            yield state.kept
+            if self._announced is not None:
+                raise RuntimeError(f"{self._name}: the prompt never reached the decoder's layers")
+        finally:
+            self._announced = self._now = None
+            self._projected.clear()
+
+    def _stages(self, count: int, keep: int) -> dict[int, int]:
+        """Budgets by the index of the first layer behind each stage."""
+        if keep == count:
+            return {}
+        depth = len(self.layers)
+        stages = self.pruner.stages(count, max(keep, 1), depth)
+        places, budgets = [stage.after for stage in stages], [count, *(stage.keep for stage in stages)]
+        if budgets != sorted(budgets, reverse=True) or budgets[-1] != max(keep, 1):
+            raise RuntimeError(f"{self._name}: {stages} do not lead from {count} to {keep} tokens")
+        if places != sorted(set(places)) or not 1 <= places[0] <= places[-1] < depth:
+            raise RuntimeError(f"{self._name}: {stages} are not in order between {depth} layers")
+        return {stage.after: stage.keep if keep else 0 for stage in stages}
+
+    # -- hooks --
+
+    def _enter(self, index: int) -> Any:
+        """Before a layer: drop what is to be dropped, and cut what the layer is given."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            past = kwargs.get("past_key_values")
+            if self._announced is not None:
+                self._begin(args[0], past)
+            state = self._now
+            if state is None:
+                return self._decode(index, args, kwargs)
+            hidden = args[0]
+            if index in state.stages:
+                hidden = self._drop(state, index, hidden, kwargs["position_embeddings"])
+            for view in state.view_states:
+                view.counts.append(len(view.left))
+            if state.whole(index):
+                return None
+            return (hidden, *args[1:]), {**kwargs, **cut(kwargs, state.layouts[index], self._flash)}
+
+        return hook
+
+    def _begin(self, hidden: Tensor, past: Any) -> None:
+        if getattr(past, "is_compileable", False):
+            raise UserError(f"{self._name}: layers of different lengths need a dynamic KV cache, not a static one")
+        state, self._announced = self._announced, None
+        self._now = state
+        if state is None:
+            return
+        state.enter(*hidden.shape[:2])
+        if past is not None:
+            self._passed[past] = state
+        if self.pruner.needs & {"embedded", "prompt_embeds"}:
+            state.embedded = hidden
+
+    def _decode(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """New tokens behind a prompt: the mask has to fit the keys that the prompt left in this layer."""
+        past: Any = kwargs.get("past_key_values")
+        state = self._passed.get(past) if past is not None else None
+        if state is None or state.whole(index):
+            return None
+        batch, fresh = args[0].shape[:2]
+        layout, prompt = state.layouts[index], state.layouts[0].columns.shape[1]
+        new = past.get_seq_length(index) - layout.columns.shape[1] + fresh
+        keys = layout.repeated(batch // len(layout.columns)).behind(prompt, new)
+        return args, {**kwargs, "attention_mask": cut_mask(kwargs.get("attention_mask"), keys, fresh, self._flash)}
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in str(self.layers.config._attn_implementation)
+
+    def _record(self, index: int) -> Any:
+        def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
+            if not self.pruner.ahead and self._now is not None and index + 1 in self._now.stages:
+                self._projected[projection] = output
+
+        return hook
+
+    def _leave(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Behind the last layer: hidden states go back to their columns of the prompt; zero where they were dropped."""
+        state, self._now = self._now, None
+        if state is None:
+            return None
+        self._report(state)
+        state.embedded = None
+        if not state.stages:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        layout = state.layouts[-1]
+        whole = hidden.new_zeros(*state.layouts[0].columns.shape, hidden.shape[-1])
+        rows, places = layout.valid.nonzero(as_tuple=True)
+        whole[rows, layout.columns[rows, places]] = hidden[rows, places]
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    # -- one drop --
+
+    def _drop(self, state: DecoderState, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        layout, entering = state.layouts[index], hidden
+        gone = torch.zeros_like(layout.valid)
+        chosen: list[tuple[ViewState, Selection | None]] = []
+        for view in state.view_states:  # one by one, so that no batch changes them
+            if index not in view.budgets:
+                continue
+            places, columns = layout.row(view.row)
+            own = places[torch.searchsorted(columns, view.columns)]
+            gone[view.row, own] = True
+            selection = self._select(state, index, view, entering, rotary) if view.budgets[index] else None
+            if selection is not None:
+                gone[view.row, own[selection.indices[0]]] = False
+                if selection.updated is not None:
+                    hidden = hidden.clone() if hidden is entering else hidden
+                    hidden[view.row, own[selection.indices[0]]] = selection.updated[0].to(hidden.dtype)
+            chosen.append((view, selection))
+        for view, selection in chosen:
+            view.narrow(selection)
+        left, places = layout.without(gone)
+        state.layouts[index:] = [left] * (len(state.layouts) - index)
+        self._projected.clear()
+        return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+    def _select(
+        self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> Selection:
+        tokens = self._tokens(state, index, view, hidden, rotary)
+        sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
+        relevance = self.pruner.relevance(tokens) if self.on_view else None
+        selection = self.pruner.select(tokens, view.budgets[index], sensitivity, self.fusion, relevance)
+        if selection.merged is not None or (selection.updated is not None and selection.space != "projected"):
+            raise RuntimeError(f"{self._name}: what is merged inside the decoder needs a place: use `updated`")
+        if self.on_view is not None:
+            count, scores = len(view.entered), (relevance, sensitivity)
+            self.on_view(PruningView.of(view.image, count, view.left, view.grid, scores, selection, layer=index))
+        return selection
+
+    def _tokens(
+        self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> VisionTokens:
+        """What is left of one view as its pruner may see it: a batch of one."""
+        needs, row = self.pruner.needs, view.row
+        places, columns = state.layouts[index].row(row)
+        own = torch.searchsorted(columns, view.columns)
+        fields: dict[str, Tensor] = {}
+        if needs & {"query_attention", "text_attention"}:
+            asking = view.text if "text_attention" in needs else view.text[-1:]
+            at = torch.searchsorted(columns, asking)
+            cos, sin = (x[row if len(x) > 1 else 0, columns] for x in rotary)
+            queries, keys, layer = self._queries_and_keys(index, hidden[row], row, places, at)
+            rows = self.layers.rows(layer, queries, keys, (cos, sin), at)[:, own]
+            fields = {"text_attention": rows.T, "query_attention": rows[-1]}
+        if state.embedded is not None:
+            embedded = state.embedded[row]
+            fields |= {"prompt_embeds": embedded[view.text], "embedded": embedded[view.entered]}
+        wanted: dict[str, Any] = {name: value.unsqueeze(0) for name, value in fields.items() if name in needs}
+        return VisionTokens(hidden[row, places[own]].unsqueeze(0), **wanted)
+
+    def _queries_and_keys(
+        self, index: int, hidden: Tensor, row: int, places: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """Queries of the places `at`, keys of all, before rotation, and the layer that they are of."""
+        layer = index if self.pruner.ahead else index - 1
+        queries, keys = self.layers.projections(layer)
+        if not self.pruner.ahead:
+            return self._projected[queries][row, places[at]], self._projected[keys][row, places], layer
+        normed = self.layers.normed(layer, hidden[places].unsqueeze(0))
+        return queries(normed[:, at])[0], keys(normed)[0], layer
+
+    def _report(self, state: DecoderState) -> None:
+        """Count what the layers saw in the receipt, and leave it with the prompt."""
+        for image, seen in enumerate(state.images):
+            own = [view for view in state.view_states[:: state.times] if view.image == image]
+            places = torch.cat([view.places[view.left] for view in own]).cpu()
+            made = torch.cat([view.made for view in own]).cpu()
+            layers = tuple(map(sum, zip(*(view.counts for view in own), strict=True)))
+            separators = 0 if seen.separators is None else int(seen.separators.sum())
+            kept = PrunedImage(
+                seen.features[:0],
+                places.sort().values,
+                places[~made].sort().values,
+                seen.count,
+                int(made.sum()),
+                separators,
+                layers,
+            )
+            self.receipt.saw_image(kept.available, len(kept.indices), kept.merged, separators, layers)
+            state.kept.append(kept)

@@ -1,0 +1,302 @@
+"""Pruning of one spec on one model: from a prompt and its images to the prompt as the decoder gets it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qapbench.errors import UserError
+from qapbench.methods.kinds import DecoderPruner, Metric, Pruner, fusions
+from qapbench.methods.tokens import Selection, VisionTokens
+from qapbench.models import Family
+from qapbench.models.encoded import EncodedImages, Views
+from qapbench.models.relevance import QuestionReader, memoized
+from qapbench.receipt import ImageTokens, Receipt
+from qapbench.spec.run_spec import PruneSpec
+
+from .decoder import DecoderPruning
+from .prompt import Memo, PrunedPrompt, PruningView
+from .splice import (
+    Part,
+    PrunedImage,
+    budgets,
+    detached,
+    gather_columns,
+    image_columns,
+    kept_columns,
+    splice,
+)
+from .state import view_states
+
+PER_TOKEN = {"labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}
+"""Inputs as long as the prompt, beyond ids, mask and positions -> what pads them. The loss skips labels of -100."""
+
+
+@dataclasses.dataclass
+class Pruning:
+    """Shortens prompts of one model as one `prune` section says.
+
+    A prompt with N placeholders per image becomes an ordinary prompt with `keep` of them, and the kept features enter
+    the model where it takes ready features. Caches, masks and decoding then need no change.
+
+    Attributes:
+        reader: adds the fields that concern the question.
+        receipt: counts what was kept, and notes what was done otherwise than asked.
+        processor: decodes the question where no `relevance_text` is given.
+        on_view: called with the scores and the selection of every view, for whoever draws or studies them.
+        on_images: called with what became of the images of every prompt of a wrapped call.
+    """
+
+    family: Family
+    spec: PruneSpec
+    pruner: Pruner
+    sensitivity: Metric | None
+    reader: QuestionReader
+    receipt: Receipt
+    processor: Any = None
+    on_view: Callable[[PruningView], None] | None = None
+    on_images: Callable[[list[PrunedImage]], None] | None = None
+
+    def __post_init__(self) -> None:
+        fusion = self.spec.fusion
+        self.fusion = fusions.create(fusion.name, **fusion.params) if fusion else None
+        self.decoder: DecoderPruning | None = None
+        if isinstance(self.pruner, DecoderPruner):
+            self.decoder = DecoderPruning(
+                self.family.decoder, self.pruner, self.sensitivity, self.fusion, self.receipt, self.on_view
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the model must record of an image."""
+        return (self.pruner.needs & self.family.available_fields) | self.reader.visual
+
+    def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
+        """The call's keywords as `shortened` has them, for calibration.
+
+        Raises:
+            UserError: the pruner works inside the decoder, whose blocks calibration runs one by one.
+        """
+        if self.decoder:
+            raise UserError(
+                f"quantize.calibration.pruned: {self.spec.method} drops tokens inside the decoder, so its calibration "
+                "cannot be pruned; set pruned: false"
+            )
+        with self.shortened(kwargs, relevance_text) as short:
+            return short
+
+    @contextlib.contextmanager
+    def shortened(self, kwargs: dict[str, Any], relevance_text: list[str] | None) -> Iterator[dict[str, Any]]:
+        """The call's keywords with pruned placeholders gone and chosen features in place of pixels.
+
+        A pruner inside the decoder takes nothing out of the prompt; while the context is open it waits for it there.
+        """
+        if kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
+            raise UserError("pruning needs input_ids with image placeholders; inputs_embeds cannot be pruned")
+        if kwargs.get("past_key_values") is not None:
+            raise UserError("pruning starts at the prompt: call without past_key_values")
+        if kwargs.get("attention_mask") is None:
+            kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+        pruned = self.prune(kwargs, self.family.encode_images(kwargs, self.needs), relevance_text)
+        ready = {**pruned.inputs, **self.family.encoded(pruned.features)}
+        if pruned.inside is None:
+            for image in pruned.chosen or ():
+                self.receipt.saw_image(image.available, len(image.indices), image.merged, image.separators)
+            self._tell(pruned.chosen or [])
+            yield ready
+            return
+        with pruned.inside() as images:
+            yield ready
+        self._tell(images())
+
+    def _tell(self, images: list[PrunedImage]) -> None:
+        if self.on_images is not None:
+            self.on_images(images)
+
+    def prune(
+        self,
+        prompt: dict[str, Any],
+        encoded: EncodedImages,
+        relevance_text: list[str] | None = None,
+        memo: Memo | None = None,
+    ) -> PrunedPrompt:
+        """The prompt as the decoder gets it. Runs, `compress`, calibration, `explain` and `study` all come this way.
+
+        Args:
+            prompt: the call's keywords, a mask among them; its pixels are not looked at.
+            encoded: its images, at least with the fields of `needs`.
+            relevance_text: one question per image; the prompt is decoded where it is None.
+            memo: results for these images and this prompt that other selections share.
+
+        Raises:
+            UserError: the budget is out of range, or placeholders and tokens do not match.
+        """
+        ids, mask = prompt["input_ids"], prompt["attention_mask"]
+        placeholders = ids == self.family.image_token
+        spans = image_columns(placeholders, [len(image.features) for image in encoded.images])
+        if self.decoder:
+            return self._prune_inside(self.decoder, prompt, encoded, spans, mask.bool() & ~placeholders)
+        rows = [row for row, _ in spans]
+        parts = self._select(encoded, ids, mask, placeholders, rows, relevance_text, Memo() if memo is None else memo)
+        images = [splice(image, own) for image, own in zip(encoded.images, parts, strict=True)]
+        if self.spec.positions == "keep" and any(image.merged for image in images):
+            raise UserError(
+                f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
+            )
+        inputs = self._handed(prompt, mask, kept_columns(placeholders, spans, images))
+        said = [image.stored() for image in images]
+        return PrunedPrompt(inputs, [image.features for image in images], said, [detached(image) for image in images])
+
+    def _prune_inside(
+        self,
+        decoder: DecoderPruning,
+        prompt: dict[str, Any],
+        encoded: EncodedImages,
+        spans: list[tuple[int, Tensor]],
+        text: Tensor,
+    ) -> PrunedPrompt:
+        """The whole prompt, of which the decoder drops tokens on the way."""
+        mask = prompt["attention_mask"]
+        if prompt.get("labels") is not None:  # the answer has no say in what is kept
+            text = text & ((prompt["labels"] != PER_TOKEN["labels"]).cumsum(dim=1) == 0)
+        keeps = self._budgets(encoded)
+
+        @contextlib.contextmanager
+        def inside() -> Iterator[Callable[[], list[PrunedImage]]]:
+            states = view_states(encoded, keeps, spans, text)
+            with decoder.installed(), decoder.prompt(states, mask, encoded.images) as kept:
+                yield lambda: kept
+
+        everything = [torch.arange(mask.shape[1], device=mask.device)] * len(mask)
+        inputs, features = self._handed(prompt, mask, everything), [image.features for image in encoded.images]
+        said = [ImageTokens(available=image.count) for image in encoded.images]
+        return PrunedPrompt(inputs, features, said, inside=inside, tag=self.spec.model_dump_json())
+
+    def _handed(self, prompt: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
+        """The call's keywords without images, and those columns of its prompt."""
+        cut = self._cut(prompt, mask, columns)
+        for name in self.family.image_inputs:
+            cut.pop(name, None)
+        return cut
+
+    def _select(
+        self,
+        encoded: EncodedImages,
+        ids: Tensor,
+        mask: Tensor,
+        placeholders: Tensor,
+        rows: list[int],
+        relevance_text: list[str] | None,
+        memo: Memo,
+    ) -> list[list[Part]]:
+        """For every image, its views after their selections."""
+        if relevance_text is not None and len(relevance_text) != len(rows):
+            raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(rows)} images")
+        parts: list[list[Part]] = [[] for _ in rows]
+        words = mask.bool() & ~placeholders
+        for index, (views, keeps) in enumerate(zip(encoded.views, self._budgets(encoded), strict=True)):
+            # Views of one budget are chosen from together; where the question counts, those of one image.
+            by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
+            for (keep, _), group in itertools.groupby(range(len(by)), key=by.__getitem__):
+                span = list(group)
+                if keep == 0:
+                    continue
+                mine = memo.of((index, span[0], span[-1]))
+                image = views.owners[span[0]]
+                text = relevance_text[image] if relevance_text else None
+                key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower))
+                asked = ids[rows[image]], words[rows[image]]
+                make = functools.partial(self._tokens, views, slice(span[0], span[-1] + 1), *asked, text, mine)
+                tokens = memoized(mine.question, key, make)
+                selection = self._choose(tokens, keep, mine, [views.owners[view] for view in span])
+                features = self._features(tokens, selection)
+                for view, made, kept in zip(span, features, selection.indices, strict=True):
+                    places = views.places[view]
+                    parts[views.owners[view]].append(Part(made, places[kept], places, selection.front))
+        return parts
+
+    def _tokens(
+        self, views: Views, span: slice, ids: Tensor, words: Tensor, text: str | None, memo: Memo
+    ) -> VisionTokens:
+        """What the pruner reads of some views, and of the question: the same for every pruner that reads the same."""
+        tokens = views.tokens[span].only(self.needs)
+        if not self.reader.needs:
+            return tokens
+        prompt = ids[words]
+        text = self._decode(prompt) if text is None else text
+        asked: dict[str, Any] = self.reader.fields(tokens, text, prompt, memo.image, memo.question)
+        return dataclasses.replace(tokens, **asked)
+
+    def _budgets(self, encoded: EncodedImages) -> list[list[int]]:
+        most = self.family.view_tokens
+        if most is not None and self.spec.per == "tile" and self.spec.keep > most:
+            raise UserError(f"keep={self.spec.keep} is out of range: an image has {most} tokens (1..{most})")
+        return budgets(encoded, self.spec.keep, self.spec.per == "image")
+
+    def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Selection:
+        """The selection of a batch of views, which belong to the images `owners`."""
+        sensitivity, metric = None, self.sensitivity
+        if metric is not None:
+            sensitivity = memoized(memo.image, self.spec.sensitivity, lambda: metric(tokens.projected))
+        relevance = None
+        if keep < tokens.count or self.on_view:  # neither budget nor metric enters in what the method calls relevant
+            method = (self.spec.method, id(self.reader.tower))
+            relevance = memoized(memo.question, method, lambda: self.pruner.relevance(tokens))
+        selection = self.pruner.select(tokens, keep, sensitivity, self.fusion, relevance)
+        if self.on_view is not None:
+            every = torch.arange(tokens.count)
+            for row, owner in enumerate(owners):
+                scores = (relevance, sensitivity)
+                self.on_view(PruningView.of(owner, tokens.count, every, tokens.grid, scores, selection, row))
+        return selection
+
+    def _decode(self, prompt: Tensor) -> str | None:
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return None if tokenizer is None else tokenizer.decode(prompt, skip_special_tokens=True)
+
+    def _features(self, tokens: VisionTokens, selection: Selection) -> list[Tensor]:
+        """What the language model gets for each image: [K + M, D], merged tokens at their place."""
+        width = tokens.projected.shape[-1]
+        if selection.updated is not None:
+            chosen = self._in_language_space(tokens, selection, selection.updated)
+        else:
+            chosen = tokens.projected.gather(1, selection.indices.unsqueeze(-1).expand(-1, -1, width))
+        if selection.merged is not None:
+            merged = self._in_language_space(tokens, selection, selection.merged)
+            front, back = merged[:, : selection.front], merged[:, selection.front :]
+            chosen = torch.cat([front, chosen, back], dim=1)
+        return list(chosen)
+
+    def _in_language_space(self, tokens: VisionTokens, selection: Selection, made: Tensor) -> Tensor:
+        if selection.space == "patches":
+            made = self.family.project(made.to(tokens.require("patches", "merging").dtype))
+        return made.to(tokens.projected.dtype)
+
+    def _cut(self, kwargs: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
+        """The call's keywords, every per-token input cut to those columns and padded on the side that was padded."""
+        left = bool(mask[:, -1].all())
+        given = self.family.positions(kwargs)
+        short = gather_columns(mask, columns, 0, left)
+        if given is not None:  # positions that are more than a count stay what they are
+            positions = gather_columns(given, columns, 0, left)
+        elif self.spec.positions == "keep":
+            counted = kwargs.get("position_ids")
+            counted = (mask.cumsum(dim=-1) - 1).clamp(min=0) if counted is None else counted.expand_as(mask)
+            positions = gather_columns(counted, columns, 0, left)
+        else:
+            positions = (short.cumsum(dim=-1) - 1).clamp(min=0)
+        pad = self.family.model.config.get_text_config().pad_token_id or 0
+        fills = {"input_ids": pad, **PER_TOKEN}
+        cut = {
+            name: gather_columns(kwargs[name], columns, fill, left)
+            for name, fill in fills.items()
+            if kwargs.get(name) is not None
+        }
+        return {**kwargs, **cut, "attention_mask": short, "position_ids": positions}

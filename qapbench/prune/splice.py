@@ -1,0 +1,200 @@
+"""Assembly of a pruned prompt: which features the language model reads, and which columns of the prompt stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qapbench.errors import UserError
+from qapbench.models.encoded import EncodedImage, EncodedImages
+from qapbench.receipt import ImageTokens
+
+
+@dataclass(frozen=True)
+class PrunedImage:
+    """One image as the language model reads it after pruning.
+
+    Attributes:
+        features: [M, D] kept tokens, merged tokens and separators, in the order of the prompt.
+        places: [M] the image's placeholder at which each of them stands. A merged token shares the placeholder of a
+            neighbour.
+        indices: [K] places of the kept tokens, ascending.
+        available: number of tokens before pruning, without separators.
+        merged: how many of the M are tokens made from others.
+        separators: how many of the M are tokens that the model adds itself (new lines).
+        layers: tokens that each decoder layer saw, if tokens are dropped inside the decoder. The other attributes then
+            describe what the last layer saw.
+    """
+
+    features: Tensor
+    places: Tensor
+    indices: Tensor
+    available: int
+    merged: int = 0
+    separators: int = 0
+    layers: tuple[int, ...] = ()
+
+    def stored(self) -> ImageTokens:
+        """The counts and indices that are stored with an answer."""
+        return ImageTokens(
+            available=self.available,
+            kept=self.indices.tolist(),
+            merged=self.merged,
+            separators=self.separators,
+            layers=list(self.layers),
+        )
+
+
+class Part(NamedTuple):
+    """One view after its selection of K tokens.
+
+    Attributes:
+        features: [front + K + back, D] merged tokens, kept tokens, and further merged tokens.
+        kept: [K] places of the kept tokens.
+        view: [N] places of all tokens of the view.
+        front: number of merged tokens before the kept ones.
+    """
+
+    features: Tensor
+    kept: Tensor
+    view: Tensor
+    front: int
+
+
+def budgets(seen: EncodedImages, keep: int, per_image: bool) -> list[list[int]]:
+    """Number of tokens that each view keeps, listed like `seen.views`. A view with fewer tokens keeps all of them.
+
+    Args:
+        seen: the images of a call.
+        keep: the budget, at least 0.
+        per_image: if True, `keep` is the budget of all views of an image together and is split in proportion to their
+            tokens, by largest remainder; of equal remainders the earlier view's wins. If False, it is the budget of
+            each view.
+    """
+    if not per_image:
+        return [[min(keep, views.tokens.count)] * views.tokens.batch for views in seen.views]
+    split = [[0] * views.tokens.batch for views in seen.views]
+    for image, whole in enumerate(seen.images):
+        mine = [(g, v) for g, views in enumerate(seen.views) for v, owner in enumerate(views.owners) if owner == image]
+        mine.sort(key=lambda at: int(seen.views[at[0]].places[at[1], 0]))  # order of the prompt
+        sizes = [seen.views[g].tokens.count for g, _ in mine]
+        total = min(keep, whole.count)
+        shares = [size * total // sum(sizes) for size in sizes]
+        rest = sorted(range(len(sizes)), key=lambda i: (-(sizes[i] * total % sum(sizes)), i))
+        for index in rest[: total - sum(shares)]:
+            shares[index] += 1
+        for (g, v), share in zip(mine, shares, strict=True):
+            split[g][v] = share
+    return split
+
+
+def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:
+    """Assemble one image from its views.
+
+    Tokens get the order of the prompt. A separator stays if its line still has a token.
+
+    Args:
+        image: the image without pruning.
+        parts: its views after their selections.
+    """
+    device = image.features.device
+    features, keys, indices, merged = [], [], [], 0
+    for part in parts:
+        made = len(part.features) - len(part.kept)
+        # Merged tokens come before the first or after the last token of their view.
+        places = torch.cat([part.view[:1].expand(part.front), part.kept, part.view[-1:].expand(made - part.front)])
+        sides = torch.ones(len(places), dtype=torch.long, device=device)
+        sides[: part.front] = 0
+        sides[part.front + len(part.kept) :] = 2
+        features.append(part.features)
+        keys.append(places * 3 + sides)  # sort key: the place, and before (0), at (1) or after (2) it
+        indices.append(part.kept)
+        merged += made
+    separators = _separators(image, torch.cat(keys) // 3) if image.separators is not None else None
+    if separators is not None:
+        features.append(image.features[separators])
+        keys.append(separators * 3 + 1)
+    key, order = torch.cat(keys).sort(stable=True)
+    return PrunedImage(
+        torch.cat(features)[order],
+        key // 3,
+        torch.cat(indices).sort().values,
+        image.count,
+        merged,
+        0 if separators is None else len(separators),
+    )
+
+
+def _separators(image: EncodedImage, places: Tensor) -> Tensor:
+    """Places of the separators whose line still has a token at one of `places`."""
+    if image.separators is None or image.rows is None:
+        return places[:0]
+    alive = torch.isin(image.rows, image.rows[places].unique())
+    return (image.separators & alive).nonzero()[:, 0]
+
+
+def image_columns(placeholders: Tensor, lengths: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Find the placeholders of each image in a prompt.
+
+    Args:
+        placeholders: [B, T] bool, True at placeholders.
+        lengths: number of placeholders of each image.
+
+    Returns:
+        (row, [L] columns) for each image.
+
+    Raises:
+        UserError: the number of placeholders does not match, or the placeholders of an image are spread over two rows.
+    """
+    rows, columns = placeholders.nonzero(as_tuple=True)
+    if len(rows) != sum(lengths):
+        tokens = f"{lengths[0]}" if len(set(lengths)) == 1 else " + ".join(map(str, lengths))
+        raise UserError(
+            f"input_ids hold {len(rows)} image placeholders, but {len(lengths)} image(s) of {tokens} tokens were given"
+        )
+    found = []
+    for index, (row, column) in enumerate(zip(rows.split(list(lengths)), columns.split(list(lengths)), strict=True)):
+        if len(row) and bool((row != row[0]).any()):
+            raise UserError(f"input_ids: the placeholders of image {index} are spread over two prompts")
+        found.append((int(row[0]), column))
+    return found
+
+
+def kept_columns(placeholders: Tensor, spans: list[tuple[int, Tensor]], images: list[PrunedImage]) -> list[Tensor]:
+    """For each row of a prompt, the columns that its shortened form consists of. A merged token repeats a column.
+
+    Args:
+        placeholders: [B, T] bool, True at placeholders.
+        spans: row and columns of each image's placeholders, from `image_columns`.
+        images: the images after pruning.
+    """
+    rows = [[(~row).nonzero()[:, 0]] for row in placeholders]
+    for (row, columns), image in zip(spans, images, strict=True):
+        rows[row].append(columns[image.places])
+    return [torch.cat(parts).sort(stable=True).values for parts in rows]
+
+
+def gather_columns(values: Tensor, columns: list[Tensor], fill: int, left: bool) -> Tensor:
+    """Gather columns of each row and pad the rows to equal length: [..., B, T] -> [..., B, longest].
+
+    Args:
+        values: [..., B, T].
+        columns: for each of the B rows, the columns to gather.
+        fill: value of the padding.
+        left: whether to pad on the left.
+    """
+    longest = max(len(row) for row in columns)
+    out = values.new_full((*values.shape[:-1], longest), fill)
+    for index, row in enumerate(columns):
+        start = longest - len(row) if left else 0
+        out[..., index, start : start + len(row)] = values[..., index, row]
+    return out
+
+
+def detached(image: PrunedImage) -> PrunedImage:
+    """A copy without features, which nobody needs after the call, and with its other tensors on the host."""
+    return replace(image, features=image.features[:0], places=image.places.cpu(), indices=image.indices.cpu())

@@ -1,0 +1,137 @@
+"""State of one prompt in the decoder: the tokens left of each view, and the columns that each layer holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qapbench.methods.tokens import Selection
+from qapbench.models.encoded import EncodedImage, EncodedImages
+
+from .splice import PrunedImage
+from .token_layout import TokenLayout
+
+
+@dataclass
+class ViewState:
+    """One view (an image, or a tile of one) on its way through the decoder's layers.
+
+    Columns are columns of the prompt, places are positions among the placeholders of the view's image.
+
+    Attributes:
+        image: index of the view's image in the call.
+        row: row of the batch that holds it.
+        keep: the view's budget.
+        text: [L] columns of the text after the image, up to the end of the question.
+        entered: [E] columns at which the view's tokens entered the decoder.
+        places: [E] places of these tokens.
+        grid: (height, width) of the grid of these tokens, if they form one.
+        left: [n] indices, among the E tokens, of those that are left.
+        made: [n] bool, True for those of them that were made from several tokens.
+        budgets: index of the first layer after a stage -> tokens that the stage keeps.
+        counts: tokens that each layer so far has seen.
+    """
+
+    image: int
+    row: int
+    keep: int
+    text: Tensor
+    entered: Tensor
+    places: Tensor
+    grid: tuple[int, int] | None = None
+    left: Tensor = field(init=False)
+    made: Tensor = field(init=False)
+    budgets: dict[int, int] = field(default_factory=dict)
+    counts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.left = torch.arange(len(self.entered), device=self.entered.device)
+        self.made = torch.zeros_like(self.left, dtype=torch.bool)
+
+    @property
+    def columns(self) -> Tensor:
+        """Columns [n] of the tokens that are left."""
+        return self.entered[self.left]
+
+    def narrow(self, selection: Selection | None) -> None:
+        """Keep only the tokens that `selection` keeps of those left; none if it is None."""
+        kept = self.left[:0] if selection is None else selection.indices[0]
+        self.left, self.made = self.left[kept], self.made[kept]
+        if selection is not None and selection.made is not None:
+            self.made = self.made | selection.made[0]
+
+
+def view_states(
+    seen: EncodedImages, budgets: list[list[int]], spans: list[tuple[int, Tensor]], asked: Tensor
+) -> list[ViewState]:
+    """Make the states of all views of a call, in the order of their images.
+
+    Args:
+        seen: the images of the call.
+        budgets: tokens that each view keeps, listed like `seen.views`.
+        spans: row and columns of each image's placeholders, from `image_columns`.
+        asked: [B, L] bool, True for the text of the prompt without its answer.
+    """
+    columns = torch.arange(asked.shape[1], device=asked.device)
+    found = []
+    for views, keeps in zip(seen.views, budgets, strict=True):
+        for image, places, keep in zip(views.owners, views.places, keeps, strict=True):
+            row, own = spans[image]
+            text = columns[asked[row] & (columns > own[-1])]
+            found.append(ViewState(image, row, keep, text, own[places], places, views.tokens.grid))
+    return sorted(found, key=lambda view: view.image)
+
+
+@dataclass
+class DecoderState:
+    """The state of one prompt in the decoder, and afterwards of the KV caches that it filled.
+
+    Attributes:
+        view_states: the views, sorted by image.
+        images: the images of the call.
+        layouts: the columns of the prompt that each layer holds.
+        embedded: [B, L, D] hidden states with which the prompt entered; None if the pruner does not read them.
+        times: number of copies of each row in the batch (beams).
+        kept: the result for each image; filled when the prompt leaves the last layer.
+    """
+
+    view_states: list[ViewState]
+    images: list[EncodedImage]
+    layouts: list[TokenLayout]
+    embedded: Tensor | None = None
+    times: int = 1
+    kept: list[PrunedImage] = field(default_factory=list)
+
+    def enter(self, batch: int, length: int) -> None:
+        """Adapt to the hidden states with which the call enters the decoder.
+
+        Rows may be repeated (beams), and an answer to score may follow the prompt.
+
+        Args:
+            batch: number of rows of the hidden states.
+            length: their number of columns.
+        """
+        base = self.layouts[0]
+        prompt = base.columns.shape[1]
+        self.times = batch // len(base.columns)
+        if self.times > 1:
+            base = base.repeated(self.times)
+        if length > prompt:
+            base = base.behind(prompt, length - prompt)
+        self.layouts = [base] * len(self.layouts)
+        self.view_states = [
+            replace(view, row=view.row * self.times + copy, counts=[])
+            for view in self.view_states
+            for copy in range(self.times)
+        ]
+
+    @property
+    def stages(self) -> set[int]:
+        """Indices of the layers before which tokens are dropped."""
+        return {index for view in self.view_states for index in view.budgets}
+
+    def whole(self, index: int) -> bool:
+        """Whether the layer with this index sees the whole prompt."""
+        return self.layouts[index] is self.layouts[0]

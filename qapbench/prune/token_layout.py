@@ -1,0 +1,122 @@
+"""Columns of a prompt that a decoder layer holds, and the layer's arguments cut to these columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The columns of the prompt that each row of a batch holds at some layer.
+
+    Attributes:
+        columns: [B, S] columns of the prompt, ascending where valid.
+        valid: [B, S] bool, True where a row holds a token and False where it is padded.
+        full: whether there is no padding.
+    """
+
+    columns: Tensor
+    valid: Tensor
+    full: bool
+
+    @staticmethod
+    def of(columns: Tensor, valid: Tensor) -> TokenLayout:
+        """A layout of these columns; `full` is computed from `valid`."""
+        return TokenLayout(columns, valid, bool(valid.all()))
+
+    def row(self, index: int) -> tuple[Tensor, Tensor]:
+        """(places in the row, columns of the prompt) of the valid tokens of one row."""
+        places = self.valid[index].nonzero()[:, 0]
+        return places, self.columns[index, places]
+
+    def without(self, gone: Tensor) -> tuple[TokenLayout, Tensor]:
+        """Remove tokens. Rows of different lengths are padded on the left, whichever side the prompt was padded on.
+
+        Args:
+            gone: [B, S] bool, True for the tokens to remove.
+
+        Returns:
+            (the new layout, the places [B, S'] in this layout of the tokens that it holds).
+        """
+        stays = self.valid & ~gone
+        longest = int(stays.sum(dim=1).max())
+        places = stays.int().argsort(dim=1, stable=True)[:, -longest:]
+        return TokenLayout.of(self.columns.gather(1, places), stays.gather(1, places)), places
+
+    def repeated(self, times: int) -> TokenLayout:
+        """Repeat every row `times` times, the copies of a row side by side."""
+        if times == 1:
+            return self
+        columns, valid = (x.repeat_interleave(times, dim=0) for x in (self.columns, self.valid))
+        return TokenLayout(columns, valid, self.full)
+
+    def behind(self, prompt: int, new: int) -> TokenLayout:
+        """Append `new` columns that follow a prompt of `prompt` columns."""
+        fresh = torch.arange(prompt, prompt + new, device=self.columns.device).expand(len(self.columns), -1)
+        columns = torch.cat([self.columns, fresh], dim=1)
+        return TokenLayout(columns, torch.cat([self.valid, torch.ones_like(fresh, dtype=torch.bool)], dim=1), self.full)
+
+
+def cut(kwargs: dict[str, Any], layout: TokenLayout, flash: bool) -> dict[str, Any]:
+    """Cut a layer's arguments for a whole prompt (mask, rotary embedding, positions) to the columns of a layout.
+
+    Args:
+        kwargs: the layer's keyword arguments.
+        layout: the columns that the layer holds.
+        flash: whether the model uses flash attention, which takes two-dimensional masks only.
+
+    Returns:
+        The arguments to replace.
+    """
+    columns = layout.columns
+    short: dict[str, Any] = {"attention_mask": cut_mask(kwargs.get("attention_mask"), layout, columns.shape[1], flash)}
+    rotary = kwargs["position_embeddings"]
+    width = rotary[0].shape[-1]
+    place = columns.unsqueeze(-1).expand(-1, -1, width)
+    short["position_embeddings"] = tuple(x.expand(len(columns), -1, -1).gather(1, place) for x in rotary)
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        short["position_ids"] = positions.expand(*positions.shape[:-2], len(columns), -1).gather(-1, columns)
+    return short
+
+
+def cut_mask(mask: Tensor | None, keys: TokenLayout, queries: int, flash: bool) -> Tensor | None:
+    """Cut an attention mask over the prompt to the columns that a layer's keys hold.
+
+    Args:
+        mask: None, [B, L] (flash attention), or [B, 1, Q, L], either boolean or added to the logits.
+        keys: layout of the layer's keys.
+        queries: number of queries, which are the last of these columns.
+        flash: whether the model uses flash attention, which takes two-dimensional masks only.
+
+    Returns:
+        A mask of one of these shapes; None if none is needed.
+    """
+    batch, length = keys.columns.shape
+    if mask is None:
+        if keys.full:
+            return None
+        if flash:
+            return keys.valid
+        mask = torch.ones(queries, length, dtype=torch.bool, device=keys.columns.device).tril(length - queries)
+        mask = mask.expand(batch, 1, -1, -1)
+    elif mask.ndim == 2:
+        return mask.gather(1, keys.columns) * keys.valid
+    else:
+        mask = mask.expand(batch, -1, -1, -1)
+        if mask.shape[2] != queries:
+            rows = keys.columns[:, None, -queries:, None]
+            mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, keys.columns[:, None, None, :].expand(-1, mask.shape[1], queries, -1))
+    if keys.full:
+        return mask
+    visible, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    mask = mask.masked_fill(~keys.valid[:, None, None, :], hidden)
+    # A query that is padding attends to itself: softmax over no key at all is undefined.
+    itself = torch.ones(queries, length, dtype=torch.bool, device=mask.device).tril(length - queries)
+    itself = itself.triu(length - queries) & ~keys.valid[:, None, -queries:, None]
+    return mask.masked_fill(itself, visible)

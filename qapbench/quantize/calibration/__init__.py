@@ -1,0 +1,23 @@
+"""Calibration: samples run through the model block by block, observers of its linears, results kept as safetensors."""
+
+from .blocks import Block, Group
+from .method import CalibratedPTQ
+from .observers import AbsMaxObserver, Gram, MeanAbs, Observer, Rows
+from .runner import Calibration, Gradient
+from .samples import CalibrationResult, CalibrationSamples, Sample
+
+__all__ = [
+    "AbsMaxObserver",
+    "Block",
+    "CalibratedPTQ",
+    "Calibration",
+    "CalibrationResult",
+    "CalibrationSamples",
+    "Gradient",
+    "Gram",
+    "Group",
+    "MeanAbs",
+    "Observer",
+    "Rows",
+    "Sample",
+]

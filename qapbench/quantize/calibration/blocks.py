@@ -1,0 +1,301 @@
+"""One block of a model in calibration: run on all samples, with inputs in host memory and its linears observed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from qapbench.methods.quantization import Tokens
+
+from .observers import Observer
+
+T = TypeVar("T", bound=Observer)
+HIDDEN = "hidden_states"  # keyword of a block's input, if it is not positional
+
+
+@dataclass
+class Pass:
+    """One call of a module for one sample, with its tensors in host memory.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        tokens: what is known of the prompt's tokens; None outside the language model.
+        all_vision: whether all tokens are visual if `tokens` says nothing about them; otherwise all are text.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tokens: Tokens | None = None
+    all_vision: bool = False
+
+    def fed(self, hidden: Tensor) -> Pass:
+        """The same call with other hidden states."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, HIDDEN: hidden})
+
+    def masks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell which tokens of an input x [..., in] are visual and which are valid.
+
+        Returns:
+            (vision, valid), both [T] bool, where T is the product of the leading dimensions of x. If `tokens` is
+            unknown or has another shape, all tokens are valid and `all_vision` decides whether all are visual.
+        """
+        shape = x.shape[:-1]
+        if self.tokens is not None and self.tokens.vision.shape == shape:
+            return self.tokens.vision.flatten().to(x.device), self.tokens.valid.flatten().to(x.device)
+        every = torch.ones(shape, dtype=torch.bool, device=x.device).flatten()
+        return (every if self.all_vision else ~every), every
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that read the same input, such as query, key and value, or gate and up.
+
+    Attributes:
+        linears: the linears, by their name in the model.
+        norm: name of the norm whose output they read; None if it is not the output of a norm.
+        module: name of the smallest module that contains all of them; the linear itself if there is only one.
+    """
+
+    linears: Mapping[str, nn.Linear]
+    norm: str | None
+    module: str
+
+
+@dataclass
+class Block:
+    """A module of the model with its inputs for every sample.
+
+    Attributes:
+        name: the module's name in the model; "" for the model itself.
+        module: the module.
+        linears: the linears in scope inside the module, by their name in the model.
+        passes: one call per sample. Samples that never reach the module have none.
+        current: a list with one entry, what is known of the tokens of the call in progress. Installed plans read it.
+    """
+
+    name: str
+    module: nn.Module
+    linears: Mapping[str, nn.Linear]
+    passes: list[Pass]
+    current: list[Tokens | None] = field(default_factory=lambda: [None], repr=False)
+
+    def observe(self, make: Callable[[nn.Linear], T]) -> dict[str, T]:
+        """Run the block on all samples and observe the inputs of its linears.
+
+        Args:
+            make: creates the observer of a linear.
+
+        Returns:
+            The observer of each linear. A linear that was never called has none.
+        """
+        with observed(self.linears, make) as (observers, at):
+            for one in self.passes:
+                at[0] = one
+                self.run(one)
+        return observers
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Run the block on one sample after another and yield its outputs, on its device."""
+        for one in self.passes:
+            yield self.run(one)
+
+    @torch.no_grad()
+    def run(self, one: Pass) -> Tensor:
+        """Output of the block for one sample, without gradients."""
+        return self.forward(one)
+
+    def forward(self, one: Pass, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Output of the block for one sample. Gradients flow if they are enabled.
+
+        Args:
+            one: the block's call for the sample.
+            weights: weights to use in place of those of linears, by the linears' name in the model.
+        """
+        self.current[0] = one.tokens
+        device = device_of(self.module)
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (one.args, one.kwargs))
+        prefix = f"{self.name}." if self.name else ""
+        replaced = {f"{name.removeprefix(prefix)}.weight": weight for name, weight in (weights or {}).items()}
+        return first(functional_call(self.module, replaced, args, kwargs) if replaced else self.module(*args, **kwargs))
+
+    def advance(self, following: list[Pass]) -> list[Pass]:
+        """Run the block and set its outputs as hidden states of `following`, the calls of the next block."""
+        for index, (call, output) in enumerate(zip(following, self.outputs(), strict=True)):
+            following[index] = call.fed(output.to("cpu"))
+        return following
+
+    def inside(self, name: str) -> Block:
+        """A module inside this block as a block of its own. Its inputs are captured by running this block.
+
+        Args:
+            name: the module's name in the model.
+        """
+        if name == self.name:
+            return self
+        module = self.module.get_submodule(name.removeprefix(f"{self.name}.") if self.name else name)
+        found: list[Pass] = []
+        for one in self.passes:
+            with contextlib.suppress(Reached), catching([module], module) as caught:
+                self.run(one)
+            found += [Pass(*call, one.tokens, one.all_vision) for call in caught[0]]
+        members = {key: linear for key, linear in self.linears.items() if f"{key}.".startswith(f"{name}.")}
+        return Block(name, module, members, found, self.current)
+
+    def groups(self) -> list[Group]:
+        """Group the linears by the input that they read, in order of execution.
+
+        One sample is run to find out; names do not matter.
+        """
+        inputs: dict[int, list[str]] = {}
+        norms: dict[int, str] = {}
+        alive: list[Tensor] = []  # kept alive, because the id of a freed tensor may be given to another
+
+        def reads(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                alive.append(args[0])
+                inputs.setdefault(id(args[0]), []).append(name)
+
+            return hook
+
+        def norm(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                alive.append(first(output))
+                norms[id(first(output))] = name
+
+            return hook
+
+        handles = [linear.register_forward_pre_hook(reads(name)) for name, linear in self.linears.items()]
+        for path, module in self.module.named_modules():
+            if "norm" in type(module).__name__.lower():
+                handles.append(module.register_forward_hook(norm(".".join(filter(None, (self.name, path))))))
+        try:
+            if self.passes:
+                self.run(self.passes[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [
+            Group({name: self.linears[name] for name in names}, norms.get(key), _holder(names))
+            for key, names in inputs.items()
+        ]
+
+
+def _holder(names: list[str]) -> str:
+    """Name of the smallest module that contains all of these."""
+    if len(names) == 1:
+        return names[0]
+    shared = []
+    for parts in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+class Reached(Exception):
+    """Raised when the module waited for is called, to end a forward pass that has gone far enough."""
+
+
+@contextlib.contextmanager
+def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[list[list[tuple[Any, dict[str, Any]]]]]:
+    """Capture the calls of modules during one forward pass, in host memory.
+
+    Of the first module all arguments are kept, of the others all but their hidden states. Masks and positions may
+    differ between layers of a model; tensors that several calls share are stored once.
+
+    Args:
+        chain: the modules.
+        stop: module whose call ends the forward pass by raising `Reached`. If it is in `chain`, its call is captured
+            first.
+
+    Yields:
+        For each module a list of its calls, each (positional arguments, keyword arguments).
+    """
+    caught: list[list[tuple[Any, dict[str, Any]]]] = [[] for _ in chain]
+    # Originals are held too, because the id of a freed tensor may be reused.
+    held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def offload(tensor: Tensor) -> Tensor:
+        if id(tensor) not in held:
+            held[id(tensor)] = (tensor, tensor.detach().to("cpu"))
+        return held[id(tensor)][1]
+
+    def catch(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index:
+                args, kwargs = (None, *args[1:]) if args else (), {**kwargs}
+                if not args:
+                    kwargs.pop(HIDDEN, None)
+            caught[index].append(tree_map_only(Tensor, offload, (args, dict(kwargs))))
+            if module is stop:
+                raise Reached
+
+        return hook
+
+    def end(module: nn.Module, args: Any) -> None:
+        raise Reached
+
+    handles = [module.register_forward_pre_hook(catch(index), with_kwargs=True) for index, module in enumerate(chain)]
+    if stop is not None and not any(stop is module for module in chain):
+        handles.append(stop.register_forward_pre_hook(end))
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def observed(
+    linears: Mapping[str, nn.Linear], make: Callable[[nn.Linear], T]
+) -> Iterator[tuple[dict[str, T], list[Pass]]]:
+    """Pass the inputs of linears to observers while the context is open.
+
+    Args:
+        linears: the linears, by their name in the model.
+        make: creates the observer of a linear at its first call.
+
+    Yields:
+        (the observers by the name of their linear, a list whose entry 0 the caller sets to the call in progress).
+    """
+    observers: dict[str, T] = {}
+    at: list[Pass] = [Pass((), {})]
+
+    def hook_of(name: str, linear: nn.Linear) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name not in observers:
+                observers[name] = make(linear)
+            vision, valid = at[0].masks(args[0])
+            x = args[0].detach().flatten(0, -2)
+            observers[name](*((x, vision) if valid.all() else (x[valid], vision[valid])))
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(hook_of(name, linear)) for name, linear in linears.items()]
+    try:
+        yield observers, at
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first(output: Any) -> Tensor:
+    """The tensor that a module returned, or the first one of several."""
+    if isinstance(output, Mapping):  # the output of a whole model
+        return next(iter(output.values()))
+    return output[0] if isinstance(output, tuple) else output
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device of a module's first parameter."""
+    return next(iter(module.parameters())).device

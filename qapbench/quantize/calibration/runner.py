@@ -1,0 +1,343 @@
+"""`Calibration`: runs samples through a model and lets a method observe blocks, inputs and gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qapbench.errors import UserError
+from qapbench.memory import peak_memory
+from qapbench.methods.quantization import LinearPlan, Tokens
+from qapbench.models import Family
+from qapbench.quantize.calibration import store
+from qapbench.quantize.install import installed, tokens_of
+from qapbench.quantize.receipts import CalibrationUse
+
+from .blocks import Block, Pass, Reached, catching, device_of, first, observed
+from .observers import Observer
+from .samples import CalibrationResult, CalibrationSamples
+
+T = TypeVar("T", bound=Observer)
+IGNORED_LABEL = -100
+ORDER = ("vision", "projector", "language")
+"""The parts of a model in the order in which a sample passes through them."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Mean |d loss / d output| of a module, over the tokens of each kind. NaN if there were none.
+
+    Attributes:
+        vision: over visual tokens.
+        text: over all other tokens.
+        answer: over tokens with a label.
+    """
+
+    vision: float
+    text: float
+    answer: float
+
+
+class Calibration:
+    """Runs samples through a model for a calibrating method.
+
+    After each of its methods, the model is exactly as it was before.
+
+    Args:
+        model: the loaded model.
+        source: the samples, with what is needed to run them and to keep the result.
+        family: family of the model; None treats the model as a single block.
+        shorten: makes a pruned sample from a sample; None calibrates on all visual tokens.
+
+    Attributes:
+        used: description of the calibration for the receipt; None before `cached` ran.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: CalibrationSamples,
+        family: Family | None = None,
+        shorten: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None,
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.family = family
+        self.shorten = shorten
+        self.device, self.dtype = device_of(model), next(model.parameters()).dtype
+        self.used: CalibrationUse | None = None
+        self._current: list[Tokens | None] = [None]
+
+    @classmethod
+    def over(cls, model: nn.Module, given: Any, method: str) -> Calibration:
+        """Wrap what `PTQ.prepare` was given as `calibration`.
+
+        Args:
+            model: the loaded model.
+            given: a `Calibration`, `CalibrationSamples`, or a sequence of samples.
+            method: name of the method, for messages.
+
+        Raises:
+            UserError: there are no samples.
+        """
+        if isinstance(given, Calibration):
+            return given
+        if isinstance(given, CalibrationSamples):
+            return cls(model, given)
+        if not given:
+            raise UserError(f"quantize.method: {method} needs calibration samples; give `calibration=[...]`")
+        return cls(model, CalibrationSamples(list(given)))
+
+    def __len__(self) -> int:
+        return len(self.source.samples)
+
+    # -- observation --
+
+    def observe(self, linears: Mapping[str, nn.Linear], make: Callable[[nn.Linear], T]) -> dict[str, T]:
+        """Run every sample through the whole model once and observe the inputs of linears.
+
+        Args:
+            linears: the linears, by their name in the model.
+            make: creates the observer of a linear.
+
+        Returns:
+            The observer of each linear. A linear that no sample reaches has none.
+        """
+        language = {name: linear for name, linear in linears.items() if self._is_language(linear)}
+        visual = {name: linear for name, linear in linears.items() if name not in language}
+        with observed(language, make) as (observers, at), observed(visual, make) as (observers_visual, at_visual):
+            at_visual[0] = Pass((), {}, all_vision=True)
+            for index, sample in enumerate(self.source.samples):
+                inputs, tokens = self._inputs(sample)
+                at[0] = Pass((), {}, tokens)
+                self._forward(inputs)
+                self.source.report("calibrating", index + 1, len(self))
+        return {**observers_visual, **observers}
+
+    def block_by_block(
+        self,
+        linears: Mapping[str, nn.Linear],
+        find: Callable[[Block], CalibrationResult],
+        install: Callable[[dict[str, Tensor]], LinearPlan] | None = None,
+    ) -> CalibrationResult:
+        """Calibrate one block after another, in the order of a forward pass.
+
+        The inputs of a part's first block are captured once and kept in host memory. The outputs of each block then
+        become the inputs of the next, so that no block runs again for the sake of later ones.
+
+        Args:
+            linears: the linears in scope, by their name in the model.
+            find: computes the result for the linears of one block.
+            install: makes a linear's plan from its result. The plan is installed before the next block is calibrated,
+                so that it sees the errors of the quantized blocks before it. None leaves the model in full precision.
+
+        Returns:
+            The results of all blocks, with tensors in host memory.
+        """
+        chains = self._chains(linears)
+        total, done = sum(map(len, chains)), 0
+        found: CalibrationResult = {}
+        with contextlib.ExitStack() as stack:
+            for chain in chains:
+                captured = self._capture([module for _, module, _ in chain])
+                passes = captured[0]
+                for index, (name, module, members) in enumerate(chain):
+                    block = Block(name, module, members, passes, self._current)
+                    mine = _in_host_memory(find(block)) if passes and members else {}
+                    found |= mine
+                    for linear, tensors in mine.items() if install else ():
+                        plan = install(tensors)  # type: ignore[misc]
+                        stack.enter_context(installed(linears[linear], plan, lambda: self._current[0]))
+                    if index + 1 < len(chain):
+                        passes = block.advance(captured[index + 1])
+                    done += 1
+                    self.source.report("calibrating, block", done, total)
+        return found
+
+    def gradients(self, modules: Iterable[str]) -> dict[str, Gradient]:
+        """Measure how strongly the loss of the labelled tokens depends on the output of each module.
+
+        This takes one backward pass per sample. Gradients are averaged over the tokens and channels of each sample,
+        then over samples.
+
+        Args:
+            modules: names of modules in the model.
+
+        Raises:
+            UserError: a sample has no `labels`.
+        """
+        sums: dict[str, list[list[float]]] = {name: [[], [], []] for name in modules}
+        masks: list[Tensor] = []
+
+        def watch(name: str) -> Any:
+            def note(gradient: Tensor) -> None:
+                size = gradient.detach().float().abs().mean(dim=-1).flatten()
+                for values, mask in zip(sums[name], masks, strict=True):
+                    if mask.any():
+                        values.append(float(size[mask].mean()))
+
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                first(output).register_hook(note)
+
+            return hook
+
+        leaf: list[Tensor] = []
+
+        def begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            leaf[:] = [output.detach().requires_grad_(True)]
+            return leaf[0]
+
+        with contextlib.ExitStack() as stack:
+            # The graph begins at the embeddings, because weights need no gradient.
+            embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+            stack.callback(embeddings.register_forward_hook(begin).remove)
+            for name in sums:
+                stack.callback(self.model.get_submodule(name).register_forward_hook(watch(name)).remove)
+            for index, sample in enumerate(self.source.samples):
+                if "labels" not in sample:
+                    raise UserError("calibration: this method needs samples with `labels` (the answers' token ids)")
+                inputs, tokens = self._inputs(sample, labels=True)
+                answer = (inputs["labels"] != IGNORED_LABEL).flatten()
+                vision = torch.zeros_like(answer) if tokens is None else tokens.vision.flatten()
+                masks[:] = [vision, ~vision, answer]
+                with torch.enable_grad():
+                    loss = self.model(**inputs, use_cache=False).loss
+                    torch.autograd.grad(loss, leaf)  # runs the hooks without accumulating gradients in parameters
+                self.source.report("calibrating, gradients", index + 1, len(self))
+        return {
+            name: Gradient(*(sum(v) / len(v) if v else float("nan") for v in kinds)) for name, kinds in sums.items()
+        }
+
+    # -- cached results --
+
+    def cached(
+        self, about: Callable[[], Mapping[str, Any]], make: Callable[[], CalibrationResult]
+    ) -> CalibrationResult:
+        """Return the cached result for the same content, or compute and cache it. Sets `used`.
+
+        Args:
+            about: returns what the result depends on besides samples, model and pruning. Called only if there is a
+                cache.
+            make: computes the result.
+        """
+        started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        cache, key = self.source.cache, None
+        if cache is not None:
+            key = store.key(
+                {**about(), "samples": self.source.digest(), "fingerprints": dict(self.source.fingerprints)}
+            )
+        found, why = store.read(cache, key) if cache is not None and key else (None, "")
+        reused = found is not None
+        if found is None:
+            found = make()
+            if cache is not None and key:
+                store.write(cache, key, found)
+        self.used = CalibrationUse(
+            samples=len(self),
+            origin=self.source.origin,
+            reused=reused,
+            key=key,
+            seconds=round(time.perf_counter() - started, 3),
+            made_again=why or None,
+            **peak_memory(self.device),
+        )
+        return found
+
+    # -- the model --
+
+    def _inputs(self, sample: Any, labels: bool = False) -> tuple[Any, Tokens | None]:
+        """(a sample on the model's device and pruned if `shorten` is set, what is known of its tokens)."""
+        if not isinstance(sample, Mapping):
+            return self._placed(sample), None
+        inputs = {key: self._placed(value) for key, value in sample.items()}
+        text = inputs.pop("relevance_text", None)
+        if not labels:
+            inputs.pop("labels", None)
+        if self.shorten is not None and self.family is not None and inputs.get(self.family.image_inputs[0]) is not None:
+            with torch.no_grad():
+                inputs = self.shorten(inputs, text)
+        return inputs, tokens_of(inputs, self.family.image_token) if self.family else None
+
+    def _placed(self, value: Any) -> Any:
+        """Move a tensor to the model's device, and floating point values to its dtype.
+
+        Other values are returned as they are.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+
+    @torch.no_grad()
+    def _forward(self, inputs: Any) -> None:
+        """Run the model without a KV cache and with the logits of the last token only, if its family is known."""
+        if not isinstance(inputs, Mapping):
+            self.model(inputs)
+        elif self.family is None:
+            self.model(**inputs)
+        else:
+            self.model(**inputs, use_cache=False, logits_to_keep=1)
+
+    def _capture(self, chain: list[nn.Module]) -> list[list[Pass]]:
+        """Capture the calls of every block of a chain.
+
+        Those after the first lack hidden states, which the block before supplies later.
+        """
+        language = self._is_language(chain[0])
+        stop = chain[-1] if language else self._first_of_language()
+        passes: list[list[Pass]] = [[] for _ in chain]
+        for index, sample in enumerate(self.source.samples):
+            tokens: Tokens | None = None
+            with contextlib.suppress(Reached), catching(chain, stop) as caught:
+                inputs, tokens = self._inputs(sample)  # pruning runs the vision tower here, so its calls are caught too
+                self._forward(inputs)
+            for one, calls in zip(passes, caught, strict=True):
+                one += [Pass(*call, tokens if language else None, not language) for call in calls]
+            self.source.report("calibrating, inputs", index + 1, len(self))
+        return passes
+
+    def _first_of_language(self) -> nn.Module | None:
+        """First block of the language model, where capture of the other parts may stop."""
+        return self.family.blocks("language")[0] if self.family else None
+
+    def _is_language(self, module: nn.Module) -> bool:
+        """Whether the module's tokens are those of the prompt. Without a family all of them count as text."""
+        return self.family is None or any(module is inner for inner in self.family.parts["language"].modules())
+
+    def _chains(self, linears: Mapping[str, nn.Linear]) -> list[list[tuple[str, nn.Module, dict[str, nn.Linear]]]]:
+        """The blocks of each part, in order, each with its name, its module and its linears in scope.
+
+        Blocks after the last one with such linears are left out. Linears of a part that are in none of its blocks form
+        a chain of their own, whose only block is the whole part.
+        """
+        if self.family is None:
+            return [[("", self.model, dict(linears))]]
+        chains = []
+        names = {id(module): name for name, module in self.model.named_modules()}
+        parts = self.family.parts
+        left = dict(linears)
+        for part in sorted(parts, key=lambda part: ORDER.index(part) if part in ORDER else len(ORDER)):
+            chain = []
+            for module in self.family.blocks(part):
+                name = names[id(module)]
+                members = {key: left.pop(key) for key in list(left) if f"{key}.".startswith(f"{name}.")}
+                chain.append((name, module, members))
+            while chain and not chain[-1][2]:
+                chain.pop()
+            root = names[id(parts[part])]
+            rest = {key: left.pop(key) for key in list(left) if key.startswith(f"{root}.")}
+            chains += [chain] if chain else []
+            chains += [[(root, parts[part], rest)]] if rest else []
+        return chains
+
+
+def _in_host_memory(found: CalibrationResult) -> CalibrationResult:
+    """Move all tensors of a result to host memory."""
+    return {linear: {name: tensor.to("cpu") for name, tensor in named.items()} for linear, named in found.items()}

@@ -1,0 +1,152 @@
+"""Install quantization plans on linear layers and restore the originals exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qapbench.methods.quantization import Format, LinearPlan, Tokens
+
+TokenContext = Callable[[], Tokens | None]
+"""Says what is known of the tokens of the call that is under way; None where nothing is."""
+
+
+@dataclasses.dataclass
+class _Quantized:
+    """A quantized input, and the ids of the layers that read it so far."""
+
+    format: Format
+    value: Tensor
+    readers: set[int]
+
+
+class SharedInputs:
+    """Quantized inputs that several linears read: query, key and value share one, gate and up another.
+
+    An input is held as long as the tensor that it was made of lives. What may be shared is a row-wise format without a
+    transform, where a token's result depends on nothing but the token.
+    """
+
+    def __init__(self) -> None:
+        self._held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def quantized(self, x: Tensor, format: Format, reader: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+        """The quantized input: as an earlier reader left it, or made now."""
+        held: _Quantized | None = self._held.get(x)
+        # A second read by the same layer means the buffer was refilled; recompute.
+        if held is not None and held.format is format and id(reader) not in held.readers:
+            held.readers.add(id(reader))
+            return held.value
+        new = make()
+        if new is not x and not new.requires_grad:
+            self._held[x] = _Quantized(format, new, {id(reader)})
+        return new
+
+
+@contextlib.contextmanager
+def installed(
+    linear: nn.Linear,
+    plan: LinearPlan,
+    tokens: TokenContext = lambda: None,
+    weight_too: bool = True,
+    shared: SharedInputs | None = None,
+) -> Iterator[None]:
+    """Replace the linear's weight and pass its input and output through hooks, as planned, while the context is open.
+
+    Args:
+        tokens: what is known of the tokens of the call under way.
+        weight_too: False where something else has put the weight in place.
+        shared: quantized inputs that other linears of the model may have made already; None shares nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        if weight_too and (plan.weight is not None or plan.transform is not None):
+            stack.enter_context(replaced(linear, plan.new_weight(linear.weight.detach())))
+        if plan.changes_input:
+            stack.callback(linear.register_forward_pre_hook(_input_hook(plan, tokens, shared)).remove)
+        if plan.transform is not None and (output := plan.transform.output) is not None:
+            hook = linear.register_forward_hook(lambda _module, _args, y: output(y).to(y.dtype))
+            stack.callback(hook.remove)
+        yield
+
+
+@contextlib.contextmanager
+def installed_all(
+    linears: Mapping[str, nn.Linear], plan: LinearPlan, tokens: TokenContext = lambda: None
+) -> Iterator[None]:
+    """Install one plan on several linears, for a trial."""
+    with contextlib.ExitStack() as stack:
+        for linear in linears.values():
+            stack.enter_context(installed(linear, plan, tokens))
+        yield
+
+
+def _input_hook(plan: LinearPlan, tokens: TokenContext, shared: SharedInputs | None) -> Any:
+    format: Format | None = None  # the one under which the input can be shared
+    if isinstance(plan.activation, Format) and plan.activation.granularity == "row" and plan.transform is None:
+        format = plan.activation
+
+    def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        if shared is None or format is None:
+            return plan.new_input(x, tokens()), *args[1:]
+        return shared.quantized(x, format, module, lambda: plan.new_input(x, tokens())), *args[1:]
+
+    return quantize
+
+
+@contextlib.contextmanager
+def replaced(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
+    """Give the linear another weight while the context is open; meanwhile the original waits in host memory."""
+    original = linear.weight
+    device = original.device
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    original.data = original.data.to("cpu")
+    try:
+        yield
+    finally:
+        original.data = original.data.to(device)
+        linear.weight = original
+
+
+@contextlib.contextmanager
+def watching(core: nn.Module | None, image_token: int) -> Iterator[TokenContext]:
+    """Watch `core`, the module that takes `input_ids`, and yield what says which tokens its present call holds."""
+    if core is None:
+        yield lambda: None
+        return
+    latest: list[Tokens | None] = [None]
+
+    def enter(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        latest[0] = tokens_of(kwargs, image_token)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        latest[0] = None
+
+    handles = [
+        core.register_forward_pre_hook(enter, with_kwargs=True),
+        core.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield lambda: latest[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tokens_of(inputs: Mapping[str, Any], image_token: int) -> Tokens | None:
+    """Which tokens a call holds, from its keyword arguments; None where there are no `input_ids`."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        return None
+    past = inputs.get("past_key_values")
+    mask = inputs.get("attention_mask")
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    if mask is not None and mask.ndim == 2:
+        valid = mask[:, -ids.shape[1] :].bool()
+    return Tokens(ids == image_token, valid, prefill=past is None or not past.get_seq_length())

@@ -1,0 +1,111 @@
+"""Receipts of what was quantized: one per linear, measured on the tensors themselves, and one of the calibration."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from qapbench.methods.quantization import Format
+
+ENOUGH = 32  # values whose gaps tell a step
+OFF_GRID = 0.15  # of a step, mean distance: see _off_grid
+ROWS = 8  # rows of a tensor that are inspected: enough to see 2^bits levels, cheap enough for every linear
+
+
+class NotQuantizedError(RuntimeError):
+    """The spec asks for quantization that never reached a matmul."""
+
+
+class LinearReceipt(BaseModel):
+    """What was measured of one linear in scope, filled while the model runs.
+
+    Attributes:
+        name: in the model; `part`: language, projector or vision; `shape`: (outputs, inputs).
+        weight_bits: bits of the weight that the matmul saw; the dtype's width where it was not quantized.
+        activation_bits: the same of its input, at its first call; None while it was never called.
+        weight_levels, activation_levels: most distinct values found in one group, the evidence for the bits.
+        calls: forward passes.
+        activation_exact: share of that input's elements that were passed on in full precision beside the quantized
+            ones (outliers); `activation_bits` are those of the others.
+        planned: whether the method undertook to quantize it; what it left out is a fallback, not a fault.
+    """
+
+    name: str
+    part: str
+    shape: tuple[int, int] | None = None
+    weight_bits: int = 0
+    weight_levels: int = 0
+    activation_bits: int | None = None
+    activation_levels: int | None = None
+    activation_exact: float = 0.0
+    calls: int = 0
+    planned: bool = True
+
+
+class CalibrationUse(BaseModel):
+    """The calibration that a quantization rests on.
+
+    Attributes:
+        samples: how many; `origin`: where they came from, in words.
+        reused: whether an earlier result was read; `made_again`: why one that was there could not be.
+        key: hash of all that the result depends on; None where it is not kept.
+        seconds, peak_memory_mb, peak_gpu_memory_mb: what finding or reading it took.
+    """
+
+    samples: int
+    origin: str
+    reused: bool = False
+    key: str | None = None
+    seconds: float = 0.0
+    peak_memory_mb: int | None = None
+    peak_gpu_memory_mb: int | None = None
+    made_again: str | None = None
+
+
+def measured_bits(x: Tensor, format: Format | None) -> tuple[int, int]:
+    """(bits, levels) of a tensor [..., D] as it reached a matmul.
+
+    A few rows are inspected. Quantized is what has at most 2^bits distinct values in every group and, where a
+    group is too small for that to say anything, values on a uniform grid. Else the dtype's own width is reported.
+    """
+    full = torch.finfo(x.dtype).bits
+    if format is not None and format.granularity == "channel":  # a scale for each channel, over a sample's tokens
+        x = x.flatten(0, -3)[0].mT if x.ndim > 2 else x.mT
+    rows = x.detach().reshape(-1, x.shape[-1])[:ROWS].float()
+    size = min((format.group_size if format else None) or rows.shape[-1], rows.shape[-1])
+    groups = list(rows.split(size, dim=-1))
+    levels = max(_distinct(group) for group in groups)
+    if format is None or levels > 2**format.bits:
+        return full, levels
+    telling = size > 2**format.bits or _off_grid(groups[0], format.bits) < OFF_GRID
+    return (format.bits if telling else full), levels
+
+
+def _distinct(group: Tensor) -> int:
+    """Most distinct values in a row of [R, G]."""
+    return int((group.sort(dim=-1).values.diff(dim=-1) != 0).sum(dim=-1).max()) + 1 if group.numel() else 0
+
+
+def _off_grid(group: Tensor, bits: int) -> float:
+    """How far values [R, G] are from multiples of a step, in steps: 0 on a grid, 0.25 for values at random.
+
+    The step is the range (with zero) over the number of levels, give or take the one that a rounded zero point
+    costs; or, where a scale is shared with values that are not here (other tokens, outliers), the least gap that so
+    many levels can have.
+    """
+    low, high = group.amin(-1, keepdim=True).clamp(max=0), group.amax(-1, keepdim=True).clamp(min=0)
+    reach = torch.maximum(-low, high)
+    spans = [(high - low, 2**bits + extra) for extra in (-2, -1, 0)] + [(reach, 2 ** (bits - 1) - 1)]
+    distances = []
+    for span, steps in spans:
+        scaled = group / (span / steps).clamp(min=torch.finfo(torch.float32).tiny)
+        distances.append((scaled - scaled.round()).abs().mean(dim=-1))
+    if group.shape[-1] >= ENOUGH:
+        values = group.sort(dim=-1).values
+        gaps = values.diff(dim=-1)
+        shortest = (0.75 * (values[..., -1:] - values[..., :1]) / 2**bits).clamp(min=torch.finfo(torch.float32).tiny)
+        step = gaps.masked_fill(gaps < shortest, torch.inf).amin(-1, keepdim=True)
+        scaled = (values - values[..., :1]) / step
+        distances.append((scaled - scaled.round()).abs().mean(dim=-1))
+    return float(torch.stack(distances).amin(dim=0).median())

@@ -1,0 +1,128 @@
+"""The public way to what runs left behind: `load_records` and `results`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from qapbench.errors import UserError
+
+from .answer import ScoredQuestion
+from .record import RECORD, SCORED, Record, read_record
+from .store import answers_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOG = logging.getLogger(__name__)
+
+
+def load_records(runs: str | Path = "runs") -> list[Record]:
+    """Every record below a folder of results, oldest first.
+
+    A record that is damaged, or that a newer qapbench wrote, is left out with a warning that names its file: one bad
+    file keeps nothing else from being read. What `--fresh` set aside is no result.
+    """
+    folders = sorted({path.parent for path in Path(runs).glob(f"*/{RECORD}") if ".old" not in path.parent.name})
+    found = []
+    for folder in folders:
+        try:
+            found.append(read_record(folder))
+        except UserError as error:
+            LOG.warning("left out: %s", "; ".join(map(str, error.problems[:3])))
+    return sorted(found, key=lambda record: record.created)
+
+
+def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "question"] = "run") -> pd.DataFrame:
+    """The results below a folder as a table.
+
+    Args:
+        runs: a folder of results; for `by="run"` also records.
+        by: "run": one row per run, with its name, model, quantization, pruner, budget, measured tokens, the accuracy,
+            interval and counts of every column, seconds and receipt. "question": one row per question of each run:
+            run_id, name, id, doc, answer, tokens (kept and merged, summed over its images; None without an image),
+            and one column per score.
+
+    Raises:
+        UserError: `by` is neither; questions are asked of records without their folder.
+    """
+    import pandas as pd
+
+    if by == "run":
+        records = load_records(runs) if isinstance(runs, str | Path) else list(runs)
+        return pd.DataFrame([_row(record) for record in records])
+    if by != "question":
+        raise UserError(f"by='{by}': expected 'run' or 'question'")
+    if not isinstance(runs, str | Path):
+        raise UserError("by='question' reads the stored answers: name the folder of the results")
+    return pd.DataFrame([row for record in load_records(runs) for row in _questions(Path(runs), record)])
+
+
+def _row(record: Record) -> dict[str, Any]:
+    spec = record.spec
+    quantize, prune = spec.get("quantize") or {}, spec.get("prune") or {}
+    row: dict[str, Any] = {
+        "run_id": record.run_id,
+        "name": record.name,
+        "created": record.created,
+        "model": spec.get("model"),
+        "task": record.task.name if record.task else (spec.get("task") or {}).get("name"),
+        "ptq": _name(quantize.get("method")),
+        "weight_bits": (quantize.get("weights") or {}).get("bits"),
+        "activation_bits": (quantize.get("activations") or {}).get("bits"),
+        "pruner": record.labels.get("pruner") or _name(prune.get("method")),
+        "sensitivity": record.labels.get("sensitivity") or _name(prune.get("sensitivity")),
+        "fusion": record.labels.get("fusion") or _name(prune.get("fusion")),
+        "keep": prune.get("keep"),
+        "tokens": record.tokens.mean if record.tokens else None,
+        "seed": spec.get("seed"),
+    }
+    for column in record.scores.columns:
+        row[column.name] = column.accuracy if column.accuracy is not None else column.mean
+        row |= {f"{column.name} {part}": getattr(column, part) for part in ("k", "n", "low", "high")}
+    row |= {"unparsed": record.scores.unparsed.k, "seconds": record.timing.seconds}
+    return row | {"receipt": record.receipt.summary, "stopped": record.stopped is not None}
+
+
+def _name(item: Any) -> str | None:
+    """The name of a registered item as a spec's plain data has it."""
+    return next(iter(item), None) if isinstance(item, dict) else item
+
+
+def _questions(runs: Path, record: Record) -> Iterator[dict[str, Any]]:
+    folder = runs / record.run_id
+    answers = {answer.id: answer for answer in answers_of(folder).read()}
+    for scored in read_scored_questions(folder):
+        answer = answers.get(scored.id)
+        images = (answer.images if answer else None) or []
+        seen = [image.available if image.kept is None else len(image.kept) + image.merged for image in images]
+        yield {
+            "run_id": record.run_id,
+            "name": record.name,
+            "id": scored.id,
+            "doc": scored.doc,
+            "answer": answer.answer if answer else None,
+            "tokens": sum(seen) if images else None,
+            **scored.metrics,
+        }
+
+
+def read_scored_questions(folder: Path) -> list[ScoredQuestion]:
+    """The scored questions of a run.
+
+    Raises:
+        UserError: there are none, or a line is not one.
+    """
+    path = folder / SCORED
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [ScoredQuestion.model_validate(json.loads(line)) for line in lines if line]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValidationError, ValueError):
+        raise UserError(f"{path} does not hold one scored question per line") from None

@@ -1,0 +1,165 @@
+"""Lines on disk: appended as they are made, synced, safe with several writers, taken up again after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+
+from qapbench.errors import UserError
+
+from .answer import Answer
+
+ANSWERS = "answers.jsonl"
+
+
+class Line(Protocol):
+    """What a store can hold: a pydantic model that says its own plain data."""
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
+    def to_json(self) -> dict[str, Any]: ...
+
+
+L = TypeVar("L", bound=Line)
+
+
+class Store(Generic[L]):
+    """The lines of one run, one JSON object per line.
+
+    While a run is made, lines stand in the order in which they came, from however many processes. `arrange` brings
+    the finished run into the order of the work. Lines hold nothing that differs between two executions (no times), so
+    a run ends with the same bytes whether it was alone, in a sweep, in parallel, or killed and taken up again.
+
+    Args:
+        folder: of the run.
+        line: the model of a line.
+    """
+
+    def __init__(self, folder: Path, line: type[L]) -> None:
+        self.folder = folder
+        self.line = line
+        self.path = folder / ANSWERS
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one command at a time. Its own worker processes append without this lock.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._beside("lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"another process is writing {self.folder}; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _beside(self, kind: str) -> Path:
+        """A file beside the folder, not in it: a folder that is set aside does not take a lock away."""
+        return self.folder.with_name(f".{self.folder.name}.{kind}")
+
+    def read(self) -> list[L]:
+        """Every whole line. A line torn by a crash, or one that this version cannot read, ends the list."""
+        if not self.path.exists():
+            return []
+        lines = []
+        for text in self.path.read_bytes().splitlines(keepends=True):
+            line = self._parsed(text)
+            if line is None:
+                break
+            lines.append(line)
+        return lines
+
+    def _parsed(self, text: bytes) -> L | None:
+        if not text.endswith(b"\n"):
+            return None
+        try:
+            return self.line.model_validate(json.loads(text))
+        except (ValidationError, ValueError):
+            return None
+
+    def count(self) -> int:
+        """Number of whole lines, without reading what they say."""
+        return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+
+    def keep(self, count: int) -> None:
+        """Cut the file after `count` whole lines."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)[:count]
+        with self.path.open("r+b") as handle:
+            handle.truncate(sum(map(len, lines)))
+            os.fsync(handle.fileno())
+
+    def append(self, lines: Sequence[L]) -> None:
+        """Write a batch and wait until it is on disk. Writers take turns; what a killed one tore is cut off first."""
+        text = "".join(map(_line, lines)).encode()
+        with FileLock(self._beside("append.lock")), self.path.open("a+b") as handle:
+            if end := handle.seek(0, os.SEEK_END):
+                handle.seek(end - 1)
+                if handle.read(1) != b"\n":
+                    handle.seek(0)
+                    handle.truncate(handle.read().rfind(b"\n") + 1)
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def arrange(self, order: Callable[[L], Hashable], places: Iterable[Hashable]) -> list[L]:
+        """Rewrite the file with one line per place, in that order, whole or not at all; other lines are left out."""
+        found: dict[Hashable, L] = {}
+        for line in self.read():
+            found.setdefault(order(line), line)
+        lines = [found[place] for place in places if place in found]
+        replace_synced(self.path, "".join(map(_line, lines)))
+        return lines
+
+
+def answers_of(folder: Path) -> Store[Answer]:
+    """The store of a run's answers."""
+    return Store(folder, Answer)
+
+
+def _line(line: Line) -> str:
+    return json.dumps(line.to_json(), sort_keys=True) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file whole or not at all; a model is written as its plain data."""
+    data = value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
+    replace_synced(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
+def write_lines(path: Path, lines: Iterable[Line]) -> None:
+    """Replace a file of JSON lines whole or not at all."""
+    replace_synced(path, "".join(map(_line, lines)))
+
+
+def replace_synced(path: Path, text: str) -> None:
+    """Replace a text file whole or not at all, and wait until it is on disk."""
+    draft = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
+    with draft.open("w", encoding="utf-8", newline="\n") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    draft.replace(path)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move a run's folder out of the way; nothing is deleted."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    return folder.rename(target)

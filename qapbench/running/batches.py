@@ -1,0 +1,264 @@
+"""Forward passes: rows of equal length side by side, and nothing in a row that depends on its neighbours."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qapbench.models import Family
+from qapbench.prune.prompt import PrunedPrompt
+from qapbench.tasking.questions import ContinuationTokenizer, Question
+
+from .active_run import Result
+
+CACHED = 2**20  # values of one tensor that stay in a CPU's cache while they are used again
+SHORT = 128  # tokens of a row for which reading a large weight costs more than its products
+PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs that say 0 of text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a forward pass.
+
+    Attributes:
+        prompt: with its images' features.
+        options: how text is generated, as JSON; None where continuations are scored.
+        tail: a continuation of several tokens, which runs behind the prompt.
+        spelled: without a tail, the one-token continuations that are scored at the prompt's end.
+        seed: of sampling; such a row runs alone.
+    """
+
+    prompt: PrunedPrompt
+    options: str | None = None
+    tail: tuple[int, ...] = ()
+    spelled: tuple[int, ...] = ()
+    seed: int | None = None
+
+    @property
+    def length(self) -> int:
+        return self.prompt.inputs["input_ids"].shape[1] + len(self.tail)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Rows of one kind can run side by side without any padding."""
+        return self.length, len(self.tail), bool(self.prompt.features), self.options or "", self.alone
+
+    @property
+    def alone(self) -> bool:
+        """What samples, and what is pruned inside the decoder, has no neighbours."""
+        return self.seed is not None or self.prompt.inside is not None
+
+
+class BatchRunner:
+    """Answers rows of prompts with a loaded (and perhaps quantized) model.
+
+    Args:
+        batch_size: a forward pass holds no more tokens than that many unpruned prompts; on a CPU, where prompts are
+            scored, no more than leave the widest activation in its cache.
+    """
+
+    def __init__(self, family: Family, processor: Any, batch_size: int = 1, seed: int = 0) -> None:
+        self.family = family
+        self.model = family.model
+        self.tokenizer = processor.tokenizer
+        self.continuations = ContinuationTokenizer(processor.tokenizer)
+        self.batch_size = batch_size
+        self.seed = seed
+        width = getattr(self.model.config.get_text_config(), "intermediate_size", None)
+        self.cached = CACHED // width if width and self.model.device.type == "cpu" else sys.maxsize
+
+    def rows(self, question: Question, prompts: dict[str, PrunedPrompt]) -> list[Row]:
+        """What has to run for one question, given the encoded form of each prompt of its requests."""
+        first = prompts[question.prompt]
+        if question.generates:
+            options = json.dumps(question.first.args[1], sort_keys=True)
+            sampled = bool(question.first.args[1].get("do_sample"))
+            return [Row(first, options, seed=self.seed + question.first.doc_id if sampled else None)]
+        spelled = [tuple(self.continuations.spell(*i.args[:2])) for i in question.instances]
+        if len(prompts) == 1 and all(len(ids) == 1 for ids in spelled):
+            return [Row(first, spelled=tuple(ids[0] for ids in spelled))]
+        return [
+            Row(prompts[instance.args[0]], tail=ids) for instance, ids in zip(question.instances, spelled, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def results(self, rows: Sequence[Row], longest: int) -> list[Result]:
+        """For each row [text], or [log-likelihood, is most likely] of each of its continuations; and its images.
+
+        Args:
+            longest: tokens of the longest unpruned prompt that is under way.
+        """
+        found: list[Result] = [([], [])] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: rows[index].kind)
+        for kind, group in itertools.groupby(order, key=lambda index: rows[index].kind):
+            members = list(group)
+            size = 1 if rows[members[0]].alone else max(1, self._room(rows[members[0]], longest) // kind[0])
+            for at in range(0, len(members), size):
+                chunk = members[at : at + size]
+                for index, result in zip(chunk, self._results([rows[index] for index in chunk]), strict=True):
+                    found[index] = result
+        return found
+
+    def _room(self, row: Row, longest: int) -> int:
+        """Tokens of a forward pass. Decoding reads every weight for each token, and gains from any neighbour."""
+        room = self.batch_size * longest
+        return room if row.options is not None else min(room, self.cached)
+
+    def _results(self, rows: list[Row]) -> list[Result]:
+        if (inside := rows[0].prompt.inside) is not None:
+            with inside() as images:
+                return [(outputs, [image.stored() for image in images()]) for outputs in self._run(rows)]
+        return [(outputs, row.prompt.images) for row, outputs in zip(rows, self._run(rows), strict=True)]
+
+    def _run(self, rows: list[Row]) -> list[list[Any]]:
+        inputs = _stacked([_with_tail(row) for row in rows])
+        features = [feature for row in rows for feature in row.prompt.features]
+        if features:
+            inputs |= self.family.encoded(features)
+        if rows[0].options is not None:
+            return self._generate(rows, inputs)
+        count = len(rows[0].tail)
+        with separately(self.model, self.family, len(rows)):
+            logits = self.model(**inputs, logits_to_keep=count + 1 if count else 1).logits
+        if count:
+            return [[_scored(at[:-1].float().log_softmax(-1), row.tail)] for row, at in zip(rows, logits, strict=True)]
+        scores = [at[-1:].float().log_softmax(dim=-1) for at in logits]
+        return [[_scored(at, (token,)) for token in row.spelled] for row, at in zip(rows, scores, strict=True)]
+
+    def _generate(self, rows: list[Row], inputs: dict[str, Any]) -> list[list[Any]]:
+        """Greedy, unless the task samples."""
+        options = json.loads(rows[0].options or "{}")
+        until = options.pop("until", None) or []
+        until = [until] if isinstance(until, str) else list(until)
+        length = options.pop("max_gen_toks", None) or options.pop("max_new_tokens", 256)
+        if rows[0].seed is not None:
+            torch.manual_seed(rows[0].seed)
+        else:
+            options = {"do_sample": False, "num_beams": options.get("num_beams", 1)}
+        with separately(self.model, self.family, len(rows) * int(options.get("num_beams") or 1)):
+            out = self.model.generate(**inputs, max_new_tokens=length, **options)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        return [[_until(text, until)] for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+@contextlib.contextmanager
+def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
+    """Matrix products and activation functions of the language model run row by row [1, L, D] while this is open.
+
+    A BLAS picks its kernel, and a vectorised loop its remainder, by the size of what it gets, and the last bit of a
+    result follows; a 4-bit level may follow that. Row by row, no result depends on what shares the batch. All other
+    work is elementwise or reduces one token, and stays batched. Large weights on a CPU meet short rows in blocks, for
+    one row too, so that a row has the same bits alone.
+
+    Args:
+        rows: of the batch as the language model will see it, beams counted.
+    """
+    with contextlib.ExitStack() as stack:
+        apart = {id(module) for name in ("vision", "projector") for module in family.parts[name].modules()}
+        for module in model.modules():
+            if id(module) in apart:
+                continue
+            plain = isinstance(module, nn.Linear) and _is_plain(module)
+            large = plain and module.weight.device.type == "cpu" and module.weight.numel() > CACHED
+            if large or (rows > 1 and (isinstance(module, nn.Linear) or _is_activation(module))):
+                stack.enter_context(_row_by_row(module, plain, large))
+        yield
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its product is x @ weight.T + bias; a weight of integers, say, has a product of its own."""
+    own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
+    return own and type(linear.weight) is nn.Parameter
+
+
+def _is_activation(module: nn.Module) -> bool:
+    home = type(module).__module__
+    return home.startswith(("torch.nn.modules.activation", "transformers.activations"))
+
+
+@contextlib.contextmanager
+def _row_by_row(module: Any, plain: bool, large: bool) -> Iterator[None]:
+    held = module.__dict__.get("forward")
+    inner = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        walks = large and x.ndim == 3 and x.shape[1] <= SHORT
+        if not walks and (x.ndim < 3 or len(x) == 1):
+            return inner(x)
+        if plain and x.ndim == 3:
+            return _products(x, module.weight, module.bias, walks)
+        return torch.cat([inner(row) for row in x.split(1)])
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if held is None:
+            del module.forward
+        else:
+            module.forward = held
+
+
+def _products(x: Tensor, weight: Tensor, bias: Any, in_blocks: bool) -> Tensor:
+    """The linear of [B, L, in] row after row, each written where it belongs.
+
+    Args:
+        in_blocks: take the weight in blocks, each for all rows while the cache holds it. The blocks are the same
+            whatever the batch, and so is every bit.
+    """
+    out = x.new_empty(*x.shape[:2], len(weight))
+    step = max(64, CACHED // weight.shape[1] // 64 * 64) if in_blocks else len(weight)
+    for at in range(0, len(weight), step):
+        block = slice(at, at + step)
+        for row, target in zip(x, out, strict=True):
+            if bias is None:
+                torch.mm(row, weight[block].T, out=target[:, block])
+            else:
+                torch.addmm(bias[block], row, weight[block].T, out=target[:, block])
+    return out
+
+
+def _with_tail(row: Row) -> dict[str, Any]:
+    """The row's inputs with its continuation behind the prompt."""
+    inputs = dict(row.prompt.inputs)
+    if row.tail:
+        tail = torch.tensor([row.tail], device=inputs["input_ids"].device)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tail], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tail)], dim=1)
+        for name in PER_TOKEN & inputs.keys():
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(tail)], dim=1)
+        if "position_ids" in inputs:
+            positions = inputs["position_ids"]
+            steps = torch.arange(1, len(row.tail) + 1, device=tail.device)
+            inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
+    return inputs
+
+
+def _stacked(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Inputs of one row each as one batch."""
+    if len(inputs) == 1:
+        return dict(inputs[0])
+    # Positions may have axes of their own in front: [..., B, L].
+    return {name: torch.cat([i[name] for i in inputs], dim=-2 if name == "position_ids" else 0) for name in inputs[0]}
+
+
+def _scored(logprobs: Tensor, ids: tuple[int, ...]) -> list[Any]:
+    """[sum of log-probabilities, whether each is the most likely] of ids under logprobs [len(ids), V]."""
+    chosen = torch.tensor(ids, device=logprobs.device)
+    total = logprobs.gather(1, chosen.unsqueeze(1)).sum()
+    return [float(total), bool((logprobs.argmax(dim=-1) == chosen).all())]
+
+
+def _until(text: str, stops: list[str]) -> str:
+    for stop in stops:
+        if stop:
+            text = text.split(stop)[0]
+    return text.strip()

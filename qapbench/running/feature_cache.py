@@ -1,0 +1,89 @@
+"""Pruned prompts that wait for a later quantizer: in memory up to a limit, or in a memory-mapped file."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from qapbench.prune.prompt import PrunedPrompt
+from qapbench.receipt import ImageTokens
+
+from .plan import PruneKey
+
+
+class FeatureCache:
+    """Holds pruned prompts that a later quantizer group will ask for, in memory or in a memory-mapped file.
+
+    Args:
+        limit: bytes in memory; what does not fit is not kept, and its image will be encoded again.
+        spill: folder for a file that holds everything instead; it vanishes with the process.
+    """
+
+    def __init__(self, limit: int, spill: Path | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+        self._held: dict[Any, bytes] = {}
+        self._places: dict[Any, tuple[int, int]] = {}
+        self._file: Any = None
+        if spill is not None:
+            spill.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=spill, prefix="features-")  # noqa: SIM115
+            self._end = 0
+
+    def put(self, name: Any, prompts: dict[PruneKey, PrunedPrompt]) -> None:
+        """Keep a question's prompts, by prune key, where there is room."""
+        data = _packed(prompts)
+        if self._file is not None:
+            self._places[name] = self._end, len(data)
+            self._file.seek(self._end)
+            self._file.write(data)
+            self._file.flush()
+            grain = mmap.ALLOCATIONGRANULARITY  # where a mapping may begin
+            self._end += -(-len(data) // grain) * grain
+        elif self.used + len(data) <= self.limit:
+            self._held[name] = data
+            self.used += len(data)
+
+    def get(self, name: Any, device: torch.device) -> dict[PruneKey, PrunedPrompt]:
+        """The prompts that were put under a name; empty where there are none."""
+        if name in self._places:
+            start, size = self._places[name]
+            with mmap.mmap(self._file.fileno(), size, offset=start, access=mmap.ACCESS_READ) as view:
+                return _unpacked(view[:], device)
+        return _unpacked(self._held[name], device) if name in self._held else {}
+
+    def drop(self, name: Any) -> None:
+        """Forget a name that no group will ask for any more."""
+        self._places.pop(name, None)
+        self.used -= len(self._held.pop(name, b""))
+
+
+def _packed(prompts: dict[PruneKey, PrunedPrompt]) -> bytes:
+    """As safetensors: what a later process or group reads back is the same to the bit."""
+    tensors: dict[str, Tensor] = {}
+    said: list[Any] = []
+    for at, (prune_key, one) in enumerate(prompts.items()):
+        said.append([prune_key, [image.to_json() for image in one.images]])
+        tensors |= {f"{at}/input/{name}": value.clone().contiguous() for name, value in one.inputs.items()}
+        tensors |= {f"{at}/feature/{i:04}": value.clone().contiguous() for i, value in enumerate(one.features)}
+    return safetensors.torch.save({name: value.cpu() for name, value in tensors.items()}, {"prompts": json.dumps(said)})
+
+
+def _unpacked(data: bytes, device: torch.device) -> dict[PruneKey, PrunedPrompt]:
+    size = int.from_bytes(data[:8], "little")
+    said = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["prompts"])
+    tensors = {name: value.to(device) for name, value in safetensors.torch.load(data).items()}
+    found: dict[PruneKey, PrunedPrompt] = {}
+    for at, (prune_key, images) in enumerate(said):
+        mine = {name.split("/", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{at}/")}
+        inputs = {name.split("/")[1]: value for name, value in mine.items() if name.startswith("input/")}
+        features = [mine[name] for name in sorted(mine) if name.startswith("feature/")]
+        found[prune_key] = PrunedPrompt(inputs, features, [ImageTokens.model_validate(image) for image in images])
+    return found

@@ -1,0 +1,89 @@
+"""What a run reads, by content: the fingerprints that its identity is made of (docs/identity.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qapbench.checkpoints.find import find_checkpoint
+from qapbench.errors import Problem, UserError
+from qapbench.hashing import code_files, digest_code, digest_files, digest_tree, library_versions
+from qapbench.methods.kinds import fusions, metrics, pruners, ptqs
+from qapbench.methods.registry import Entry
+from qapbench.models.checkpoint_format import format_of
+from qapbench.models.family import default_tower, families
+from qapbench.models.loading import precision, read_config
+from qapbench.models.relevance import QuestionReader, find_tower
+from qapbench.spec.items import created
+from qapbench.spec.run_spec import RunSpec
+from qapbench.tasking.outline import TaskOutline
+
+OF_TEXT = ("model", "precision", "ptq", "calibration", "family", "vision", "library", "data", "task")
+"""First words of the fingerprints that the answer to a question without an image depends on."""
+OF_PRUNING = ("pruner", "metric", "fusion", "text_tower", "plugin")
+"""First words of those that the choice of tokens depends on."""
+
+
+def fingerprints(
+    spec: RunSpec, task: TaskOutline, device: torch.device, fetch: bool = True, calibration: str = ""
+) -> dict[str, str]:
+    """Content hashes of everything that a run reads. Names and paths in a spec may change; these say what was there.
+
+    Args:
+        fetch: whether checkpoints may be downloaded for it.
+        calibration: hash of what calibration samples are drawn from; "" where there is no calibration.
+
+    Raises:
+        UserError: the model cannot be had, or a strategy has no source that could be hashed.
+    """
+    folder = find_checkpoint(spec.model, "model", fetch).folder
+    config = read_config(spec, fetch)
+    found = {"model": digest_tree(folder), "data": task.fingerprint}
+    found["precision"] = f"{precision(spec, device)} on {device.type}"
+    if calibration:
+        found["calibration"] = calibration
+    model_type = str(config.get("model_type"))
+    if format := format_of(config):
+        found["vision tower"] = digest_tree(format(folder, config).companion(fetch))
+        found["family format"] = digest_code(format)
+    if model_type in families:
+        found[f"family {model_type}"] = digest_code(families.entry(model_type).target)
+    for kind, entry in used_items(spec):
+        try:
+            found[f"{kind} {entry.name}"] = digest_code(entry.target)
+        except UserError as error:
+            where = ("quantize" if kind == ptqs.kind else "prune", "method" if kind in ("ptq", "pruner") else kind)
+            raise UserError(Problem(f"{kind} '{entry.name}': {error}", where)) from None
+    for index, plugin in enumerate(spec.plugins):
+        path = Path(plugin)
+        found[f"plugin {index} {path.name}"] = digest_files(code_files(path.resolve(), path.stem))
+    if task.code:
+        found[f"task {task.name}"] = task.code
+    if needs_tower(spec):
+        tower, reason = find_tower(spec.text_tower, str(folder), default_tower(config), fetch)
+        found["text_tower"] = digest_tree(tower) if tower else f"none: {reason}"
+    return {**found, **library_versions()}
+
+
+def needs_tower(spec: RunSpec) -> bool:
+    """Whether the pruner weighs the question in a joint space."""
+    if spec.prune is None:
+        return False
+    return bool(created(pruners, spec.prune.method).needs & QuestionReader.FIELDS - {"prompt_embeds"})
+
+
+def used_items(spec: RunSpec) -> list[tuple[str, Entry[Any]]]:
+    """The registered items that a run names, by kind."""
+    items: list[tuple[Any, Any]] = []
+    if spec.quantize:
+        items.append((ptqs, spec.quantize.method))
+    if spec.prune:
+        items += [(pruners, spec.prune.method), (metrics, spec.prune.sensitivity), (fusions, spec.prune.fusion)]
+    return [(registry.kind, registry.entry(item.name)) for registry, item in items if item]
+
+
+def about(content: dict[str, str], kinds: tuple[str, ...]) -> dict[str, str]:
+    """The fingerprints whose first word is one of these."""
+    return {key: value for key, value in content.items() if key.split()[0] in kinds}

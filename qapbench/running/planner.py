@@ -1,0 +1,108 @@
+"""The planner: which runs a spec means, what of them is missing, what they share. It loads no model and no lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from pathlib import Path
+
+import torch
+
+from qapbench.checkpoints.find import find_checkpoint
+from qapbench.errors import Problem, UserError
+from qapbench.models.loading import precision
+from qapbench.records.record import RECORD, read_record
+from qapbench.records.store import answers_of
+from qapbench.spec.run_spec import RunSpec
+from qapbench.tasking import calibration_samples
+from qapbench.tasking.outline import TaskOutline
+from qapbench.tasking.tasks import find_outline
+
+from .fingerprints import OF_TEXT, about, fingerprints
+from .plan import Planned, Shared, group_key, shared_work
+
+
+class Planner:
+    """Plans runs below a folder of results.
+
+    Args:
+        runs: the folder.
+        device: that the runs will use; its kind is part of a run's identity.
+    """
+
+    def __init__(self, runs: Path, device: torch.device) -> None:
+        self.runs = runs
+        self.device = device
+        self._tasks: dict[Hashable, TaskOutline] = {}
+
+    def task(self, spec: RunSpec) -> TaskOutline:
+        """What is known of the run's task; each task is read once.
+
+        Raises:
+            UserError: there is no such task, or its data cannot be read.
+        """
+        key = (spec.task.model_dump_json(), spec.seed)
+        if key not in self._tasks:
+            self._tasks[key] = find_outline(spec.task, spec.seed)
+        return self._tasks[key]
+
+    def check(self, spec: RunSpec, fields: Collection[str] = ("task", "model")) -> None:
+        """Raise UserError where what these fields name is not there; a hub is not asked.
+
+        Args:
+            fields: "task", "model"; the latter stands for the text tower too.
+        """
+        looks: dict[str, Callable[[], object]] = {"task": lambda: self.task(spec), "model": lambda: _check_local(spec)}
+        problems: list[Problem] = []
+        for field in fields:
+            try:
+                looks[field]()
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
+
+    def plan(self, spec: RunSpec, fetch: bool = True) -> Planned:
+        """What a run would take up.
+
+        Args:
+            fetch: whether checkpoints may be downloaded for it.
+
+        Raises:
+            UserError: the model, the task or the calibration data are not there, or the folder holds a record that
+                cannot be read.
+        """
+        task = self.task(spec)
+        wanted = spec.quantize.calibration if spec.quantize else None
+        source = calibration_samples.fingerprint(task, wanted) if wanted else ""
+        content = fingerprints(spec, task, self.device, fetch, source)
+        run_id = spec.digest(content, task.asked)
+        text_key = run_id  # where calibration prunes, the weights themselves depend on the pruner
+        if wanted is None or not wanted.pruned:
+            text_key = spec.model_copy(update={"prune": None}).digest(about(content, OF_TEXT), task.asked)
+        folder = self.runs / run_id
+        record = read_record(folder) if (folder / RECORD).exists() else None
+        stopped = record is not None and record.stopped is not None
+        done = record is not None and not stopped
+        answered = task.count if done else len(answers_of(folder).read())
+        group = group_key(spec, content)
+        return Planned(spec, run_id, text_key, group, folder, task, task.count, answered, done, stopped, content)
+
+    def shared(self, plans: Sequence[Planned]) -> Shared:
+        """How much of these plans' missing work is done once; reads the images of the data."""
+        missing = {}
+        for plan in plans:
+            have = {answer.doc for answer in answers_of(plan.folder).read()}
+            missing[plan.id] = set() if plan.done else set(range(plan.total)) - have
+        return shared_work(plans, missing)
+
+    def together(self, spec: RunSpec) -> Hashable:
+        """Runs with an equal one ask the same questions of the same loaded model."""
+        folder = find_checkpoint(spec.model).folder
+        return folder, precision(spec, self.device), spec.task.model_dump_json(), spec.seed
+
+
+def _check_local(spec: RunSpec) -> None:
+    """Raise UserError for a model or text tower that is neither here nor written like a hub id."""
+    for name, where in ((spec.model, "model"), (spec.text_tower, "text_tower")):
+        if name and (name.count("/") != 1 or Path(name).exists()):
+            find_checkpoint(name, where)

@@ -1,0 +1,82 @@
+"""From questions to the prompts that a decoder gets: each image encoded once, tokens chosen once, for all runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from qapbench.models import Family
+from qapbench.models.encoded import EncodedImages
+from qapbench.prune.prompt import Memo, PrunedPrompt, unpruned
+from qapbench.prune.pruning import Pruning
+from qapbench.tasking.questions import Question, processor_inputs
+
+from .plan import PruneKey
+
+Stage = Callable[[str], contextlib.AbstractContextManager[Any]]
+"""Times what is done inside it under a name."""
+
+
+class PromptEncoder:
+    """Encodes questions for every distinct pruning configuration that shares a vision side.
+
+    This is the one way from a question, a model and a spec to the tokens that the decoder sees. The images of the
+    latest question stay in memory, and nothing else, so questions on one image should follow each other.
+
+    Args:
+        prunings: the pruning of each prune key.
+        stage: times what is done under a name.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        processor: Any,
+        prunings: Mapping[str, Pruning],
+        stage: Stage = lambda name: contextlib.nullcontext(),
+    ) -> None:
+        self.family = family
+        self.processor = processor
+        self.prunings = prunings
+        self.stage = stage
+        self.needs = frozenset[str]().union(*(one.needs for one in prunings.values()))
+        self._latest: tuple[tuple[str, ...], EncodedImages, dict[Any, Any]] | None = None
+
+    @torch.inference_mode()
+    def encode(self, question: Question, prompt: str, prune_keys: Iterable[PruneKey]) -> dict[PruneKey, PrunedPrompt]:
+        """One prompt of a question under each prune key; under every key the same where it has no image."""
+        with self.stage("prompt"):
+            inputs = self.inputs(question, prompt)
+        if not question.images:
+            return dict.fromkeys(prune_keys, PrunedPrompt(inputs, [], []))
+        if self._latest is None or self._latest[0] != question.pictures:
+            with self.stage("vision"):
+                self._latest = None
+                self._latest = question.pictures, self.family.encode_images(inputs, self.needs), {}
+        _, encoded, of_image = self._latest
+        memo = Memo(image=of_image)
+        texts = [question.relevance_text] * len(question.images)
+        with self.stage("choose"):
+            return {key: self._pruned(key, inputs, encoded, texts, memo) for key in prune_keys}
+
+    def inputs(self, question: Question, prompt: str) -> dict[str, Any]:
+        """The model's keyword arguments for a prompt of the question, on its device, with a mask among them."""
+        made = processor_inputs(self.processor, prompt, question.images)
+        placed = {key: value.to(self.family.model.device) for key, value in made.items()}
+        return {"attention_mask": torch.ones_like(placed["input_ids"]), **placed}
+
+    def _pruned(
+        self, key: PruneKey, inputs: dict[str, Any], encoded: EncodedImages, texts: list[str], memo: Memo
+    ) -> PrunedPrompt:
+        dense = unpruned(inputs, encoded, self.family)
+        if key is None:
+            return dense
+        pruned = self.prunings[key].prune(inputs, encoded, texts, memo)
+        if pruned.inside is not None:
+            return pruned
+        same = len(pruned.features) == len(dense.features) and all(map(torch.equal, pruned.features, dense.features))
+        # A prompt that kept everything is the dense one in all that its content key is made of, and takes its answer.
+        return PrunedPrompt(dense.inputs, dense.features, pruned.images) if same else pruned

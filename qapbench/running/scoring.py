@@ -1,0 +1,121 @@
+"""From stored answers to a record: lm-eval scores, we count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from qapbench.receipt import Receipt
+from qapbench.records.answer import Answer, ScoredQuestion
+from qapbench.records.record import (
+    SCORED,
+    Environment,
+    ReceiptRecord,
+    Record,
+    ScoreTable,
+    Stopped,
+    TaskRecord,
+    Timing,
+    TokenCounts,
+)
+from qapbench.records.store import write_lines
+from qapbench.records.tally import tally
+from qapbench.tasking.lm import AskingLM
+from qapbench.tasking.questions import Question
+from qapbench.tasking.tasks import LoadedTask, quiet
+
+from .active_run import ActiveRun
+from .environment import environment
+from .notes import chance, labels, notes
+
+
+def finish(
+    active: ActiveRun,
+    task: LoadedTask,
+    questions: Sequence[Question],
+    processor: Any,
+    machine: Mapping[str, Any],
+    device: torch.device,
+    stopped: Stopped | None,
+    peak: Mapping[str, int],
+) -> Record:
+    """Put a run's answers in order, score them, and make its record.
+
+    Args:
+        questions: those that it had to answer, in the order of the work.
+        machine: what the record's environment says beside versions and device.
+        stopped: why it did not answer all, where it did not.
+        peak: peak memory of the processes that answered.
+    """
+    planned, spec = active.planned, active.spec
+    answers = active.store.arrange(lambda answer: answer.place, [question.place for question in questions])
+    docs = None if stopped is None else sorted(answer.doc for answer in answers)
+    samples = score(answers, task, processor, spec.seed, docs)
+    receipt = active.read_receipt(answers)
+    write_lines(planned.folder / SCORED, samples)
+    seconds = sum(active.seconds.values())
+    scores = tally((sample.metrics for sample in samples), task.columns, task.unavailable)
+    said = notes(spec, task, receipt)
+    return Record(
+        run_id=planned.id,
+        text_key=planned.text_key,
+        name=spec.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        spec=spec.model_dump(mode="json"),
+        labels=labels(spec),
+        task=TaskRecord(name=task.name, questions=len(answers), chance=chance(task)),
+        scores=ScoreTable.model_validate(scores.to_json()),
+        tokens=TokenCounts.model_validate(receipt.tokens) if receipt.tokens else None,
+        receipt=stored_receipt(receipt),
+        environment=Environment.model_validate({**environment(device), **machine}),
+        fingerprints=planned.fingerprints,
+        timing=Timing(
+            seconds=round(seconds, 3),
+            questions=active.answered,
+            computed=active.computed,
+            questions_per_second=round(active.answered / seconds, 2) if seconds else 0.0,
+            stages={name: round(spent, 3) for name, spent in active.seconds.items()},
+            **peak,
+        ),
+        notes=[stopped.bound, *said] if stopped else said,
+        stopped=stopped,
+    )
+
+
+def stored_receipt(receipt: Receipt) -> ReceiptRecord:
+    """A receipt as a record holds it."""
+    return ReceiptRecord.model_validate(receipt.to_json())
+
+
+def score(
+    answers: Sequence[Answer], task: LoadedTask, processor: Any, seed: int, docs: list[int] | None = None
+) -> list[ScoredQuestion]:
+    """lm-eval's own evaluator over stored answers: what its `process_results` gives for each question.
+
+    Args:
+        docs: the documents that were asked, ascending, where these are not all.
+    """
+    from lm_eval.evaluator import evaluate
+
+    lm = AskingLM(processor, answers=answers, docs=docs)
+    task.task.set_fewshot_seed(seed=seed)
+    with quiet():
+        # `simple_evaluate` would add its own report of the machine, which takes seconds and is not used.
+        results = evaluate(
+            lm,
+            {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
+            limit=None if docs else task.count,
+            samples={task.name: docs} if docs else None,
+            bootstrap_iters=0,
+            apply_chat_template=lm.templated,
+        )
+    (samples,) = results["samples"].values()
+    names = [*task.columns, "unparsed"]
+    first = {sample["doc_id"]: sample for sample in reversed(samples)}  # of a task with several filters, the first
+    return [
+        ScoredQuestion(id=task.ids[doc], doc=doc, metrics={name: sample[name] for name in names if name in sample})
+        for doc, sample in sorted(first.items())
+    ]

@@ -1,0 +1,151 @@
+"""The session: holds the loaded model, and answers what runs are missing. Each worker process makes its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qapbench.checkpoints.find import find_checkpoint
+from qapbench.compression import compress
+from qapbench.memory import peak_memory
+from qapbench.models import family_of
+from qapbench.models.loading import load_model, load_processor, precision
+from qapbench.progress import ProgressCallback, silent
+from qapbench.prune.build import build_pruning
+from qapbench.prune.prompt import PruningView
+from qapbench.prune.pruning import Pruning
+from qapbench.quantize.calibration import CalibrationSamples
+from qapbench.receipt import Receipt
+from qapbench.spec.run_spec import RunSpec
+from qapbench.tasking import calibration_samples
+from qapbench.tasking.tasks import LoadedTask, load_task
+
+from .plan import Planned
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from qapbench.tasking.questions import Question
+
+    from .active_run import ActiveRun
+
+CALIBRATIONS = "calibrations"  # folder beside the runs
+MEMORY = 1 << 30  # bytes of pruned prompts that may wait for a later quantizer group
+
+
+class Session:
+    """The loaded model, its task and its calibration samples; the latest of each stays loaded."""
+
+    def __init__(self, settings: Settings, progress: ProgressCallback = silent) -> None:
+        self.settings = settings
+        self.progress = progress
+        self._loaded: tuple[Hashable, Any, Any] | None = None
+        self._tasks: dict[Hashable, LoadedTask] = {}
+        self._questions: dict[Hashable, list[Question]] = {}
+        self._samples: dict[Hashable, CalibrationSamples] = {}
+
+    def model(self, spec: RunSpec) -> tuple[Any, Any]:
+        """The loaded model in full precision, and its processor.
+
+        Raises:
+            UserError: the checkpoint cannot be loaded.
+        """
+        device = self.settings.device
+        key = (find_checkpoint(spec.model).folder, precision(spec, device))
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            self._loaded = (key, *load_model(spec, device, self.settings.trust_remote_code))
+        return self._loaded[1], self._loaded[2]
+
+    def processor(self, spec: RunSpec) -> Any:
+        """The processor, without its model where that is the workers' alone."""
+        import torch
+
+        if self.settings.workers == 1:
+            return self.model(spec)[1]
+        return load_processor(spec, torch.device("cpu"), self.settings.trust_remote_code)
+
+    def task(self, spec: RunSpec) -> LoadedTask:
+        """The run's task, ready to be asked."""
+        key = (spec.task.model_dump_json(), spec.seed)
+        if key not in self._tasks:
+            self._tasks[key] = load_task(spec.task, spec.seed)
+        return self._tasks[key]
+
+    def questions(self, spec: RunSpec) -> list[Question]:
+        """Every question of the run's task as this model is asked it, in the order of the work."""
+        from qapbench.tasking.lm import AskingLM
+        from qapbench.tasking.questions import ask
+
+        folder = find_checkpoint(spec.model).folder
+        key = (folder, spec.task.model_dump_json(), spec.seed)
+        if key not in self._questions:
+            self._questions = {key: ask(self.task(spec), AskingLM(self.processor(spec), str(folder)), spec.seed)}
+        return self._questions[key]
+
+    def pruning(self, spec: RunSpec, on_view: Callable[[PruningView], None] | None = None) -> Pruning | None:
+        """The run's pruning on the loaded model; None where it does not prune.
+
+        Args:
+            on_view: called with the scores and the selection of every view.
+        """
+        if spec.prune is None:
+            return None
+        model, processor = self.model(spec)
+        return build_pruning(family_of(model), spec.prune, Receipt(), processor, None, spec.text_tower, on_view=on_view)
+
+    @contextlib.contextmanager
+    def quantized(self, planned: Planned) -> Iterator[Receipt]:
+        """The loaded model quantized as the run has it, calibrated where its method asks for that, and not pruned."""
+        spec = planned.spec.model_copy(update={"prune": None})
+        model, processor = self.model(spec)
+        with compress(model, spec, processor, calibration=self.calibration(planned)) as receipt:
+            yield receipt
+
+    def calibration(self, planned: Planned) -> CalibrationSamples | None:
+        """The samples of a run that calibrates; what is found in them is kept beside the runs."""
+        spec = planned.spec
+        wanted = spec.quantize.calibration if spec.quantize else None
+        if wanted is None:
+            return None
+        model, processor = self.model(spec)
+        key = (find_checkpoint(spec.model).folder, spec.task.model_dump_json(), spec.seed, wanted.model_dump_json())
+        if key not in self._samples:
+            self._samples = {key: calibration_samples.samples(self.task(spec), wanted, model, processor)}
+        content, shorten = planned.fingerprints, None
+        if not wanted.pruned:  # then nothing of the pruner enters, and a sweep calibrates once
+            kinds = ("model", "precision", "vision", "family")
+            content = {key: value for key, value in content.items() if key.split()[0] in kinds}
+        elif (pruning := self.pruning(spec)) is not None:
+            content = {**content, "prune": pruning.spec.model_dump_json()}
+            shorten = pruning.shorten
+        return dataclasses.replace(
+            self._samples[key],
+            cache=self.settings.runs / CALIBRATIONS,
+            fingerprints=content,
+            shorten=shorten,
+            report=lambda what, done, total: self.progress(f"{spec.name}: {what}", done, total),
+        )
+
+    def answer(
+        self, runs: Sequence[ActiveRun], docs: set[int] | None = None, share: tuple[int, int] = (0, 1)
+    ) -> dict[str, int]:
+        """Answer what runs of one model and task miss, in this process, and return its peak memory.
+
+        Args:
+            docs: only these documents; all where None.
+            share: (which, of how many) parts of the questions.
+        """
+        from .active_run import worker_of
+        from .sweep import Sweep
+
+        spec = runs[0].spec
+        questions = self.questions(spec)
+        mine = [
+            question
+            for index, question in enumerate(questions)
+            if (docs is None or question.place[1] in docs) and worker_of(question, index, share[1]) == share[0]
+        ]
+        Sweep(self, questions, runs, limit=MEMORY // share[1]).answer(mine)
+        return peak_memory(self.settings.device)

@@ -1,0 +1,272 @@
+"""Many runs over the same questions of one model, what is equal computed once.
+
+Questions are the outer loop and runs the inner one, within one model as quantized. So an image is encoded once and
+forgotten, and nothing grows with the number of questions but the feature cache, which has a limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from qapbench.hashing import add_tensor
+from qapbench.models import Family, family_of
+from qapbench.prune.prompt import PrunedPrompt
+from qapbench.prune.pruning import Pruning
+from qapbench.receipt import ImageTokens, Receipt
+from qapbench.records.answer import Answer
+from qapbench.spec.run_spec import RunSpec
+from qapbench.tasking.questions import Question
+
+from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results
+from .batches import BatchRunner, Row
+from .feature_cache import FeatureCache
+from .plan import PruneKey
+from .prompt_encoder import PromptEncoder
+from .session import Session
+
+Prompts = dict[str, dict[PruneKey, PrunedPrompt]]
+"""The prompts of one question, each under the prune keys that need it."""
+
+
+class Sweep:
+    """Answers what runs of one model and task are missing.
+
+    Args:
+        session: holds the model, and says how runs are made.
+        questions: of the task, in the order of the work. The first one is where receipts are measured.
+        active_runs: runs of this model and task.
+        limit: bytes of pruned prompts that may wait in memory for a later quantizer group.
+    """
+
+    def __init__(
+        self, session: Session, questions: Sequence[Question], active_runs: Sequence[ActiveRun], limit: int = 1 << 30
+    ) -> None:
+        spec, settings = active_runs[0].spec, session.settings
+        model, self.processor = session.model(spec)
+        self.session = session
+        self.family = family_of(model)
+        self.questions = questions
+        self.active_runs = active_runs
+        self.batch_size = settings.batch_size
+        self.clock = Clock()
+        self.clock.active_runs = active_runs
+        self.feature_cache = FeatureCache(limit, settings.runs if settings.spill else None)
+        self.batch_runner = BatchRunner(self.family, self.processor, settings.batch_size, spec.seed)
+        self._flushed = time.monotonic()
+        for active in active_runs:
+            active.open(questions[0])
+
+    def answer(self, asked: Sequence[Question] | None = None) -> None:
+        """Answer those questions, all where None, for every run that has not.
+
+        Raises:
+            NotQuantizedError: a run asks for quantization that never reached a matmul.
+        """
+        asked = self.questions if asked is None else asked
+        groups: dict[str, list[ActiveRun]] = {}
+        for active in self.active_runs:
+            groups.setdefault(active.planned.group, []).append(active)
+        self._report(self.active_runs)
+        encoders: dict[Any, PromptEncoder] = {}
+        waiting = list(groups.values())
+        while waiting:
+            runs = waiting.pop(0)
+            missing = [q for q in asked if any(q.place not in active.have for active in runs)]
+            if missing:
+                self._answer_group(runs, [active for later in waiting for active in later], missing, encoders)
+
+    # -- one model as quantized --
+
+    def _answer_group(
+        self,
+        runs: list[ActiveRun],
+        later: list[ActiveRun],
+        missing: list[Question],
+        encoders: dict[Any, PromptEncoder],
+    ) -> None:
+        self.clock.active_runs = runs
+        group = runs[0].planned.group
+        known = earlier_results(self.session.settings.runs, group)
+        before = _vision_side(self.family)
+        with contextlib.ExitStack() as stack:
+            with self.clock.stage("quantize"):
+                receipt = stack.enter_context(self.session.quantized(runs[0].planned))
+            stack.callback(self._flush, runs, force=True)
+            own = group if _vision_side(self.family) != before or _touches_vision(runs[0].spec) else None
+            waiting = [active for active in later if own is None and not _touches_vision(active.spec)]
+            encoder = encoders.get(own) or self._encoder([*runs, *waiting])
+            encoders[own] = encoder
+            for at in range(0, len(missing), self.batch_size):
+                window = missing[at : at + self.batch_size]
+                self._answer_window(window, runs, waiting, encoder, receipt, known)
+
+    def _encoder(self, runs: Sequence[ActiveRun]) -> PromptEncoder:
+        """Build one prompt encoder that serves every distinct pruning configuration."""
+        prunings: dict[str, Pruning] = {}
+        for active in runs:
+            key = active.prune_key
+            if key is not None and key not in prunings and (pruning := self.session.pruning(active.spec)) is not None:
+                prunings[key] = pruning
+        return PromptEncoder(self.family, self.processor, prunings, self.clock.stage)
+
+    def _answer_window(
+        self,
+        window: Sequence[Question],
+        runs: list[ActiveRun],
+        later: list[ActiveRun],
+        encoder: PromptEncoder,
+        receipt: Receipt,
+        known: dict[str, Result],
+    ) -> None:
+        encoded = {question.place: self._encode(question, runs, later, encoder) for question in window}
+        every = [prompt for prompts in encoded.values() for by_key in prompts.values() for prompt in by_key.values()]
+        longest = max(map(_length, every), default=1)
+        jobs: dict[str, tuple[list[Row], list[ActiveRun]]] = {}
+        wanted: list[tuple[Question, ActiveRun, str]] = []
+        for question in window:
+            for active in (active for active in runs if question.place not in active.have):
+                prompts = {text: by_key[active.prune_key] for text, by_key in encoded[question.place].items()}
+                rows = self.batch_runner.rows(question, prompts)
+                key = _key(active.planned.group, rows)
+                wanted.append((question, active, key))
+                if question.place == self.questions[0].place:
+                    known.pop(key, None)  # every receipt is measured on a pass of its own run
+                if key not in known:
+                    jobs.setdefault(key, (rows, []))[1].append(active)
+        first = [key for question, _, key in wanted if question.place == self.questions[0].place and key in jobs]
+        fresh = {key: self._measured(*jobs.pop(key), longest, receipt, encoder) for key in dict.fromkeys(first)}
+        fresh |= self._compute(jobs, longest)
+        payers: set[str] = set()
+        for question, active, key in wanted:
+            outputs, images = fresh.get(key) or known[key]
+            active.computed += key in fresh and key not in payers
+            payers.add(key)
+            own = [by_key[active.prune_key] for by_key in encoded[question.place].values()]
+            if all(prompt.inside is None for prompt in own):  # equal content may have been chosen in another way
+                images = [image for prompt in own for image in prompt.images]
+            active.add(_answer(question, outputs, images[: len(question.images)], key))
+        self._flush(runs)
+
+    def _encode(
+        self, question: Question, runs: list[ActiveRun], later: list[ActiveRun], encoder: PromptEncoder
+    ) -> Prompts:
+        """Each prompt of the question under the keys that miss it; later groups' prompts go into the cache."""
+        now = [active for active in runs if question.place not in active.have]
+        then = [active for active in later if question.place not in active.have] if question.images else []
+        found = {}
+        for text in dict.fromkeys(instance.args[0] for instance in question.instances):
+            name = (question.place, text)
+            prompts = self.feature_cache.get(name, self.family.model.device)
+            lacking = dict.fromkeys(active.prune_key for active in (*now, *then) if active.prune_key not in prompts)
+            if any(active.prune_key in lacking for active in now):
+                self.clock.active_runs = [*now, *then]
+                prompts |= encoder.encode(question, text, lacking)
+                self.clock.active_runs = runs
+            # What is chosen inside the decoder is the dense prompt and a promise: nothing to put away.
+            keys = dict.fromkeys(active.prune_key for active in then)
+            kept = {key: prompts[key] for key in keys if key in prompts and prompts[key].inside is None}
+            self.feature_cache.drop(name)
+            if kept:
+                with self.clock.stage("feature cache", then):
+                    self.feature_cache.put(name, kept)
+            found[text] = prompts
+        return found
+
+    def _measured(
+        self, rows: list[Row], runs: list[ActiveRun], longest: int, receipt: Receipt, encoder: PromptEncoder
+    ) -> Result:
+        """Answer the first question on its own, and store what reached the matmuls meanwhile as these runs' receipt."""
+        for line in receipt.linears:
+            if line.part == "language":  # what the tower's linears got was measured when the image was encoded
+                line.calls, line.activation_bits, line.activation_levels = 0, None, None
+        with self.clock.stage("measure", runs):
+            result = _joined([self.batch_runner.results([row], longest)[0] for row in rows])
+        receipt.check()  # a run that is not what its spec says ends here, not after hours
+        for active in runs:
+            pruning = encoder.prunings.get(active.prune_key) if active.prune_key else None
+            active.write_receipt(receipt, pruning.receipt.fallbacks if pruning else ())
+        return result
+
+    def _compute(self, jobs: dict[str, tuple[list[Row], list[ActiveRun]]], longest: int) -> dict[str, Result]:
+        """The result of each job, rows of equal length side by side."""
+        fresh: dict[str, Result] = {}
+        for stage in ("text", "dense", "pruned"):
+            part = {key: rows for key, (rows, _) in jobs.items() if _stage_of(rows[0]) == stage}
+            sharers = [active for key in part for active in jobs[key][1]]
+            if part:
+                with self.clock.stage(stage, sharers):
+                    found = iter(self.batch_runner.results([row for rows in part.values() for row in rows], longest))
+                    fresh |= {key: _joined([next(found) for _ in rows]) for key, rows in part.items()}
+        return fresh
+
+    # -- store --
+
+    def _flush(self, runs: Sequence[ActiveRun], force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self._flushed >= FLUSH:
+            with self.clock.stage("store"):
+                for active in runs:
+                    active.flush()
+            self._report(runs)
+            self._flushed = time.monotonic()
+
+    def _report(self, runs: Sequence[ActiveRun]) -> None:
+        for active in runs:
+            self.session.progress(active.spec.name, len(active.have), active.planned.total)
+
+
+def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], key: str) -> Answer:
+    task, doc = question.place
+    return Answer(
+        task=task,
+        doc=doc,
+        id=question.id,
+        answer=question.answer(outputs),
+        outputs=outputs,
+        key=key,
+        images=images or None,
+    )
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    """The results of a question's rows as one."""
+    return [output for outputs, _ in results for output in outputs], [image for _, seen in results for image in seen]
+
+
+def _key(group: str, rows: Sequence[Row]) -> str:
+    """Hash of all that outputs depend on: the model as quantized, the prompt as it gets it, and what is asked of it."""
+    total = hashlib.sha256(group.encode())
+    for row in rows:
+        total.update(json.dumps([row.options, row.tail, row.spelled, row.seed, row.prompt.tag]).encode())
+        for name, value in sorted(row.prompt.inputs.items()):
+            total.update(name.encode())
+            add_tensor(total, value)
+        for feature in row.prompt.features:
+            add_tensor(total, feature)
+    return total.hexdigest()[:32]
+
+
+def _length(prompt: PrunedPrompt) -> int:
+    return int(prompt.inputs["input_ids"].shape[1])
+
+
+def _stage_of(row: Row) -> str:
+    """The stage under which a row's time is counted: of text alone, of all tokens, of some."""
+    if not row.prompt.features:
+        return "text"
+    return "pruned" if any(image.pruned for image in row.prompt.images) else "dense"
+
+
+def _touches_vision(spec: RunSpec) -> bool:
+    return spec.quantize is not None and bool({"vision", "projector"} & set(spec.quantize.scope))
+
+
+def _vision_side(family: Family) -> list[tuple[int, int]]:
+    """Which tensors the towers, the projector and the embeddings hold, to see whether quantization touched them."""
+    roots = [family.parts["vision"], family.parts["projector"], family.model.get_input_embeddings()]
+    return [(id(tensor), tensor._version) for root in roots for tensor in root.parameters()]

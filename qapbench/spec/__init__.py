@@ -1,0 +1,1 @@
+"""What to run, typed and validated: pure data, no model is loaded and no task is read."""

@@ -1,0 +1,27 @@
+"""Which backends there are, and which formats each has a kernel for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qapbench.errors import Problem, UserError
+from qapbench.methods.quantization import Format
+
+Backend = Literal["simulate", "torchao"]
+
+
+def check_backend(backend: Backend, weights: Format | None, activations: Format | None) -> None:
+    """Raise UserError where a backend has no kernel for these formats."""
+    if backend == "simulate":
+        return
+    asked = "W{}A{}".format(*(f.bits if f else 16 for f in (weights, activations)))
+    if not (_is_int8(weights) and _is_int8(activations)):
+        message = (
+            f"torchao runs W8A8, both sides `{{bits: 8, symmetric: true}}`; for {asked} as written only simulation "
+            "exists: leave `backend` out"
+        )
+        raise UserError(Problem(message, ("backend",)))
+
+
+def _is_int8(format: Format | None) -> bool:
+    return format is not None and format.bits == 8 and format.symmetric and format.group_size is None

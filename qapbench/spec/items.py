@@ -1,0 +1,78 @@
+"""How a spec names a registered item: `name`, or `{name: {parameter: value}}`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic.functional_validators import BeforeValidator
+
+from qapbench.errors import UserError
+from qapbench.methods.kinds import fusions, metrics, pruners, ptqs
+from qapbench.methods.registry import Registry
+
+
+class Item(BaseModel):
+    """A registered item and its parameters: in YAML `name`, or `{name: {parameter: value}}`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.name, json.dumps(self.params, sort_keys=True)))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def parse_item(registry: Registry[Any], value: Any) -> Item:
+    """The item that a spec's plain data names, its parameters validated and completed.
+
+    Raises:
+        UserError: it is no item, there is none of that name, or a parameter is wrong.
+    """
+    if isinstance(value, Item):
+        name, params = value.name, value.params
+    elif isinstance(value, str):
+        name, params = value, {}
+    elif isinstance(value, dict) and len(value) == 1:
+        name, params = next(iter(value.items()))
+        params = {} if params is None else params
+    else:
+        name, params = None, None
+    if not isinstance(name, str) or not isinstance(params, dict):
+        raise UserError(f"expected a {registry.kind} as `name` or `{{name: {{parameter: value}}}}`")
+    try:
+        return Item(name=name, params=registry.validate(name, params))
+    except UserError as error:
+        nested = isinstance(value, dict)
+        raise UserError([p.under(name) if nested and p.where else p for p in error.problems]) from None
+
+
+def created(registry: Registry[Any], item: Item) -> Any:
+    """The usable object of an item."""
+    return registry.create(item.name, **item.params)
+
+
+def _field(registry: Registry[Any]) -> Any:
+    """The type of a field that names an item of that registry."""
+
+    def parse(value: Any) -> Item:
+        return parse_item(registry, value)
+
+    def dump(item: Item) -> Any:
+        return {item.name: item.params} if item.params else item.name
+
+    return Annotated[Item, BeforeValidator(parse), PlainSerializer(dump)]
+
+
+if TYPE_CHECKING:
+    MetricItem = Item
+    PrunerItem = Item
+    FusionItem = Item
+    PTQItem = Item
+else:
+    MetricItem, PrunerItem, FusionItem, PTQItem = map(_field, (metrics, pruners, fusions, ptqs))

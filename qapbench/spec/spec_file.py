@@ -1,0 +1,214 @@
+"""Spec files: safe YAML with line numbers, `--set`, and every mistake in one report."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from qapbench.errors import Problem, UserError, nearest
+from qapbench.methods.plugins import load_plugin_files
+
+from .run_spec import RunSpec
+from .sweep_spec import SweepSpec, override
+
+Lines = dict[tuple[str | int, ...], int]
+SHIPPED = Path(__file__).parents[1] / "specs"  # where an installed wheel has them
+
+
+class Check(Protocol):
+    """Raises UserError where what these fields of a run name is not there; all fields where none are given."""
+
+    def __call__(self, spec: RunSpec, fields: Collection[str] = ..., /) -> None: ...
+
+
+def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | None = None) -> list[RunSpec]:
+    """The runs of a spec file, validated; a file without `matrix` or `cases` gives one.
+
+    Args:
+        source: a path, or the name of a shipped spec ("quickstart").
+        changes: `dotted.key=value` strings; the value is YAML. They apply to the fields that all runs share.
+        check: looks at each run once more (is the task there, and the model?) and raises UserError. It is called
+            with the run and the fields to look at, all where none are given.
+
+    Raises:
+        UserError: every mistake of the file, each with its line.
+    """
+    path = find_spec(source)
+    data, lines = read_yaml(path)
+    given = dict(map(_parse_change, changes))
+    data = override(data, given)
+    locate = functools.partial(_located, lines=lines, given=tuple(given))
+    data, problems = _load_plugins(data, path.resolve().parent)
+    problems = [locate(problem, {}) for problem in problems]
+    runs: list[RunSpec] = []
+    try:
+        cells = SweepSpec.parse(data).cells_with_changes()
+    except UserError as error:
+        problems += [locate(problem, {}) for problem in error.problems]
+        cells = [({key: value for key, value in data.items() if key not in ("matrix", "cases")}, {})]
+    looked: set[str] = set()
+    for cell, changed in cells:
+        try:
+            run = _at(RunSpec.parse(cell), path.resolve().parent)
+        except UserError as error:
+            apart = _checked_apart(cell, check, looked) if check else []
+            problems += [locate(problem, changed) for problem in (*error.problems, *apart)]
+            continue
+        try:
+            if check:
+                check(run)
+            runs.append(run)
+        except UserError as error:
+            problems += [locate(problem, changed) for problem in error.problems]
+    if problems:
+        raise UserError(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
+    return runs
+
+
+def _checked_apart(cell: dict[str, Any], check: Check, looked: set[str]) -> list[Problem]:
+    """What `check` says of the model and of the task of a cell that is not valid as a whole.
+
+    Args:
+        looked: what earlier cells had looked at, which need not be told again; it grows.
+    """
+    found: list[Problem] = []
+    for field in ("model", "task"):
+        try:
+            alone = RunSpec.parse({"model": "?", "task": "?", field: cell.get(field)})
+        except UserError:
+            continue  # the cell's own errors say so already
+        if (key := f"{field} {cell.get(field)}") in looked:
+            continue
+        looked.add(key)
+        try:
+            check(alone, (field,))
+        except UserError as error:
+            found += [problem for problem in error.problems if problem.where[:1] == (field,)]
+    return found
+
+
+def find_spec(source: str | Path) -> Path:
+    """A file as given, or a shipped spec by its name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    folders = [SHIPPED, Path(__file__).parents[2] / "specs"]
+    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if str(source) in shipped:
+        return shipped[str(source)]
+    raise UserError(f"no spec file '{source}'; {nearest(str(source), shipped)}")
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """A YAML mapping and the line of every key and item in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # safe: the loader below makes JSON's types only
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(Problem(f"not valid YAML: {what}", (path.name,), mark.line + 1 if mark else None)) from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path.name}: a spec is a mapping (`model: ...`), got {type(data).__name__}")
+    lines: Lines = {}
+    problems: list[Problem] = []
+    try:
+        _walk(node, (), lines, problems)
+    except RecursionError:
+        raise UserError(f"{path.name}: an alias contains itself") from None
+    if problems:
+        raise UserError(problems)
+    return data, lines
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader without dates: `2026-11-22` is text here, as everything that JSON has no type for."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, problems: list[Problem]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = (*path, key.value)
+            line = key.start_mark.line + 1
+            if below in lines:
+                problems.append(Problem(f"given twice, first in line {lines[below]}", below, line))
+            lines[below] = line
+            _walk(value, below, lines, problems)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, index)] = value.start_mark.line + 1
+            _walk(value, (*path, index), lines, problems)
+
+
+def _parse_change(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text}: expected dotted.key=value")
+    try:
+        return key, yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}: '{value}' is not a YAML value") from None
+
+
+def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Problem]]:
+    """Run the plugin files first: what they register is what the rest is validated against.
+
+    Returns:
+        The data with the paths resolved and plugins that failed left out, and why they did.
+    """
+    named = data.get("plugins")
+    if not isinstance(named, list) or not all(isinstance(plugin, str) for plugin in named):
+        return data, []
+    paths = [_beside(plugin, folder) for plugin in named]
+    problems = load_plugin_files(paths)
+    failed = {problem.where[1] for problem in problems}
+    return {**data, "plugins": [path for index, path in enumerate(paths) if index not in failed]}, problems
+
+
+def _beside(name: str, folder: Path) -> str:
+    """A path as the spec file means it: relative to itself first, then to where one stands."""
+    beside = folder / name
+    return str(beside) if beside.exists() else name
+
+
+def _at(spec: RunSpec, folder: Path) -> RunSpec:
+    """The spec with its paths resolved."""
+    paths = {name: _beside(value, folder) for name in ("model", "text_tower") if (value := getattr(spec, name))}
+    task = spec.task
+    if task.data:
+        task = task.model_copy(update={"data": _beside(task.data, folder)})
+    return spec.model_copy(update={**paths, "task": task})
+
+
+def _located(
+    problem: Problem, changed: dict[str, tuple[str | int, ...]], lines: Lines, given: tuple[str, ...]
+) -> Problem:
+    """The problem with the line where its value stands: in the case or matrix that set it, else in the base.
+
+    A value that came by `--set` has no line; the message says where it came from.
+    """
+    if problem.line is not None:
+        return problem
+    where = problem.where
+    roots = [(changed.get(".".join(map(str, where[:size]))), size) for size in range(len(where), 0, -1)]
+    set_by = next((key for key in given if tuple(key.split("."))[: len(where)] == where[: len(key.split("."))]), None)
+    if set_by and all(root is None for root, _ in roots):
+        return replace(problem, message=f"{problem.message} (from --set {set_by})")
+    for root, size in [*((root, size) for root, size in roots if root is not None), ((), 0)]:
+        for end in range(len(where), max(size, 1) - 1, -1):
+            path = (*root, *where[size:end])
+            if path in lines:
+                return replace(problem, line=lines[path])
+    return problem

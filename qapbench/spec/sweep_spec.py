@@ -1,0 +1,127 @@
+"""A family of runs in one file: `matrix` and `cases` over dotted keys."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from qapbench.errors import Problem, UserError
+from qapbench.methods.parameters import problems_of
+
+from .run_spec import Strict
+
+
+class SweepSpec(Strict):
+    """Many runs: a run's own fields, and what varies.
+
+    `matrix: {prune.keep: [128, 32]}` crosses every value; `cases: {label: {dotted.key: value}}` adds named rows.
+    With both, every case is crossed with the grid. A value of null removes the key. A file without either is a
+    sweep of one.
+
+    Attributes:
+        base: the fields that all runs share; in a file they stand beside `matrix` and `cases`.
+    """
+
+    base: dict[str, Any]
+    matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    cases: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "base" in data:
+            return data
+        varying = {key: data[key] for key in ("matrix", "cases") if data.get(key) is not None}
+        return {"base": {k: v for k, v in data.items() if k not in ("matrix", "cases")}, **varying}
+
+    @property
+    def name(self) -> str:
+        return str(self.base.get("name", "run"))
+
+    @classmethod
+    def parse(cls, data: Any) -> SweepSpec:
+        """Validate what varies (the runs themselves are validated one by one); every mistake in one UserError."""
+        try:
+            sweep = cls.model_validate(data)
+            varied: list[tuple[str, ...]] = [("matrix", key) for key in sweep.matrix]
+            varied += [("cases", label, key) for label, changes in sweep.cases.items() for key in changes]
+            if wrong := [where for where in varied if where[-1].split(".")[0] == "plugins"]:
+                raise UserError(
+                    [Problem("plugins belong to the whole file, not to some of its runs", w) for w in wrong]
+                )
+            return sweep
+        except ValidationError as error:
+            raise UserError(problems_of(error, cls)) from None
+
+    def cells(self) -> list[dict[str, Any]]:
+        """The raw spec of each run, in order, each with its own name; not validated yet."""
+        return [cell for cell, _ in self.cells_with_changes()]
+
+    def cells_with_changes(self) -> list[tuple[dict[str, Any], dict[str, tuple[str | int, ...]]]]:
+        """Each cell, and where in the file each of its changed keys was set."""
+        grid = list(itertools.product(*(enumerate(values) for values in self.matrix.values())))
+        cells = []
+        rows: list[tuple[str | None, dict[str, Any]]] = [*self.cases.items()] or [(None, {})]
+        for label, changes in rows:
+            for point in grid:
+                crossed = {key: value for key, (_, value) in zip(self.matrix, point, strict=True)}
+                places: dict[str, tuple[str | int, ...]] = {key: ("cases", str(label), key) for key in changes}
+                places |= {key: ("matrix", key, at) for key, (at, _) in zip(self.matrix, point, strict=True)}
+                cell = override(self.base, {**changes, **crossed})
+                if self.matrix or self.cases:
+                    varied = [f"{_shortest(key, self.matrix)}={_brief(value)}" for key, value in crossed.items()]
+                    cell["name"] = " ".join([label or self.name, *varied])
+                cells.append((cell, places))
+        return cells
+
+
+def _brief(value: Any) -> str:
+    """A value in a row's name: a lone item by its name and parameters, anything else as JSON has it."""
+    if isinstance(value, dict) and len(value) == 1:
+        name, params = next(iter(value.items()))
+        inner = ",".join(f"{k}={_brief(v)}" for k, v in params.items()) if isinstance(params, dict) else params
+        return f"{name}({inner})" if inner else str(name)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _shortest(key: str, keys: Iterable[str]) -> str:
+    """The last parts of a dotted key that no other of the keys ends with."""
+    parts = key.split(".")
+    for start in range(len(parts) - 1, 0, -1):
+        tail = ".".join(parts[start:])
+        if sum(other == tail or other.endswith(f".{tail}") for other in keys) == 1:
+            return tail
+    return key
+
+
+def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `data` with dotted keys set; None removes. `task: name` is opened where a key goes below it."""
+    out = json.loads(json.dumps(data))
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        if value is None and not _reaches(out, path):
+            continue
+        node = out
+        for part in path:
+            below = node.get(part)
+            if isinstance(below, str):
+                below = {"name": below} if part == "task" else {below: {}}
+            node[part] = below if isinstance(below, dict) else {}
+            node = node[part]
+        if value is None:
+            node.pop(last, None)
+        else:
+            node[last] = value
+    return out
+
+
+def _reaches(data: Any, path: list[str]) -> bool:
+    for part in path:
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return isinstance(data, dict)

@@ -1,0 +1,1 @@
+"""Tasks and their questions: everything that knows lm-eval."""

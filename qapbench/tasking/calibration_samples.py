@@ -1,0 +1,91 @@
+"""Calibration samples of a run: questions that the task offers for it, as the model takes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qapbench.errors import Problem, UserError
+from qapbench.hashing import digest_file
+from qapbench.prune.pruning import PER_TOKEN
+from qapbench.quantize.calibration import CalibrationSamples
+from qapbench.spec.run_spec import CalibrationSpec
+
+from .lm import AskingLM
+from .outline import TaskOutline
+from .questions import ContinuationTokenizer, processor_inputs
+from .tasks import LoadedTask, quiet
+
+WHERE = ("quantize", "calibration")
+
+
+def fingerprint(task: TaskOutline, spec: CalibrationSpec) -> str:
+    """What the samples are drawn from: the file's content, or the version of the task's own source."""
+    if spec.data:
+        file = Path(spec.data).expanduser()
+        if not file.is_file():
+            raise UserError(Problem(f"{spec.data}: no such file (a parquet file of questions)", (*WHERE, "data")))
+        return digest_file(file)
+    return getattr(task.docs, "calibration_version", "") or task.fingerprint
+
+
+def documents(task: LoadedTask, spec: CalibrationSpec) -> Sequence[Mapping[str, Any]]:
+    """The questions: the task's own offer, or lm-eval's training split.
+
+    Raises:
+        UserError: the task offers none, or fewer than asked for.
+    """
+    if (offer := getattr(task.docs, "calibration", None)) is not None:
+        return offer(spec.samples, spec.seed, spec.data)
+    if spec.data:
+        message = f"lm-eval's task '{task.name}' has its own training split; leave `data` out"
+        raise UserError(Problem(message, (*WHERE, "data")))
+    with quiet():
+        docs = task.task.training_docs() if task.task.has_training_docs() else None
+    if docs is None:
+        raise UserError(Problem(f"task '{task.name}' has no training split to calibrate on", WHERE))
+    return [docs[index] for index in choose(len(docs), spec)]
+
+
+def choose(available: int, spec: CalibrationSpec) -> list[int]:
+    """Which of so many questions, in which order."""
+    if available < spec.samples:
+        raise UserError(Problem(f"{spec.samples} asked for, but there are {available}", (*WHERE, "samples")))
+    return random.Random(spec.seed).sample(range(available), spec.samples)
+
+
+def samples(task: LoadedTask, spec: CalibrationSpec, model: Any, processor: Any) -> CalibrationSamples:
+    """Each question's prompt and answer as the run itself would put them, with `labels` on the answer."""
+    lm, continuation_tokenizer = AskingLM(processor), ContinuationTokenizer(processor.tokenizer)
+    made = [_sample(lm, continuation_tokenizer, task, doc) for doc in documents(task, spec)]
+    images = sum(1 for sample in made if any(key.startswith("pixel_values") for key in sample))
+    where = spec.data or f"{task.name}, its own calibration questions"
+    return CalibrationSamples(made, origin=f"{where}, seed {spec.seed}; {images} with an image")
+
+
+def _sample(
+    lm: AskingLM, continuation_tokenizer: ContinuationTokenizer, task: LoadedTask, doc: Mapping[str, Any]
+) -> dict[str, Any]:
+    template = lm.apply_chat_template if lm.templated else None
+    prompt = task.task.fewshot_context(doc, num_fewshot=0, apply_chat_template=lm.templated, chat_template=template)
+    images = task.task.doc_to_image(doc) or []
+    inputs = processor_inputs(lm.processor, prompt, images)
+    answer = torch.tensor([continuation_tokenizer.spell(prompt, _answer(task, doc))])
+    labels = torch.full_like(inputs["input_ids"], PER_TOKEN["labels"])
+    inputs["labels"] = torch.cat([labels, answer], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["labels"])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
+    for key in PER_TOKEN.keys() & inputs.keys() - {"labels"}:
+        inputs[key] = torch.cat([inputs[key], torch.full_like(answer, PER_TOKEN[key])], dim=1)
+    if images:
+        inputs["relevance_text"] = [doc.get("relevance_text") or prompt] * len(images)
+    return inputs
+
+
+def _answer(task: LoadedTask, doc: Mapping[str, Any]) -> str:
+    target = task.task.doc_to_target(doc)
+    return task.task.doc_to_choice(doc)[target] if isinstance(target, int) else str(target)

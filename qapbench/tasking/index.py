@@ -1,0 +1,72 @@
+"""The names of lm-eval's tasks and where their files lie, kept on disk: lm-eval takes seconds to index them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+from pathlib import Path
+
+import platformdirs
+from pydantic import BaseModel, ValidationError
+
+LOG = logging.getLogger(__name__)
+
+
+class TaskIndex(BaseModel):
+    """lm-eval's own tasks.
+
+    Attributes:
+        lm_eval: version of lm-eval that these are of.
+        files: name of a task -> the YAML file that defines it, relative to lm-eval's folder of tasks.
+        groups: names that stand for several tasks.
+    """
+
+    lm_eval: str
+    files: dict[str, str]
+    groups: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that lm-eval knows under a name."""
+        return [*self.files, *self.groups]
+
+
+def lm_eval_folder() -> Path:
+    """Folder of the tasks that come with lm-eval, found without importing it."""
+    found = importlib.util.find_spec("lm_eval")
+    places = (found.submodule_search_locations if found else None) or []
+    return Path(next(iter(places))) / "tasks"
+
+
+def lm_eval_index() -> TaskIndex:
+    """The index from the user's cache folder; made by lm-eval and put there on first use, once per version."""
+    version = importlib.metadata.version("lm-eval")
+    cache = Path(platformdirs.user_cache_dir("qapbench", appauthor=False)) / f"lm-eval-tasks-{version}.json"
+    try:
+        index = TaskIndex.model_validate_json(cache.read_text(encoding="utf-8"))
+        if index.lm_eval == version:
+            return index
+    except (OSError, ValidationError):
+        pass  # not there yet, or damaged: it is made anew
+    index = _made(version)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        draft = cache.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(index.model_dump()), encoding="utf-8")
+        draft.replace(cache)
+    except OSError as error:
+        LOG.warning("the index of lm-eval's tasks cannot be kept in %s: %s", cache, error)
+    return index
+
+
+def _made(version: str) -> TaskIndex:
+    from lm_eval.tasks import TaskManager
+
+    manager, folder = TaskManager(include_defaults=True), lm_eval_folder()
+    subtasks = set(manager.all_subtasks)
+    entries = {name: manager.task_index[name].yaml_path for name in subtasks}
+    files = {name: path.relative_to(folder).as_posix() for name, path in sorted(entries.items()) if path is not None}
+    return TaskIndex(lm_eval=version, files=files, groups=sorted(set(manager.all_tasks) - subtasks))

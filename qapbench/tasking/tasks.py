@@ -1,0 +1,181 @@
+"""Tasks ready to be asked: registered ones, and any of lm-eval's, found by name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qapbench.errors import Problem, UserError, first_line
+from qapbench.records.tally import UNPARSED
+from qapbench.spec.run_spec import TaskSpec
+
+from .index import TaskIndex, lm_eval_folder, lm_eval_index
+from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, unknown_task
+from .registry import LETTER, tasks
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+NOISY = ("lm_eval", "datasets", "huggingface_hub", "httpx", "httpx2")
+
+
+@dataclass(frozen=True)
+class LoadedTask(TaskOutline):
+    """A task, ready to be asked.
+
+    Attributes:
+        task: lm-eval's task, for its evaluator.
+    """
+
+    task: Any = None  # always given; a field behind the outline's defaults has to have one
+
+    def images(self, doc: int) -> Sequence[Any]:
+        images = self.task.doc_to_image(self.docs[doc]) if getattr(self.task, "MULTIMODAL", False) else None
+        return (images if isinstance(images, list) else [images]) if images else []
+
+
+def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
+    """What is known of a task without asking it; lm-eval is imported only for tasks of its own.
+
+    Raises:
+        UserError: as `load_task`.
+    """
+    return read_outline(spec, seed) if spec.name in tasks else load_task(spec, seed)
+
+
+def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
+    """Find a task and read its data.
+
+    Registered tasks come first; any other name is looked for among lm-eval's. Those bring their own data, prompt and
+    kind of answer, so asking them for another one is refused.
+
+    Args:
+        spec: what is asked.
+        seed: of parsers that guess where an answer cannot be read.
+
+    Raises:
+        UserError: no such task, an option that it does not have, or data that cannot be read.
+    """
+    if spec.name not in tasks:
+        _refuse_unknown(spec.name)  # before lm-eval is imported, which takes seconds
+        _refuse_options(spec)
+    with quiet():
+        return _load_registered(spec, seed) if spec.name in tasks else _load_from_lm_eval(spec)
+
+
+def _load_registered(spec: TaskSpec, seed: int) -> LoadedTask:
+    source = tasks.create(spec.name)
+    letter = spec.answers == "letter" and source.has_letters
+    # lm-eval merges the manager's metadata over the YAML's and hands the result to `custom_dataset`.
+    manager = _manager([source.folder], given_options(spec, seed))
+    task = _only_task(spec.name, manager.load([spec.name + LETTER if letter else spec.name])["tasks"])
+    outline = outline_of(spec, source, task.eval_docs)
+    if not letter and (generation := getattr(outline.docs, "generation", None)):
+        task.set_config("generation_kwargs", generation, update=True)
+    return LoadedTask(**{field.name: getattr(outline, field.name) for field in fields(outline)}, task=task)
+
+
+def _refuse_unknown(name: str) -> None:
+    if base := letter_base(name):
+        message = f"write name: {base} with answers: letter in place of '{name}'"
+        raise UserError(Problem(message, ("task", "name")))
+    if typo := difflib.get_close_matches(name, tasks.names(), 1, cutoff=0.85):
+        raise unknown_task(name, typo)
+    index = lm_eval_index()
+    if name in index.groups:
+        raise UserError(Problem(f"'{name}' is a group of tasks; name one of them", ("task", "name")))
+    if name not in index.files:
+        close = difflib.get_close_matches(name, [*tasks.names(), *index.names], 1)
+        raise unknown_task(name, close or tasks.names())
+
+
+def _load_from_lm_eval(spec: TaskSpec) -> LoadedTask:
+    try:
+        task = _only_task(spec.name, _lm_eval_manager(spec.name, lm_eval_index()).load([spec.name])["tasks"])
+    except UserError:
+        raise
+    except Exception as error:  # lm-eval, datasets and the hub have no common base
+        message = f"lm-eval cannot load '{spec.name}': {first_line(error)}"
+        raise UserError(Problem(message, ("task", "name"))) from None
+    letter = task.OUTPUT_TYPE == "multiple_choice"
+    if "answers" in spec.model_fields_set and (spec.answers == "generate") != (task.OUTPUT_TYPE == "generate_until"):
+        message = f"lm-eval's task '{spec.name}' is of the kind {task.OUTPUT_TYPE}; leave `answers` out"
+        raise UserError(Problem(message, ("task", "answers")))
+    docs, metadata = task.eval_docs, task.get_config("metadata") or {}
+    count = min(spec.limit or len(docs), len(docs))
+    return LoadedTask(
+        name=spec.name,
+        docs=docs,
+        columns=[str(name) for name in task.aggregation() if name != UNPARSED],
+        unavailable={},
+        embedded=bool(metadata.get("embedded")),
+        asked={"limit": count, "answers": "letter" if letter else "generate", "prompt": None, "parser": None},
+        stand_in="",
+        fingerprint=_fingerprint(docs),
+        count=count,
+        letter=letter,
+        task=task,
+    )
+
+
+def _refuse_options(spec: TaskSpec) -> None:
+    problems = [
+        Problem(f"lm-eval's task '{spec.name}' has its own {field}; leave `{field}` out", ("task", field))
+        for field in ("data", "prompt", "parser")
+        if getattr(spec, field) is not None
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _fingerprint(docs: Any) -> str:
+    """The fingerprint that a `datasets.Dataset` has; else a hash of the documents' text."""
+    own = getattr(docs, "fingerprint", None) or getattr(docs, "_fingerprint", None)
+    if own:
+        return str(own)
+    return hashlib.sha256(json.dumps(list(docs), default=str, sort_keys=True).encode()).hexdigest()
+
+
+def _only_task(name: str, found: dict[str, Task]) -> Task:
+    if len(found) != 1:
+        raise UserError(Problem(f"'{name}' is {len(found)} tasks; name one of them", ("task", "name")))
+    return next(iter(found.values()))
+
+
+def _lm_eval_manager(name: str, index: TaskIndex) -> TaskManager:
+    """lm-eval's index of the folder that holds a task: all 14,000 files would take seconds to read."""
+    return _manager([(lm_eval_folder() / index.files[name]).parent], {})
+
+
+def _manager(folders: list[Path], metadata: dict[str, Any]) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders), include_defaults=False, metadata=metadata)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back the warnings and the loading bars of lm-eval and datasets; errors still show."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    bars = not datasets.are_progress_bars_disabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(max(logger.level, logging.ERROR))
+        datasets.disable_progress_bars()
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
