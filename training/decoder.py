@@ -163,8 +163,7 @@ class Decoder:
             image: [R] index of the prefix that each row continues; None for text-only rows.
             asked: [Q] position in its row of each token whose attention is recorded.
             row: [Q] row of each of these tokens; None if there is one in every row, in order.
-            told: [F, 2 or more] row and position of further tokens whose attention is recorded in block TELL and, under
-                a key of its own, in the other recorded blocks.
+            told: [F, 2 or more] row and position of further tokens whose attention is recorded, under separate keys.
             depth: number of blocks to run; None for all.
 
         Returns:

@@ -1,10 +1,10 @@
-"""Accuracy by family of a checkpoint folder on a frozen split, through plain transformers.
+"""Evaluation of a checkpoint folder on a frozen split, by family, with nothing but transformers.
 
     python -m training.evaluate --model DIR --split tasks/diagramqa/test.parquet [--blank] [--json FILE]
 
-The processor's chat template makes the prompt, the model gives the next-token logits, and the answer is the
-likeliest letter among the options.  ``--blank`` replaces every image by a grey one: what is still right then
-was not seen.
+The prompt is made by the processor's chat template. The answer is the option whose letter has the highest next-token
+logit. With --blank, every image is replaced by a grey one; questions that are then still answered right do not need
+the image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson interval of a share."""
+    """Wilson interval of a proportion; 95 % for the default `z`.
+
+    Args:
+        right: number of right answers.
+        n: number of answers.
+        z: quantile of the normal distribution.
+    """
     if n == 0:
         return 0.0, 1.0
     p, d = right / n, 1 + z * z / n
@@ -36,7 +42,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def prompt(processor: Any, row: Any) -> str:
-    """The prompt of one row of the parquet file."""
+    """Write the prompt for one row of the parquet file."""
     context = f"Context: {row.hint}\n" if row.hint else ""
     options = "\n".join(f"{LETTERS[i]}. {c}" for i, c in enumerate(row.choices))
     content = [{"type": "text", "text": f"{context}{row.question}\n{options}\n{INSTRUCTION}"}]
@@ -47,9 +53,9 @@ def prompt(processor: Any, row: Any) -> str:
 
 @torch.inference_mode()
 def guesses(model: Any, processor: Any, frame: pd.DataFrame, blank: bool, batch: int) -> list[int]:
-    """Index of the likeliest option per row."""
+    """Answer the questions of a table: the index of the most likely option for each row."""
     texts = [prompt(processor, row) for row in frame.itertuples()]
-    glue = "" if texts[0][-1].isspace() else " "  # as answers follow the chat template
+    glue = "" if texts[0][-1].isspace() else " "  # an answer is separated from the chat template by one space
     letters = [processor.tokenizer.encode(f"{glue}{c}", add_special_tokens=False)[0] for c in LETTERS]
     has_image = [image is not None for image in frame.image]
     order = sorted(range(len(texts)), key=lambda i: (has_image[i], len(texts[i])))
@@ -71,7 +77,7 @@ def guesses(model: Any, processor: Any, frame: pd.DataFrame, blank: bool, batch:
             )
             if images is not None:
                 inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-            # Left padding: the last position is the answer's for every row.
+            # Padding is on the left, so the answer is predicted at the last position of every row.
             logits = model(**inputs, logits_to_keep=1).logits[:, -1, letters].float()
             for i, row in zip(part, logits, strict=True):
                 out[i] = int(row[: len(frame.choices.iloc[i])].argmax())
@@ -79,7 +85,12 @@ def guesses(model: Any, processor: Any, frame: pd.DataFrame, blank: bool, batch:
 
 
 def evaluate(model: Any, processor: Any, frame: pd.DataFrame, blank: bool = False, batch: int = 32) -> dict:
-    """Right answers, questions, share and interval: over all, by modality and by family; and chance."""
+    """Measure the accuracy over all questions, by modality and by family.
+
+    Returns:
+        For each group, the number of right answers, the number of questions, the accuracy, the ends of its 95 % Wilson
+        interval, and the accuracy of guessing at random.
+    """
     groups: dict[str, list[bool]] = defaultdict(list)
     chance: dict[str, float] = defaultdict(float)
     rows: Any = frame.itertuples()
@@ -104,7 +115,7 @@ def evaluate(model: Any, processor: Any, frame: pd.DataFrame, blank: bool = Fals
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--model", type=Path, default=Path("qapbench/models/embedded/diagram-llava"))
     p.add_argument("--split", type=Path, default=Path("tasks/diagramqa/test.parquet"))

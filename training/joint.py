@@ -1,4 +1,8 @@
-"""The decoder on images: first as symbols, while there is no tower yet, then joined to the trained tower."""
+"""The stages that train the decoder on images.
+
+In `Reading`, patches are shown as symbols, for which no vision tower is needed. In `Joint`, they come from the trained
+vision tower.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +23,44 @@ from .reading import Shown, Symbols, named, quiz_rows, show, text_quiz
 from .rows import Speller
 from .vision import pixels_of, see
 
-IMAGES, QUESTIONS, QUIZZED, FACTS, SOME, WORDED = 12, 4, 24, 4, 24, 192
+IMAGES, QUESTIONS = 12, 4  # images in a step with whole questions, and such questions per image
+QUIZZED, FACTS, SOME = 24, 4, 24  # images in a step with quizzes alone, sentences per image, and patches shown of each
+WORDED = 192  # text-only questions that are asked as quizzes in every step
 
 
 class OnImages(Language):
-    """Trains the decoder on images, of which a subclass says what the patches show.
+    """A stage that trains the decoder on images. A subclass defines what the decoder is shown of a patch.
 
-    Two steps of three are quizzes on a few patches of many images: they cost half of whole questions and give many
-    more answers. The third asks whole questions, on all patches, with text-only ones and drills among them.
+    Two of three steps have only quizzes, on a few patches of many images. They cost half of what whole questions cost
+    and have many more answers. Every third step also has whole questions, on all patches, together with text-only
+    questions and drills.
     """
 
     def patches(self, scenes: list[Scene], chosen: Tensor) -> Tensor:
-        """[B, n, D] what the decoder is shown of the chosen patches [B, n]."""
+        """Features of the patches with indices `chosen` [B, n]: [B, n, D]."""
         raise NotImplementedError
 
     def prefix_of(self, features: Tensor, chosen: Tensor, depth: int | None = None) -> Prefix:
-        """What rows continue: the head of the prompt and patches [B, n, D] at their positions, in so many blocks."""
+        """Compute the prefix that rows continue: the start of the prompt and the patches, at their own positions.
+
+        Args:
+            features: [B, n, D] features of the patches.
+            chosen: [B, n] indices of the patches.
+            depth: number of blocks to run; None for all.
+        """
         ids = torch.tensor(self.speller.image_head)
         head, front = self.decoder.embed(ids).expand(len(features), -1, -1), torch.arange(len(ids))
         positions = torch.cat([front.expand(len(features), -1), chosen + len(ids)], dim=1)
         return self.decoder.prefix(torch.cat([head, features], dim=1), depth, positions, len(ids) + N_PATCHES)
 
     def item(self, shown: Shown, owner: int, question: Question) -> Item:
-        """A whole question on an image, with what it names there."""
+        """Turn a question on an image into a row, with the patches that its words name as the evidence.
+
+        Args:
+            shown: the scene, and which patches of it are shown.
+            owner: index of the image in the batch.
+            question: the question.
+        """
         row = self.speller.row(question, image=True)
         row.named = named(row.ids[: row.question.stop], shown.values, row.question.start)
         row.support = [at for at, _ in row.named]
@@ -49,6 +68,7 @@ class OnImages(Language):
         return row, owner, marks & (not row.named), question.family
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the batch of a step, and values to log; see `Stage.loss`."""
         rng = self.rng(step)
         first = (step * self.ranks + self.rank) * 64
         whole = step % 3 == 0
@@ -92,7 +112,7 @@ class OnImages(Language):
 
     @torch.no_grad()
     def validate(self, count: int = 240) -> dict[str, Any]:
-        """Accuracy by family, on images (two questions each) and on text."""
+        """Accuracy by family on the validation split: with images, two questions about each, and text-only."""
         right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         scenes = [sample(0, i, "val", modality="image") for i in range(count)]
         everything = torch.arange(N_PATCHES).expand(24, -1)
@@ -108,7 +128,7 @@ class OnImages(Language):
 
 
 class Reading(OnImages):
-    """The patches are told by symbols, which are trained along."""
+    """The stage that trains the decoder on patches that are shown as symbols. The symbols are trained, too."""
 
     name = "reading"
 
@@ -125,8 +145,11 @@ class Reading(OnImages):
 
 
 class Joint(OnImages):
-    """Trains projector and decoder on the patches of the vision tower, which is fixed: trained along, in batches of ten
-    images, it forgot in minutes which relations it had learnt."""
+    """The stage that trains the projector and the decoder on the patches of the vision tower.
+
+    The vision tower stays fixed. When it was trained as well, in batches of ten images, it forgot within minutes the
+    relations between things that it had learnt to recognise.
+    """
 
     name = "joint"
 

@@ -1,6 +1,8 @@
-"""Twelve questions of the frozen test split, one of each image family, with the tokens that a fused choice keeps.
+"""Drawing of twelve questions of the frozen test split, one per image family, and of the tokens that a run keeps.
 
-python -m training.kept --spec table2_w4a4 --out docs/images/kept.png
+    python -m training.kept --spec table2_w4a4 --out docs/images/kept.png
+
+The run is the row `combined` of the spec.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ COLUMNS, LINES, LINE = 4, 3, 20
 
 
 def sheet(spec: str, split: Path) -> Image.Image:
-    """A panel a family: the image with what is dropped veiled, the question below, the answer in green or red."""
+    """Draw one panel per family: the image with the dropped tokens veiled, the question, and the answer.
+
+    A right answer is green, a wrong one red.
+
+    Args:
+        spec: name or path of a spec with a row `combined`, which prunes with a sensitivity.
+        split: parquet file with the questions.
+    """
     session = Session(Settings(Path("runs"), torch.device("cpu")))
     run = choose_run(load_spec(spec), "combined")
     frame = pd.read_parquet(split)
@@ -48,7 +57,7 @@ def sheet(spec: str, split: Path) -> Image.Image:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spec", default="table2_w4a4")
     parser.add_argument("--split", type=Path, default=Path("tasks/diagramqa/test.parquet"))

@@ -1,4 +1,4 @@
-"""What is true of each patch, as labels that a vision tower can be taught."""
+"""Labels of patches, which a vision tower can be trained to predict."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qapbench.tasks.diagramqa.scene import Box, Scene
 from .model import GRID, N_PATCHES, PATCH, PATCHES_SEEN
 
 Slots = dict[str, list[str]]
-"""Values of each slot. The first value of "name" is "", the background."""
+"""The possible values of each slot. The first value of "name" is "", for the background."""
 
 
 def covered(boxes: Sequence[Box]) -> Tensor:
-    """[N] share of each patch that the boxes cover."""
+    """Compute how much of each patch is covered by any of the boxes: [N], from 0 to 1."""
     mask = torch.zeros(GRID * PATCH, GRID * PATCH)
     for x0, y0, x1, y1 in boxes:
         mask[max(0, y0) : y1, max(0, x0) : x1] = 1
@@ -26,7 +26,7 @@ def covered(boxes: Sequence[Box]) -> Tensor:
 
 
 def find_slots(seed: int, count: int = 6000) -> Slots:
-    """Every slot and value of the first training scenes."""
+    """Collect all slots and their values from the first `count` training scenes with an image."""
     found: dict[str, Counter[str]] = {"name": Counter()}
     for i in range(count):
         for thing in sample(seed, i, "train", modality="image").things:
@@ -37,11 +37,18 @@ def find_slots(seed: int, count: int = 6000) -> Slots:
 
 
 RELATIONS = ("across", "down", "eater", "eaten")
-"""Slots whose value is another thing of the same image: to tell it, a patch has to look there."""
+"""Slots whose value is another thing in the same image. To predict it, a patch has to attend to that thing."""
 
 
 class Labeller:
-    """Scenes -> label matrices."""
+    """Turns scenes into labels of patches.
+
+    Attributes:
+        slots: the possible values of each slot.
+        places: index of each slot.
+        values: for each slot, the index of each value.
+        sizes: number of values of each slot.
+    """
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
@@ -50,7 +57,10 @@ class Labeller:
         self.sizes = [len(values) for values in slots.values()]
 
     def patches(self, scene: Scene) -> Tensor:
-        """[N, slots] index of the value, -1 where nothing is to be said; the smallest thing wins."""
+        """Label the patches of a scene: [N, slots] index of the value, or -1 if the slot has none.
+
+        If several things cover a patch, the label is that of the smallest.
+        """
         out = torch.full((N_PATCHES, len(self.slots)), -1)
         out[:, self.places["name"]] = 0
         for thing in sorted(scene.things, key=lambda t: -(t.box[2] - t.box[0]) * (t.box[3] - t.box[1])):
@@ -62,11 +72,16 @@ class Labeller:
         return out
 
     def all_patches(self, scenes: Sequence[Scene]) -> Tensor:
-        """[B, N, slots] the same for several scenes."""
+        """Label the patches of several scenes: [B, N, slots]."""
         return torch.stack([self.patches(scene) for scene in scenes])
 
     def relations(self, scene: Scene) -> list[tuple[int, Tensor, Tensor]]:
-        """(index of the relation, [N] patches of a thing, [N] patches of the thing that it is related to)."""
+        """Collect which things of a scene are related.
+
+        Returns:
+            For each relation of each thing: its index in RELATIONS, [N] bool patches of the thing, and [N] bool patches
+            of the related thing.
+        """
         found = []
         for thing in scene.things:
             for index, relation in enumerate(RELATIONS):

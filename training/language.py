@@ -1,4 +1,4 @@
-"""The decoder on text alone: questions of the benchmark, synthetic look-ups, drills."""
+"""The stage that trains the decoder on text alone: on questions of the benchmark, synthetic look-ups and drills."""
 
 from __future__ import annotations
 
@@ -20,20 +20,32 @@ from .decoder import WEIGHTS, Decoder, Hints, Prefix, drill_losses, letters, los
 from .model import N_PATCHES
 from .rows import LETTERS, Chunk, Row, Speller, chunk, drill_rows
 
-TEXT_ROWS, DRILLS = 48, 24
-Item = tuple[Row, int, Tensor, str]  # row, its image, the patches it depends on, its family
-HINTS = ("look", "pick", "judge", "own", "read")  # they fade out
+TEXT_ROWS, DRILLS = 48, 24  # questions per step, and the largest number of drills per step
+Item = tuple[Row, int, Tensor, str]
+"""A row, the index of its image (-1 without one), [n] bool patches that the answer depends on, and its family."""
+HINTS = ("look", "pick", "judge", "own", "read")  # losses whose weight fades out
 NOWHERE = torch.zeros(N_PATCHES, dtype=torch.bool)
 
 
 def answer_words(speller: Speller, seed: int, count: int = 3000) -> list[str]:
-    """Every word of one token that can be a choice: drills have to find what questions make the decoder say."""
+    """Collect all words of one token that occur as choices in the first `count` training scenes, and names of icons.
+
+    The options in drills are taken from them, because these are the words that questions make the decoder predict.
+    """
     choices = {choice for i in range(count) for q in sample(seed, i, "train").questions for choice in q.choices}
     return sorted(word for word in choices | set(icons()) if " " not in word and len(speller.ids(f" {word}")) == 1)
 
 
 class Language:
-    """Trains the decoder on text-only questions and synthetic look-ups."""
+    """The stage that trains the decoder on text-only questions, synthetic look-ups and drills.
+
+    Args:
+        llava: the LLaVA model.
+        speller: the tokenizer.
+        seed: seed of the data.
+        rank: number of this process.
+        ranks: number of processes that share a batch.
+    """
 
     name = "language"
 
@@ -51,14 +63,23 @@ class Language:
         self.answers = answer_words(speller, seed)
 
     def share(self, count: int) -> int:
-        """The part of a count that falls to each of the processes, which share the batch."""
+        """The share of `count` that one of the processes computes, rounded up."""
         return -(-count // self.ranks)
 
     def rng(self, step: int) -> np.random.Generator:
+        """Random generator of a step in this process."""
         return np.random.default_rng([self.seed, step, self.rank])
 
     def text_questions(self, rng: np.random.Generator, step: int, count: int, synthetic: float) -> list[Question]:
-        """Questions without an image: a share of synthetic ones, else the benchmark's own, rather of weak families."""
+        """Draw text-only questions.
+
+        Args:
+            rng: random generator.
+            step: the step, which decides which training scenes are drawn.
+            count: number of questions.
+            synthetic: probability that a question is a synthetic look-up. The others are questions of the benchmark,
+                more often from families that are answered badly.
+        """
         easy = 0.08 + 0.6 * (1 - self.hints.of(EASY))
         first = (step * self.ranks + self.rank) * 4096 + 2048 * (synthetic > 0)
         questions: list[Question] = []
@@ -72,11 +93,12 @@ class Language:
         return questions
 
     def text_items(self, rng: np.random.Generator, step: int, count: int) -> list[Item]:
-        """Rows without an image: synthetic ones by as much as look-up is not mastered yet."""
+        """Draw text-only rows. The better the look-ups are answered, the fewer of the rows are synthetic."""
         questions = self.text_questions(rng, step, count, 0.12 + 0.63 * (1 - self.hints.of(HARD)))
         return [(self.speller.row(question, image=False), -1, NOWHERE, question.family) for question in questions]
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the batch of a step, and values to log; see `Stage.loss`."""
         rng = self.rng(step)
         total, logged = self.combined({"t": (self.text_items(rng, step, self.share(TEXT_ROWS)), None)}, progress)
         drilled, more = self.drilled(rng)
@@ -84,7 +106,7 @@ class Language:
         return total + drilled + placed, logged | more | order
 
     def drilled(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Drills, which give way to questions as look-up is mastered: weighted losses, and what to log."""
+        """Weighted loss of drills, and values to log. There are fewer drills the better look-ups are answered."""
         count = max(DRILLS // 6, round(DRILLS * (1 - self.hints.of(HARD))))
         found = drill_losses(
             self.decoder, drill_rows([drill(rng, self.answers, self.names) for _ in range(count)], self.speller)
@@ -100,7 +122,13 @@ class Language:
         return total, logged
 
     def ordered(self, rng: np.random.Generator, rows: int = 12, each: int = 24) -> tuple[Tensor, dict[str, float]]:
-        """Rows of dictionary words in any order, each of which must tell its place: weighted loss, and what to log."""
+        """Weighted loss of predicting where words are in the dictionary, and values to log.
+
+        Args:
+            rng: random generator.
+            rows: number of rows.
+            each: number of words in a row, in random order.
+        """
         listed = words()
         told, where = list[Tensor](), list[tuple[int, int, float]]()
         for row in range(rows):
@@ -115,7 +143,13 @@ class Language:
         return 0.3 * (found["order"] + found["shelf"]), {key: float(value.detach()) for key, value in found.items()}
 
     def combined(self, kinds: dict[str, tuple[list[Item], Prefix | None]], progress: float) -> Any:
-        """Weighted losses over rows of each kind, in chunks of similar length."""
+        """Weighted loss of whole questions, and values to log.
+
+        Args:
+            kinds: rows and their prefix, by the name under which they are logged. They are computed in chunks of
+                similar length.
+            progress: share of the stage's budget that is used up.
+        """
         sums: dict[str, Any] = defaultdict(float)
         logged = {"find": self.hints.of(EASY), "lookup": self.hints.of(HARD)}
         for kind, (items, prefix) in kinds.items():
@@ -145,7 +179,7 @@ class Language:
 
     @torch.no_grad()
     def validate(self, count: int = 300) -> dict[str, Any]:
-        """Accuracy on questions of the validation split, by family."""
+        """Accuracy by family on text-only questions of the validation split."""
         questions = [sample(0, i, "val", modality="text").questions[0] for i in range(count)]
         items = [(self.speller.row(question, image=False), -1, NOWHERE, question.family) for question in questions]
         right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -153,7 +187,7 @@ class Language:
         return summary(right)
 
     def score(self, items: list[Item], prefix: Prefix | None, right: dict[str, list[int]]) -> None:
-        """Take up (right, asked) of each family."""
+        """Answer questions, and add their results to `right`: [right answers, questions] of each family."""
         for part in _parts(sorted(items, key=lambda item: len(item[0].ids)), max(1, len(items) // 64)):
             rows = _chunk(part)
             for guess, row, (*_, family) in zip(letters(self.decoder, rows, prefix), rows.answer, part, strict=True):
@@ -162,7 +196,7 @@ class Language:
 
 
 def fade(progress: float) -> float:
-    """Weight of hints: none for the end of a budget."""
+    """Weight of the hints: 1 for the first 60 % of the budget, then falling to 0 at 90 %."""
     return min(1.0, max(0.0, (0.9 - progress) / 0.3))
 
 
@@ -172,12 +206,13 @@ def _chunk(items: list[Item]) -> Chunk:
 
 
 def _parts(items: list[Any], count: int) -> list[list[Any]]:
+    """Split a list into at most `count` parts of about the same length."""
     bounds = np.linspace(0, len(items), count + 1).astype(int)
     return [items[a:b] for a, b in itertools.pairwise(bounds) if b > a]
 
 
 def summary(right: dict[str, list[int]]) -> dict[str, Any]:
-    """Share right of all, and of each family."""
+    """Accuracy over all questions and of each family, from [right answers, questions] of each family."""
     hits, n = (sum(v[i] for v in right.values()) for i in (0, 1))
     families = {key: round(v[0] / v[1], 3) for key, v in sorted(right.items())}
     return {"val": round(hits / n, 4), "val_n": n, "families": families}

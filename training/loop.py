@@ -1,4 +1,4 @@
-"""The training loop that all stages share: a wall-clock budget, a schedule, checkpoints, a learning curve."""
+"""The training loop that all stages share, with a budget of wall time, checkpoints and a learning curve."""
 
 from __future__ import annotations
 
@@ -18,22 +18,35 @@ from .muon import build_optimizer
 
 
 class Stage(Protocol):
-    """One stage of the training."""
+    """One stage of the training.
+
+    Attributes:
+        name: name of the stage, and of its checkpoint.
+        trained: the modules that are trained, by the name under which a checkpoint stores them.
+    """
 
     name: str
     trained: dict[str, nn.Module]
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the batch of a step, which depends on (seed, step, rank) alone, and what to log."""
+        """Compute the loss of one batch.
+
+        Args:
+            step: number of the step. The batch depends only on the seed, the step and the rank of the process.
+            progress: share of the stage's budget that is used up.
+
+        Returns:
+            The loss, and values to log.
+        """
         ...
 
     def validate(self) -> dict[str, Any]:
-        """What the learning curve says of the validation split."""
+        """Evaluate on the validation split. The result is logged in the learning curve."""
         ...
 
 
 def keep_heap() -> None:
-    """Makes glibc keep freed memory: page faults of fresh buffers cost a fifth of a CPU step."""
+    """Make glibc keep freed memory. Page faults of new buffers otherwise take a fifth of a step on a CPU."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
@@ -42,24 +55,30 @@ def keep_heap() -> None:
 
 
 def schedule(progress: float, step: int) -> float:
-    """Linear warm-up, a plateau, and a linear decay over the last 60 % of the budget."""
+    """Factor of the learning rate: linear warm-up in 60 steps, then 1, and linear decay to 0 in the last 60 % of time."""
     return min(1.0, (step + 1) / 60) * min(1.0, max(0.0, (1 - progress) / 0.6))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save`, whole or not at all."""
+    """Save like `torch.save`, but atomically: an interruption never leaves an incomplete file."""
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
 class Loop:
-    """Trains one stage for a number of minutes of wall time.
+    """Trains one stage for a given time.
 
-    The learning rate follows the share of the budget that is used up, so that a run ends on time on a machine of
-    any speed. A checkpoint holds everything that a resumed run needs.
+    The learning rate depends on the share of the time that is used up, so that a run ends on time on any machine. A
+    checkpoint holds all that is needed to resume the run.
 
     Args:
-        optimizer: its groups have a `base_lr`; Muon and AdamW at `lr` where None.
+        stage: the stage.
+        out: folder of the checkpoint and of the learning curve, `log.jsonl`.
+        minutes: wall time of the stage, over all calls.
+        lr: peak learning rate; has no effect if `optimizer` is given.
+        rank: number of this process.
+        ranks: number of processes that share a batch.
+        optimizer: an optimizer whose parameter groups have a `base_lr`; None for Muon and AdamW at `lr`.
     """
 
     def __init__(
@@ -80,10 +99,11 @@ class Loop:
 
     @property
     def checkpoint(self) -> Path:
+        """Path of the stage's checkpoint."""
         return self.out / f"{self.stage.name}.pt"
 
     def resume(self) -> None:
-        """Go on from the checkpoint, where there is one."""
+        """Continue from the checkpoint, if there is one."""
         if self.checkpoint.exists():
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             for name, module in self.stage.trained.items():
@@ -92,23 +112,32 @@ class Loop:
             self.step, self.used = state["step"], state["used"]
 
     def store(self) -> None:
+        """Write the checkpoint."""
         modules = {name: module.state_dict() for name, module in self.stage.trained.items()}
         save(self.checkpoint, {"modules": modules, "opt": self.opt.state_dict(), "step": self.step, "used": self.used})
 
     def log(self, **entry: Any) -> None:
-        """One line of the learning curve."""
+        """Append one line to the learning curve."""
         line = json.dumps({"stage": self.stage.name, "step": self.step, "minutes": round(self.used / 60, 2), **entry})
         with (self.out / "log.jsonl").open("a") as file:
             file.write(line + "\n")
 
     @property
     def done(self) -> bool:
+        """Whether the budget is used up."""
         return self.used >= self.budget
 
     def train(
         self, log_every: int = 20, val_every: float = 5.0, save_every: float = 3.0, until: float = float("inf")
     ) -> None:
-        """Run to the end of the budget, or to a time (as `time.time()` has it) at which a checkpoint is left."""
+        """Train until the budget is used up.
+
+        Args:
+            log_every: number of steps between two lines of the learning curve.
+            val_every: minutes between two evaluations on the validation split.
+            save_every: minutes between two checkpoints.
+            until: time, as returned by `time.time()`, at which to stop early and write a checkpoint.
+        """
         start = time.time() - self.used
         values_of: dict[str, list[float]] = defaultdict(list)
         last_val = last_save = time.time()
@@ -142,7 +171,7 @@ class Loop:
                 break
 
     def _average(self, progress: float) -> float:
-        """Average the gradients over processes; all of them take the first one's clock."""
+        """Average the gradients over all processes. Returns the progress of the first process, which all others use."""
         if self.ranks == 1:
             return progress
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]

@@ -1,8 +1,8 @@
-"""Configs, builders and export of ``diagram-llava``: a small LLaVA-1.5 and its companion CLIP.
+"""Configuration, construction and export of `diagram-llava`, a small LLaVA-1.5, and of its companion CLIP.
 
-The two models share one vision tower.  ``LlavaForConditionalGeneration`` reads hidden state -2 of it
-through a two-layer projector; ``CLIPModel`` reads the same hidden state through ``post_layernorm`` and
-``visual_projection`` (per patch) and its last CLS (per image), against a small text tower.
+The two models share one vision tower. `LlavaForConditionalGeneration` takes its hidden state -2 through a projector of
+two layers. `CLIPModel` takes the same hidden state (for patches) and the last CLS token (for the whole image) through
+`post_layernorm` and `visual_projection`, and compares them to the output of a small text tower.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 IMAGE_SIZE, PATCH = 96, 8
 GRID = IMAGE_SIZE // PATCH
 N_PATCHES = GRID * GRID
-PATCHES_SEEN = 0.3  # share of a patch that a thing must cover for the patch to show it
+PATCHES_SEEN = 0.3  # a patch shows a thing that covers more than this share of it
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
-# Not 2 for </s>: CLIPTextModel treats eos_token_id == 2 as a legacy marker and pools at the largest id.
+# The id of </s> is not 2, because CLIPTextModel takes eos_token_id == 2 for a legacy config and then pools at the
+# largest id.
 PAD_ID, BOS_ID, IMAGE_ID, EOS_ID = 0, 1, 2, 3
 CLIP_TEXT_LEN = 128
-# LLaVA-1.5's template as published: images first, then text, no system prompt.
+# The template of LLaVA-1.5 as published: images come first, then text, and there is no system prompt.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'].upper() + ':' }}"
@@ -55,9 +56,9 @@ CHAT_TEMPLATE = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
-    """Trains the byte-level BPE, so that any text can be fed, on the generator's own text."""
+    """Train the tokenizer on texts. It is a byte-level BPE, so that it can encode any text."""
     tok = Tokenizer(models.BPE())
-    # add_prefix_space=False: "ASSISTANT: B" then splits into "ASSISTANT", ":", " B", one token a letter.
+    # With add_prefix_space=False, "ASSISTANT: B" is split into "ASSISTANT", ":" and " B": a letter is one token.
     tok.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -87,7 +88,12 @@ def _wrap(tok: Tokenizer, single: str, **kwargs: Any) -> PreTrainedTokenizerFast
 
 
 def build_tokenizers(tok: Tokenizer) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
-    """The decoder's tokenizer (``<s>`` in front, left padding) and CLIP's (``</s>`` behind, right)."""
+    """Build the tokenizers of the two models from one BPE.
+
+    Returns:
+        The decoder's tokenizer, which puts `<s>` in front and pads on the left, and that of CLIP, which also puts
+        `</s>` at the end and pads on the right.
+    """
     lm = _wrap(
         tok,
         f"{BOS} $A",
@@ -100,7 +106,7 @@ def build_tokenizers(tok: Tokenizer) -> tuple[PreTrainedTokenizerFast, PreTraine
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The LLaVA processor with the PIL image processor; 96 px edge and crop, so nothing square is lost."""
+    """Build the LLaVA processor. It scales the short edge to 96 pixels and crops to 96 x 96: squares stay complete."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
@@ -115,7 +121,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_configs(vocab_size: int) -> tuple[LlavaConfig, CLIPConfig]:
-    """The two configs; the vision config is the same in both."""
+    """Build the configurations of LLaVA and CLIP, whose vision configurations are equal."""
     vision = CLIPVisionConfig(
         hidden_size=160,
         intermediate_size=640,
@@ -168,7 +174,7 @@ def build_configs(vocab_size: int) -> tuple[LlavaConfig, CLIPConfig]:
 
 
 def build_models(vocab_size: int) -> tuple[Any, Any]:
-    """Both models, untrained, in float32, the CLIP's vision model being the LLaVA's vision tower."""
+    """Build LLaVA and CLIP, untrained, in float32. CLIP's vision model is the same module as LLaVA's vision tower."""
     llava_cfg, clip_cfg = build_configs(vocab_size)
     llava = LlavaForConditionalGeneration(llava_cfg)
     clip = CLIPModel(clip_cfg)
@@ -177,7 +183,7 @@ def build_models(vocab_size: int) -> tuple[Any, Any]:
         for part in (llava.model, clip.text_model):
             for name, p in part.named_parameters():
                 if p.ndim == 2 and "embed" not in name:
-                    # Residual branches start small, the rest at unit gain.
+                    # The last layer of a residual branch starts small, all others at unit gain.
                     small = name.endswith(("out_proj.weight", "fc2.weight", "down_proj.weight"))
                     nn.init.normal_(p, 0, (0.2 if small else 1.0) / math.sqrt(p.shape[1]))
         emb: Any = llava.model.vision_tower.embeddings
@@ -185,8 +191,9 @@ def build_models(vocab_size: int) -> tuple[Any, Any]:
         emb.position_embedding.weight.normal_(0, 0.3)
         emb.class_embedding.normal_(0, 0.3)
         words = nn.init.normal_(llava.get_input_embeddings().weight, 0, 0.5)  # type: ignore[arg-type]
-        # The untied head starts as the scaled embeddings: copying a token is then half learnt. So it is where like
-        # attends to like (keys resemble queries) and what is read is handed on (outputs resemble values).
+        # The head is not tied to the embeddings, but starts as a scaled copy of them, so that copying a token is half
+        # learnt. Two more initial values help with that: keys resemble queries, so that a token attends to tokens like
+        # itself, and output projections resemble transposed value projections, so that what is read is passed on.
         llava.lm_head.weight.copy_(words * 0.1)
         for layer in llava.model.language_model.layers:
             attention = layer.self_attn
@@ -203,7 +210,17 @@ def export(
     out: Path,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Writes both checkpoint folders; each file is put in place by a rename, so readers see old or new."""
+    """Write the checkpoint folder of LLaVA and, below it, that of CLIP.
+
+    Each file is moved into place by a rename, so that a reader sees either the old or the new file.
+
+    Args:
+        llava: the LLaVA model.
+        clip: the companion CLIP.
+        bpe: the tokenizer.
+        out: folder to write to.
+        dtype: type of the stored weights.
+    """
     lm_tok, clip_tok = build_tokenizers(bpe)
     out.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=".export-"))
@@ -234,7 +251,7 @@ def export(
 
 
 def parameter_counts(llava: Any, clip: Any) -> dict[str, int]:
-    """Parameters by part."""
+    """Number of parameters of each part of the models."""
 
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())

@@ -1,8 +1,10 @@
-"""Muon for the hidden matrices and AdamW for everything else, as one optimizer.
+"""One optimizer that applies Muon to hidden matrices and AdamW to all other parameters.
 
-``torch.optim.Muon`` orthogonalises matrix by matrix; here matrices of one shape are stacked and go through
-Newton-Schulz as one batched product, which is several times faster for many small matrices (in float32 on a
-CPU, many of which compute bfloat16 slowly).
+`torch.optim.Muon` orthogonalises one matrix at a time. Here, matrices of the same shape are stacked and go through the
+Newton-Schulz iteration together, which is several times faster for many small matrices. On a CPU this is done in
+float32, because many CPUs are slow in bfloat16.
+
+Sources: Muon (Jordan et al., 2024); the scale of its updates (Liu et al., "Muon is Scalable for LLM Training", 2025).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrices (roughly) of a stack of matrices, by a quintic iteration."""
+    """Approximate the nearest semi-orthogonal matrix of each matrix in a stack [S, A, B], by a quintic iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g.float()
     tall = x.shape[-2] > x.shape[-1]
@@ -29,7 +31,7 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon step for parameter groups with ``muon=True``, AdamW step for the others."""
+    """An optimizer that updates parameter groups with `muon=True` by Muon, and the others by AdamW."""
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "betas": (0.9, 0.98)})
@@ -37,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of all groups."""
+        """Update all parameters that have a gradient."""
         del closure
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -50,12 +52,12 @@ class Muon(torch.optim.Optimizer):
         for shape, ps in stacks.items():
             grads = []
             for p in ps:
-                grad: Any = p.grad  # the caller leaves parameters without one out
+                grad: Any = p.grad  # never None: `step` leaves out parameters without a gradient
                 buf = self.state[p].setdefault("m", torch.zeros_like(p))
                 buf.lerp_(grad, 1 - self.momentum)
                 grads.append(torch.lerp(grad, buf, self.momentum))
             update = newton_schulz(torch.stack(grads))
-            # Same root mean square as an AdamW update, so that both kinds share one scale of lr.
+            # This gives updates the root mean square of AdamW's, so that learning rates have the same scale for both.
             scale = 0.2 * max(shape) ** 0.5
             for p, u in zip(ps, update, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
@@ -75,7 +77,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizer(modules: list[nn.Module], lr_muon: float, lr_adam: float, weight_decay: float = 0.02) -> Muon:
-    """Hidden matrices to Muon; embeddings, heads, norms, biases and convolutions to AdamW."""
+    """Build the optimizer for all parameters of some modules that require a gradient.
+
+    Hidden matrices are updated by Muon; embeddings, heads, norms, biases and convolutions by AdamW.
+
+    Args:
+        modules: the modules. A parameter that several of them share is taken once.
+        lr_muon: peak learning rate of Muon.
+        lr_adam: peak learning rate of AdamW.
+        weight_decay: weight decay of Muon; AdamW has none.
+    """
     muon: list[Tensor] = []
     adam: list[Tensor] = []
     seen: set[int] = set()

@@ -1,11 +1,13 @@
-"""What quantization meets in a checkpoint: outliers of activations per layer, and of visual tokens.
+"""Measurement of outliers in the activations and visual tokens of a checkpoint, which make it hard to quantize.
 
     python -m training.outliers --model qapbench/models/embedded/diagram-llava [--questions 64]
 
-For the input of every decoder block's attention and MLP: kurtosis over all values (3 for a normal distribution), the
-largest magnitude over the median one, and the largest channel's RMS over the median channel's; the same for the first
-token alone. For visual tokens: the largest L2 norm over the median, and the share of tokens beyond three medians, in
-the tower (hidden states) and after the projector.
+The first table describes, for every block of the decoder, the inputs of the attention, of the MLP and of its down
+projection, without the first token: the kurtosis over all values (3 for a normal distribution), the largest magnitude
+divided by the median, and the RMS of the largest channel divided by that of the median channel; also the norm of the
+first token divided by the median norm of the others. The second table describes the visual tokens after each block of
+the vision tower and after the projector: the largest L2 norm in an image divided by the median, and the share of tokens
+whose norm is larger than three medians.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .evaluate import prompt
 
 
 def describe(x: Tensor) -> dict[str, float]:
-    """[T, D] activations -> how heavy their tails are."""
+    """Measure how heavy the tails of activations [T, D] are."""
     x = x.double()
     centred = x - x.mean()
     channels = x.square().mean(0).sqrt()
@@ -38,7 +40,7 @@ def describe(x: Tensor) -> dict[str, float]:
 
 
 def norms(x: Tensor) -> dict[str, float]:
-    """[B, N, D] tokens -> largest norm over the median one of an image, share beyond three medians."""
+    """Measure the norms of tokens [B, N, D], relative to the median norm in their image."""
     size = x.double().norm(dim=-1)
     ratio = size / size.median(dim=1, keepdim=True).values
     return {
@@ -49,7 +51,11 @@ def norms(x: Tensor) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure(model: Any, processor: Any, frame: pd.DataFrame) -> tuple[dict[str, dict], dict[str, dict]]:
-    """(activations by place, visual tokens by place) over the questions of a frame, one at a time."""
+    """Run the model on the questions of a table, one at a time, and measure its activations and visual tokens.
+
+    Returns:
+        The measures of activations and those of visual tokens, each by the place in the model.
+    """
     seen: dict[str, list[Tensor]] = defaultdict(list)
 
     def keep(name: str) -> Any:
@@ -66,16 +72,17 @@ def measure(model: Any, processor: Any, frame: pd.DataFrame) -> tuple[dict[str, 
                 lambda module, args, i=i: seen[f"block {i} down"].append(args[0].float())
             )
         )
-    for row in frame.itertuples():
-        image = Image.open(io.BytesIO(row.image["bytes"])).convert("RGB")  # type: ignore[index, call-overload, arg-type]
+    rows: Any = frame.itertuples()
+    for row in rows:
+        image = Image.open(io.BytesIO(row.image["bytes"])).convert("RGB")
         model(**processor(images=image, text=prompt(processor, row), return_tensors="pt"))
     for handle in handles:
         handle.remove()
     activations, tokens = {}, {}
     for name, parts in seen.items():
         if name.startswith("tokens: "):
-            rows = torch.cat(parts)
-            tokens[name.removeprefix("tokens: ")] = norms(rows[:, 1:] if "tower" in name else rows)
+            states = torch.cat(parts)
+            tokens[name.removeprefix("tokens: ")] = norms(states[:, 1:] if "tower" in name else states)
         else:
             first = torch.cat([part[0, :1] for part in parts])
             rest = torch.cat([part[0, 1:] for part in parts])
@@ -85,7 +92,7 @@ def measure(model: Any, processor: Any, frame: pd.DataFrame) -> tuple[dict[str, 
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("qapbench/models/embedded/diagram-llava"))
     parser.add_argument("--split", type=Path, default=Path("tasks/diagramqa/test.parquet"))

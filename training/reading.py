@@ -1,4 +1,4 @@
-"""What the decoder has to read from an image: which patches it is shown, which words name them, and quizzes."""
+"""Reading from images: which patches the decoder is shown, which words name them, and quizzes about them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from .labels import RELATIONS, Labeller, covered
 from .model import N_PATCHES, PATCHES_SEEN
 from .rows import Speller
 
-ASKED = 4  # text-only questions in a row
+ASKED = 4  # number of text-only questions per row
 
 Values = dict[tuple[int, ...], Tensor]
-"""Words, as token ids, and the patches [n] of the things that they are true of."""
+"""For words, as token ids, [n] bool: the patches of the things that the words are true of."""
 
 
 def spelled(value: str, speller: Speller) -> tuple[int, ...]:
-    """The words of a slot's value, as a text would have them: "letter A" is written A."""
+    """Token ids of a slot's value as it occurs in a text: "letter A" is written as "A"."""
     return tuple(speller.ids(f" {value.split()[-1] if value.startswith(('letter ', 'number ')) else value}"))
 
 
 class Symbols(nn.Module):
-    """What a faultless tower would show of a patch: the sum of a vector for each thing that is true of it.
+    """What a perfect vision tower would show of a patch: the sum of one vector per value that is true of it.
 
-    A vector starts as the embedding of the value's words, so that a word in a question resembles what it names;
-    related things are turned by a rotation a relation, or they could not be told from the thing itself.
+    A vector is initialised with the embedding of the value's words, so that a word in a question resembles what it
+    names. The vectors of related things are rotated, by one rotation per relation, because otherwise a related thing
+    could not be distinguished from the thing itself.
+
+    Args:
+        labeller: defines the slots and their values.
+        speller: the tokenizer.
+        words: [V, D] embeddings of tokens.
+        seed: seed of the rotations and of the noise that is added to the embeddings.
     """
 
     def __init__(self, labeller: Labeller, speller: Speller, words: Tensor, seed: int) -> None:
@@ -51,25 +58,31 @@ class Symbols(nn.Module):
             table[self.nothing] = 0
 
     def forward(self, labels: Tensor) -> Tensor:
-        """[..., slots] labels (-1: nothing to say) -> [..., D]."""
+        """Turn labels [..., slots] into symbols [..., D]. A label of -1 adds nothing."""
         return self.aux_symbols(torch.where(labels >= 0, labels + self.starts, self.nothing)).sum(-2)
 
 
 @dataclass
 class Shown:
-    """A scene, and what of it the decoder is shown: patches [n], ascending, and the words that name some of them."""
+    """A scene, and the part of it that the decoder is shown.
+
+    Attributes:
+        scene: the scene.
+        patches: [n] indices of the patches that are shown, in ascending order.
+        values: the words that name some of them.
+    """
 
     scene: Scene
     patches: Tensor
     values: Values
 
     def marks(self, question: Question) -> Tensor:
-        """[n] those that the answer depends on."""
+        """[n] bool, the shown patches that the answer to a question depends on."""
         return (covered(question.relevant) > PATCHES_SEEN)[self.patches]
 
 
 def show(scene: Scene, speller: Speller, rng: np.random.Generator, count: int) -> Shown:
-    """At least two patches of each thing (as far as `count` goes), and others at random."""
+    """Choose `count` patches of a scene: two of each thing, as far as `count` allows, and others at random."""
     things = [(thing, covered([thing.box]) > PATCHES_SEEN) for thing in scene.things]
     first: dict[int, None] = {}
     for _, there in things:
@@ -87,7 +100,17 @@ def show(scene: Scene, speller: Speller, rng: np.random.Generator, count: int) -
 
 
 def named(ids: Sequence[int], values: Values, start: int = 0) -> list[tuple[int, Tensor]]:
-    """Where token ids name what is shown (the last token of the longest match), and the patches that they name."""
+    """Find the words in a text that name something shown.
+
+    Args:
+        ids: token ids of the text.
+        values: the words that name something.
+        start: first position to search.
+
+    Returns:
+        For each word found, the position of its last token, and [n] bool: the patches that it names. If several words
+        end in the same position, the longest one counts.
+    """
     ending: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for words in values:
         ending[words[-1]].append(words)
@@ -101,16 +124,26 @@ def named(ids: Sequence[int], values: Values, start: int = 0) -> list[tuple[int,
 
 @dataclass
 class QuizRows:
-    """What is to be read from images, one row each, padded on the right: questions without options, then sentences.
+    """Quizzes of one batch, as rows that are padded on the right.
+
+    From `quiz_rows`, a row holds questions about one image without options, followed by sentences about it. From
+    `text_quiz`, a row holds several text-only questions with options.
 
     Attributes:
-        ids: [R, L], a row an image.
-        row, at: [Q] where a word is due; word: [Q] the token that has to come next.
-        family: of each question, in order; the sentences follow it.
-        patches, support: [Q, n] and [Q, L] bool, where to look for the word: at what the question names, or, if
-            it names nothing that is shown, at the patches that its answer depends on.
-        naming, seen: [M, 2] row and position of every word that names something, and [M, n] what it names.
-        told: [F, 3] row of each sentence of a hint, and where it ends and what it is about; in rows without an image.
+        ids: [R, L] token ids.
+        row: [Q] row of each word to be predicted.
+        at: [Q] position after which the word comes.
+        word: [Q] token id of the word.
+        asked: [Q] bool, whether the word is the answer to a question, and not the last word of a sentence.
+        family: the family of each question, in order.
+        patches: [Q, n] bool, the patches that are the evidence for the word: those that the answer depends on, if the
+            question names nothing that is shown; otherwise none.
+        support: [Q, L] bool, the tokens that are the evidence for the word: those that name something shown or, in a
+            text-only question, those of `Row.support`.
+        naming: [M, 2] row and position of each token that names something shown.
+        seen: [M, n] bool, the patches that it names.
+        told: [F, 3] row of each sentence of a hint, and the positions of its telling token and of what it is about, as
+            in `Row.told`; empty in rows about images.
     """
 
     ids: Tensor
@@ -127,7 +160,13 @@ class QuizRows:
 
 
 def quiz_rows(quizzes: Sequence[tuple[Shown, Sequence[Question], Sequence[str]]], speller: Speller) -> QuizRows:
-    """For each image, some of its questions and some true sentences."""
+    """Write one row per image.
+
+    Args:
+        quizzes: for each image, what is shown of it, questions about it, and sentences that are true of it. Questions
+            whose answer has no token of its own (`Speller.key`) are left out.
+        speller: the tokenizer.
+    """
     rows, due, patches, naming, seen, family = [], [], [], [], [], []
     turn = speller.ids(" ASSISTANT:")
     for r, (shown, questions, sentences) in enumerate(quizzes):
@@ -163,7 +202,7 @@ def quiz_rows(quizzes: Sequence[tuple[Shown, Sequence[Question], Sequence[str]]]
 
 
 def text_quiz(questions: Sequence[Question], speller: Speller) -> QuizRows:
-    """Text-only questions with their options, several a row, without the instruction: what is due is the word."""
+    """Write ASKED text-only questions per row, with options but without the instruction; answers are words."""
     rows, family, support = list[Tensor](), list[str](), list[tuple[int, list[int]]]()
     due, told = list[tuple[int, int, int]](), list[tuple[int, int, int]]()
     for r in range(0, len(questions), ASKED):

@@ -1,7 +1,7 @@
-"""Questions as token rows, with what the training-only losses need to know about each of them.
+"""Questions and drills as rows of tokens, with what the losses need to know about each of them.
 
-A row is the text behind the image (or, without an image, the whole prompt), in exactly the form in which the
-benchmark asks it, followed by the letter of the answer.
+The row of a question is the text of the prompt that follows the image (or, without an image, the whole prompt), exactly
+as in the benchmark, followed by the letter of the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEAD = f"{BOS}USER:"
 
 
 def prompt_text(question: Question, image: bool) -> str:
-    """The prompt of lmms-eval's LLaVA-1.5 ScienceQA ("cqm_a") from behind the image, or from behind `HEAD`."""
+    """Write the part of the prompt "cqm_a" (LLaVA-1.5, lmms-eval) that follows the image or, without one, `HEAD`."""
     hint = f"Context: {question.hint}\n" if question.hint else ""
     options = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(question.choices))
     return f"{chr(10) if image else ' '}{hint}{question.question}\n{options}\n{INSTRUCTION} ASSISTANT:"
@@ -32,21 +32,29 @@ def prompt_text(question: Question, image: bool) -> str:
 
 @dataclass
 class Row:
-    """One question.
+    """The row of one question.
+
+    Every sentence of a hint has a telling token: the first digit in it or, without a digit, the last token that also
+    occurs in the question or in a choice.
 
     Attributes:
-        ids: tokens, the answer's letter and the end of the turn last.
-        asked: position of the last prompt token, which predicts the letter.
-        word: id of the token by which the right choice differs from the others, or -1 where there is none.
+        ids: token ids; the last two are the answer's letter and the end of the turn.
+        asked: position of the last token of the prompt, at which the letter is predicted.
+        word: token id of the answer's word: the first token of the right choice that no other choice has; -1 if there
+            is none.
         ends: position of the last token of each option.
         answer: index of the right option.
-        support: where it is told: in the sentences of the hint that name the right choice (those of them that the
-            question names too, if it names any; where no sentence names the choice, the one that the question names
-            last), a number's first digit, or the last token that is of a choice or of the question. Without a hint
-            the right choice itself; for an image, the words of the question that name something shown.
-        told: for each sentence of a hint, its token of that kind, where it has one, and the word that it is about.
-        question: positions of the question proper.
-        named: position of every such word, and the patches that it names.
+        support: positions of the tokens that are the evidence for the answer: the telling tokens of the sentences that
+            contain `word`. If some of these sentences share a token with the question that no other sentence has, only
+            they count. If no sentence contains `word`, it is the sentence whose such token comes last in the question.
+            Without any such sentence, the evidence is the end of the right option. `OnImages.item` replaces all this
+            by the tokens of the question that name something in the image.
+        told: for each sentence of a hint with several sentences, the positions of its telling token and of the first
+            token in which it differs from the other sentences, which is what the sentence is about. Sentences in which
+            the telling token does not come later are left out.
+        question: positions of the question, without hint and options.
+        named: for each token of the question that names something in the image, its position and [n] bool, the patches
+            that it names. Empty until `OnImages.item` sets it.
     """
 
     ids: list[int]
@@ -61,7 +69,7 @@ class Row:
 
 
 class Speller:
-    """Turns questions into rows under one tokenizer."""
+    """A tokenizer, and the code that turns questions into rows with it."""
 
     def __init__(self, bpe: Tokenizer) -> None:
         self.bpe = bpe
@@ -69,17 +77,17 @@ class Speller:
         self.image_head = self.ids(f"{HEAD} ")
 
     def ids(self, text: str) -> list[int]:
-        """Token ids without added special tokens."""
+        """Token ids of a text, without added special tokens."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def key(self, question: Question) -> int:
-        """The first token of the right choice that no other choice has; -1 where there is none."""
+        """The first token of the right choice that no other choice has; -1 if there is none."""
         spelled = [self.ids(f" {choice}") for choice in question.choices]
         others = {t for i, choice in enumerate(spelled) if i != question.answer for t in choice}
         return next((t for t in spelled[question.answer] if t not in others), -1)
 
     def row(self, question: Question, image: bool) -> Row:
-        """The row of a question; without an image it starts at `HEAD`."""
+        """Write the row of a question. It starts with `HEAD` if there is no image, else with what follows the image."""
         text = prompt_text(question, image)
         encoded = self.bpe.encode(text, add_special_tokens=False)
         stops = [stop for _, stop in encoded.offsets]
@@ -108,7 +116,14 @@ class Speller:
     def _support(
         self, ids: list[int], stops: list[int], text: str, question: Question
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """`Row.support` and `Row.told` of a question with a hint."""
+        """Find `Row.support` (except for the end of the right option) and `Row.told` of a question.
+
+        Args:
+            ids: token ids of the text.
+            stops: end of each token in the text, in characters.
+            text: text of the prompt.
+            question: the question.
+        """
         word, asked_from = self.key(question), text.index(question.question)
         head = text.index(question.hint) if question.hint else asked_from
         sentences: list[list[int]] = [[]]
@@ -131,7 +146,7 @@ class Speller:
                 right.append(end)
                 both += [end] * bool(alone)
             latest.append((max(alone, default=-1), end))
-            # What a sentence is about is where it begins to differ from the others.
+            # A sentence is about the word in which it begins to differ from the other sentences.
             subject = next((i for i, token in enumerate(mine) if all(token not in o[i : i + 1] for o in others)), 0)
             if others and end > sentence[subject]:
                 told.append((end, sentence[subject]))
@@ -141,15 +156,16 @@ class Speller:
 
 @dataclass
 class DrillRows:
-    """Drills of one batch, padded on the right.
+    """Drills of one batch, as rows that are padded on the right.
 
     Attributes:
-        ids: [R, L].
-        row, at: [Q] where an answer is due: the last token of the word that is asked about.
-        answer: [Q] the token that has to come next.
-        evidence: [Q] position of the last word of the fact that tells it.
-        option: [Q] bool, of which kind the drill is.
-        told: [F, 3] row of each fact that pairs two words, and where its last and its first word are.
+        ids: [R, L] token ids.
+        row: [Q] row of each answer.
+        at: [Q] position of the last token of the word that is asked, after which the answer comes.
+        answer: [Q] token id of the answer.
+        evidence: [Q] position of the last word of the fact that tells the answer.
+        option: [Q] bool, whether the answer is the letter of an option.
+        told: [F, 3] row of each fact that pairs two words, and the positions of its last and its first word.
     """
 
     ids: Tensor
@@ -163,14 +179,21 @@ class DrillRows:
 
 @dataclass
 class Chunk:
-    """Rows of similar length, padded on the right.
+    """Rows of questions, padded on the right.
 
     Attributes:
-        ids: [R, L]; lengths: [R]; image: [R] index of the image a row continues (-1 for text).
-        asked, letter, word: [R]; letter is the target token at `asked`.
-        ends: [R, 5] positions of the options' last tokens, -1 where there is no such option; answer: [R].
-        support: [R, L] bool; patches: [R, n] bool, the patches that the answer depends on.
-        naming, seen: [M, 2] row and position of words that name something shown, and [M, n] the patches of it.
+        ids: [R, L] token ids.
+        lengths: [R] lengths without padding.
+        image: [R] index of the image that a row continues; -1 for a text-only row.
+        asked: [R] position at which the letter is predicted.
+        letter: [R] token id of the letter.
+        word: [R] token id of the answer's word; -1 if there is none.
+        ends: [R, 5] positions of the options' last tokens; -1 if there is no such option.
+        answer: [R] index of the right option.
+        support: [R, L] bool, the tokens that are the evidence for the answer.
+        patches: [R, n] bool, the patches that are the evidence for the answer.
+        naming: [M, 2] row and position of each token that names something shown.
+        seen: [M, n] bool, the patches that it names.
     """
 
     ids: Tensor
@@ -188,7 +211,7 @@ class Chunk:
 
 
 def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
-    """Drills as token rows: the facts, then word and answer by turns."""
+    """Turn drills into rows: first the facts, then words and their answers in turn."""
     rows, queries, told = [], [], []
     for r, drill in enumerate(drills):
         ids, ends = list(speller.head), []
@@ -214,7 +237,13 @@ def drill_rows(drills: Sequence[Drill], speller: Speller) -> DrillRows:
 
 
 def chunk(rows: Sequence[Row], images: Sequence[int], patches: Sequence[Tensor]) -> Chunk:
-    """Rows as one padded chunk."""
+    """Put rows into one padded chunk.
+
+    Args:
+        rows: the rows.
+        images: for each row, the index of the image that it continues; -1 for a text-only row.
+        patches: for each row, [n] bool, the patches that are the evidence for the answer.
+    """
     longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     support = torch.zeros(len(rows), longest, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Trains `diagram-llava` in stages, each within a budget of wall time.
+"""The command that trains `diagram-llava` in stages, each for a given wall time.
 
     python -m training.train vision --minutes 30 --out runs/training
     python -m training.train language --minutes 30 --out runs/training
@@ -7,9 +7,9 @@
     python -m training.train joint --minutes 30 --out runs/training
     python -m training.train companion --minutes 10 --out runs/training --export qapbench/models/embedded/diagram-llava
 
-`reading` takes up `language`; `vision` does not depend on them; `seeing` takes up `vision` and `reading`'s symbols;
-`joint` takes up all, `companion` takes up `seeing`. A stage that was stopped goes on from its checkpoint when it is
-called again.
+`reading` continues from the weights of `language`; `vision` depends on neither. `seeing` continues from `vision` and
+from the symbols of `reading`, `joint` from `reading` and `seeing`, and `companion` from `seeing`. A stage that was
+stopped continues from its checkpoint when the command is repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +49,16 @@ LEARNING_RATE = {"vision": 3e-3, "language": 4e-3, "reading": 3e-3, "seeing": 2e
 
 
 def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Module]) -> None:
-    """Take up what earlier stages trained; a later stage's weights win."""
+    """Load what earlier stages trained.
+
+    Args:
+        out: folder of the checkpoints.
+        stages: names of the stages, in order. If several of them trained a module, the last one counts.
+        modules: the modules to load into, by name. Others in the checkpoints are ignored.
+
+    Raises:
+        SystemExit: if a checkpoint is missing.
+    """
     for stage in stages:
         if not (out / f"{stage}.pt").exists():
             raise SystemExit(f"{out / stage}.pt is missing: this stage goes on from `{stage}`")
@@ -59,10 +68,13 @@ def restore(out: Path, stages: tuple[str, ...], modules: dict[str, torch.nn.Modu
 
 
 def begin_with(source: Path, modules: dict[str, torch.nn.Module]) -> None:
-    """Weights of an earlier run, where they still fit, without its optimizer.
+    """Load the weights of an earlier run as initial values, without the state of its optimizer.
+
+    Weights that are missing in either of the two are left out.
 
     Args:
         source: checkpoint of a stage, or an exported folder.
+        modules: the modules to load into, by name.
     """
     if source.is_dir():
         llava = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
@@ -75,7 +87,7 @@ def begin_with(source: Path, modules: dict[str, torch.nn.Module]) -> None:
 
 
 def modules_of(llava: Any, clip: Any) -> dict[str, torch.nn.Module]:
-    """The parts of the two models, by the name under which stages store them."""
+    """The parts of the two models, by the names under which stages store them."""
     return {
         "tower": llava.model.vision_tower,
         "projector": llava.model.multi_modal_projector,
@@ -89,7 +101,15 @@ def modules_of(llava: Any, clip: Any) -> dict[str, torch.nn.Module]:
 
 
 def build(out: Path, seed: int) -> tuple[Any, Any, Speller, Labeller]:
-    """Untrained models, and the vocabulary that all stages of a run share."""
+    """Build the untrained models, and load the tokenizer and the labels that all stages of a run share.
+
+    Args:
+        out: folder with the run's `vocabulary.json`.
+        seed: seed of the initial weights.
+
+    Returns:
+        LLaVA, its companion CLIP, the tokenizer, and the labeller of patches.
+    """
     torch.manual_seed(seed)
     stored = json.loads((out / "vocabulary.json").read_text())
     speller = Speller(Tokenizer.from_str(stored["bpe"]))
@@ -98,7 +118,7 @@ def build(out: Path, seed: int) -> tuple[Any, Any, Speller, Labeller]:
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:
-    """One process of a stage."""
+    """Run a stage in one process."""
     keep_heap()
     torch.set_num_threads(args.threads)
     if args.ranks > 1:
@@ -143,7 +163,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--minutes", type=float, required=True)

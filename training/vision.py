@@ -1,4 +1,8 @@
-"""The vision tower's stage: what is true of each patch, and, for the CLS token, of the whole image."""
+"""The stages that train the vision tower.
+
+In `Vision`, it learns to predict labels of each patch and, from the CLS token, labels of the whole image. In `Seeing`,
+it learns to show what the decoder can read.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +23,50 @@ from .reading import Symbols
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-IMAGES = 32
+IMAGES = 32  # images per step
 WEIGHTS = {"patch": 1.0, "cls": 0.2, "early": 0.3, "looked": 0.2, "off": 2.0}
-SHOWN = ("name", "across", "eater", "count", "rank", "share", "place")  # slots in the learning curve
+SHOWN = ("name", "across", "eater", "count", "rank", "share", "place")  # slots whose accuracy is logged
 
 
 def pixels_of(scenes: list[Scene]) -> Tensor:
-    """[B, 3, H, W], as CLIP's processor normalises."""
+    """The images of scenes, normalised as by CLIP's processor: [B, 3, H, W]."""
     images = np.stack([np.asarray(scene.image) for scene in scenes])
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
 def see(llava: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches of hidden state -2, which the projector takes, and the CLS token of the last layer."""
+    """Run the vision tower on pixels [B, 3, H, W].
+
+    Returns:
+        [B, N, C] patches of hidden state -2, which the projector takes, and [B, C] CLS tokens of the last layer.
+    """
     states = llava.model.vision_tower(pixels.to(llava.device), output_hidden_states=True)
     return states.hidden_states[-2][:, 1:], states.last_hidden_state[:, 0]
 
 
 def counted(names: Tensor) -> Tensor:
-    """Which patches [B, N] enter a loss: half of an image is background, of which a fifth is enough."""
+    """Choose the patches that count in a loss: those with a thing, and every fifth of the background.
+
+    About half of an image is background, and a fifth of that is enough.
+
+    Args:
+        names: [B, N] labels in the slot "name".
+
+    Returns:
+        [B, N] bool.
+    """
     return (names > 0) | (torch.arange(names.shape[1], device=names.device) % 5 == 0)
 
 
 class Heads(nn.Module):
-    """Heads that exist only in training: values of slots, per patch and for the image; names one block earlier."""
+    """Heads that exist only in training. They predict the values of slots.
+
+    Attributes:
+        aux_early: predicts the names of things from patches, one block earlier.
+        aux_norm: normalises patches for `aux_patch`.
+        aux_patch: predicts the values of all slots from patches.
+        aux_image: predicts, from the CLS token, the values that occur in the image.
+    """
 
     def __init__(self, width: int, values: int, names: int) -> None:
         super().__init__()
@@ -53,7 +77,15 @@ class Heads(nn.Module):
 
 
 class Vision:
-    """Trains the vision tower alone."""
+    """The stage that trains the vision tower alone.
+
+    Args:
+        llava: the LLaVA model.
+        labeller: labels the patches of scenes.
+        seed: seed of the data.
+        rank: number of this process.
+        ranks: number of processes that share a batch.
+    """
 
     name = "vision"
 
@@ -64,13 +96,14 @@ class Vision:
         self.trained: dict[str, nn.Module] = {"tower": llava.model.vision_tower, "heads": self.heads}
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the batch of a step, and values to log; see `Stage.loss`."""
         del progress
         first = (step * self.ranks + self.rank) * IMAGES
         scenes = [sample(self.seed + 1, first + i, "train", modality="image") for i in range(-(-IMAGES // self.ranks))]
         return self.score(scenes)
 
     def score(self, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of slots at patches and of what the CLS token says of the image, and what to log."""
+        """Loss of a batch of scenes, and values to log."""
         with self._watched() as seen:
             patches, cls = see(self.llava, pixels_of(scenes))
         labels = self.labeller.all_patches(scenes)
@@ -84,15 +117,26 @@ class Vision:
         return torch.stack([WEIGHTS[key] * value for key, value in parts.items()]).sum(), logged
 
     def besides(self, patches: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Further losses on patches [B, N, C] with their labels [B, N, slots]."""
+        """Further losses of a subclass, by their names in WEIGHTS.
+
+        Args:
+            patches: [B, N, C] patches.
+            labels: [B, N, slots] labels of the patches.
+        """
         del patches, labels
         return {}
 
     def told(self, patches: Tensor, cls: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Cross-entropy of slots at patches [B, N, C], and of what CLS tokens [B, C] say of the image; shares right.
+        """Compare what patches and CLS tokens predict to the labels.
 
         Args:
-            labels: [B, N, slots], as the labeller gives them, on the same device.
+            patches: [B, N, C] patches.
+            cls: [B, C] CLS tokens.
+            labels: [B, N, slots] labels from the labeller, on the same device.
+
+        Returns:
+            The cross-entropy of the labels of patches; the cross-entropy of CLS tokens with the uniform distribution
+            over all values that occur in the image; and the accuracy, over all labels ("right") and by slot.
         """
         total, means, logged = torch.zeros((), device=labels.device), list[Tensor](), dict[str, float]()
         parts = self.heads.aux_patch(self.heads.aux_norm(patches)).split(self.labeller.sizes, dim=-1)
@@ -114,12 +158,13 @@ class Vision:
         bag[:, 0] = 0
         bag = bag / bag.sum(-1, keepdim=True).clamp(min=1)
         whole = -(self.heads.aux_image(F.layer_norm(cls, cls.shape[-1:])).log_softmax(-1) * bag).sum(-1).mean()
-        # Every label counts, and every slot: relations have few labels and are the hardest to see.
+        # Half of the loss is the mean over labels and half is the mean over slots, because relations have few labels
+        # and are the hardest to predict.
         return 0.5 * total / said + 0.5 * torch.stack(means).mean(), whole, {"right": right / said} | logged
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[dict[str, Tensor]]:
-        """What goes into the block whose output the projector takes, and its queries and keys."""
+        """Record the input ("input"), the "queries" and the "keys" of the block whose output the projector takes."""
         seen: dict[str, Tensor] = {}
         block = self.llava.model.vision_tower.encoder.layers[-2]
 
@@ -138,9 +183,10 @@ class Vision:
                 handle.remove()
 
     def _looked(self, seen: dict[str, Tensor], scenes: list[Scene]) -> Tensor:
-        """How far one head for each relation is from looking at the related thing: mean -log of the attention there.
+        """Mean negative log-attention of things to the things that they are related to, in one head per relation.
 
-        Without this hint, relations stayed at chance for 26,000 images while names were learnt.
+        Without this hint, the names of things were learnt, but relations were predicted no better than by chance after
+        26,000 images.
         """
         heads = self.llava.config.vision_config.num_attention_heads
         image, head, patch, targets = [], [], [], []
@@ -163,15 +209,24 @@ class Vision:
 
     @torch.no_grad()
     def validate(self, count: int = 192) -> dict[str, Any]:
-        """The same on scenes of the validation split."""
+        """The values to log, on scenes of the validation split."""
         _, logged = self.score([sample(0, i, "val", modality="image") for i in range(count)])
         return {f"val_{key}": round(value, 4) for key, value in logged.items()}
 
 
 class Seeing(Vision):
-    """Trains tower and projector to show what the decoder has learnt to read: the symbols of each patch.
+    """The stage that trains the vision tower and the projector to show what the decoder can read: symbols of patches.
 
-    The projector alone cannot make them of a tower that was only asked for labels: 0.25 of their variance was left.
+    The projector alone cannot produce the symbols from a tower that was trained only to predict labels: 0.25 of their
+    variance remained unexplained.
+
+    Args:
+        llava: the LLaVA model.
+        labeller: labels the patches of scenes.
+        symbols: the symbols, which stay fixed.
+        seed: seed of the data.
+        rank: number of this process.
+        ranks: number of processes that share a batch.
     """
 
     name = "seeing"
@@ -186,7 +241,7 @@ class Seeing(Vision):
 
     @torch.no_grad()
     def fit_projector(self) -> None:
-        """Bring the untrained projector's output to the size of the symbols."""
+        """Scale the untrained projector so that its output has the standard deviation of the symbols."""
         scenes = [sample(self.seed + 1, i, "train", modality="image") for i in range(16)]
         patches, _ = see(self.llava, pixels_of(scenes))
         wanted = self.symbols(self.labeller.all_patches(scenes))
@@ -194,7 +249,7 @@ class Seeing(Vision):
         self.projector.linear_2.weight *= wanted.std() / self.projector(patches).std()
 
     def besides(self, patches: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`off`: what is missing of the symbols' variance, where things are and on a fifth of the background."""
+        """The loss `off`: the share of the symbols' variance that is missing, on the patches from `counted`."""
         kept = counted(labels[..., self.labeller.places["name"]])
         wanted = self.symbols(labels[kept])
         return {"off": (self.projector(patches[kept]) - wanted).square().sum() / wanted.square().sum()}

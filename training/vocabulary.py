@@ -1,4 +1,4 @@
-"""The tokenizer's training text."""
+"""The text that the tokenizer is trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from .rows import HEAD, LETTERS, prompt_text
 
 
 def build_bpe(seed: int, count: int = 6000) -> Tokenizer:
-    """A byte-level BPE in which nearly every word that can be an answer is one token."""
+    """Train a byte-level BPE in which nearly every word that can be an answer is one token.
+
+    Args:
+        seed: seed of the training scenes.
+        count: number of training scenes whose texts are used.
+    """
     texts = [f" {name}" for name in icons() for _ in range(20)]
     for i in range(count):
         scene = sample(seed, i, "train")

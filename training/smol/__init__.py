@@ -1,1 +1,4 @@
-"""Training of `smol-llava`: a pretrained language model that learns to see (not needed to use the framework)."""
+"""Training of `smol-llava`, in which a pretrained language model learns to see.
+
+The framework itself never imports this package.
+"""

@@ -1,9 +1,9 @@
-"""What `smol-llava` starts from, and what of it is kept.
+"""The model that the training of `smol-llava` starts from, and the export of the trained parts.
 
     python -m training.smol.model --out runs/smol-start
 
-writes the start (SmolLM2 joined to diagram-llava's vision tower by an untrained projector) as a checkpoint folder: on
-text-only questions that is SmolLM2 itself, so the framework's own runs can measure it before any training.
+writes the initial model as a checkpoint folder: SmolLM2, joined to the vision tower of `diagram-llava` by an untrained
+projector. On text-only questions this is SmolLM2 itself, so qapbench can measure it before any training.
 """
 
 from __future__ import annotations
@@ -25,21 +25,25 @@ from qapbench.checkpoints.gguf import read_llama
 NAME = "smol-llava"
 TOWER = EMBEDDED / "diagram-llava" / "clip"
 RANK, ALPHA = 16, 32
-"""LoRA on every linear of the decoder: 305 thousand weights a rank (sizing.py)."""
+"""Defaults for LoRA on all linear layers of the decoder. A rank of 1 has 305 thousand weights (see sizing.py)."""
 
 
 def find_base() -> Path:
-    """SmolLM2's GGUF inside the installed package."""
+    """Locate SmolLM2's GGUF file inside the installed package."""
     recipe = Recipe.model_validate_json((EMBEDDED / NAME / RECIPE).read_text(encoding="utf-8"))
     return base_file(recipe.base, NAME, "gguf")
 
 
 def start(gguf: Path, tower: Path, seed: int) -> tuple[Any, Any, Any]:
-    """(LlavaForConditionalGeneration, its processor, companion CLIP), float32; the two share the vision tower.
+    """Build the initial model in float32.
 
     Args:
-        gguf: the language model.
-        tower: a CLIP folder, with a tokenizer for its text.
+        gguf: file of the language model.
+        tower: checkpoint folder of a CLIP, with its tokenizer.
+        seed: seed of the projector's initial weights.
+
+    Returns:
+        The LlavaForConditionalGeneration, its processor, and the companion CLIP, which shares the vision tower.
     """
     from transformers import CLIPModel
 
@@ -52,7 +56,10 @@ def start(gguf: Path, tower: Path, seed: int) -> tuple[Any, Any, Any]:
 
 @torch.no_grad()
 def calm(llava: Any) -> None:
-    """Give the fresh projector the scale of word embeddings: at its own, twenty times larger, nothing is learnt."""
+    """Scale the untrained projector so that its output is about as large as word embeddings.
+
+    With its default initial weights, the output is twenty times larger, and nothing is learnt.
+    """
     projector, words = llava.model.multi_modal_projector, llava.get_input_embeddings().weight
     width = projector.linear_2.in_features
     projector.linear_2.weight.normal_(0, float(words.std()) / width**0.5 * 2)
@@ -60,7 +67,11 @@ def calm(llava: Any) -> None:
 
 
 def add_lora(llava: Any, rank: int = RANK, alpha: int = ALPHA) -> Any:
-    """LoRA on all linears of the decoder, in place; the peft model, whose other weights are fixed."""
+    """Add LoRA to all linear layers of the decoder, in place.
+
+    Returns:
+        The peft model of the decoder. All its weights except LoRA's are fixed.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", bias="none")
@@ -68,7 +79,7 @@ def add_lora(llava: Any, rank: int = RANK, alpha: int = ALPHA) -> Any:
 
 
 def halve(llava: Any) -> None:
-    """The fixed language model in bfloat16, LoRA on it in float32."""
+    """Convert the language model to bfloat16, in place, except for the weights of LoRA, which become float32."""
     llava.model.language_model.to(torch.bfloat16)
     for name, parameter in llava.model.language_model.named_parameters():
         if "lora_" in name:
@@ -76,16 +87,23 @@ def halve(llava: Any) -> None:
 
 
 def lora_weights(adapted: nn.Module) -> nn.ParameterDict:
-    """LoRA's weights alone, as a module: a checkpoint then does not hold the language model."""
+    """Collect the weights of LoRA in a module, so that a checkpoint does not contain the language model."""
     return nn.ParameterDict({n.replace(".", "/"): p for n, p in adapted.named_parameters() if "lora_" in n})
 
 
 def export(llava: Any, clip: Any, adapted: Any, tower: Path, out: Path, status: str) -> int:
-    """Write the trained parts in bfloat16 where `qapbench.assembly` looks for them; the bytes of all.
+    """Write the trained parts in bfloat16, as the files that `qapbench.checkpoints.assembly` expects.
 
     Args:
-        tower: folder of the companion's tokenizer.
+        llava: the LLaVA model.
+        clip: the companion CLIP.
+        adapted: the decoder with LoRA, from `add_lora`.
+        tower: checkpoint folder of a CLIP, from which the tokenizer is copied.
+        out: folder to write to.
         status: one line on what the model can do, for `status.txt`.
+
+    Returns:
+        Total size of the files in bytes.
     """
     out.mkdir(parents=True, exist_ok=True)
     made = out / ".parts"
@@ -117,7 +135,7 @@ def export(llava: Any, clip: Any, adapted: Any, tower: Path, out: Path, status: 
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gguf", type=Path, help="SmolLM2's file, where the package is not installed")

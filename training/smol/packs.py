@@ -1,9 +1,9 @@
-"""Questions as packed rows: one image in front, its questions behind it side by side, each as if it were alone.
+"""Packs: rows of tokens with one image, followed by several independent chats about it.
 
-A pack is a fixed number of tokens. Segment 0 is what the others share: the head of the chat and the image. Every other
-segment is the rest of one chat, sees segment 0 and itself, and counts its positions on from segment 0, so that what the
-model computes for it is what it computes for the single-question prompt of the benchmark (a test compares the two).
-Text-only packs have no segment 0.
+A pack has a fixed number of tokens. Its segment 0 is shared by all chats: the start of a chat, and the image. Every
+other segment is the rest of one chat. It attends only to segment 0 and to itself, and its positions continue those of
+segment 0. The model therefore computes the same for it as for the benchmark's prompt with this question alone, which a
+test checks. Text-only packs have no segment 0.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from qapbench.tasks.multichoice import PROMPTS
 from training.labels import Labeller
 from training.rows import LETTERS
 
-LENGTH = 640
-QUESTIONS = 6
+LENGTH = 640  # tokens of a pack
+QUESTIONS = 6  # largest number of questions about an image
 LETTER, END, WORDS = 1, 2, 3
-"""Kinds of targets: an option's letter, the end of a letter's turn, and the tokens of free answers and captions."""
+"""Kinds of targets: the letter of an option, the end of the turn after a letter, and tokens of answers and captions."""
 DESCRIBE = ("Describe the picture.", "What does the picture show?", "List what is true of the picture.")
 IN_WORDS = "Answer with a word or a short phrase."
-CAPTION = 96  # tokens at most
-PAD = -1  # segment of padding
+CAPTION = 96  # largest number of tokens of a caption or a free answer
+PAD = -1  # the segment of padding
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What packs hold.
+    """The mixture of chats in packs.
 
     Attributes:
-        text: every how manieth pack is text-only.
-        words: share of the image questions that are also asked without options.
+        text: one of so many packs is text-only.
+        words: probability that a question about an image is also asked without options.
     """
 
     text: int = 4
@@ -48,11 +48,12 @@ class Mix:
 
 
 class Wording:
-    """The benchmark's wording through the language model's own tokenizer and chat template.
+    """Writes chats as token ids, with the benchmark's prompts and the language model's tokenizer and chat template.
 
     Args:
-        tokenizer: with the token `<image>`; template: the processor's chat template.
-        tokens: visual tokens of an image.
+        tokenizer: the tokenizer, which must have the token `<image>`.
+        template: chat template of the processor.
+        tokens: number of visual tokens of an image.
     """
 
     def __init__(self, tokenizer: Any, template: str, tokens: int) -> None:
@@ -64,10 +65,11 @@ class Wording:
         self.head = probe[: len(probe) - probe[::-1].index(self.image)]
 
     def ids(self, text: str) -> list[int]:
+        """Token ids of a text, without added special tokens."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def chat(self, text: str, image: bool) -> list[int]:
-        """Ids of one user turn up to where the answer starts."""
+        """Token ids of a chat with one user turn, up to where the answer starts."""
         content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
         chat = [{"role": "user", "content": content}]
         whole = self.tokenizer.apply_chat_template(
@@ -76,28 +78,37 @@ class Wording:
         return self.ids(whole.replace(IMAGE, IMAGE * self.tokens))
 
     def letter(self, question: Question, image: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids of the benchmark's prompt, its targets as (token, kind))."""
+        """Write a question with the benchmark's prompt, answered by a letter.
+
+        Returns:
+            Token ids of the prompt, and its targets as (token id, kind).
+        """
         form = PROMPTS["cqm_a"]
         prompt = self.chat(f"{form.body(vars(question))}{form.instruction}", image)
         return prompt, [(self.letters[question.answer], LETTER), (self.end, END)]
 
     def words(self, question: Question, image: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """The question without its options, answered in words."""
+        """Write a question without its options, answered in words. Returns the same as `letter`."""
         hint = f"Context: {question.hint}\n" if question.hint else ""
         return self.free(f"{hint}{question.question}\n{IN_WORDS}", question.choices[question.answer], image)
 
     def caption(self, scene: Scene, rng: np.random.Generator) -> tuple[list[int], list[tuple[int, int]]]:
-        """What is true of a picture, in any order."""
+        """Write a request to describe the image, answered by its facts in random order. Returns the same as `letter`."""
         facts = " ".join(scene.facts[i] for i in rng.permutation(len(scene.facts)))
         return self.free(DESCRIBE[int(rng.integers(len(DESCRIBE)))], facts, True)
 
     def free(self, asked: str, answer: str, image: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Write a chat with an answer of several tokens. Returns the same as `letter`."""
         targets = [*self.ids(answer)[:CAPTION], self.end]
         return self.chat(asked, image), [(token, WORDS) for token in targets]
 
 
 class Pack:
-    """One row that is being filled."""
+    """A pack that is being filled.
+
+    Args:
+        head: token ids of segment 0.
+    """
 
     def __init__(self, head: list[int]) -> None:
         self.ids = list(head)
@@ -108,7 +119,15 @@ class Pack:
         self.shared, self.segments = len(head), 0
 
     def add(self, prompt: list[int], targets: list[tuple[int, int]]) -> bool:
-        """Add a chat behind the shared head, where there is room for it."""
+        """Add a chat as a new segment, if there is room for it.
+
+        Args:
+            prompt: token ids of the prompt, including those of segment 0.
+            targets: tokens to predict after the prompt, as (token id, kind).
+
+        Returns:
+            Whether there was room.
+        """
         ids = prompt[self.shared :] + [token for token, _ in targets[:-1]]
         if len(self.ids) + len(ids) > LENGTH:
             return False
@@ -122,7 +141,11 @@ class Pack:
         return True
 
     def tensors(self, pad: int) -> dict[str, Tensor]:
-        """ids, segment, position, target, kind: [LENGTH] each."""
+        """The tensors "ids", "segment", "position", "target" and "kind" (0 without a target), each [LENGTH].
+
+        Args:
+            pad: token id of padding.
+        """
         rest = LENGTH - len(self.ids)
         rows = {
             "ids": (self.ids, pad),
@@ -135,7 +158,15 @@ class Pack:
 
 
 class Packs(Dataset[dict[str, Any]]):
-    """Pack `index` of a split; nothing but the arguments decides what is in it."""
+    """The packs of a split, by index. Their content depends only on the arguments and the index.
+
+    Args:
+        wording: writes chats as token ids.
+        labeller: labels the patches of scenes.
+        seed: seed of the scenes.
+        split: name of the split. Only packs of "train" contain captions and free answers.
+        mix: the mixture of chats; None for the default.
+    """
 
     def __init__(self, wording: Wording, labeller: Labeller, seed: int, split: str = "train", mix: Mix | None = None):
         self.wording, self.labeller, self.seed, self.split = wording, labeller, seed, split
@@ -149,7 +180,10 @@ class Packs(Dataset[dict[str, Any]]):
         return self.text(index, rng) if index % self.mix.text == self.mix.text - 1 else self.image(index, rng)
 
     def image(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """An image with as many of its questions as there is room for; with pixels [H, W, 3] and labels [N, slots]."""
+        """Draw a pack with an image and up to QUESTIONS questions about it, as far as there is room.
+
+        In addition to the tensors of every pack, it has "pixels" [H, W, 3] and "labels" [N, slots].
+        """
         scene = sample(self.seed, index, self.split, modality="image")
         pack, wording = Pack(self.wording.head), self.wording
         if self.split == "train":
@@ -162,7 +196,7 @@ class Packs(Dataset[dict[str, Any]]):
         return {**pack.tensors(wording.end), "pixels": pixels, "labels": self.labeller.patches(scene)}
 
     def text(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Text-only questions until the row is full."""
+        """Draw a pack of text-only questions, until there is no more room."""
         pack = Pack([])
         for at in range(64):
             scene = sample(self.seed, index * 64 + at, self.split, modality="text")
@@ -173,7 +207,7 @@ class Packs(Dataset[dict[str, Any]]):
 
 
 def collate(packs: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """[B, LENGTH] rows; pixels and labels of the packs that have an image, in their order."""
+    """Put packs into one batch: [B, LENGTH] each, and [I, ...] for pixels and labels of the I packs with an image."""
     rows = ("ids", "segment", "position", "target", "kind")
     batch = {name: torch.stack([pack[name] for pack in packs]) for name in rows}
     seen = [pack for pack in packs if "pixels" in pack]
@@ -181,7 +215,7 @@ def collate(packs: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def visible(segment: Tensor) -> Tensor:
-    """[B, 1, L, L] which token sees which."""
+    """Make the attention mask from the segments [B, L]: [B, 1, L, L] bool, True where a token attends to another."""
     asks, told = segment[:, :, None], segment[:, None, :]
     order = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
     alone = torch.eye(segment.shape[1], dtype=torch.bool, device=segment.device)
@@ -189,11 +223,14 @@ def visible(segment: Tensor) -> Tensor:
 
 
 class Feed:
-    """Batches in order, drawn ahead by worker processes.
+    """Batches by step, which are drawn ahead by other processes.
 
     Args:
-        data: anything indexed by number; batch s holds its items s * size ... (s + 1) * size - 1.
-        workers: processes; none draws in this one.
+        data: a data set indexed by number. Batch s consists of the items from s * size to (s + 1) * size - 1.
+        size: number of items in a batch.
+        workers: number of processes; 0 draws in this process.
+        join: function that puts a list of items into one batch.
+        pin: whether to put batches into pinned memory.
     """
 
     def __init__(self, data: Dataset[Any], size: int, workers: int, join: Any = collate, pin: bool = False) -> None:
@@ -201,7 +238,7 @@ class Feed:
         self.next, self.batches = -1, iter(())
 
     def at(self, step: int) -> Any:
-        """The batch of a step; cheap when steps are asked for one after another."""
+        """Get the batch of a step. This is fast only if the steps are consecutive."""
         if step != self.next:
             self.next, self.batches = step, self._from(step)
         self.next += 1

@@ -1,10 +1,10 @@
-"""The training of `smol-llava` on paper: FLOPs, samples a second, memory, what comes back.
+"""Estimates for the training of `smol-llava`: FLOPs, samples per second, memory, and the size of the trained parts.
 
     python -m training.smol.sizing
-    python -m training.smol.sizing --count 200 --start runs/smol-start     # what packs hold, and what drawing costs
+    python -m training.smol.sizing --count 200 --start runs/smol-start     # content of packs, and time to draw one
 
-Counted: 2 FLOPs a weight and token forward; as many again backward for the activations' gradients; as many again for
-the gradients of weights, where they are trained. Attention's products are counted with the packs' mask as full.
+The forward pass counts as 2 FLOPs per weight and token. The gradients of activations count as much again, and so do the
+gradients of weights, if the weights are trained. Attention is counted as if the mask of a pack hid nothing.
 """
 
 from __future__ import annotations
@@ -21,18 +21,26 @@ from .model import RANK
 from .packs import LENGTH, LETTER, PAD, Packs, Wording
 
 PEAK = 989e12
-"""FLOP/s of an H100 (SXM) in dense bfloat16, by its data sheet."""
+"""FLOP/s of an H100 (SXM) in dense bfloat16, according to its data sheet."""
 SHARE = 0.15
-"""Of the peak that is planned with: eager PyTorch at width 576 spends most of its time outside of matmuls."""
+"""Share of the peak that is assumed. Eager PyTorch at width 576 spends most of its time outside of matrix products."""
 MINUTES = 20
-BATCH = 24
+BATCH = 24  # packs per step
 CHATS = 7.8
-"""A pack, as --count counts them."""
+"""Chats per pack, as measured with --count."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Llama: SmolLM2-135M unless other numbers are given. `kv` is the width of its keys."""
+    """The sizes of a Llama; by default those of SmolLM2-135M.
+
+    Attributes:
+        width: width of the hidden states.
+        inner: width of the MLP.
+        layers: number of blocks.
+        kv: width of the keys, over all heads.
+        vocabulary: number of tokens.
+    """
 
     width: int = 576
     inner: int = 1536
@@ -42,22 +50,29 @@ class Decoder:
 
     @property
     def linears(self) -> int:
-        """Weights of all linears in the blocks."""
+        """Number of weights of all linear layers in the blocks."""
         return self.layers * (2 * self.width**2 + 2 * self.width * self.kv + 3 * self.width * self.inner)
 
     def lora(self, rank: int) -> int:
-        """Weights of LoRA on all of them."""
+        """Number of weights of LoRA on all linear layers in the blocks."""
         attention = 2 * (2 * self.width) + 2 * (self.width + self.kv)
         return self.layers * rank * (attention + 3 * (self.width + self.inner))
 
     def forward(self, tokens: int) -> float:
-        """FLOPs of a row without the head."""
+        """FLOPs of the forward pass of a row of `tokens` tokens, without the head."""
         return 2 * self.linears * tokens + 4 * self.layers * tokens**2 * self.width
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A CLIP vision tower whose MLP is four times as wide: diagram-llava's unless other numbers are given."""
+    """The sizes of a CLIP vision tower whose MLP has four times its width; by default those of `diagram-llava`.
+
+    Attributes:
+        width: width of the hidden states.
+        layers: number of blocks.
+        image: side of an image in pixels.
+        patch: side of a patch in pixels.
+    """
 
     width: int = 160
     layers: int = 5
@@ -66,35 +81,38 @@ class Tower:
 
     @property
     def tokens(self) -> int:
+        """Number of patches."""
         return (self.image // self.patch) ** 2
 
     @property
     def parameters(self) -> int:
-        block = 12 * self.width**2 + 13 * self.width  # q k v o, MLP, their biases, two norms
+        """Number of parameters."""
+        block = 12 * self.width**2 + 13 * self.width  # four projections, MLP, their biases, two norms
         around = 3 * self.patch**2 * self.width + (self.tokens + 2) * self.width + 4 * self.width
         return self.layers * block + around
 
     def projector(self, width: int) -> int:
-        """Weights of two layers into the decoder's width."""
+        """Number of parameters of a projector of two layers whose output has width `width`."""
         return (self.width + 1) * width + (width + 1) * width
 
     def forward(self) -> float:
+        """FLOPs of the forward pass of one image."""
         tokens = self.tokens + 1
         return 2 * self.layers * 12 * self.width**2 * tokens + 4 * self.layers * tokens**2 * self.width
 
 
 def table() -> str:
-    """Markdown: one column a vision tower."""
+    """Write the estimates as a Markdown table with one column per vision tower."""
     decoder = Decoder()
     towers = {"diagram-llava's": Tower(), "wider, 144 tokens": Tower(320, 8), "wider, 256 tokens": Tower(320, 8, 128)}
-    text_companion = 1.0e6  # weights of diagram-llava's CLIP text tower and projections, roughly
+    text_companion = 1.0e6  # roughly the number of weights of the CLIP text tower and projections of `diagram-llava`
     rows: dict[str, list[str]] = {}
 
     def add(name: str, value: str) -> None:
         rows.setdefault(name, []).append(value)
 
     for tower in towers.values():
-        longer = tower.tokens - Tower().tokens  # the wider grids make packs longer, the chats stay
+        longer = tower.tokens - Tower().tokens  # a larger grid makes packs longer, for the same chats
         length = LENGTH + longer
         forward = decoder.forward(length)
         answers = 2 * decoder.vocabulary * decoder.width * 80
@@ -115,7 +133,8 @@ def table() -> str:
         add("samples/s", f"{packs * CHATS:.0f}")
         add(f"steps of {BATCH} packs in {MINUTES} minutes", f"{packs * 60 * MINUTES / BATCH:,.0f}")
         add(f"million samples in {MINUTES} minutes", f"{packs * CHATS * 60 * MINUTES / 1e6:.2f}")
-        # bfloat16 per token and block: residual, norms, q k v o, gate, up, their product, and LoRA's inputs again.
+        # Per token and block, in bfloat16: residual stream, norms, four projections of attention, gate and up
+        # projections and their product, and again the inputs of LoRA.
         activations = decoder.layers * (14 * decoder.width + 6 * decoder.inner) * 2 * length * BATCH
         add("activations of a step, GB", f"{activations / 1e9:.0f}")
     head = f"| | {' | '.join(towers)} |\n|---|{'--:|' * len(towers)}\n"
@@ -123,10 +142,14 @@ def table() -> str:
 
 
 def count(start: Path, packs: int) -> str:
-    """What packs of the real tokenizer hold, and the CPU time of drawing them.
+    """Measure the content of packs with the real tokenizer, and the CPU time to draw them.
 
     Args:
-        start: a folder that `training.smol.model` wrote.
+        start: a folder that was written by `training.smol.model`.
+        packs: number of packs to draw.
+
+    Returns:
+        One sentence with the results.
     """
     from transformers import AutoProcessor
 
@@ -147,7 +170,7 @@ def count(start: Path, packs: int) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=0, help="draw so many packs instead")
     parser.add_argument("--start", type=Path, default=Path("runs/smol-start"))

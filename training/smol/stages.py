@@ -1,4 +1,4 @@
-"""The stages of `smol-llava`, for `training.loop.Loop`: projector, joint (with vision tower and LoRA), companion."""
+"""The stages of the training of `smol-llava`, which `training.loop.Loop` runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ from .model import lora_weights
 from .packs import END, LETTER, WORDS, Feed, Packs, collate, visible
 
 WEIGHTS = {"projector": {LETTER: 1.0, END: 0.1, WORDS: 0.2}, "joint": {LETTER: 1.0, END: 0.1, WORDS: 0.05}}
-"""Of one target token by its kind. A caption has dozens of tokens: it leads while the projector finds its place, and
-keeps the tokens telling of the whole image while the questions lead."""
+"""Weight of a target token, by stage and by kind.
+
+A caption has dozens of tokens. In the stage `projector`, captions dominate the loss. In the stage `joint`, questions do,
+and captions make sure that the visual tokens still describe the whole image.
+"""
 LABELS = 0.2
-"""Weight of what is true of each patch: without it the CLS token, which attention pruners read, would drift."""
+"""Weight of the loss on labels of patches and of the image. Without it, the CLS token would drift, on whose attention
+some pruners rely."""
+# Peak learning rates, by stage and by part of the model.
 RATES = {
     "projector": {"projector": 2e-3, "heads": 2e-3},
     "joint": {"projector": 5e-4, "tower": 3e-4, "heads": 1e-3, "lora": 5e-4},
@@ -32,15 +37,19 @@ RATES = {
 
 
 class Seeing:
-    """Questions, free answers and captions about images, and text-only questions among them.
+    """The stages `projector` and `joint`: questions, free answers and captions about images, and text-only questions.
 
     Args:
-        name: "projector" trains the projector alone (as LLaVA's first stage); "joint" also the vision tower and LoRA.
-        adapted: the decoder with LoRA, as `add_lora` gives it; its other weights stay as they are.
-        vision: judges of what patches and the CLS token tell; both stages train their heads.
-        data: training packs; checks: validation packs.
-        batch: packs a step; workers: processes that draw them.
-        bf16: compute in bfloat16, for a model that went through `halve`.
+        name: "projector" trains the projector alone, as LLaVA's first stage does; "joint" trains the vision tower and
+            LoRA, too. Both also train the heads of `vision`.
+        llava: the LLaVA model.
+        adapted: the decoder with LoRA, from `add_lora`; its other weights stay fixed.
+        vision: compares what patches and CLS tokens predict to labels.
+        data: training packs.
+        checks: validation packs.
+        batch: number of packs per step.
+        workers: number of processes that draw packs.
+        bf16: whether to compute in bfloat16; the model must have been converted by `halve`.
     """
 
     def __init__(
@@ -71,7 +80,7 @@ class Seeing:
         self.trained = {part: parts[part].requires_grad_(True) for part in RATES[name]}
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW, a group for each part that is trained."""
+        """Build AdamW with one parameter group for each trained part."""
         groups = [
             {"params": list(module.parameters()), "lr": RATES[self.name][part], "base_lr": RATES[self.name][part]}
             for part, module in self.trained.items()
@@ -79,17 +88,19 @@ class Seeing:
         return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=self.device.type == "cuda")
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the batch of a step, and values to log; see `Stage.loss`."""
         del progress
         return self.score({k: v.to(self.device, non_blocking=True) for k, v in self.feed.at(step).items()})
 
     def score(self, batch: dict[str, Tensor], blank: bool = False) -> tuple[Tensor, dict[str, float]]:
-        """Weighted loss of a collated batch on the device, and shares right.
+        """Weighted loss of a batch, and values to log.
 
         Args:
-            blank: show a grey image in place of each.
+            batch: a batch from `collate`, on the device.
+            blank: whether to replace every image by a grey one.
         """
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        # LoRA's float32 weights would pull the inputs of every linear up to float32 with them.
+        # peft would otherwise cast the input of every linear layer to float32, the type of LoRA's weights.
         with half, disable_input_dtype_casting(self.llava.model.language_model, self.bf16):
             logits, patches, cls = self.forward(batch, blank)
         kind = batch["kind"][(due := batch["kind"] > 0)]
@@ -115,7 +126,16 @@ class Seeing:
         return total, logged
 
     def forward(self, batch: dict[str, Tensor], blank: bool = False) -> tuple[Tensor, Any, Any]:
-        """([T, V] logits where an answer is due, patches [I, N, C] before the projector, CLS tokens [I, C])."""
+        """Run the model on a batch from `collate`.
+
+        Args:
+            batch: the batch, on the device.
+            blank: whether to replace every image by a grey one.
+
+        Returns:
+            [T, V] logits at the positions that have a target; [I, N, C] patches before the projector and [I, C] CLS
+            tokens of the I images, or None if there are none.
+        """
         model = self.llava.model
         embeds, patches, cls = model.get_input_embeddings()(batch["ids"]), None, None
         if "pixels" in batch:
@@ -134,7 +154,7 @@ class Seeing:
 
     @torch.no_grad()
     def validate(self, count: int = 384) -> dict[str, Any]:
-        """Letters right on the validation split: with their image, with a blank one, and text-only."""
+        """Accuracy of letters on the validation split: with images, with grey ones in their place, and text-only."""
         sums: dict[str, float] = {}
         for first in range(0, count, self.batch):
             packs = collate([self.checks[i] for i in range(first, min(first + self.batch, count))])
@@ -153,7 +173,7 @@ class Seeing:
 
 
 class Scenes(Dataset[Scene]):
-    """Scene `index` with an image of the training split."""
+    """The training scenes that have an image, by index."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -166,7 +186,7 @@ class Scenes(Dataset[Scene]):
 
 
 class FedCompanion(Companion):
-    """The companion CLIP's stage, on any device and with its scenes drawn ahead."""
+    """The stage `companion`, as `Companion`, but on any device and with scenes that are drawn ahead by other processes."""
 
     def __init__(self, llava: Any, clip: Any, speller: Any, seed: int, workers: int) -> None:
         self.device = llava.device
@@ -178,6 +198,7 @@ class FedCompanion(Companion):
         self.feed = Feed(Scenes(seed + 2), IMAGES, workers, join=list)
 
     def optimizer(self) -> torch.optim.Optimizer:
+        """Build AdamW for all trained parameters."""
         params = [p for module in self.trained.values() for p in module.parameters()]
         group = {"params": params, "lr": 1e-3, "base_lr": 1e-3}
         return torch.optim.AdamW([group], betas=(0.9, 0.98), weight_decay=0.0)
@@ -195,5 +216,5 @@ class FedCompanion(Companion):
 
 
 def packs_for(wording: Any, labeller: Labeller, seed: int) -> tuple[Packs, Packs]:
-    """(training packs, validation packs)."""
+    """Make the training packs and the validation packs."""
     return Packs(wording, labeller, seed), Packs(wording, labeller, 0, "val")

@@ -1,10 +1,11 @@
-"""A seeded, stratified subset of a multiple-choice parquet's text-only questions, for measuring on a slow machine.
+"""A stratified random subset of text-only questions, for measurements on a slow machine.
 
     python -m training.smol.subset --data scienceqa-test.parquet --count 120 --out runs/smol-text.parquet
     python -m training.smol.subset --data runs/smol-text.parquet --runs runs
 
-The second form reads what runs answered (scored.jsonl of each record on these data) and prints accuracy with its 95 %
-Wilson interval beside chance, by number of options.
+The first command draws the subset from a parquet file of multiple-choice questions. The second reads the results of all
+runs on the subset (scored.jsonl) and prints their accuracy by number of options, with the 95 % Wilson interval and the
+accuracy of guessing at random.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from training.evaluate import wilson
 
 
 def subset(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """`count` rows without an image, each number of options and subject with its share (largest remainders)."""
+    """Draw `count` rows without an image, in random order.
+
+    Each combination of number of options and subject gets its share of the rows, rounded by the largest remainders.
+    """
     text = frame[frame.image.isna()].copy()
     strata = text.groupby([text.choices.map(len), text.subject.fillna("")], sort=True)
     groups = dict(iter(strata))
@@ -32,7 +36,12 @@ def subset(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 
 
 def report(frame: pd.DataFrame, runs: Path) -> None:
-    """A table for every run below a folder that answered these very questions."""
+    """Print a table for each run that answered exactly these questions.
+
+    Args:
+        frame: the questions.
+        runs: folder of the runs.
+    """
     options = dict(zip(frame.pid.astype(str), frame.choices.map(len), strict=True))
     for file in sorted(runs.glob("*/record.json")):
         record = json.loads(file.read_text())
@@ -51,7 +60,7 @@ def report(frame: pd.DataFrame, runs: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, default=120)

@@ -1,10 +1,11 @@
-"""Trains `smol-llava` on one GPU, in one command.
+"""The command that trains `smol-llava` on one GPU.
 
     python -m training.smol.train --out runs/smol-llava --export qapbench/models/embedded/smol-llava
 
-Stages: `projector`, `joint` (projector, vision tower, LoRA on the decoder), `companion` (the CLIP text tower), each for
-its share of --minutes. The same command goes on from where it was stopped; --call-minutes ends a call in time with a
-checkpoint, where a command may not run for long. What is trained is written to --export after the last stage.
+It runs three stages, each for its share of --minutes: `projector`; `joint` (projector, vision tower, and LoRA on the
+decoder); and `companion` (the CLIP text tower). If it was stopped, the same command continues. On machines that limit
+the time of a command, --call-minutes ends a call early, with a checkpoint. After the last stage, the trained parts are
+written to --export.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ STATUS = "trained on diagramqa's training stream; see README.md for what it reac
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
-    """Models on the device, data, and what the stages share."""
+    """Build what all stages share: the models, on the device, the data, the labels and the tokenizer."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     llava, processor, clip = start(args.gguf or find_base(), args.tower, args.seed)
     adapted = add_lora(llava, args.rank, args.alpha)
@@ -62,6 +63,13 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def stage_of(name: str, built: dict[str, Any], args: argparse.Namespace) -> Any:
+    """Make a stage.
+
+    Args:
+        name: name of the stage.
+        built: what `build` returned.
+        args: the parsed command line.
+    """
     if name == "companion":
         return FedCompanion(built["llava"], built["clip"], built["speller"], args.seed, args.workers)
     given = {key: built[key] for key in ("llava", "adapted", "vision", "data", "checks")}
@@ -69,7 +77,7 @@ def stage_of(name: str, built: dict[str, Any], args: argparse.Namespace) -> Any:
 
 
 def train(args: argparse.Namespace) -> bool:
-    """Run what is left of the stages; whether all are done."""
+    """Run what remains of the stages. Returns whether all of them are done."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_heap()
     began = time.time()
@@ -91,7 +99,7 @@ def train(args: argparse.Namespace) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Command line."""
+    """Define the command line."""
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--out", type=Path, required=True, help="checkpoints and log.jsonl")
     out.add_argument("--export", type=Path, help="folder for the trained parts")
@@ -118,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run, and say whether there is more to do."""
+    """Run the command line, and print whether all stages are done."""
     done = train(parser().parse_args())
     print("done" if done else "not done; the same command goes on")
 
