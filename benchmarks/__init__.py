@@ -1,1 +1,1 @@
-"""What takes how long, against what the machine can do. Not part of the package: `python -m benchmarks.affine`."""
+"""Measurements of speed, each as a module to run, such as `python -m benchmarks.affine`. Not part of the package."""

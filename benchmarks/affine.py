@@ -1,11 +1,13 @@
-"""The fake-quantization core against a copy, plain eager PyTorch, torchao and compressed-tensors, in one run.
+"""Speed of fake quantization, compared to a copy of the tensor, eager PyTorch, torchao and compressed-tensors.
 
     python -m benchmarks.affine [--threads 2] [--rounds 30] [--shape 1 640 4096] [--device cpu]
 
-Contestants take turns, round by round, so that whatever else the machine does falls on all of them. Each makes a
-new tensor, so does the copy (`clone`). Libraries that are not installed are left out. glibc is told to keep freed
-memory: giving it back and taking it anew costs page faults that are several times what is measured, and fall on anyone.
-One thread on a CPU is timed by its own processor time, which other processes do not lengthen; all else by the wall.
+In every round, all of them run once, in turn, so that other work on the machine affects all of them. Each of them makes
+a new tensor, and so does the copy (`clone`). Libraries that are not installed are left out.
+
+glibc is configured to keep freed memory. Otherwise, memory would be returned and requested again, and the page faults
+would take several times as long as what is measured, in an arbitrary one of the calls. With one thread on a CPU, the
+time is the thread's own CPU time, which does not include other processes; in all other cases it is wall time.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ Contestant = Callable[[Tensor], Tensor]
 
 
 def naive(x: Tensor) -> Tensor:
-    """What one writes first, in x's own dtype."""
+    """Quantize and dequantize in the most obvious way, in the dtype of `x`."""
     groups = x.unflatten(-1, (-1, GROUP))
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low).clamp(min=1e-8) / (2**BITS - 1)
@@ -39,11 +41,13 @@ def naive(x: Tensor) -> Tensor:
 
 
 def ours(x: Tensor, compiled: bool) -> Tensor:
+    """Quantize and dequantize with qapbench."""
     os.environ[COMPILE] = str(int(compiled))
     return fake_quantize(x, BITS, GROUP)
 
 
 def torchao(x: Tensor) -> Tensor:
+    """Quantize and dequantize with torchao."""
     from torchao.quantization.quant_primitives import (
         MappingType,
         choose_qparams_affine,
@@ -59,6 +63,7 @@ def torchao(x: Tensor) -> Tensor:
 
 
 def compressed_tensors(x: Tensor) -> Tensor:
+    """Quantize and dequantize with compressed-tensors."""
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize as fake
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
@@ -68,6 +73,7 @@ def compressed_tensors(x: Tensor) -> Tensor:
 
 
 def contestants() -> dict[str, Contestant]:
+    """What is compared, by the name in the table."""
     found: dict[str, Contestant] = {
         "copy": torch.clone,
         "qapbench, eager": functools.partial(ours, compiled=False),
@@ -79,7 +85,7 @@ def contestants() -> dict[str, Contestant]:
 
 
 def times(tried: dict[str, Contestant], x: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every round, after two that do not count."""
+    """Milliseconds of each call, after two rounds that do not count."""
     taken: dict[str, list[float]] = {name: [] for name in tried}
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
     clock = time.thread_time if x.is_cpu and torch.get_num_threads() == 1 else time.perf_counter
@@ -101,7 +107,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs="+", default=[1, 640, 4096])
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
-    if sys.platform == "linux" and not KEEP.keys() <= os.environ.keys():  # read once, when a process starts
+    if sys.platform == "linux" and not KEEP.keys() <= os.environ.keys():  # glibc reads them when a process starts
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.affine", *sys.argv[1:]], {**os.environ, **KEEP})
     torch.set_num_threads(asked.threads)
     write = sys.stdout.write

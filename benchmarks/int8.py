@@ -1,8 +1,9 @@
-"""int8 W8A8 through torchao against bfloat16 and float32, one linear, in one run.
+"""Speed of one linear layer in W8A8 with torchao's int8 kernels, compared to bfloat16 and float32.
 
     python -m benchmarks.int8 [--width 4096] [--tokens 640] [--repeat 20] [--device cpu] [--eager]
 
-Times are medians over interleaved rounds, so that a noisy machine is noisy for all of them; what counts is the ratio.
+Times are medians over rounds in which all of them run in turn, so that other work on the machine affects all of them.
+Only the ratios of times are meaningful.
 """
 
 from __future__ import annotations
@@ -26,12 +27,21 @@ WAYS = ("float32", "bfloat16", "simulated W8A8, float32", "torchao W8A8, eager",
 
 
 def linear_of(width: int, dtype: torch.dtype, device: str) -> nn.Linear:
+    """Make a linear layer of width x width random weights, which are the same in every call."""
     torch.manual_seed(0)
     return nn.Linear(width, width, bias=False).requires_grad_(False).to(device, dtype)
 
 
 def measure(width: int, tokens: int, repeat: int, device: str, compiling: bool) -> dict[str, float]:
-    """Median milliseconds of each way."""
+    """Measure the median milliseconds of each of WAYS.
+
+    Args:
+        width: width of the input and of the output.
+        tokens: number of tokens in the input.
+        repeat: number of rounds; two more before them do not count.
+        device: device to run on.
+        compiling: whether to measure the compiled layer, too.
+    """
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(device)
     half = x.bfloat16()
     with contextlib.ExitStack() as stack:
@@ -77,7 +87,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[640, 1])
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--eager", action="store_true", help="leave the compiled one out: compiling takes minutes")
+    parser.add_argument(
+        "--eager", action="store_true", help="leave out the compiled layer, since compiling takes minutes"
+    )
     args = parser.parse_args()
     for tokens in args.tokens:
         found = measure(args.width, tokens, args.repeat, args.device, not args.eager)

@@ -1,6 +1,8 @@
-"""How long the page takes to open: 200 rows with stored answers, flipped questions and a study, in headless Chromium.
+"""Time that the leaderboard page takes to open in headless Chromium.
 
-PYTHONPATH=tests/leaderboard python -m benchmarks.leaderboard_page [--rows 200] [--loads 7] [--out page.html]
+    PYTHONPATH=tests/leaderboard python -m benchmarks.leaderboard_page [--rows 200] [--loads 7] [--out page.html]
+
+The page has 200 rows with stored answers, flipped questions and a study.
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ READY = "() => performance.getEntriesByType('navigation')[0].domContentLoadedEve
 
 
 def make_page(rows: int, out: Path) -> Path:
-    """A page of that many rows: full precision, dense, meaning alone, then metrics by budgets by fusions."""
+    """Build a page with many rows.
+
+    Args:
+        rows: number of rows: full precision, dense, semantic only, and combinations of budgets, weights and metrics.
+        out: file to write.
+
+    Returns:
+        The same file.
+    """
     grid = itertools.product(range(2, 15), ("0.5", "0.7", "0.9"), metrics.names())
     cells = (f"{metric}@{keep}@{weight}" for keep, weight, metric in grid)
     names = ["full", "dense", "semantic", *itertools.islice(cells, rows - 3)]

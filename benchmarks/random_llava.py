@@ -1,4 +1,4 @@
-"""A LLaVA-shaped checkpoint of about 100 million random weights, to measure with."""
+"""A checkpoint of LLaVA's architecture with about 100 million random weights, for measurements of speed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-SIDE, PATCH = 336, 14  # as LLaVA-1.5: 24 x 24 = 576 visual tokens
-VOCABULARY = 32064  # rows of the embedding, as LLaVA-1.5's
-# CLIP-L's depth at 7 heads of 64; a Llama of 8 layers; a text tower in CLIP-L's proportion to its vision tower.
+SIDE, PATCH = 336, 14  # as in LLaVA-1.5, which gives 24 x 24 = 576 visual tokens
+VOCABULARY = 32064  # number of rows of the embedding, as in LLaVA-1.5
+# The vision tower has the depth of CLIP-L, but 7 heads of width 64. The language model is a Llama of 8 layers. The text
+# tower is about as large in proportion to the vision tower as in CLIP-L.
 VISION: dict[str, Any] = {
     "hidden_size": 448,
     "intermediate_size": 1792,
@@ -50,10 +51,15 @@ TEMPLATE = (
 
 
 def save(folder: Path, texts: Iterable[str], seed: int = 0) -> int:
-    """Write the checkpoint, its processor and its companion CLIP; the number of the model's parameters.
+    """Write the checkpoint, its processor, and a companion CLIP.
 
     Args:
-        texts: what the tokenizer (a byte-level BPE) is trained on.
+        folder: folder to write to.
+        texts: texts that the tokenizer, a byte-level BPE, is trained on.
+        seed: seed of the weights.
+
+    Returns:
+        Number of parameters of the model, without the companion.
     """
     torch.manual_seed(seed)
     tokenizer = _tokenizer(texts)
@@ -83,7 +89,7 @@ def save(folder: Path, texts: Iterable[str], seed: int = 0) -> int:
     text = CLIPTextConfig(
         **TEXT, vocab_size=len(tokenizer), max_position_embeddings=77, eos_token_id=2, bos_token_id=1, pad_token_id=0
     )
-    # The companion's own vision encoder is never run: one layer of it is enough to load.
+    # The companion's own vision encoder is never run, so that one layer of it is enough.
     beside = CLIPVisionConfig(**{**VISION, "num_hidden_layers": 1}, image_size=SIDE, patch_size=PATCH)
     CLIPModel(
         CLIPConfig(text_config=text.to_dict(), vision_config=beside.to_dict(), projection_dim=256)

@@ -1,7 +1,10 @@
-"""What choosing tokens costs: `python -m benchmarks.selection`, beside a plain CDPruner and the work it cannot avoid.
+"""Speed of every pruner's selection of tokens, and of CDPruner compared to a plain transcription of the published code.
 
-One thread; the best of several repeats, in turn, of the thread's own time, which a busy machine stretches least. Only
-ratios within one run mean something.
+    python -m benchmarks.selection
+
+CDPruner is also compared to one matrix product that it cannot avoid. Everything runs on one thread. A time is the best
+of several repeats, of the thread's own CPU time, which other work on the machine affects least. Only ratios within one
+run are meaningful.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ KINDS = {"random": "tokens independent", "alike": "twelve groups and a common di
 
 
 def plain_cdpruner(tokens: VisionTokens, keep: int) -> Tensor:
-    """The published algorithm as published: relevance, kernel, greedy MAP, all images of a batch in step."""
+    """Select tokens as the released code of CDPruner does: [B, keep] indices.
+
+    It computes the relevance, the kernel, and the greedy MAP of all images of a batch in parallel.
+    """
     image = normalize(tokens.require("image_embeds", "benchmark"), dim=-1)
     text = normalize(tokens.require("text_embeds", "benchmark"), dim=-1)
     relevance = -(image @ text.mT).mean(dim=-1)
@@ -47,10 +53,18 @@ def plain_cdpruner(tokens: VisionTokens, keep: int) -> Tensor:
 
 
 def kernel_matmul(tokens: VisionTokens) -> Tensor:
+    """The matrix product that a kernel of all pairs of tokens needs: [B, N, N]."""
     return tokens.projected @ tokens.projected.mT
 
 
 def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
+    """Draw random tokens of the shapes of LLaVA-1.5 7B, with everything that any pruner needs.
+
+    Args:
+        batch: number of images.
+        kind: one of KINDS.
+        seed: seed of the random numbers.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -89,7 +103,7 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
 
 
 def fastest(calls: Mapping[str, Callable[[], Tensor]], repeats: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Milliseconds of each, the best of repeats that take turns, and what each gave."""
+    """Run all calls in turn, several times. Returns the least milliseconds and the last result of each call."""
     best, given = dict.fromkeys(calls, float("inf")), {}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -100,10 +114,12 @@ def fastest(calls: Mapping[str, Callable[[], Tensor]], repeats: int) -> tuple[di
 
 
 def kept(pruner: Pruner, tokens: VisionTokens, keep: int) -> Tensor:
+    """[B, keep] indices of the tokens that the pruner selects."""
     return pruner.select(tokens, keep).indices
 
 
 def cdpruner(repeats: int) -> Table:
+    """Compare CDPruner to its plain transcription, for both kinds of tokens, two batch sizes and three budgets."""
     table = Table("tokens", "batch", "whole matmul ms", "keep", "plain ms", "ours ms", "plain / ours", "same tokens")
     ours = pruners.create("cdpruner")
     for kind in KINDS:
@@ -123,6 +139,7 @@ def cdpruner(repeats: int) -> Table:
 
 
 def every_pruner(repeats: int, keep: int) -> Table:
+    """Measure all pruners on one image."""
     tokens = make_tokens(1, "random")
     table = Table("pruner", f"ms per image, keep {keep}")
     calls = {name: functools.partial(kept, pruners.create(name), tokens, keep) for name in pruners.names()}
@@ -132,10 +149,10 @@ def every_pruner(repeats: int, keep: int) -> Table:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats; the best counts.")] = 5,
-    keep: Annotated[int, typer.Option(min=1, max=COUNT - 1, help="Budget in the table of all pruners.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repeats, of which the best counts.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, max=COUNT - 1, help="Tokens to keep, in the table of all pruners.")] = 32,
 ) -> None:
-    """Time the selection alone: N=576, D=4096, C=1024, float32."""
+    """Measure the time of the selection alone, with N=576, D=4096 and C=1024 in float32."""
     torch.set_num_threads(1)
     console = Console()
     console.print(every_pruner(repeats, keep))

@@ -1,10 +1,14 @@
-"""What a sweep costs beside its cells alone: `python -m benchmarks.sweep --task diagramqa --limit 60`.
+"""Time that a sweep takes, compared to its runs one by one.
 
-The 12 rows of the spec `table2_w4a4` on a LLaVA-shaped model of about 100 million random weights. The dense W4A4 cell,
-or every cell with `--alone all`, is made alone, then the whole sweep; the model is loaded before. Seconds are this
-process's own CPU time, which other work on the machine disturbs less than the clock on the wall; both are shown.
+    python -m benchmarks.sweep --task diagramqa --limit 60
 
-`--count` counts the multiply-adds of matrix products and attention instead: no machine does better than their ratio.
+The sweep is the spec `table2_w4a4` with its 12 runs, on a model of LLaVA's architecture with about 100 million random
+weights, which is loaded beforehand. First, the run "W4A4 dense" is computed alone (with `--alone all`, every run), then
+the whole sweep. Times are given as CPU time of this process, which other work on the machine affects less, and as wall
+time.
+
+With `--count`, the multiply-adds of matrix products and attention are counted instead of times. Their ratio is the best
+that any machine can reach.
 """
 
 from __future__ import annotations
@@ -29,19 +33,26 @@ from qapbench.tasking.tasks import load_task
 from . import random_llava
 
 DENSE = "W4A4 dense"
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch's counter does not count it
 out = Console(width=120, highlight=False)
 
 
 def timed(engine: Engine, specs: list[RunSpec]) -> tuple[float, float, list[dict[str, Any]]]:
-    """CPU seconds, seconds, records."""
+    """Run specs. Returns the CPU seconds, the wall seconds, and the records."""
     wall, cpu = time.perf_counter(), time.process_time()
     records = engine.run(specs)
     return time.process_time() - cpu, time.perf_counter() - wall, records
 
 
 def count_products(specs: list[RunSpec], alone: RunSpec, folder: Path, batch_size: int) -> None:
-    """Multiply-adds of the sweep and of the dense cell alone: what has to be computed, however fast."""
+    """Count and print the multiply-adds of the sweep and of the dense run alone.
+
+    Args:
+        specs: the runs of the sweep.
+        alone: the run that is also computed alone.
+        folder: folder for records.
+        batch_size: number of questions in a batch.
+    """
     engine = Engine(folder / "unused", batch_size)
     engine.model(specs[0])
     found = {}
@@ -55,6 +66,14 @@ def count_products(specs: list[RunSpec], alone: RunSpec, folder: Path, batch_siz
 
 
 def measure(specs: list[RunSpec], alone: list[RunSpec], folder: Path, batch_size: int) -> None:
+    """Measure and print the time of the sweep and of some runs alone, and whether their answers are equal.
+
+    Args:
+        specs: the runs of the sweep.
+        alone: the runs that are also computed alone, among them the dense run.
+        folder: folder for records.
+        batch_size: number of questions in a batch.
+    """
     seconds: dict[str, tuple[float, float]] = {}
     answers: dict[str, bytes] = {}
     engine = Engine(folder / "unused", batch_size)
@@ -94,7 +113,7 @@ def measure(specs: list[RunSpec], alone: list[RunSpec], folder: Path, batch_size
 
 
 def _attention(query: Any, key: Any, value: Any, *_args: Any, **_more: Any) -> int:
-    """Twice the multiply-adds of [B, heads, L, d] shapes, as if every token saw every other."""
+    """FLOPs of attention for shapes [B, heads, L, d], counted as if every token attended to all others."""
     return sdpa_flop_count(query, key, value)
 
 
@@ -109,8 +128,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--alone", choices=("dense", "all"), default="dense")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--count", action="store_true", help="multiply-adds instead of seconds")
-    parser.add_argument("--model", type=Path, help="a checkpoint folder; made there where it is none yet")
+    parser.add_argument("--count", action="store_true", help="count multiply-adds instead of measuring times")
+    parser.add_argument("--model", type=Path, help="checkpoint folder; the model is written there if there is none")
     given = parser.parse_args()
     task = load_task(TaskSpec(name=given.task, data=given.data))
     with tempfile.TemporaryDirectory() as temporary:

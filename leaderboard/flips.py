@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from qapbench import UserError
 from qapbench.analysis.paired import OVERALL, Scored, flipped
-from qapbench.analysis.pictures import data_uri, grid_of, seen_image
+from qapbench.analysis.pictures import data_uri, grid_of, image_processor_config, seen_image
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.receipt import ImageTokens
 from qapbench.records.answer import Answer
@@ -106,7 +106,7 @@ class _Sources:
     def __init__(self, missing: list[str]) -> None:
         self._missing = missing
         self._tasks: dict[str, tuple[TaskOutline, dict[str, int]] | None] = {}
-        self._processors: dict[str, Any] = {}
+        self._processors: dict[str, dict[str, Any] | None] = {}
 
     def add(self, run: Scored, question: str, questions: dict[str, dict[str, Any]]) -> str | None:
         """The question's key in `questions`, put there where there is room; None where it cannot be shown."""
@@ -155,16 +155,13 @@ class _Sources:
                 self._miss(f"questions of {text(spec.get('name'))}: {why}")
         return self._tasks[name]
 
-    def _processor(self, model: str) -> Any:
-        """The model's image processor where it is on this machine, else None: the centre square is taken then."""
+    def _processor(self, model: str) -> dict[str, Any] | None:
+        """The config of the model's image processor where it is on this machine; None takes the centre square."""
         if model not in self._processors:
             self._processors[model] = None
             try:
-                from transformers import AutoImageProcessor
-
-                folder = find_checkpoint(model, fetch=False).folder
-                self._processors[model] = AutoImageProcessor.from_pretrained(folder)
-            except Exception:  # UserError, OSError, ValueError, ImportError: the picture is drawn without it
+                self._processors[model] = image_processor_config(find_checkpoint(model, fetch=False).folder)
+            except (UserError, OSError, ValueError, KeyError):  # the picture is drawn without it
                 self._miss(f"the image processor of {model}: images are drawn as their centre square")
         return self._processors[model]
 

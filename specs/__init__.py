@@ -1,1 +1,1 @@
-"""Specs that run as they are: `qapbench run quickstart`."""
+"""Specs that come with qapbench and run without changes, such as `qapbench run quickstart`."""

@@ -26,6 +26,7 @@ KINDS = {
     "subject": "text",
     "grade": "text",
 }
+BATCH = 256  # rows of a parquet file that are in memory with their images
 SHOWN = 5
 """Largest number of wrong rows that one message lists. Without it, a damaged column would give a line per question."""
 
@@ -116,11 +117,12 @@ def read(data: str) -> tuple[list[dict[str, Any]], str]:
     stamp = path.stat().st_mtime_ns if path else 0
     if path:
         _check_columns(_parquet_schema(path), path.name)
-    table = _open(data, stamp)
-    schema = table.data.table.schema
-    _check_columns(schema, data)
-    has_image = _has_image(table.data.table.column("image"))
-    rows = table.remove_columns("image").to_list()
+        rows, has_image = _read_parquet(path)
+        fingerprint = _sha256(path)
+    else:
+        table = _from_hub(data)
+        has_image = _has_image(table.data.table.column("image"))
+        rows, fingerprint = table.remove_columns("image").to_list(), str(table._fingerprint)
     for index, row in enumerate(rows):
         row["image"] = LazyImage(data, stamp, index) if has_image[index] else None
         row["numbered"] = row.get("pid") is None
@@ -128,7 +130,31 @@ def read(data: str) -> tuple[list[dict[str, Any]], str]:
         for name in ("hint", "subject", "grade"):
             row[name] = row[name] or ""
     _check_rows(rows, path.name if path else data)
-    return rows, _sha256(path) if path else str(table._fingerprint)
+    return rows, fingerprint
+
+
+def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Read the rows of a parquet file without their images, and for each row whether it has one.
+
+    pyarrow reads a file some rows at a time. `datasets`, which maps the images, takes a second to import and is only
+    needed once an image is looked at.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = []
+    has_image: list[bool] = []
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH):
+            table = pa.Table.from_batches([batch])
+            has_image += _has_image(table.column("image"))
+            rows += table.drop_columns("image").to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(Problem(f"{path}: cannot be read as parquet ({first_line(error)})", WHERE)) from None
+    return rows, has_image
 
 
 def _locate(data: str) -> tuple[str, Path | None]:

@@ -33,7 +33,7 @@ HINTED_HEADS = 2  # number of heads per block whose attention is trained directl
 SHELVES = 32  # number of equal parts that the dictionary is divided into
 FAMILIES = {name: i for i, name in enumerate([EASY, HARD, *image_families(), *text_families()])}
 Seen = dict[Any, Any]
-"""What a forward pass records: log-attention by block, and the positions whose attention is recorded."""
+"""What a forward pass records: log-attention by block, the states after LOOK ("said"), and whose attention it is."""
 
 
 class Hints(nn.Module):
@@ -91,10 +91,12 @@ class Prefix:
 
     @property
     def length(self) -> int:
+        """P, the number of keys."""
         return self.keys[0].shape[2] if self.keys else 0
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary position embedding to queries or keys."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos + turned * sin

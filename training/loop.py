@@ -55,7 +55,7 @@ def keep_heap() -> None:
 
 
 def schedule(progress: float, step: int) -> float:
-    """Factor of the learning rate: linear warm-up in 60 steps, then 1, and linear decay to 0 in the last 60 % of time."""
+    """Factor of the learning rate: linear warm-up in 60 steps, then 1, then linear decay in the last 60 % of time."""
     return min(1.0, (step + 1) / 60) * min(1.0, max(0.0, (1 - progress) / 0.6))
 
 

@@ -169,14 +169,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--export", type=Path, help="write the public checkpoint folder at the end")
-    parser.add_argument(
-        "--init", type=Path, help="where its weights start: checkpoint of this stage, or exported folder"
-    )
-    parser.add_argument("--freeze", nargs="*", default=[], metavar="PART", help="parts that stay as they are")
+    parser.add_argument("--init", type=Path, help="initial weights: a checkpoint of this stage, or an exported folder")
+    parser.add_argument("--freeze", nargs="*", default=[], metavar="PART", help="parts that are not trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW")
-    parser.add_argument("--ranks", type=int, default=1, help="processes that share the batch size")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--ranks", type=int, default=1, help="number of processes that share a batch")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads per process")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "vocabulary.json").exists():

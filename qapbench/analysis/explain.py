@@ -134,7 +134,7 @@ def explain(spec: RunSpec, sample: str, session: Session) -> Explanation:
     if stages > 1:
         notes.append(f"Scores are those of the first of {stages} stages inside the decoder; the choice is the last's.")
     processor = session.model(asked)[1]
-    return Explanation(spec, question, seen_image(question.image, processor.image_processor), sides, notes)
+    return Explanation(spec, question, seen_image(question.image, processor.image_processor.to_dict()), sides, notes)
 
 
 def _side(

@@ -4,35 +4,71 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-LARGEST = 336  # pixels a side of an image that goes into a page
+LARGEST = 336  # pixels per side of an image that goes into a page
+ONE_VIEW = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
+"""Image processors that make one picture of an image; all others cut it into tiles or patches."""
+BICUBIC = Image.Resampling.BICUBIC
 
 
-def seen_image(image: Image.Image, image_processor: Any = None) -> Image.Image:
-    """What is left of an image after resizing and cropping, so that a grid of tokens can be laid over it.
+def seen_image(image: Image.Image, config: Mapping[str, Any] | None = None) -> Image.Image:
+    """The part of an image that the model saw, after resizing and cropping, so that a grid of tokens can lie over it.
 
     Args:
-        image_processor: the model's own; without one the centre square, which is what CLIP's takes.
+        config: of the model's image processor, as its JSON has it (`image_processor_config`); without one the centre
+            square is taken, which is what CLIP's processor does.
     """
-    if image_processor is not None:
-        pixels = np.asarray(image_processor(images=image, return_tensors="np")["pixel_values"][0], dtype=np.float32)
-        if pixels.ndim != 3 or pixels.shape[0] != 3:
-            return image.convert("RGB")  # cut into tiles or patches: nothing is left out
-        scaling = (image_processor.image_mean, image_processor.image_std)
-        mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in scaling)
-        return Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).convert("RGB")
+    image = image.convert("RGB")
+    kind = str((config or {}).get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+    if config is not None and kind not in ONE_VIEW:
+        return image  # cut into tiles or patches: nothing is left out
+    if config is not None and config.get("do_pad"):
+        return _padded(image, config)
+    if config is not None and not config.get("do_center_crop"):
+        size = config.get("size") or {}
+        return image.resize((int(size["width"]), int(size["height"])), BICUBIC) if "width" in size else image
+    size, crop = (config or {}).get("size") or {}, (config or {}).get("crop_size") or {}
+    edge = int(size.get("shortest_edge") or min(image.size))
+    scale = edge / min(image.size)
+    image = image.resize((max(round(image.width * scale), edge), max(round(image.height * scale), edge)), BICUBIC)
+    width, height = int(crop.get("width") or edge), int(crop.get("height") or edge)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _padded(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
+    """The image in the middle of a square of the mean colour, as LLaVA pads it, at the model's resolution."""
+    side = max(image.size)
+    mean = tuple(int(255 * value) for value in config.get("image_mean") or (0, 0, 0))
+    square = Image.new("RGB", (side, side), mean)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    edge = int((config.get("size") or {}).get("shortest_edge") or side)
+    return square.resize((edge, edge), BICUBIC)
+
+
+def image_processor_config(folder: Path) -> dict[str, Any]:
+    """The image processor's part of a checkpoint folder's JSON files.
+
+    Raises:
+        OSError, ValueError, KeyError: the folder has none.
+    """
+    processor = folder / "processor_config.json"
+    if processor.is_file():
+        data = json.loads(processor.read_text(encoding="utf-8"))
+        if isinstance(data.get("image_processor"), dict):
+            return dict(data["image_processor"])
+    return dict(json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")))
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image for an <img>, at most LARGEST pixels a side: drawings as PNG, whatever is smaller as JPEG."""
+    """The image for an <img>, at most LARGEST pixels per side: drawings as PNG, whatever is smaller as JPEG."""
     image = image.copy()
     image.thumbnail((LARGEST, LARGEST))
     encoded = {}

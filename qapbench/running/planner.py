@@ -13,8 +13,7 @@ from qapbench.models.loading import precision
 from qapbench.records.record import RECORD, read_record
 from qapbench.records.store import answers_of
 from qapbench.spec.run_spec import RunSpec
-from qapbench.tasking import calibration_samples
-from qapbench.tasking.outline import TaskOutline
+from qapbench.tasking.outline import TaskOutline, calibration_fingerprint
 from qapbench.tasking.tasks import find_outline
 
 from .fingerprints import OF_TEXT, about, fingerprints
@@ -73,7 +72,7 @@ class Planner:
         """
         task = self.task(spec)
         wanted = spec.quantize.calibration if spec.quantize else None
-        source = calibration_samples.fingerprint(task, wanted) if wanted else ""
+        source = calibration_fingerprint(task, wanted) if wanted else ""
         content = fingerprints(spec, task, self.device, fetch, source)
         run_id = spec.digest(content, task.asked)
         text_key = run_id  # where calibration prunes, the weights themselves depend on the pruner

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qapbench.errors import Problem, UserError
-from qapbench.hashing import digest_file
 from qapbench.prune.pruning import PER_TOKEN
 from qapbench.quantize.calibration import CalibrationSamples
 from qapbench.spec.run_spec import CalibrationSpec
 
 from .lm import AskingLM
-from .outline import TaskOutline
 from .questions import ContinuationTokenizer, processor_inputs
 from .tasks import LoadedTask, quiet
 
 WHERE = ("quantize", "calibration")
-
-
-def fingerprint(task: TaskOutline, spec: CalibrationSpec) -> str:
-    """What the samples are drawn from: the file's content, or the version of the task's own source."""
-    if spec.data:
-        file = Path(spec.data).expanduser()
-        if not file.is_file():
-            raise UserError(Problem(f"{spec.data}: no such file (a parquet file of questions)", (*WHERE, "data")))
-        return digest_file(file)
-    return getattr(task.docs, "calibration_version", "") or task.fingerprint
 
 
 def documents(task: LoadedTask, spec: CalibrationSpec) -> Sequence[Mapping[str, Any]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from qapbench.errors import Problem, UserError, nearest
+from qapbench.hashing import digest_file
 from qapbench.records.tally import UNPARSED
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.run_spec import CalibrationSpec, TaskSpec
 
 from .registry import LETTER, TaskSource, tasks
 
@@ -118,3 +120,18 @@ def letter_base(name: str) -> str | None:
     """The registered task that a name is the letter variant of; None where it is none's."""
     base = name.removesuffix(LETTER)
     return base if base != name and base in tasks and tasks.create(base).has_letters else None
+
+
+def calibration_fingerprint(task: TaskOutline, spec: CalibrationSpec) -> str:
+    """Hash of what calibration samples are drawn from: the file's content, or the version of the task's own source.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if spec.data:
+        file = Path(spec.data).expanduser()
+        if not file.is_file():
+            where = ("quantize", "calibration", "data")
+            raise UserError(Problem(f"{spec.data}: no such file (a parquet file of questions)", where))
+        return digest_file(file)
+    return getattr(task.docs, "calibration_version", "") or task.fingerprint

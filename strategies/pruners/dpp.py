@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.linalg import solve_triangular
 from torch import Tensor
 
 RANK_TOLERANCE = 1e-6  # of a unit vector's squared residual: float32 cannot tell less from zero
@@ -143,6 +142,8 @@ class LazyGreedy:
 
     def _widen(self) -> None:
         """Look at the next block: its cosines with the rows held, and what is left of it outside the span."""
+        from scipy.linalg import solve_triangular  # imported here: the registry is listed without it
+
         start, stop = self.seen, min(self.seen + BLOCK, self.count)
         self.seen = stop
         unit = torch.index_select(self.features, 0, self.ranked[start:stop], out=self.unit[start:stop])

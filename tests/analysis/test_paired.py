@@ -4,6 +4,7 @@ from math import comb
 from typing import Any
 
 import pytest
+from small_records import small_record
 
 from qapbench import UserError
 from qapbench.analysis.paired import Scored, compare
@@ -17,7 +18,7 @@ def scored(name: str, right: list[int], data: str = "d") -> Scored:
         {"name": "G1-6", "unavailable": "?"},
         {"name": "Avg", "k": 0},
     ]
-    return Scored({"name": name, "fingerprints": {"data": data}, "scores": {"columns": columns}}, rows)
+    return Scored(small_record(columns, name=name, fingerprints={"data": data}), rows)
 
 
 def test_counts_flips_and_exact_p() -> None:

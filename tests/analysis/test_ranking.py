@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from small_records import small_record
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportions_ztest
@@ -83,13 +84,8 @@ def test_ranks_of_counts_are_two_sample_tests() -> None:
 
 def run(name: str, right: list[int], prune: Any = None, created: str = "1", model: str = "m") -> Scored:
     spec = {"quantize": {"bits": 4}, "prune": prune, "seed": 0}
-    record = {
-        "name": name,
-        "created": created,
-        "spec": spec,
-        "fingerprints": {"data": "d", "model": model},
-        "scores": {"columns": [{"name": "Avg", "k": 0}]},
-    }
+    content = {"data": "d", "model": model}
+    record = small_record([{"name": "Avg", "k": 0}], name=name, created=created, spec=spec, fingerprints=content)
     return Scored(record, {f"q{i}": {"Avg": float(r)} for i, r in enumerate(right)})
 
 

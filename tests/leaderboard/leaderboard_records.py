@@ -9,6 +9,7 @@ from typing import Any
 
 IMG = "<img src=x onerror=alert(1)>"
 SCRIPT_END = "</script><script>alert(2)</script><!-- \u2028\u2029 ]]>"
+NAN = float("nan")
 SIZES = {"NAT": 500, "SOC": 300, "LAN": 200, "TXT": 450, "IMG": 420, "NO": 350, "Avg": 1000}
 NOTE = "Embedded stand-in: diagram-llava is a toy of 3 M parameters, trained on drawn diagrams."
 METHODS: list[tuple[Any, Any, Any]] = [
@@ -44,6 +45,7 @@ def record(index: int, prune: Data | None, model: str = "diagram-llava", bits: i
     linears = [
         {
             "name": f"model.language_model.layers.{layer}.{module}",
+            "part": "language",
             "weight_bits": bits,
             "activation_bits": bits,
             "calls": 1000,
@@ -54,7 +56,7 @@ def record(index: int, prune: Data | None, model: str = "diagram-llava", bits: i
     method = prune["method"] if prune else "all tokens"
     label = method if isinstance(method, str) else next(iter(method))
     return {
-        "schema": 1,
+        "schema": 2,
         "run_id": hashlib.sha256(f"{index} {model}".encode()).hexdigest()[:16],
         "name": f"{label}-{keep}-{index}",
         "created": f"2026-11-{1 + index % 28:02}T19:00:00Z",
@@ -83,7 +85,6 @@ def record(index: int, prune: Data | None, model: str = "diagram-llava", bits: i
             "summary": f"rtn W{bits}A{bits} on 30 linears (language); keeps {keep} of 144",
             "linears": linears,
             "fallbacks": ["lm_head: left in 16 bits, tied to the embedding"] if index % 5 == 0 else [],
-            "notes": ["positions are compact"],
         },
         "environment": {"python": "3.11.7", "torch": "2.13.0+cpu", "device": "cpu", "threads": 2},
         "fingerprints": {"model": "a" * 64, "data": "b" * 64},
@@ -110,12 +111,13 @@ def ablation(rows: int) -> list[Data]:
 
 
 def hostile() -> list[Data]:
-    """Records that attack the page, and records with wrong types or nothing in them."""
+    """Valid records that attack the page: markup, formulas, and values where nobody expects them."""
     attack = record(900, pruned(f"cdpruner{SCRIPT_END}", {f"{IMG}": {IMG: SCRIPT_END}}, "'\"><b>x", 32), IMG)
     attack["name"] = f"{SCRIPT_END}{IMG}"
     attack["run_id"] = f'"{IMG}'
     attack["spec"]["task"]["data"] = f"a: b # {SCRIPT_END}\n- 'x'\t\x00\x85{IMG}"
-    attack["receipt"]["summary"] = attack["receipt"]["notes"][0] = IMG
+    attack["receipt"]["summary"] = IMG
+    attack["receipt"]["fallbacks"] = [IMG]
     attack["receipt"]["linears"][0]["name"] = IMG
     attack["environment"][IMG] = {"deep": [SCRIPT_END]}
     attack["scores"]["columns"].insert(0, {"name": IMG, "k": 1, "n": 2})
@@ -123,18 +125,39 @@ def hostile() -> list[Data]:
     attack["notes"] = [f"stand-in {IMG}", SCRIPT_END]
     formula = record(901, None, "=HYPERLINK(1)")
     formula["name"] = "=1+1"
-    nan = float("nan")
-    return [
-        attack,
-        formula,
-        {},
-        {"spec": "no mapping", "scores": [1], "tokens": 3, "receipt": None, "notes": "text", "name": 7},
-        {
-            "spec": {"quantize": 4, "prune": ["x"]},
-            "scores": {"columns": [None, {"name": "Avg", "accuracy": nan}]},
+    odd = record(902, None)
+    odd["name"] = "lone \ud800 surrogate"
+    odd["spec"] = {"quantize": 4, "prune": ["x"], "task": "no mapping", "deep": {"nan": NAN, "none": None}}
+    odd["scores"]["columns"] = [{"name": "Avg", "accuracy": NAN}, {"name": "NAT", "mean": 7.0}, {"name": "NO", "k": 0}]
+    odd["environment"] = {"python": None, "torch": NAN}
+    return [attack, formula, odd]
+
+
+def damaged() -> dict[str, Data]:
+    """What is no valid record, by the name under which a page's builder says that it leaves it out."""
+    nan = record(903, None)
+    nan["timing"] = {"seconds": NAN}
+    more = record(904, None)
+    more["scores"]["columns"] = [{"name": "Avg", "k": 9, "n": 3, "accuracy": 7}]
+    newer = record(905, None)
+    newer["schema"] = 3
+    wrong = record(906, None)
+    wrong["run_id"] = IMG
+    wrong["scores"]["columns"] = [None, {"name": "Avg", "accuracy": "high"}]
+    return {
+        "without a name": {},
+        "7": {
+            "schema": 2,
+            "spec": "no mapping",
+            "scores": [1],
+            "tokens": 3,
+            "receipt": None,
+            "notes": "text",
+            "name": 7,
         },
-        {
-            "name": "lone \ud800 surrogate",
-            "scores": {"columns": [{"name": "Avg", "k": 9, "n": 3, "accuracy": 7}]},
-        },
-    ]
+        "lone ? surrogate": {"name": "lone \ud800 surrogate", "scores": {"columns": []}},
+        nan["run_id"]: nan,
+        more["run_id"]: more,
+        newer["run_id"]: newer,
+        IMG: wrong,
+    }

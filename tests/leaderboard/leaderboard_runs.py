@@ -14,9 +14,12 @@ import pandas as pd
 from leaderboard_records import IMG, NOTE, SCRIPT_END
 from PIL import Image
 
-from qapbench.receipt import Receipt
-from qapbench.records.record import labels
+from qapbench.receipt import ImageTokens, Receipt
+from qapbench.records.answer import Answer, ScoredQuestion
+from qapbench.records.record import Record, parse_record
+from qapbench.records.store import answers_of, write_json, write_lines
 from qapbench.records.tally import tally
+from qapbench.running.notes import labels
 from qapbench.spec.run_spec import RunSpec, TaskSpec
 from qapbench.tasking.tasks import LoadedTask, load_task
 
@@ -48,7 +51,7 @@ def write_questions(path: Path, hostile: bool = False) -> Path:
     return path
 
 
-def write_runs(folder: Path, data: Path, names: Sequence[str] = FIRST, moved: bool = False) -> list[dict[str, Any]]:
+def write_runs(folder: Path, data: Path, names: Sequence[str] = FIRST, moved: bool = False) -> list[Record]:
     """A run for each name; `moved`: the answers to questions without images move with the pruning."""
     task = load_task(TaskSpec(name="scienceqa", data=str(data)))
     return [_write(folder, task, str(data), name, moved) for name in names]
@@ -69,11 +72,12 @@ def spec_of(data: str, name: str) -> RunSpec:
     return RunSpec.parse({"name": name, "model": "tiny", "task": task, "quantize": quantize, "prune": prune})
 
 
-def _write(folder: Path, task: LoadedTask, data: str, name: str, moved: bool) -> dict[str, Any]:
+def _write(folder: Path, task: LoadedTask, data: str, name: str, moved: bool) -> Record:
     spec = spec_of(data, name)
     content = {"model": "m" * 64, "data": task.fingerprint, "precision": "float32 on cpu"}
     run_id = spec.digest(content, task.asked)
-    answers, scored, receipt = [], [], Receipt()
+    answers: list[Answer] = []
+    scored: list[ScoredQuestion] = []
     for doc, question in enumerate(task.ids):
         row = task.docs[doc]
         own = name if row["image"] is not None or moved else str(bool(spec.quantize))
@@ -81,17 +85,17 @@ def _write(folder: Path, task: LoadedTask, data: str, name: str, moved: bool) ->
         right = draw.random() < 0.7
         best = row["answer"] if right else 1 - row["answer"]
         outputs = [[-0.1 if choice == best else -2.0, choice == best] for choice in range(2)]
-        answer = {"task": "scienceqa", "doc": doc, "id": question, "answer": "AB"[best], "outputs": outputs}
+        images = None
         if row["image"] is not None:
-            image: dict[str, Any] = {"available": TOKENS}
-            if spec.prune:
-                image |= {"kept": sorted(draw.sample(range(TOKENS), spec.prune.keep)), "merged": 0}
-            answer["images"] = [image]
-        answers.append(answer)
-        scored.append(
-            {"id": question, "doc": doc, "metrics": task.task.process_results(row, list(map(tuple, outputs)))}
+            kept = sorted(draw.sample(range(TOKENS), spec.prune.keep)) if spec.prune else None
+            images = [ImageTokens(available=TOKENS, kept=kept)]
+        answers.append(
+            Answer(task="scienceqa", doc=doc, id=question, answer="AB"[best], outputs=outputs, images=images)
         )
-    receipt.recount([image for answer in answers for image in answer.get("images", [])])
+        metrics = task.task.process_results(row, list(map(tuple, outputs)))
+        scored.append(ScoredQuestion(id=question, doc=doc, metrics=metrics))
+    receipt = Receipt()
+    receipt.recount(image for answer in answers for image in answer.images or [])
     linear = {
         "name": "layers.0",
         "part": "language",
@@ -100,27 +104,29 @@ def _write(folder: Path, task: LoadedTask, data: str, name: str, moved: bool) ->
         "calls": 9,
         "planned": True,
     }
-    record = {
-        "schema": 1,
-        "run_id": run_id,
-        "text_key": "t",
-        "name": name,
-        "created": f"2026-11-0{1 + len(name)}T19:00:00Z",
-        "spec": spec.model_dump(mode="json"),
-        "labels": labels(spec),
-        "scores": tally((line["metrics"] for line in scored), task.columns, task.unavailable).to_json(),
-        "tokens": receipt.tokens,
-        "receipt": {"summary": "rtn: W4A4", "linears": [linear] if spec.quantize else [], "fallbacks": []},
-        "environment": {"torch": "2.13.0"},
-        "fingerprints": content,
-        "timing": {"seconds": 1.0},
-        "notes": [NOTE],
-    }
+    record = parse_record(
+        {
+            "schema": 2,
+            "run_id": run_id,
+            "text_key": "t",
+            "name": name,
+            "created": f"2026-11-0{1 + len(name)}T19:00:00Z",
+            "spec": spec.model_dump(mode="json"),
+            "labels": labels(spec),
+            "scores": tally((line.metrics for line in scored), task.columns, task.unavailable).to_json(),
+            "tokens": receipt.tokens,
+            "receipt": {"summary": "rtn: W4A4", "linears": [linear] if spec.quantize else [], "fallbacks": []},
+            "environment": {"torch": "2.13.0"},
+            "fingerprints": content,
+            "timing": {"seconds": 1.0},
+            "notes": [NOTE],
+        }
+    )
     place = folder / run_id
     place.mkdir(parents=True)
-    (place / "record.json").write_text(json.dumps(record))
-    for file, lines in (("answers.jsonl", answers), ("scored.jsonl", scored)):
-        (place / file).write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    write_json(place / "record.json", record.to_json())
+    answers_of(place).append(answers)
+    write_lines(place / "scored.jsonl", scored)
     return record
 
 

@@ -18,7 +18,7 @@ from qapbench.analysis.check import check_record
 from qapbench.analysis.paired import compare, read_scored
 from qapbench.leaderboard import build
 from qapbench.leaderboard.paper import paper_rows
-from qapbench.records.record import read_records
+from qapbench.records.load import load_records
 
 RESULTS = Path(__file__).parents[2] / "leaderboard" / "results"
 Data = dict[str, Any]
@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(runs: Path, out: Path) -> tuple[list[Data], Data]:
     """The page's rows and what its script reads."""
-    page = build(read_records(runs), out / "page.html", runs=runs)
+    page = build(load_records(runs), out / "page.html", runs=runs)
     inlined = page.read_text("utf-8").split('<script type="application/json" id="data">')[1].split("</script>")[0]
     return json.loads(page.with_suffix(".json").read_text("utf-8")), json.loads(inlined)
 
@@ -49,7 +49,7 @@ def test_references_are_paired_with_the_stored_scores(runs: Path, tmp_path: Path
         "combined": {"dense", "semantic"},
         "l2": {"dense", "semantic"},
     }
-    folders = {record["name"]: runs / record["run_id"] for record in read_records(runs)}
+    folders = {record.name: runs / record.run_id for record in load_records(runs)}
     qs = []
     for name, kind, other in (("l2", "semantic", "semantic"), ("combined", "dense", "dense")):
         against = rows[places[name]]["against"][kind]
@@ -80,7 +80,7 @@ def test_records_alone_have_no_comparison(tmp_path: Path) -> None:
 
 
 def test_a_record_cannot_name_another_folder(runs: Path, tmp_path: Path) -> None:
-    records = [{**record, "run_id": f"x/../{record['run_id']}"} for record in read_records(runs)]
+    records = [record.model_copy(update={"run_id": f"x/../{record.run_id}"}) for record in load_records(runs)]
     build(records, tmp_path / "page.html", runs=runs)
     rows = json.loads((tmp_path / "page.json").read_text("utf-8"))
     assert all(row["rank"] is None for row in rows if row["kind"] == "run")
@@ -165,8 +165,8 @@ def test_hostile_questions_and_studies_are_data(tmp_path: Path) -> None:
 @pytest.fixture
 def one(runs: Path, tmp_path: Path) -> Path:
     """A copy of the pruned run, to be tampered with."""
-    (record,) = (record for record in read_records(runs) if record["name"] == "combined")
-    return shutil.copytree(runs / record["run_id"], tmp_path / record["run_id"])
+    (record,) = (record for record in load_records(runs) if record.name == "combined")
+    return shutil.copytree(runs / record.run_id, tmp_path / record.run_id)
 
 
 def test_an_honest_record_passes(one: Path) -> None:
@@ -198,7 +198,9 @@ def overall(record: Data) -> Data:
         (change("record.json", lambda r: overall(r).update(accuracy=0.99)), "Avg.accuracy does not follow"),
         (change("record.json", lambda r: r["scores"]["columns"].pop(0)), "column NAT is missing"),
         (change("record.json", lambda r: r["scores"]["unparsed"].update(k=3)), "unparsed says 3"),
-        (change("record.json", lambda r: r.pop("receipt")), "record.receipt"),
+        (change("record.json", lambda r: r.pop("receipt")), "record.json: receipt: this field"),
+        (change("record.json", lambda r: r.update(schema=3)), "schema: version 3 was written by a newer qapbench"),
+        (change("record.json", lambda r: r.update(run_id="../x")), "expected 16 hexadecimal digits, got '../x'"),
         (change("record.json", lambda r: r["receipt"].update(linears=[])), "names no linear"),
         (change("record.json", lambda r: r["receipt"]["linears"][0].update(weight_bits=32)), "did not reach 4 bits"),
         (change("record.json", lambda r: r["receipt"]["linears"][0].update(activation_bits=None)), "activations of"),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from pathlib import Path
 
 import pytest
-from leaderboard_records import ablation, hostile
+from leaderboard_records import ablation, damaged, hostile, record
 from scipy.stats import binomtest
 
 from qapbench import UserError
 from qapbench.leaderboard import build
+from qapbench.leaderboard.builder import valid_records
 from qapbench.leaderboard.paper import as_count, paper_rows, reference
 from qapbench.leaderboard.rows import column_names, counted, from_record, quantization_label
+from qapbench.records.record import Record, parse_record
 
 
 def test_every_printed_percentage_is_an_integer_of_its_questions() -> None:
@@ -56,14 +59,19 @@ def test_wilson_agrees_with_scipy(k: int, n: int) -> None:
     assert (cell.low, cell.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
+def scored(*columns: dict[str, object]) -> Record:
+    """A record with those columns of scores."""
+    return parse_record({**record(0, None), "scores": {"columns": list(columns), "unparsed": {"k": 0, "n": 4}}})
+
+
 def test_counts_win_over_a_rate_that_disagrees() -> None:
-    record = {"scores": {"columns": [{"name": "Avg", "k": 1, "n": 4, "accuracy": 0.9}]}}
-    assert from_record(record).cells["Avg"].accuracy == 0.25
+    row = from_record(scored({"name": "Avg", "k": 1, "n": 4, "accuracy": 0.9}))
+    assert row.cells["Avg"].accuracy == 0.25
 
 
 def test_columns_are_merged_in_their_own_order() -> None:
-    def row(*names: str) -> dict[str, object]:
-        return {"scores": {"columns": [{"name": name, "k": 1, "n": 2} for name in names]}}
+    def row(*names: str) -> Record:
+        return scored(*({"name": name, "k": 1, "n": 2} for name in names))
 
     records = [row("NAT", "Avg"), row("NAT", "SOC", "Avg"), row("G1-6", "Avg")]
     assert column_names(map(from_record, records)) == ["G1-6", "NAT", "SOC", "Avg"]
@@ -85,15 +93,55 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         assert first.with_suffix(kind).read_bytes() == second.with_suffix(kind).read_bytes()
 
 
+def test_typed_and_plain_records_give_the_same_page(tmp_path: Path) -> None:
+    records = ablation(3)
+    first = build(records, tmp_path / "a" / "page.html")
+    second = build([parse_record(one) for one in records], tmp_path / "b" / "page.html")
+    assert first.read_bytes() == second.read_bytes()
+    older = [{**one, "schema": 1} for one in records]  # of version 0.1, which is read as well
+    assert build(older, tmp_path / "c" / "page.html").read_bytes() == first.read_bytes()
+
+
+def test_what_is_no_record_is_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each damaged one is named in a warning with what is wrong, and the others are on the page, safely."""
+    mixed = [one for pair in zip(damaged().values(), [*hostile(), *ablation(4)], strict=True) for one in pair]
+    with caplog.at_level(logging.WARNING):
+        page = build(mixed, tmp_path / "page.html")
+    said = [entry.getMessage() for entry in caplog.records if entry.name == "qapbench.leaderboard.builder"]
+    assert [line.partition(" is left out: ")[0] for line in said] == [f"record {name}" for name in damaged()]
+    assert all(line.partition(" is left out: ")[2] for line in said)
+    reasons = ["schema: no version", "run_id: this field is required", "schema: no version", "timing.seconds: "]
+    reasons += ["9 right answers of 3", "written by a newer qapbench", "scores.columns.0: "]
+    for line, reason in zip(said, reasons, strict=True):
+        assert reason in line
+    rows = [row for row in json.loads(page.with_suffix(".json").read_text("utf-8")) if row["kind"] == "run"]
+    names = [str(one["name"]).encode("utf-8", "replace").decode() for one in [*hostile(), *ablation(4)]]
+    assert [row["name"] for row in rows] == names
+    attack, _, odd = rows[:3]
+    assert attack["model"] == "<img src=x onerror=alert(1)>"
+    assert odd["name"] == "lone ? surrogate"
+    assert odd["quantization"] == "4"
+    assert [odd["cells"][name]["accuracy"] for name in ("Avg", "NAT", "NO")] == [None] * 3
+    text = page.read_text("utf-8")
+    assert "<img src=x" not in text
+    assert "</script><script>alert(2)" not in text
+
+
+def test_hostile_records_are_valid_and_damaged_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(valid_records(hostile())) == len(hostile())
+    assert not caplog.records
+    assert valid_records(list(damaged().values())) == []
+
+
 def test_inlined_json_cannot_end_its_script(tmp_path: Path) -> None:
-    page = build(hostile(), tmp_path / "page.html").read_text("utf-8")
+    page = build([*hostile(), *damaged().values()], tmp_path / "page.html").read_text("utf-8")
     inlined = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
     assert not set(inlined) & set("<>&\u2028\u2029")
     assert json.loads(inlined)["rows"][0]["model"] == "<img src=x onerror=alert(1)>"
 
 
 def test_csv_holds_no_formula(tmp_path: Path) -> None:
-    path = build(hostile(), tmp_path / "page.html").with_suffix(".csv")
+    path = build([*hostile(), *damaged().values()], tmp_path / "page.html").with_suffix(".csv")
     with path.open(encoding="utf-8", newline="") as file:
         cells = [cell for line in csv.reader(file) for cell in line]
     assert "'=1+1" in cells

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from leaderboard_records import IMG, SCRIPT_END, ablation, hostile
+from leaderboard_records import IMG, SCRIPT_END, ablation, damaged, hostile
 from leaderboard_runs import KEEP, TOKENS, write_questions, write_runs, write_study
 
 from qapbench.leaderboard import build
-from qapbench.records.record import read_records
+from qapbench.records.load import load_records
 
 RECORDS = ablation(12)
 HOSTILE = ablation(6) + hostile()
@@ -29,13 +29,13 @@ Show = Callable[..., Any]
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    sets = {"plain": RECORDS, "hostile": HOSTILE, "long": ablation(200), "empty": []}
+    sets = {"plain": RECORDS, "hostile": [*HOSTILE, *damaged().values()], "long": ablation(200), "empty": []}
     built = {name: build(records, folder / f"{name}.html") for name, records in sets.items()}
     for name in ("whole", "attacked"):  # with answers, images and a study
         runs = folder / f"{name} runs"
         write_runs(runs, write_questions(folder / f"{name}.parquet", hostile=name == "attacked"))
         write_study(runs, hostile=name == "attacked")
-        built[name] = build(read_records(runs), folder / f"{name}.html", runs=runs)
+        built[name] = build(load_records(runs), folder / f"{name}.html", runs=runs)
     return built
 
 

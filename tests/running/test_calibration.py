@@ -11,10 +11,13 @@ from run_questions import row
 
 from qapbench import RunSpec, UserError
 from qapbench.running import run
-from qapbench.running.engine import Engine
+from qapbench.running.planner import Planner
+from qapbench.running.session import Session
+from qapbench.running.settings import Settings
 from qapbench.tasking.calibration_samples import samples
 
 SpecOf = Callable[..., dict[str, Any]]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +38,11 @@ PRUNE = {"method": "random", "keep": 4}
 
 def test_samples_are_what_the_run_asks_with_the_answer_labelled(spec_of: SpecOf, train: Path, tmp_path: Path) -> None:
     spec = RunSpec.parse(spec_of(quantize=quantized(train)))
-    engine = Engine(tmp_path, device="cpu")
-    model, processor = engine.model(spec)
+    session = Session(Settings(tmp_path, CPU))
+    model, processor = session.model(spec)
     assert spec.quantize is not None
     assert spec.quantize.calibration is not None
-    made = samples(engine.task(spec), spec.quantize.calibration, model, processor).samples
+    made = samples(session.task(spec), spec.quantize.calibration, model, processor).samples
     assert len(made) == 6
     assert {"pixel_values" in sample for sample in made} == {True, False}
     for sample in made:
@@ -48,10 +51,10 @@ def test_samples_are_what_the_run_asks_with_the_answer_labelled(spec_of: SpecOf,
         assert processor.tokenizer.decode([answer]).strip() in ("A", "B", "C", "D")
         assert "ASSISTANT:" in processor.tokenizer.decode(sample["input_ids"][0, :-1])
         assert ("relevance_text" in sample) == ("pixel_values" in sample)
-    again = samples(engine.task(spec), spec.quantize.calibration, model, processor).samples
+    again = samples(session.task(spec), spec.quantize.calibration, model, processor).samples
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, again, strict=True))
     other = spec.quantize.calibration.model_copy(update={"seed": 1})
-    assert [s["input_ids"].tolist() for s in samples(engine.task(spec), other, model, processor).samples] != [
+    assert [s["input_ids"].tolist() for s in samples(session.task(spec), other, model, processor).samples] != [
         s["input_ids"].tolist() for s in made
     ]
 
@@ -63,27 +66,29 @@ def test_a_sweep_calibrates_once_and_each_run_says_what_it_saw(spec_of: SpecOf, 
         for prune in (None, PRUNE, {**PRUNE, "keep": 8})
     ]
     cells.append(RunSpec.parse(spec_of(quantize=quantized(train, pruned=True), prune=PRUNE, task={"limit": 4})))
-    records = run(cells, tmp_path, device="cpu", report=lambda name, done, total: told.append(name))
-    seen = [record["receipt"]["calibration"] for record in records]
-    assert [one["reused"] for one in seen] == [False, False, False, False], "one group is calibrated once for all"
+    records = run(cells, tmp_path, device="cpu", progress=lambda name, done, total: told.append(name))
+    seen = [record.receipt.calibration for record in records if record.receipt.calibration]
+    assert len(seen) == len(records)
+    assert [one.reused for one in seen] == [False, False, False, False], "one group is calibrated once for all"
     more = RunSpec.parse(spec_of(quantize=quantized(train), prune={**PRUNE, "keep": 6}, task={"limit": 4}))
     (later,) = run(more, tmp_path, device="cpu")
-    assert later["receipt"]["calibration"]["reused"], "a later session takes it up"
-    assert len({one["key"] for one in seen}) == 2
+    assert later.receipt.calibration is not None
+    assert later.receipt.calibration.reused, "a later session takes it up"
+    assert len({one.key for one in seen}) == 2
     assert len(list((tmp_path / "calibrations").glob("*.safetensors"))) == 2
-    assert all(one["samples"] == 6 and one["seconds"] >= 0 and one["peak_memory_mb"] > 0 for one in seen)
-    assert all(record["receipt"]["backend"].startswith("simulation") for record in records)
+    assert all(one.samples == 6 and one.seconds >= 0 and (one.peak_memory_mb or 0) > 0 for one in seen)
+    assert all((record.receipt.backend or "").startswith("simulation") for record in records)
     assert any("calibrating" in name for name in told)
-    assert len({record["run_id"] for record in records}) == 4
-    assert [record["spec"]["quantize"]["calibration"]["pruned"] for record in records] == [False, False, False, True]
+    assert len({record.run_id for record in records}) == 4
+    assert [record.spec["quantize"]["calibration"]["pruned"] for record in records] == [False, False, False, True]
     # Text-only answers are common to runs that differ in the pruner alone, unless calibration was pruned.
-    keys = [record["text_key"] for record in records]
+    keys = [record.text_key for record in records]
     assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
 def test_the_id_follows_the_content_of_the_samples(spec_of: SpecOf, train: Path, tmp_path: Path) -> None:
     def run_id(file: Path, **calibration: Any) -> str:
-        return Engine(tmp_path, device="cpu").plan(RunSpec.parse(spec_of(quantize=quantized(file, **calibration)))).id
+        return Planner(tmp_path, CPU).plan(RunSpec.parse(spec_of(quantize=quantized(file, **calibration)))).id
 
     moved, other = tmp_path / "moved.parquet", tmp_path / "other.parquet"
     moved.write_bytes(train.read_bytes())
@@ -120,8 +125,8 @@ def test_a_task_may_offer_its_own_questions(tmp_path: Path) -> None:
     spec = RunSpec.parse(
         {"model": "diagram-llava", "task": {"name": "diagramqa", "limit": 2}, "quantize": quantized(None)}
     )
-    engine = Engine(tmp_path, device="cpu")
-    task = engine.task(spec)
+    session = Session(Settings(tmp_path, CPU))
+    task = session.task(spec)
     docs = task.docs.calibration(6, 0, None)
     assert sum(doc["image"] is not None for doc in docs) == 3
     assert [doc["text"] for doc in docs] == [doc["text"] for doc in task.docs.calibration(6, 0, None)]

@@ -12,43 +12,39 @@ from run_questions import QUESTIONS
 import qapbench
 from qapbench import RunSpec, UserError
 from qapbench.quantize.receipts import NotQuantizedError
-from qapbench.records.record import read_records
-from qapbench.records.store import Store
-from qapbench.running.engine import Engine
+from qapbench.records.load import load_records
+from qapbench.records.record import ColumnScore, Record, TokenCounts, read_record
+from qapbench.records.store import answers_of
+from qapbench.running.planner import Planner
+from qapbench.running.settings import find_device
 
 Spec = Callable[..., dict[str, Any]]
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
 PRUNE = {"method": "cdpruner", "keep": 5, "sensitivity": "combined"}
 
 
-def run(spec: dict[str, Any], runs: Path, **more: Any) -> dict[str, Any]:
+def run(spec: dict[str, Any], runs: Path, **more: Any) -> Record:
     (record,) = qapbench.run(RunSpec.parse(spec), runs, **more)
     return record
 
 
-def answers(runs: Path, record: dict[str, Any]) -> bytes:
-    return (runs / record["run_id"] / "answers.jsonl").read_bytes()
+def answers(runs: Path, record: Record) -> bytes:
+    return (runs / record.run_id / "answers.jsonl").read_bytes()
 
 
-def column(record: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(c for c in record["scores"]["columns"] if c["name"] == name)
+def column(record: Record, name: str) -> ColumnScore:
+    found = record.scores.column(name)
+    assert found is not None
+    return found
 
 
 def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
     record = run(spec_of(quantize=W4A4, prune=PRUNE), tmp_path)
-    assert column(record, "Avg")["n"] == QUESTIONS
-    assert column(record, "IMG")["n"] == 7
-    assert record["tokens"] == {
-        "images": 7,
-        "available": 16,
-        "mean": 5,
-        "min": 5,
-        "max": 5,
-        "kept": 5,
-        "merged": 0,
-    }
-    assert record["receipt"]["summary"].startswith("rtn: W4A4 at 14 of 14 linears (language); cdpruner 5 + combined")
-    assert set(record["fingerprints"]) == {
+    assert column(record, "Avg").n == QUESTIONS
+    assert column(record, "IMG").n == 7
+    assert record.tokens == TokenCounts(images=7, available=16, mean=5, min=5, max=5, kept=5, merged=0)
+    assert record.receipt.summary.startswith("rtn: W4A4 at 14 of 14 linears (language); cdpruner 5 + combined")
+    assert set(record.fingerprints) == {
         "model",
         "data",
         "precision",
@@ -57,10 +53,15 @@ def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
         "pruner cdpruner",
         "metric combined",
         "fusion convex",
+        "family llava",
+        "task scienceqa",
+        "library torch",
+        "library transformers",
+        "library lm-eval",
     }
-    assert record["fingerprints"]["precision"] == "float32 on cpu"
-    assert record["environment"]["torch"] == torch.__version__
-    assert record["spec"]["quantize"]["weights"] == {
+    assert record.fingerprints["precision"] == "float32 on cpu"
+    assert record.to_json()["environment"]["torch"] == torch.__version__
+    assert record.spec["quantize"]["weights"] == {
         "bits": 4,
         "group_size": 16,
         "symmetric": False,
@@ -68,24 +69,56 @@ def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
         "divisor": "qmax",
         "zero_point": "in_range",
     }
-    assert record["task"]["chance"] == pytest.approx((7 / 2 + 7 / 3) / QUESTIONS)
-    assert record["notes"] == []
+    assert record.task is not None
+    assert record.task.chance == pytest.approx((7 / 2 + 7 / 3) / QUESTIONS)
+    assert record.notes == []
     lines = answers(tmp_path, record).splitlines()
     assert len(lines) == QUESTIONS
     assert {len(image["kept"]) for line in lines for image in json.loads(line).get("images", [])} == {5}
-    assert read_records(tmp_path) == [record]
+    assert load_records(tmp_path) == [record]
+    assert json.loads((tmp_path / record.run_id / "record.json").read_text()) == record.to_json()
+
+
+def test_what_version_0_1_wrote_works_and_warns(spec_of: Spec, tmp_path: Path) -> None:
+    """Records as dictionaries, and `report`: for one more version."""
+    told: list[tuple[str, int, int]] = []
+    with pytest.warns(DeprecationWarning, match=r"run\(report=\.\.\.\) is now run\(progress=\.\.\.\)"):
+        record = run(spec_of(), tmp_path, report=lambda *said: told.append(said))
+    assert told[0] == ("t", 0, QUESTIONS)
+    assert told[-1] == ("t", QUESTIONS, QUESTIONS)
+    with pytest.warns(DeprecationWarning, match=r"record\.name, not record\['name'\]"):
+        assert record["name"] == record.name == "t"
+    with pytest.warns(DeprecationWarning):
+        assert record["scores"]["columns"][-1]["k"] == column(record, "Avg").k
+    with pytest.warns(DeprecationWarning):
+        assert record.get("run_id") == record.run_id
+    assert "stopped" not in record
+    assert record.get("stopped", "whole") == "whole"
+    with pytest.warns(DeprecationWarning), pytest.raises(KeyError):
+        record["stopped"]
+
+
+def test_progress_is_told_run_by_run(spec_of: Spec, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    run(spec_of(name="mine"), tmp_path, progress=lambda *said: told.append(said))
+    assert told[0] == ("mine", 0, QUESTIONS)
+    assert told[-1] == ("mine", QUESTIONS, QUESTIONS)
+    told.clear()
+    run(spec_of(name="mine"), tmp_path, progress=lambda *said: told.append(said))
+    assert told == [("mine", QUESTIONS, QUESTIONS)]
 
 
 def test_a_done_run_is_read_and_a_fresh_one_sets_it_aside(spec_of: Spec, tmp_path: Path) -> None:
     first = run(spec_of(), tmp_path)
     again = run({**spec_of(), "name": "another name"}, tmp_path)
-    assert again == {**first, "name": "another name"}
+    assert again == first.model_copy(update={"name": "another name"})
     fresh = run(spec_of(), tmp_path, fresh=True)
-    assert fresh["run_id"] == first["run_id"]
-    kept = tmp_path / f"{first['run_id']}.old1"
-    assert json.loads((kept / "record.json").read_text()) == first
+    assert fresh.run_id == first.run_id
+    kept = tmp_path / f"{first.run_id}.old1"
+    assert read_record(kept) == first
+    assert json.loads((kept / "record.json").read_text()) == first.to_json()
     assert answers(tmp_path, fresh) == (kept / "answers.jsonl").read_bytes()
-    assert len(read_records(tmp_path)) == 1
+    assert len(load_records(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 999, -1, -37])
@@ -96,14 +129,14 @@ def test_a_torn_store_is_taken_up_and_ends_with_the_same_bytes(
     spec = spec_of(quantize=W4A4, prune=PRUNE)
     record = run(spec, tmp_path / "whole", batch_size=batch_size)
     whole = answers(tmp_path / "whole", record)
-    torn = tmp_path / "torn" / record["run_id"]
+    torn = tmp_path / "torn" / record.run_id
     torn.mkdir(parents=True)
     (torn / "answers.jsonl").write_bytes(whole[:cut])
     resumed = run(spec, tmp_path / "torn", batch_size=batch_size)
     assert answers(tmp_path / "torn", resumed) == whole
-    assert resumed["scores"] == record["scores"]
-    assert resumed["tokens"] == record["tokens"]
-    assert resumed["timing"]["computed"] >= 1
+    assert resumed.scores == record.scores
+    assert resumed.tokens == record.tokens
+    assert resumed.timing.computed >= 1
 
 
 @pytest.mark.parametrize("mode", ["letter", "generate"])
@@ -132,36 +165,36 @@ def test_text_only_answers_do_not_depend_on_the_pruner(spec_of: Spec, tmp_path: 
         lines = answers(tmp_path / "sweep", shared).splitlines()
         text.add(tuple(line for line in lines if b'"images"' not in line))
     assert len(text) == 1
-    assert {column(record, "NO")["k"] for record in together} == {column(together[0], "NO")["k"]}
-    assert together[1]["timing"]["computed"] == 7
+    assert {column(record, "NO").k for record in together} == {column(together[0], "NO").k}
+    assert together[1].timing.computed == 7
 
 
 def test_a_resumed_run_has_the_receipt_of_the_whole(spec_of: Spec, tmp_path: Path) -> None:
     """Killed after its last answer: the one batch that is made again has no image, the receipt still counts all."""
     spec = spec_of(quantize=W4A4, prune=PRUNE)
     record = run(spec, tmp_path / "whole")
-    torn = tmp_path / "torn" / record["run_id"]
+    torn = tmp_path / "torn" / record.run_id
     torn.mkdir(parents=True)
     (torn / "answers.jsonl").write_bytes(answers(tmp_path / "whole", record))
     resumed = run(spec, tmp_path / "torn")
-    assert resumed["timing"]["computed"] == 1
-    assert resumed["receipt"]["summary"] == record["receipt"]["summary"]
-    assert resumed["tokens"] == record["tokens"]
+    assert resumed.timing.computed == 1
+    assert resumed.receipt.summary == record.receipt.summary
+    assert resumed.tokens == record.tokens
 
 
 def test_a_row_added_to_a_finished_sweep_shares_its_text_answers(spec_of: Spec, tmp_path: Path) -> None:
     run(spec_of(quantize=W4A4), tmp_path, batch_size=1)
-    # Another engine, as another process would be.
+    # Another session, as another process would be.
     added = run(spec_of(quantize=W4A4, prune=PRUNE), tmp_path, batch_size=1)
-    assert added["timing"]["computed"] == 7
+    assert added.timing.computed == 7
     other = run(spec_of(prune=PRUNE), tmp_path, batch_size=1)
-    assert other["timing"]["computed"] == QUESTIONS
+    assert other.timing.computed == QUESTIONS
 
 
 def test_fresh_does_not_take_a_run_from_its_writer(spec_of: Spec, tmp_path: Path) -> None:
     spec = RunSpec.parse(spec_of())
-    planned = Engine(tmp_path).plan(spec)
-    with Store(planned.folder).locked(), pytest.raises(UserError, match="another process is writing"):
+    planned = Planner(tmp_path, find_device(None)).plan(spec)
+    with answers_of(planned.folder).locked(), pytest.raises(UserError, match="another process is writing"):
         qapbench.run(spec, tmp_path, fresh=True)
     assert not list(tmp_path.glob("*.old*"))
 
@@ -179,34 +212,34 @@ def test_a_tower_that_appears_later_is_another_run(spec_of: Spec, tmp_path: Path
     bare = shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
     spec = {**spec_of(prune={"method": "cdpruner", "keep": 5}), "model": str(bare)}
     record = run(spec, tmp_path / "runs")
-    assert record["notes"] == [f"Fallback: {record['receipt']['fallbacks'][0]}"]
-    assert record["fingerprints"]["text_tower"].startswith("none")
+    assert record.notes == [f"Fallback: {record.receipt.fallbacks[0]}"]
+    assert record.fingerprints["text_tower"].startswith("none")
     named = run({**spec, "text_tower": str(tiny_model / "clip")}, tmp_path / "runs")
-    assert named["run_id"] != record["run_id"]
-    assert named["receipt"]["fallbacks"] == []
+    assert named.run_id != record.run_id
+    assert named.receipt.fallbacks == []
 
 
 def test_two_writers_are_refused(spec_of: Spec, tmp_path: Path) -> None:
     spec = RunSpec.parse(spec_of())
-    planned = Engine(tmp_path).plan(spec)
-    with Store(planned.folder).locked(), pytest.raises(UserError, match="another process is writing"):
+    planned = Planner(tmp_path, find_device(None)).plan(spec)
+    with answers_of(planned.folder).locked(), pytest.raises(UserError, match="another process is writing"):
         qapbench.run(spec, tmp_path)
 
 
 def test_the_id_follows_content_not_names(spec_of: Spec, tmp_path: Path, tiny_model: Path, questions: Path) -> None:
     import shutil
 
-    engine = Engine(tmp_path)
-    first = engine.plan(RunSpec.parse(spec_of()))
+    planner = Planner(tmp_path, find_device(None))
+    first = planner.plan(RunSpec.parse(spec_of()))
     moved = tmp_path / "moved"
     shutil.copytree(tiny_model, moved)
     shutil.copy(questions, tmp_path / "copy.parquet")
     same = {**spec_of(task={"data": str(tmp_path / "copy.parquet")}), "model": str(moved)}
-    assert engine.plan(RunSpec.parse(same)).id == first.id
+    assert planner.plan(RunSpec.parse(same)).id == first.id
     (moved / "generation_config.json").write_text("{}\n")
     other = shutil.copytree(moved, tmp_path / "changed")
-    assert engine.plan(RunSpec.parse({**same, "model": str(other)})).id != first.id
-    assert engine.plan(RunSpec.parse({**spec_of(), "seed": 1})).id != first.id
+    assert planner.plan(RunSpec.parse({**same, "model": str(other)})).id != first.id
+    assert planner.plan(RunSpec.parse({**spec_of(), "seed": 1})).id != first.id
 
 
 def test_a_run_that_was_not_quantized_fails_and_leaves_no_record(
@@ -217,7 +250,7 @@ def test_a_run_that_was_not_quantized_fails_and_leaves_no_record(
     monkeypatch.setattr(RTN, "prepare", lambda *_, **__: {})
     with pytest.raises(NotQuantizedError):
         run(spec_of(quantize=W4A4), tmp_path)
-    assert read_records(tmp_path) == []
+    assert load_records(tmp_path) == []
 
 
 def test_models_that_cannot_be_had_are_named(spec_of: Spec, tmp_path: Path) -> None:
@@ -236,4 +269,4 @@ def test_an_image_placeholder_in_the_text_is_only_text(spec_of: Spec, tmp_path: 
     frame["question"] = "What does <image> mean? " + frame["question"]
     frame.to_parquet(tmp_path / "hostile.parquet")
     record = run(spec_of(task={"data": str(tmp_path / "hostile.parquet")}, prune=PRUNE), tmp_path)
-    assert column(record, "Avg")["n"] == 4
+    assert column(record, "Avg").n == 4

@@ -7,8 +7,8 @@ import pytest
 from family_checkpoints import PROCESSORS, save_family
 
 from qapbench import RunSpec
-from qapbench.records.store import Store
-from qapbench.running.engine import Engine
+from qapbench.records.store import answers_of
+from qapbench.running import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
@@ -31,18 +31,18 @@ def test_no_answer_depends_on_the_batch(name: str, answers: str, tmp_path: Path)
     ]
     answered = []
     for size in (1, 3):
-        engine = Engine(tmp_path / str(size), size, "cpu")
-        records = engine.run(specs)
-        answered.append([Store(tmp_path / str(size) / record["run_id"]).read() for record in records])
+        records = run(specs, tmp_path / str(size), batch_size=size, device="cpu")
+        answered.append([answers_of(tmp_path / str(size) / record.run_id).read() for record in records])
     assert answered[0] == answered[1]
     for label, record, stored in zip(PRUNES, records, answered[0], strict=True):
-        images = [image for answer in stored for image in answer.get("images", [])]
+        images = [image for answer in stored for image in answer.images or []]
         assert images
         if label == "dense":
-            assert all("kept" not in image for image in images)
+            assert all(image.kept is None for image in images)
             continue
-        views = [(len(image["kept"]) + image["merged"]) / 4 for image in images]
+        views = [(len(image.kept or []) + image.merged) / 4 for image in images]
         assert all(count == int(count) >= 1 for count in views)
-        assert record["tokens"]["mean"] == 4 * sum(views) / len(views)
-        assert ("separators" in record["tokens"]) == name.startswith("llava")
-        assert min(image["available"] for image in images) >= 16
+        assert record.tokens is not None
+        assert record.tokens.mean == 4 * sum(views) / len(views)
+        assert (record.tokens.separators is not None) == name.startswith("llava")
+        assert min(image.available for image in images) >= 16

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 import qapbench
 from qapbench import RunSpec
 from qapbench.analysis.table import ablation_table
-from qapbench.records.record import read_records
+from qapbench.records.load import load_records
 from qapbench.running import fast
 from qapbench.running.fast import Verdict, field_of, out_of_reach, subset
 
@@ -78,23 +78,28 @@ def test_a_stopped_row_is_marked_and_can_be_completed(
     verdict = Verdict("attention", 6, 6, 0, 0.001, 0.005)
     monkeypatch.setattr(fast, "out_of_reach", lambda rows, names: {i: verdict for i in rows if names[i] == "random"})
     dense, stopped, best = qapbench.run(specs, tmp_path, fast=True)
-    assert "stopped" not in dense
-    assert "stopped" not in best
-    assert stopped["stopped"]["by"] == "attention"
-    assert stopped["notes"][0] == verdict.words(QUESTIONS)
-    assert stopped["name"] == f"random (stopped: {stopped['stopped']['asked']} of {QUESTIONS})"
-    asked = stopped["task"]["questions"]
+    assert dense.stopped is None
+    assert best.stopped is None
+    assert stopped.stopped is not None
+    assert stopped.stopped.by == "attention"
+    assert stopped.notes[0] == stopped.stopped.bound == verdict.words(QUESTIONS)
+    assert stopped.name == f"random (stopped: {stopped.stopped.asked} of {QUESTIONS})"
+    assert [record.task.questions if record.task else 0 for record in (best, dense)] == [QUESTIONS, QUESTIONS]
+    asked = stopped.stopped.asked
+    assert stopped.task is not None
+    assert stopped.task.questions == asked
     assert 6 <= asked <= 7
-    assert {c["n"] for c in stopped["scores"]["columns"] if c["name"] == "Avg"} == {asked}
-    assert (best["task"]["questions"], dense["task"]["questions"]) == (QUESTIONS, QUESTIONS)
-    table = ablation_table(read_records(tmp_path))
+    assert {column.n for column in stopped.scores.columns if column.name == "Avg"} == {asked}
+    table = ablation_table(load_records(tmp_path))
     assert any(f"{asked} of {QUESTIONS}" in str(cell) for cell in table.columns[0].cells)
-    assert [r.get("stopped") for r in qapbench.run(specs, tmp_path, fast=True)] == [None, stopped["stopped"], None]
+    assert [r.stopped for r in qapbench.run(specs, tmp_path, fast=True)] == [None, stopped.stopped, None]
     completed = qapbench.run(specs, tmp_path)
-    assert all("stopped" not in record for record in completed)
-    assert completed[1]["timing"]["questions"] == QUESTIONS - asked
-    folder = completed[1]["run_id"]
+    assert all(record.stopped is None for record in completed)
+    assert completed[1].timing.questions == QUESTIONS - asked
+    folder = completed[1].run_id
     qapbench.run(specs[1:2], tmp_path / "alone")
     alone, later = (path / folder / "answers.jsonl" for path in (tmp_path / "alone", tmp_path))
     assert later.read_bytes() == alone.read_bytes()
-    assert json.loads((tmp_path / folder / "record.json").read_text())["task"]["questions"] == QUESTIONS
+    stored = json.loads((tmp_path / folder / "record.json").read_text())
+    assert stored["task"]["questions"] == QUESTIONS
+    assert "stopped" not in stored

@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from run_questions import QUESTIONS
 
 import qapbench
 from qapbench import RunSpec
 from qapbench.models.families.llava import Llava
+from qapbench.records.record import Record
 from qapbench.records.store import Store
 from qapbench.running import batches
-from qapbench.running import engine as engine_module
-from qapbench.running.engine import Engine
+from qapbench.running import session as session_module
+from qapbench.running.active_run import ActiveRun
 from qapbench.running.plan import prune_key
+from qapbench.running.planner import Planner
+from qapbench.running.session import Session
+from qapbench.running.settings import Settings, find_device
 
 Spec = Callable[..., dict[str, Any]]
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
@@ -26,9 +31,9 @@ W4A4_SYM = {**W4A4, "activations": {"bits": 4, "symmetric": True}}
 IMAGES = QUESTIONS // 2
 
 
-def sweep(specs: list[dict[str, Any]], runs: Path, **more: Any) -> tuple[list[dict[str, Any]], list[bytes]]:
+def sweep(specs: list[dict[str, Any]], runs: Path, **more: Any) -> tuple[list[Record], list[bytes]]:
     records = qapbench.run([RunSpec.parse(spec) for spec in specs], runs, **more)
-    return records, [(runs / record["run_id"] / "answers.jsonl").read_bytes() for record in records]
+    return records, [(runs / record.run_id / "answers.jsonl").read_bytes() for record in records]
 
 
 def prunes(keep: int = 5) -> list[dict[str, Any]]:
@@ -45,7 +50,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, questions:
         task = {"name": "scienceqa", "data": str(questions)}
         spec = {"name": "t", "model": str(tiny_model), "task": task, "quantize": W4A4, "prune": prune}
         (record,), (answers,) = sweep([spec], tmp_path_factory.mktemp("alone"))
-        found[json.dumps(prune)] = (answers, record["receipt"], record["tokens"])
+        found[json.dumps(prune)] = (answers, record.receipt, record.tokens)
     return found
 
 
@@ -58,9 +63,9 @@ def test_a_cell_has_the_bytes_that_it_has_alone(
     for prune, record, stored in zip(prunes(), records[2:], answers[2:], strict=True):
         bytes_alone, receipt, tokens = alone[json.dumps(prune)]
         assert stored == bytes_alone, prune
-        assert record["receipt"] == receipt, prune
-        assert record["tokens"] == tokens
-    assert len({record["receipt"]["summary"] for record in records}) == len(records)
+        assert record.receipt == receipt, prune
+        assert record.tokens == tokens
+    assert len({record.receipt.summary for record in records}) == len(records)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -154,16 +159,16 @@ def test_each_image_goes_through_the_tower_once(spec_of: Spec, tmp_path: Path, m
     _, spilled = sweep(active_runs, tmp_path / "spilled", spill=True)
     assert len(calls) == 2 * IMAGES
     assert not list((tmp_path / "spilled").glob("features-*"))
-    monkeypatch.setattr(engine_module, "MEMORY", 0)
+    monkeypatch.setattr(session_module, "MEMORY", 0)
     _, again = sweep(active_runs, tmp_path / "nothing")
     assert len(calls) == 5 * IMAGES
     assert answers == spilled == again
     vision = [spec_of(quantize={**W4A4, "scope": ["language", "vision"]}), spec_of(quantize=W4A4), spec_of()]
-    monkeypatch.setattr(engine_module, "MEMORY", 1 << 30)
+    monkeypatch.setattr(session_module, "MEMORY", 1 << 30)
     calls.clear()
     records, _ = sweep(vision, tmp_path / "vision")
     assert len(calls) == 2 * IMAGES
-    seen = {line["part"] for line in records[0]["receipt"]["linears"] if line["calls"]}
+    seen = {line.part for line in records[0].receipt.linears if line.calls}
     assert seen == {"language", "vision"}
 
 
@@ -189,31 +194,31 @@ def test_equal_selections_are_answered_once(spec_of: Spec, tmp_path: Path) -> No
     everything = [{"method": method, "keep": 16} for method in ("random", "attention")]
     active_runs = [spec_of(), *(spec_of(prune=prune) for prune in everything)]
     records, answers = sweep(active_runs, tmp_path, batch_size=1)
-    assert [record["timing"]["computed"] for record in records] == [QUESTIONS, 0, 0]
+    assert [record.timing.computed for record in records] == [QUESTIONS, 0, 0]
     outputs = [[json.loads(line)["outputs"] for line in stored.splitlines()] for stored in answers]
     assert outputs[0] == outputs[1] == outputs[2]
-    assert records[1]["tokens"] == records[0]["tokens"]
+    assert records[1].tokens == records[0].tokens
 
 
 def test_answers_of_a_subset_are_used_for_the_whole(spec_of: Spec, tmp_path: Path) -> None:
     active_runs = [spec_of(quantize=W4A4, task={"limit": limit}) for limit in (6, QUESTIONS)]
     (part,), _ = sweep(active_runs[:1], tmp_path)
     (whole,), (answers,) = sweep(active_runs[1:], tmp_path)
-    assert part["timing"]["computed"] == 6
-    assert whole["timing"]["computed"] <= QUESTIONS - 5  # the first question is always measured
+    assert part.timing.computed == 6
+    assert whole.timing.computed <= QUESTIONS - 5  # the first question is always measured
     assert [answers] == sweep(active_runs[1:], tmp_path / "alone")[1]
 
 
 def test_a_cell_that_was_torn_is_completed_alone(spec_of: Spec, tmp_path: Path) -> None:
     active_runs = [spec_of(quantize=W4A4, prune=prune) for prune in prunes()[:3]]
     records, answers = sweep(active_runs, tmp_path)
-    folder = tmp_path / records[1]["run_id"]
+    folder = tmp_path / records[1].run_id
     (folder / "record.json").unlink()
     (folder / "answers.jsonl").write_bytes(answers[1][: len(answers[1]) // 2])
     again, completed = sweep(active_runs, tmp_path)
     assert completed == answers
     assert again[0] == records[0]
-    assert again[1]["receipt"] == records[1]["receipt"]
+    assert again[1].receipt == records[1].receipt
 
 
 def test_workers_end_with_the_same_bytes(spec_of: Spec, tmp_path: Path) -> None:
@@ -221,9 +226,9 @@ def test_workers_end_with_the_same_bytes(spec_of: Spec, tmp_path: Path) -> None:
     records, answers = sweep(active_runs, tmp_path / "two", workers=2)
     single, expected = sweep(active_runs, tmp_path / "one")
     assert answers == expected
-    assert [record["receipt"] for record in records] == [record["receipt"] for record in single]
-    assert [record["scores"] for record in records] == [record["scores"] for record in single]
-    assert sum(record["timing"]["questions"] for record in records) == 3 * QUESTIONS
+    assert [record.receipt for record in records] == [record.receipt for record in single]
+    assert [record.scores for record in records] == [record.scores for record in single]
+    assert sum(record.timing.questions for record in records) == 3 * QUESTIONS
 
 
 def test_a_mistake_in_a_worker_is_one_message(spec_of: Spec, tmp_path: Path, tiny_model: Path) -> None:
@@ -235,14 +240,25 @@ def test_a_mistake_in_a_worker_is_one_message(spec_of: Spec, tmp_path: Path, tin
         sweep([{**spec_of(), "model": str(broken)}], tmp_path / "runs", workers=2)
 
 
+class Said(BaseModel):
+    """A line of a store that has nothing to do with runs."""
+
+    writer: int
+    number: int
+    text: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump()
+
+
 def _write(folder: Path, writer: int) -> None:
     for number in range(40):
-        Store(folder).append([{"writer": writer, "number": number, "text": "x" * 5000}])
+        Store(folder, Said).append([Said(writer=writer, number=number, text="x" * 5000)])
 
 
 def test_several_writers_of_one_store(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.append([{"writer": -1, "number": 0}])
+    store = Store(tmp_path, Said)
+    store.append([Said(writer=-1, number=0)])
     with store.path.open("ab") as handle:
         handle.write(b'{"torn')  # by a writer that was killed
     processes = [multiprocessing.get_context("fork").Process(target=_write, args=(tmp_path, i)) for i in range(3)]
@@ -250,27 +266,27 @@ def test_several_writers_of_one_store(tmp_path: Path) -> None:
         process.start()
     for process in processes:
         process.join()
-    answers = store.read()
-    assert len(answers) == 1 + 3 * 40
+    lines = store.read()
+    assert len(lines) == 1 + 3 * 40
     for writer in range(3):
-        assert [answer["number"] for answer in answers if answer["writer"] == writer] == list(range(40))
+        assert [line.number for line in lines if line.writer == writer] == list(range(40))
 
 
 def test_the_plan_says_what_is_shared(spec_of: Spec, tmp_path: Path) -> None:
     active_runs = [spec_of(), *(spec_of(quantize=W4A4, prune=prune) for prune in prunes()[:3])]
-    engine = Engine(tmp_path)
-    plans = [engine.plan(RunSpec.parse(active)) for active in active_runs]
-    shared = engine.shared(plans)
-    assert (shared.active_runs, shared.groups, shared.asked) == (4, 2, 4 * QUESTIONS)
-    assert (shared.text, shared.shown, shared.images) == (4 * IMAGES, 4 * IMAGES, IMAGES)
+    planner = Planner(tmp_path, find_device(None))
+    plans = [planner.plan(RunSpec.parse(active)) for active in active_runs]
+    shared = planner.shared(plans)
+    assert (shared.runs, shared.groups, shared.asked) == (4, 2, 4 * QUESTIONS)
+    assert (shared.text, shared.with_image, shared.images) == (4 * IMAGES, 4 * IMAGES, IMAGES)
     assert shared.computed == 4 * IMAGES + 2 * IMAGES
-    assert shared.looks == 4
+    assert shared.prunings == 4
     assert len(shared.lines) == 3
     sweep(active_runs, tmp_path)
-    assert engine.shared([engine.plan(RunSpec.parse(active)) for active in active_runs]).lines == []
+    assert planner.shared([planner.plan(RunSpec.parse(active)) for active in active_runs]).lines == []
 
 
-def test_looks_follow_content(spec_of: Spec) -> None:
+def test_prune_keys_follow_content(spec_of: Spec) -> None:
     one, same, other = (
         RunSpec.parse(spec_of(name=name, prune={"method": "random", "keep": keep}))
         for name, keep in (("a", 5), ("b", 5), ("a", 6))
@@ -280,10 +296,16 @@ def test_looks_follow_content(spec_of: Spec) -> None:
 
 
 def test_the_model_is_as_before_after_a_sweep(spec_of: Spec, tmp_path: Path) -> None:
-    engine = Engine(tmp_path)
+    settings = Settings(tmp_path, find_device(None))
+    session, planner = Session(settings), Planner(tmp_path, settings.device)
     spec = RunSpec.parse(spec_of(quantize=W4A4))
-    model, _ = engine.model(spec)
+    model, _ = session.model(spec)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    engine.run([spec, RunSpec.parse(spec_of())])
+    plans = [planner.plan(one) for one in (spec, RunSpec.parse(spec_of()))]
+    for plan in plans:
+        plan.folder.mkdir()
+    session.answer([ActiveRun(plan) for plan in plans])
+    assert [planner.plan(plan.spec).answered for plan in plans] == [QUESTIONS, QUESTIONS]
+    assert session.model(spec)[0] is model
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any("forward" in module.__dict__ for module in model.modules())

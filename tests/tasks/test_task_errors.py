@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from question_files import ROWS, TEXT, load, row
 
 from qapbench import UserError
 from qapbench.spec.run_spec import TaskSpec
-from qapbench.tasking.tasks import load_task
+from qapbench.tasking.index import TaskIndex
+from qapbench.tasking.tasks import find_outline, load_task
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,7 @@ def test_unknown_names(write: Any, fields: dict[str, Any], message: str) -> None
 
 
 def test_tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for lm-eval's own folder: reading all of it takes seconds."""
-    from lm_eval.tasks import TaskManager
-
+    """A folder and an index that stand in for lm-eval's own: reading all of it takes seconds."""
     (tmp_path / "d.jsonl").write_text('{"q": "1 + 1", "a": "2"}\n{"q": "2 + 2", "a": "4"}\n')
     config = {
         "task": "sums",
@@ -112,14 +110,16 @@ def test_tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     }
     (tmp_path / "sums.yaml").write_text(json.dumps(config))
 
-    def manager(metadata: dict[str, Any], lm_eval: bool = False) -> TaskManager:
-        folders = [tmp_path] if lm_eval else []
-        return TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-
-    monkeypatch.setattr(sys.modules[load_task.__module__], "_manager", manager)
+    index = TaskIndex(lm_eval="0", files={"sums": "sums.yaml"}, groups=["arithmetic"])
+    monkeypatch.setattr("qapbench.tasking.tasks.lm_eval_index", lambda: index)
+    monkeypatch.setattr("qapbench.tasking.tasks.lm_eval_folder", lambda: tmp_path)
     loaded = load_task(TaskSpec(name="sums", limit=1))
     assert (loaded.columns, loaded.count, loaded.ids, loaded.letter) == (["exact_match"], 1, ["0"], False)
     assert loaded.fingerprint
+    assert loaded.code == ""  # lm-eval's version stands for its tasks
+    outline = find_outline(TaskSpec(name="sums", limit=1))
+    assert (outline.columns, outline.asked, outline.fingerprint) == (loaded.columns, loaded.asked, loaded.fingerprint)
+    assert list(outline.images(0)) == []
     with pytest.raises(UserError, match="has its own prompt") as caught:
         load_task(TaskSpec(name="sums", prompt="cqm_a", parser="llava", data="x.parquet"))
     assert len(caught.value.problems) == 3
@@ -127,3 +127,5 @@ def test_tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_task(TaskSpec(name="sums", answers="letter"))
     with pytest.raises(UserError, match="unknown task 'summs'; did you mean 'sums'"):
         load_task(TaskSpec(name="summs"))
+    with pytest.raises(UserError, match=r"task.name: 'arithmetic' is a group of tasks; name one of them"):
+        load_task(TaskSpec(name="arithmetic"))

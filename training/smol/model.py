@@ -138,7 +138,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gguf", type=Path, help="SmolLM2's file, where the package is not installed")
+    parser.add_argument("--gguf", type=Path, help="file of SmolLM2, if its package is not installed")
     args = parser.parse_args()
     llava, processor, _ = start(args.gguf or find_base(), TOWER, seed=0)
     llava.to(torch.bfloat16).save_pretrained(args.out)

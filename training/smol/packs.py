@@ -93,7 +93,7 @@ class Wording:
         return self.free(f"{hint}{question.question}\n{IN_WORDS}", question.choices[question.answer], image)
 
     def caption(self, scene: Scene, rng: np.random.Generator) -> tuple[list[int], list[tuple[int, int]]]:
-        """Write a request to describe the image, answered by its facts in random order. Returns the same as `letter`."""
+        """Write a request to describe an image, answered by its facts in random order. Returns the same as `letter`."""
         facts = " ".join(scene.facts[i] for i in rng.permutation(len(scene.facts)))
         return self.free(DESCRIBE[int(rng.integers(len(DESCRIBE)))], facts, True)
 

@@ -23,8 +23,8 @@ from .packs import END, LETTER, WORDS, Feed, Packs, collate, visible
 WEIGHTS = {"projector": {LETTER: 1.0, END: 0.1, WORDS: 0.2}, "joint": {LETTER: 1.0, END: 0.1, WORDS: 0.05}}
 """Weight of a target token, by stage and by kind.
 
-A caption has dozens of tokens. In the stage `projector`, captions dominate the loss. In the stage `joint`, questions do,
-and captions make sure that the visual tokens still describe the whole image.
+A caption has dozens of tokens. In the stage `projector`, captions dominate the loss. In the stage `joint`, questions
+do, and captions make sure that the visual tokens still describe the whole image.
 """
 LABELS = 0.2
 """Weight of the loss on labels of patches and of the image. Without it, the CLS token would drift, on whose attention
@@ -186,7 +186,7 @@ class Scenes(Dataset[Scene]):
 
 
 class FedCompanion(Companion):
-    """The stage `companion`, as `Companion`, but on any device and with scenes that are drawn ahead by other processes."""
+    """The stage `companion`: like `Companion`, but on any device and with scenes that other processes draw ahead."""
 
     def __init__(self, llava: Any, clip: Any, speller: Any, seed: int, workers: int) -> None:
         self.device = llava.device

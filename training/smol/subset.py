@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the subset here")
-    parser.add_argument("--runs", type=Path, help="report runs on --data instead")
+    parser.add_argument("--runs", type=Path, help="print the results of runs on --data instead")
     args = parser.parse_args()
     frame = pd.read_parquet(args.data)
     if args.runs:

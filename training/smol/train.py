@@ -101,27 +101,27 @@ def train(args: argparse.Namespace) -> bool:
 def parser() -> argparse.ArgumentParser:
     """Define the command line."""
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument("--out", type=Path, required=True, help="checkpoints and log.jsonl")
+    out.add_argument("--out", type=Path, required=True, help="folder for checkpoints and log.jsonl")
     out.add_argument("--export", type=Path, help="folder for the trained parts")
-    out.add_argument("--minutes", type=float, default=22, help="of all stages together")
-    out.add_argument("--call-minutes", type=float, default=float("inf"), help="end this call after so long")
+    out.add_argument("--minutes", type=float, default=22, help="wall time of all stages together")
+    out.add_argument("--call-minutes", type=float, default=float("inf"), help="end this call after so many minutes")
     out.add_argument("--seed", type=int, default=0)
-    out.add_argument("--batch", type=int, default=24, help="packs of 640 tokens a step")
-    out.add_argument("--workers", type=int, default=12, help="processes that draw data ahead")
-    out.add_argument("--gguf", type=Path, help="the language model, where its package is not installed")
+    out.add_argument("--batch", type=int, default=24, help="number of packs of 640 tokens per step")
+    out.add_argument("--workers", type=int, default=12, help="number of processes that draw data ahead")
+    out.add_argument("--gguf", type=Path, help="file of the language model, if its package is not installed")
     out.add_argument("--tower", type=Path, default=TOWER, help="CLIP folder to start from")
-    out.add_argument("--rank", type=int, default=RANK, help="of LoRA")
-    out.add_argument("--alpha", type=int, default=ALPHA, help="of LoRA")
-    out.add_argument("--slots", type=int, default=6000, help="scenes to find the labels of patches in")
-    out.add_argument("--log-every", type=int, default=20, help="steps")
-    out.add_argument("--status", default=STATUS, help="one line that runs of the model repeat")
+    out.add_argument("--rank", type=int, default=RANK, help="rank of LoRA")
+    out.add_argument("--alpha", type=int, default=ALPHA, help="alpha of LoRA")
+    out.add_argument("--slots", type=int, default=6000, help="number of scenes to collect the labels of patches from")
+    out.add_argument("--log-every", type=int, default=20, help="number of steps between two lines of log.jsonl")
+    out.add_argument("--status", default=STATUS, help="one line on the model, which its runs repeat")
     out.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
         default=torch.cuda.is_available(),
-        help="compute in bfloat16; on a GPU unless switched off",
+        help="compute in bfloat16 (the default on a GPU)",
     )
-    out.add_argument("--device", help="cuda where there is one, else cpu")
+    out.add_argument("--device", help="cuda if available, else cpu, by default")
     return out
 
 
