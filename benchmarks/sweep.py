@@ -14,6 +14,7 @@ that any machine can reach.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections import defaultdict
@@ -25,7 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from qapbench.running.engine import Engine
+from qapbench.records.record import Record
+from qapbench.running.execute import make_runs
+from qapbench.running.session import Session
+from qapbench.running.settings import Settings, find_device
 from qapbench.spec.run_spec import RunSpec, TaskSpec
 from qapbench.spec.spec_file import load_spec
 from qapbench.tasking.tasks import load_task
@@ -37,10 +41,11 @@ ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorc
 out = Console(width=120, highlight=False)
 
 
-def timed(engine: Engine, specs: list[RunSpec]) -> tuple[float, float, list[dict[str, Any]]]:
-    """Run specs. Returns the CPU seconds, the wall seconds, and the records."""
+def timed(session: Session, runs: Path, specs: list[RunSpec]) -> tuple[float, float, list[Record]]:
+    """Run specs with a loaded model. Returns the CPU seconds, the wall seconds, and the records."""
+    settings = dataclasses.replace(session.settings, runs=runs)
     wall, cpu = time.perf_counter(), time.process_time()
-    records = engine.run(specs)
+    records = make_runs(specs, settings, session=session)
     return time.process_time() - cpu, time.perf_counter() - wall, records
 
 
@@ -53,16 +58,15 @@ def count_products(specs: list[RunSpec], alone: RunSpec, folder: Path, batch_siz
         folder: folder for records.
         batch_size: number of questions in a batch.
     """
-    engine = Engine(folder / "unused", batch_size)
-    engine.model(specs[0])
+    session = Session(Settings(folder / "unused", find_device(None), batch_size))
+    session.model(specs[0])
     found = {}
     for name, asked in (("alone", [alone]), ("sweep", specs)):
-        engine.runs = folder / f"count-{name}"
         with FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention}) as counter:
-            engine.run(asked)
+            timed(session, folder / f"count-{name}", asked)
         found[name] = counter.get_total_flops() / 2
-    out.print(f"multiply-adds: dense cell alone {found['alone']:.3g}, sweep {found['sweep']:.3g}")
-    out.print(f"sweep / dense cell alone: {found['sweep'] / found['alone']:.2f}")
+    out.print(f"multiply-adds: dense run alone {found['alone']:.3g}, sweep {found['sweep']:.3g}")
+    out.print(f"sweep / dense run alone: {found['sweep'] / found['alone']:.2f}")
 
 
 def measure(specs: list[RunSpec], alone: list[RunSpec], folder: Path, batch_size: int) -> None:
@@ -76,35 +80,34 @@ def measure(specs: list[RunSpec], alone: list[RunSpec], folder: Path, batch_size
     """
     seconds: dict[str, tuple[float, float]] = {}
     answers: dict[str, bytes] = {}
-    engine = Engine(folder / "unused", batch_size)
-    engine.model(specs[0])
+    session = Session(Settings(folder / "unused", find_device(None), batch_size))
+    session.model(specs[0])
     for spec in alone:
-        engine.runs = folder / f"alone-{len(seconds)}"
-        cpu, wall, (record,) = timed(engine, [spec])
+        runs = folder / f"alone-{len(seconds)}"
+        cpu, wall, (record,) = timed(session, runs, [spec])
         seconds[spec.name] = cpu, wall
-        answers[spec.name] = (engine.runs / record["run_id"] / "answers.jsonl").read_bytes()
-    engine.runs = folder / "sweep"
-    cpu, wall, records = timed(engine, specs)
+        answers[spec.name] = (runs / record.run_id / "answers.jsonl").read_bytes()
+    cpu, wall, records = timed(session, folder / "sweep", specs)
     table = Table(title="CPU seconds (and seconds on the wall)", title_justify="left")
-    for column in ("cell", "alone", "share of the sweep", "computed", "same bytes"):
-        table.add_column(column, justify="left" if column == "cell" else "right")
+    for column in ("run", "alone", "share of the sweep", "computed", "same bytes"):
+        table.add_column(column, justify="left" if column == "run" else "right")
     for spec, record in zip(specs, records, strict=True):
         mine = seconds.get(spec.name)
-        bytes_now = (engine.runs / record["run_id"] / "answers.jsonl").read_bytes()
+        bytes_now = (folder / "sweep" / record.run_id / "answers.jsonl").read_bytes()
         same = "" if mine is None else "yes" if bytes_now == answers[spec.name] else "NO"
-        timing = record["timing"]
-        share = timing["seconds"] * cpu / wall
-        counted = f"{timing['computed']} of {timing['questions']}"
+        timing = record.timing
+        share = timing.seconds * cpu / wall
+        counted = f"{timing.computed} of {timing.questions}"
         table.add_row(spec.name, f"{mine[0]:.1f} ({mine[1]:.1f})" if mine else "", f"{share:.1f}", counted, same)
     table.add_row("all, shared", "", f"{cpu:.1f} ({wall:.1f})", "", "", style="bold")
     out.print(table)
-    out.print(f"sweep / dense cell alone: {cpu / seconds[DENSE][0]:.2f} (wall {wall / seconds[DENSE][1]:.2f})")
+    out.print(f"sweep / dense run alone: {cpu / seconds[DENSE][0]:.2f} (wall {wall / seconds[DENSE][1]:.2f})")
     if len(alone) == len(specs):
         total = sum(one for one, _ in seconds.values())
-        out.print(f"sweep / sum of the cells alone: {cpu / total:.2f} ({total:.0f} s alone)")
+        out.print(f"sweep / sum of the runs alone: {cpu / total:.2f} ({total:.0f} s alone)")
     stages: dict[str, float] = defaultdict(float)
     for record in records:
-        for stage, spent in record["timing"]["stages"].items():
+        for stage, spent in record.timing.stages.items():
             stages[stage] += spent
     profile = ", ".join(f"{stage} {100 * spent / wall:.0f} %" for stage, spent in sorted(stages.items(), key=_by_size))
     out.print(

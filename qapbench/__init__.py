@@ -61,7 +61,12 @@ PUBLIC = {
     ),
     "quantize.install": ("installed_all",),
     "compression": ("compress",),
+    "models.checkpoint_format": ("CheckpointFormat", "checkpoint_format"),
+    "models.family": ("Family", "family"),
+    "records.load": ("load_records", "results"),
+    "records.record": ("Record",),
     "running": ("run",),
+    "tasking.registry": ("task",),
 }
 """The public names, by the module that defines them."""
 
@@ -104,6 +109,8 @@ if TYPE_CHECKING:
     from .methods.quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
     from .methods.rotation import Rotation
     from .methods.tokens import Selection, VisionTokens
+    from .models.checkpoint_format import CheckpointFormat, checkpoint_format
+    from .models.family import Family, family
     from .quantize.calibration import (
         AbsMaxObserver,
         Block,
@@ -118,9 +125,12 @@ if TYPE_CHECKING:
         Rows,
     )
     from .quantize.install import installed_all
+    from .records.load import load_records, results
+    from .records.record import Record
     from .running import run
     from .spec.run_spec import RunSpec
     from .spec.sweep_spec import SweepSpec
+    from .tasking.registry import task
 
 
 def __getattr__(name: str) -> Any:
@@ -148,7 +158,9 @@ __all__ = [
     "Calibration",
     "CalibrationResult",
     "CalibrationSamples",
+    "CheckpointFormat",
     "DecoderPruner",
+    "Family",
     "Format",
     "Fraction",
     "Gradient",
@@ -160,6 +172,7 @@ __all__ = [
     "LinearPlan",
     "MeanAbs",
     "Pruner",
+    "Record",
     "Rotation",
     "Rows",
     "RunSpec",
@@ -172,13 +185,16 @@ __all__ = [
     "Transform",
     "UserError",
     "VisionTokens",
+    "checkpoint_format",
     "compress",
     "even_stages",
     "fake_quantize",
+    "family",
     "fusion",
     "fusions",
     "grouped",
     "installed_all",
+    "load_records",
     "metric",
     "metrics",
     "min_max",
@@ -189,7 +205,9 @@ __all__ = [
     "ptqs",
     "quantizer",
     "quantizers",
+    "results",
     "round_through",
     "run",
+    "task",
     "top_k",
 ]

@@ -1,7 +1,7 @@
 """Assembly of embedded models on first use, from a language model in another Python package and parts trained for it.
 
 A folder in `models/embedded` that holds an `assembly.json` in place of a `config.json` describes such a model. The
-result is an ordinary checkpoint folder in the user's cache ($XDG_CACHE_HOME, else ~/.cache). Its name contains a hash
+result is an ordinary checkpoint folder in the user's cache folder. Its name contains a hash
 of everything it was made from, and its files are checked against a manifest of hashes when a process first uses it.
 """
 
@@ -11,12 +11,12 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def recipes(folder: Path) -> dict[str, Path]:
 
 def cache_folder() -> Path:
     """Folder that holds the assembled checkpoints."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qapbench" / "assembled"
+    return platformdirs.user_cache_path("qapbench", appauthor=False) / "assembled"
 
 
 def assemble(parts: Path, field: str = "model") -> Path:

@@ -17,11 +17,12 @@ from qapbench.errors import UserError
 from . import items, results, running, studies
 from .console import err, watching_assembly
 
-study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.")
+study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.", rich_markup_mode=None)
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: the boxes would cost half of the start-up time
     help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
 )
 app.command()(running.run)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .active_run import ActiveRun
     from .fast import Verdict
+    from .session import Session
 
 
 def run(
@@ -87,12 +88,14 @@ def make_runs(
     fast: bool = False,
     progress: ProgressCallback = silent,
     planner: Planner | None = None,
+    session: Session | None = None,
 ) -> list[Record]:
     """The records of runs, made now or read, in order. Where nothing is missing, no model is loaded.
 
     Args:
         fresh, fast: as `run`.
         planner: one that has read the tasks already.
+        session: one that has loaded the model already; it takes on these settings.
     """
     planner = planner or Planner(settings.runs, settings.device)
     plans = [planner.plan(spec) for spec in specs]
@@ -112,7 +115,7 @@ def make_runs(
         for plan in todo.values():
             together.setdefault(planner.together(plan.spec), []).append(plan)
         if together:
-            execution = Execution(settings, progress)
+            execution = Execution(settings, progress, session)
             for some in together.values():
                 execution.make(some, fast)
     return [read_record(plan.folder).named(plan.spec.name) for plan in plans]
@@ -121,12 +124,12 @@ def make_runs(
 class Execution:
     """Makes runs, what they have in common only once."""
 
-    def __init__(self, settings: Settings, progress: ProgressCallback) -> None:
+    def __init__(self, settings: Settings, progress: ProgressCallback, session: Session | None = None) -> None:
         from .session import Session
 
         self.settings = settings
-        self.progress = progress
-        self.session = Session(settings, progress)
+        self.session = session or Session(settings, progress)
+        self.session.settings = settings
 
     def make(self, plans: Sequence[Planned], fast_first: bool) -> None:
         """Make runs of one model and one task, and write their records."""

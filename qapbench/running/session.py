@@ -1,15 +1,14 @@
-"""The session: holds the loaded model, and answers what runs are missing. Each worker process makes its own."""
+"""The session: holds the loaded model and what goes with it. Each worker process makes its own."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.compression import compress
-from qapbench.memory import peak_memory
 from qapbench.models import family_of
 from qapbench.models.loading import load_model, load_processor, precision
 from qapbench.progress import ProgressCallback, silent
@@ -28,10 +27,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from qapbench.tasking.questions import Question
 
-    from .active_run import ActiveRun
-
 CALIBRATIONS = "calibrations"  # folder beside the runs
-MEMORY = 1 << 30  # bytes of pruned prompts that may wait for a later quantizer group
 
 
 class Session:
@@ -127,25 +123,3 @@ class Session:
             shorten=shorten,
             report=lambda what, done, total: self.progress(f"{spec.name}: {what}", done, total),
         )
-
-    def answer(
-        self, runs: Sequence[ActiveRun], docs: set[int] | None = None, share: tuple[int, int] = (0, 1)
-    ) -> dict[str, int]:
-        """Answer what runs of one model and task miss, in this process, and return its peak memory.
-
-        Args:
-            docs: only these documents; all where None.
-            share: (which, of how many) parts of the questions.
-        """
-        from .active_run import worker_of
-        from .sweep import Sweep
-
-        spec = runs[0].spec
-        questions = self.questions(spec)
-        mine = [
-            question
-            for index, question in enumerate(questions)
-            if (docs is None or question.place[1] in docs) and worker_of(question, index, share[1]) == share[0]
-        ]
-        Sweep(self, questions, runs, limit=MEMORY // share[1]).answer(mine)
-        return peak_memory(self.settings.device)

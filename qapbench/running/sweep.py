@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qapbench.hashing import add_tensor
+from qapbench.memory import peak_memory
 from qapbench.models import Family, family_of
 from qapbench.prune.prompt import PrunedPrompt
 from qapbench.prune.pruning import Pruning
@@ -22,7 +23,7 @@ from qapbench.records.answer import Answer
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.questions import Question
 
-from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results
+from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results, worker_of
 from .batches import BatchRunner, Row
 from .feature_cache import FeatureCache
 from .plan import PruneKey
@@ -31,6 +32,31 @@ from .session import Session
 
 Prompts = dict[str, dict[PruneKey, PrunedPrompt]]
 """The prompts of one question, each under the prune keys that need it."""
+
+
+MEMORY = 1 << 30  # bytes of pruned prompts that may wait for a later quantizer group
+
+
+def answer_runs(
+    session: Session, runs: Sequence[ActiveRun], docs: set[int] | None = None, share: tuple[int, int] = (0, 1)
+) -> dict[str, int]:
+    """Answer what runs of one model and task miss, in this process, and return its peak memory.
+
+    Args:
+        docs: only these documents; all where None.
+        share: (which, of how many) parts of the questions.
+
+    Raises:
+        NotQuantizedError: a run asks for quantization that never reached a matmul.
+    """
+    questions = session.questions(runs[0].spec)
+    mine = [
+        question
+        for index, question in enumerate(questions)
+        if (docs is None or question.place[1] in docs) and worker_of(question, index, share[1]) == share[0]
+    ]
+    Sweep(session, questions, runs, limit=MEMORY // share[1]).answer(mine)
+    return peak_memory(session.settings.device)
 
 
 class Sweep:
@@ -44,7 +70,7 @@ class Sweep:
     """
 
     def __init__(
-        self, session: Session, questions: Sequence[Question], active_runs: Sequence[ActiveRun], limit: int = 1 << 30
+        self, session: Session, questions: Sequence[Question], active_runs: Sequence[ActiveRun], limit: int = MEMORY
     ) -> None:
         spec, settings = active_runs[0].spec, session.settings
         model, self.processor = session.model(spec)

@@ -16,6 +16,7 @@ from .active_run import ActiveRun
 from .plan import Planned
 from .session import Session
 from .settings import Settings
+from .sweep import answer_runs
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class WorkerPool:
         docs = None if asked is None else {question.place[1] for question in asked}
         workers = self.settings.workers
         if workers == 1:
-            self._peak(self.session.answer(active_runs, docs))
+            self._peak(answer_runs(self.session, active_runs, docs))
             return
         orders = [self._order(active_runs, docs, index) for index in range(workers)]
         for costs, peak in _processes(orders, self._progress(active_runs)):
@@ -118,7 +119,7 @@ def work(order: Order) -> Done:
         load_plugin_file(plugin)
     torch.set_num_threads(order.threads)
     active_runs = [ActiveRun(plan) for plan in order.plans]
-    peak = Session(order.settings).answer(active_runs, order.docs, order.share)
+    peak = answer_runs(Session(order.settings), active_runs, order.docs, order.share)
     costs = {active.planned.id: Cost(active.answered, active.computed, dict(active.seconds)) for active in active_runs}
     return costs, peak
 

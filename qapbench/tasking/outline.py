@@ -31,7 +31,7 @@ class TaskOutline:
         fingerprint: of the data, in hexadecimal where it is a file's SHA-256.
         count: questions that will be asked, `limit` considered.
         letter: answered by the most likely option, not by generated text.
-        code: hash of the task's own files; "" for lm-eval's tasks, which lm-eval's version stands for.
+        source: where a registered task comes from; None for lm-eval's, which lm-eval's version stands for.
         stored_parser: the parser for files that another code base wrote; None where the task names none.
     """
 
@@ -45,13 +45,18 @@ class TaskOutline:
     fingerprint: str
     count: int
     letter: bool
-    code: str = ""
+    source: TaskSource | None = None
     stored_parser: str | None = None
 
     @cached_property
     def ids(self) -> list[str]:
         """The questions' ids in the order of `docs`: their `pid`, or their position where there is none."""
         return [str(doc.get("pid", index)) for index, doc in zip(range(self.count), self.docs, strict=False)]
+
+    @property
+    def code(self) -> str:
+        """Hash of the task's own files; "" for a task of lm-eval's."""
+        return self.source.code() if self.source else ""
 
     def images(self, doc: int) -> Sequence[Any]:
         """The images of a document, still encoded; a registered task keeps the one that there may be in `image`."""
@@ -103,7 +108,7 @@ def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
         fingerprint=str(docs.fingerprint),
         count=count,
         letter=letter,
-        code=source.code(),
+        source=source,
         stored_parser=metadata.get("stored_parser"),
     )
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import CalibrationSamples, LinearPlan, Tokens, UserError, compress, ptqs
 from qapbench.quantize.install import installed
+from qapbench.receipt import CalibrationUse
 
 SEVERAL = 3
 calibrating = pytest.mark.parametrize("name", [name for name in ptqs.names() if ptqs.create(name).calibrates])
@@ -177,26 +178,27 @@ def test_pruned_calibration_sees_the_tokens_that_stay(name: str, model: Any, sam
 def test_a_kept_result_is_the_result(name: str, model: Any, samples: Any, asked: Any, tmp_path: Path) -> None:
     kept = CalibrationSamples(samples, cache=tmp_path, fingerprints={"model": "one"})
 
-    def outcome(source: CalibrationSamples) -> tuple[Tensor, dict[str, Any]]:
+    def outcome(source: CalibrationSamples) -> tuple[Tensor, CalibrationUse]:
         with compress(model, quantize(name), calibration=source) as receipt:
             assert receipt.calibration is not None
             return logits(model, asked), receipt.calibration
 
     fresh, first = outcome(kept)
     read, second = outcome(kept)
-    assert (first["reused"], second["reused"]) == (False, True)
+    assert (first.reused, second.reused) == (False, True)
     assert torch.equal(fresh, read)
     (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
         file.write_bytes(damaged)
         again, third = outcome(kept)
-        assert not third["reused"]
-        assert file.name in third["made_again"]
+        assert not third.reused
+        assert third.made_again is not None
+        assert file.name in third.made_again
         assert torch.equal(again, fresh)
         assert file.read_bytes() == whole
     for other in (
         CalibrationSamples(samples[1:], cache=tmp_path, fingerprints={"model": "one"}),
         CalibrationSamples(samples, cache=tmp_path, fingerprints={"model": "two"}),
     ):
-        assert not outcome(other)[1]["reused"]
+        assert not outcome(other)[1].reused

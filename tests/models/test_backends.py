@@ -19,7 +19,7 @@ def test_int8_is_integer_arithmetic(model: Any) -> None:
     linear, x = nn.Linear(64, 32).requires_grad_(False), torch.randn(5, 64)
     original = linear.weight
     scale = torch.rand(64) + 0.5
-    line = LinearReceipt("l", "language", (32, 64))
+    line = LinearReceipt(name="l", part="language", shape=(32, 64))
     plan = LinearPlan(Format(**INT8), Format(**INT8), Scaling(scale))
     with int8_linear(linear, plan, line):
         out = linear(x)

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from qapbench import UserError, compress, pruners
 from qapbench.models import family_of
+from qapbench.prune.splice import PrunedImage
 
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
 RELEVANCE = ["What is this?", "Where does the red fox live?"]
@@ -178,7 +179,8 @@ def test_merged_tokens_go_through_the_projector(model: Any, one: dict[str, Any])
     handle = model.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    with compress(model, prune("visionzip", 8)) as receipt:
+    kept: list[list[PrunedImage]] = []
+    with compress(model, prune("visionzip", 8), on_images=kept.append) as receipt:
         logits(model, one)
     handle.remove()
     family = family_of(model)
@@ -190,8 +192,9 @@ def test_merged_tokens_go_through_the_projector(model: Any, one: dict[str, Any])
     start = int((one["input_ids"][0] == model.config.image_token_id).nonzero()[0])
     torch.testing.assert_close(seen[0][0, start], cls)
     assert receipt.tokens["merged"] == selection.merged.shape[1] == 2
-    assert receipt.latest is not None
-    assert torch.equal(receipt.latest[0].indices, selection.indices[0])
+    ((image,),) = kept
+    assert torch.equal(image.indices, selection.indices[0])
+    assert (image.merged, image.available) == (2, TOKENS)
 
 
 def test_what_the_family_records(llava_folder: Path, one: dict[str, Any]) -> None:
@@ -278,16 +281,45 @@ def test_mistakes_are_named(model: Any, one: dict[str, Any], tmp_path: Path) -> 
 
 def test_the_question_is_read_from_the_prompt(model: Any, one: dict[str, Any], processor: Any) -> None:
     """Without a processor the tokenizer of the model's own folder serves."""
-    with compress(model, prune("cdpruner")) as bare:
+    kept: list[list[PrunedImage]] = []
+    with compress(model, prune("cdpruner"), on_images=kept.append):
         plain = logits(model, one)
-    with compress(model, prune("cdpruner"), processor) as given:
+    with compress(model, prune("cdpruner"), processor, on_images=kept.append):
         assert torch.equal(logits(model, one), plain)
-    with compress(model, prune("cdpruner")) as other:
+    with compress(model, prune("cdpruner"), on_images=kept.append):
         logits(model, one, relevance_text=["tree tree tree"])
-    assert bare.latest is not None
-    assert given.latest is not None
-    assert other.latest is not None
-    assert not torch.equal(bare.latest[0].indices, other.latest[0].indices)
+    (bare,), (given,), (other,) = kept
+    assert torch.equal(bare.indices, given.indices)
+    assert not torch.equal(bare.indices, other.indices)
+
+
+def test_what_becomes_of_images_is_told_call_by_call(model: Any, one: dict[str, Any], three: dict[str, Any]) -> None:
+    """Once a call, also for `generate`, which calls the model again and again; not of a call without images."""
+    kept: list[list[PrunedImage]] = []
+    with compress(model, prune("visionzip", 5), on_images=kept.append) as receipt:
+        logits(model, one)
+        assert [len(images) for images in kept] == [1]
+        tokens(model, three)
+        assert [len(images) for images in kept] == [1, 2]
+        logits(model, {name: three[name] for name in ("input_ids", "attention_mask")}, pixel_values=None)
+    assert [len(images) for images in kept] == [1, 2]
+    told = [image for images in kept for image in images]
+    assert receipt.images == len(told) == 3
+    assert receipt.kept == sum(len(image.indices) for image in told)
+    assert receipt.merged == sum(image.merged for image in told)
+    for image in told:
+        assert image.indices.tolist() == sorted(image.indices.tolist())
+        assert len(image.places) == len(image.indices) + image.merged + image.separators == 5
+        assert (image.available, image.layers) == (TOKENS, ())
+
+
+def test_calibration_that_prunes_tells_nobody(model: Any, one: dict[str, Any]) -> None:
+    kept: list[list[PrunedImage]] = []
+    quantize = {"method": "gptq", "weights": W4A4["weights"], "calibration": {"pruned": True}}
+    with compress(model, {"quantize": quantize, **prune()}, calibration=[one], on_images=kept.append):
+        assert kept == []
+        logits(model, one)
+    assert len(kept) == 1
 
 
 def test_without_a_text_tower_relevance_falls_back_and_says_so(tmp_path: Path, one: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import DecoderPruner, UserError, VisionTokens, compress, metrics, pruners
-from qapbench.receipt import Receipt
+from qapbench.prune.splice import PrunedImage
 from qapbench.spec.run_spec import PruneSpec
 
 INSIDE = [entry.name for entry in pruners if issubclass(entry.target, DecoderPruner)]  # type: ignore[arg-type]
@@ -87,10 +87,9 @@ def by_hand(model: Any, method: str, inputs: dict[str, Any], sensitivity: str | 
     return model.lm_head(language.norm(hidden))[0, -1], seen
 
 
-def indices(receipt: Receipt) -> list[int]:
-    """What the latest call kept of its image."""
-    assert receipt.latest is not None
-    return receipt.latest[0].indices.tolist()
+def indices(kept: list[list[PrunedImage]]) -> list[int]:
+    """What the last call kept of its image."""
+    return kept[-1][0].indices.tolist()
 
 
 def alone(processor: Any, row: int) -> dict[str, Any]:
@@ -203,10 +202,9 @@ def test_labels_end_the_question(deep: tuple[Any, Any]) -> None:
     """An answer that is scored has no say in what is kept."""
     model, processor = deep
     prompt = alone(processor, 0)
-    kept = []
-    with torch.no_grad(), compress(model, spec("fastv")) as receipt:
+    kept: list[list[PrunedImage]] = []
+    with torch.no_grad(), compress(model, spec("fastv"), on_images=kept.append):
         model(**prompt)
-        kept.append(indices(receipt))
         for word in (5, 9):
             ids = torch.cat([prompt["input_ids"], torch.tensor([[word]])], dim=1)
             labels = torch.full_like(ids, -100)
@@ -214,8 +212,9 @@ def test_labels_end_the_question(deep: tuple[Any, Any]) -> None:
             out = model(**{**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=labels)
             assert torch.isfinite(out.loss)
             assert out.logits.shape[1] == ids.shape[1]
-            kept.append(indices(receipt))
-    assert kept[0] == kept[1] == kept[2]
+    first, second, third = ([image.indices.tolist() for image in images] for images in kept)
+    assert first == second == third
+    assert [len(places) for places in first] == [KEEP]
 
 
 def test_quantized_layers_are_read_as_they_compute(deep: tuple[Any, Any]) -> None:
@@ -224,10 +223,12 @@ def test_quantized_layers_are_read_as_they_compute(deep: tuple[Any, Any]) -> Non
     prompt = alone(processor, 0)
     formats = {"weights": {"bits": 2, "group_size": 16}, "activations": {"bits": 3}}
     found = []
+    kept: list[list[PrunedImage]] = []
     for quantize in ({}, {"quantize": {"method": "rtn", **formats}}):
-        with torch.no_grad(), compress(model, {**spec("pyramiddrop"), **quantize}) as receipt:
+        asked = {**spec("pyramiddrop"), **quantize}
+        with torch.no_grad(), compress(model, asked, on_images=kept.append) as receipt:
             model(**prompt)
-        found.append(indices(receipt))
+        found.append(indices(kept))
         if quantize:
             receipt.check()
     assert found[0] != found[1]
@@ -251,10 +252,14 @@ def test_mistakes_are_named(deep: tuple[Any, Any], model: Any) -> None:
 
 def test_a_shallow_decoder(model: Any, one: dict[str, Any]) -> None:
     """Two layers leave one place to drop at."""
+    kept: list[list[PrunedImage]] = []
     for method in INSIDE:
-        with torch.no_grad(), compress(model, spec(method)) as receipt:
+        with torch.no_grad(), compress(model, spec(method), on_images=kept.append) as receipt:
             model(**one)
         assert receipt.layers == [TOKENS, KEEP]
+        (image,) = kept[-1]
+        assert list(image.layers) == [TOKENS, KEEP]
+        assert len(image.indices) + image.merged == KEEP
 
 
 @pytest.mark.parametrize("depth", [2, 3, 6, 32, 40])

@@ -14,6 +14,7 @@ from qapbench.methods.tokens import per_token
 from qapbench.models import family_of
 from qapbench.models.family import families
 from qapbench.models.loading import load_model
+from qapbench.prune.splice import PrunedImage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_family = pytest.mark.parametrize("loaded", sorted(PROCESSORS), indirect=True)
@@ -114,7 +115,8 @@ def test_keeping_everything_changes_nothing(method: str, loaded: Loaded) -> None
 @pytest.mark.parametrize("method", pruners.names())
 def test_every_pruner_in_a_batch_with_padding_and_several_images(method: str, loaded: Loaded) -> None:
     inputs = loaded.mixed
-    with compress(loaded.model, prune(method, sensitivity="combined")) as receipt:
+    kept: list[list[PrunedImage]] = []
+    with compress(loaded.model, prune(method, sensitivity="combined"), on_images=kept.append) as receipt:
         out = written(loaded.model, inputs, relevance_text=ASKED)
         last = logits(loaded.model, inputs, relevance_text=ASKED)[:, -1]
     longest = inputs["input_ids"].shape[1]
@@ -123,8 +125,9 @@ def test_every_pruner_in_a_batch_with_padding_and_several_images(method: str, lo
     assert torch.isfinite(last).all()
     seen = family_of(loaded.model).encode_images(inputs, frozenset())
     views = [sum(group.owners.count(image) for group in seen.views) for image in range(4)]
-    assert receipt.latest is not None
-    assert [len(image.indices) + image.merged for image in receipt.latest] == [KEEP * count for count in views]
+    assert len(kept) == 2
+    for images in kept:
+        assert [len(image.indices) + image.merged for image in images] == [KEEP * count for count in views]
     assert receipt.tokens["images"] == 8
     assert receipt.tokens["mean"] == KEEP * sum(views) / 4
 
@@ -148,11 +151,12 @@ def test_a_batch_answers_as_its_rows_alone(spec: dict[str, Any], loaded: Loaded)
 def test_a_budget_of_the_whole_image(loaded: Loaded) -> None:
     """Split over its views in proportion, exactly; an image that has fewer keeps them all."""
     inputs = loaded.mixed
+    kept: list[list[PrunedImage]] = []
     for keep in (1, 7, 20):
-        with compress(loaded.model, prune("attention", keep, per="image")) as receipt:
+        with compress(loaded.model, prune("attention", keep, per="image"), on_images=kept.append):
             logits(loaded.model, inputs)
-        assert receipt.latest is not None
-        assert [len(image.indices) for image in receipt.latest] == [min(keep, i.available) for i in receipt.latest]
+        assert [len(image.indices) for image in kept[-1]] == [min(keep, image.available) for image in kept[-1]]
+    assert [len(images) for images in kept] == [4, 4, 4]
 
 
 @each_family
@@ -160,9 +164,10 @@ def test_a_budget_of_the_whole_image(loaded: Loaded) -> None:
 def test_pruned_logits_equal_spliced_embeddings(positions: str, loaded: Loaded) -> None:
     """The oracle: Hugging Face's own embeddings and positions with the dropped columns taken out by hand."""
     model, inputs = loaded.model, loaded.one
-    with compress(model, prune("attention", positions=positions)) as receipt:
+    kept: list[list[PrunedImage]] = []
+    with compress(model, prune("attention", positions=positions), on_images=kept.append):
         pruned = logits(model, inputs)
-    (image,) = receipt.latest or []
+    ((image,),) = kept
     caught: dict[str, torch.Tensor] = {}
     handle = model.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: caught.update(embeds=kwargs["inputs_embeds"], positions=kwargs["position_ids"]),
@@ -198,10 +203,10 @@ def test_the_best_of_every_view_are_kept(loaded: Loaded) -> None:
         assert group.tokens.cls_attention is not None
         for scores, places, owner in zip(group.tokens.cls_attention, group.places, group.owners, strict=True):
             expected[owner] += places[scores.topk(KEEP).indices].tolist()
-    with compress(loaded.model, prune("attention")) as receipt:
+    kept: list[list[PrunedImage]] = []
+    with compress(loaded.model, prune("attention"), on_images=kept.append):
         logits(loaded.model, inputs)
-    assert receipt.latest is not None
-    assert [image.indices.tolist() for image in receipt.latest] == [sorted(places) for places in expected]
+    assert [image.indices.tolist() for image in kept[-1]] == [sorted(places) for places in expected]
 
 
 @each_family
@@ -234,10 +239,11 @@ def test_views_hold_every_token_once_and_project_to_it(loaded: Loaded) -> None:
 def test_a_new_line_stays_while_its_row_lives(loaded: Loaded) -> None:
     """Two tiles side by side: 16 tokens of the whole, then four lines of 8 and a new line each."""
     inputs = loaded.ask([("USER: #\nWhat? ASSISTANT:", [0])])
+    kept: list[list[PrunedImage]] = []
     for keep in (1, 2, 4, 16):
-        with compress(loaded.model, prune("attention", keep)) as receipt:
+        with compress(loaded.model, prune("attention", keep), on_images=kept.append):
             logits(loaded.model, inputs)
-        (image,) = receipt.latest or []
+        (image,) = kept[-1]
         lines = {(place - 16) // 9 for place in image.indices.tolist() if place >= 16}
         assert image.separators == len(lines)
         expected = sorted(image.indices.tolist() + [16 + 9 * line + 8 for line in lines])
@@ -292,21 +298,21 @@ def test_one_image_among_several_is_a_single_view(folders: dict[str, Loaded]) ->
     plain = logits(loaded.model, inputs)
     with compress(loaded.model, prune("random", 16)):
         assert torch.equal(logits(loaded.model, inputs), plain)
-    with compress(loaded.model, prune("hiprune")) as receipt:
+    kept: list[list[PrunedImage]] = []
+    with compress(loaded.model, prune("hiprune"), on_images=kept.append):
         logits(loaded.model, inputs)
-    assert receipt.latest is not None
-    assert [(len(i.indices), i.separators, i.available) for i in receipt.latest] == [(KEEP, 1, 16)] * 2
-    assert all(image.places.tolist()[-1] == 16 for image in receipt.latest)
+    assert [(len(i.indices), i.separators, i.available) for i in kept[-1]] == [(KEEP, 1, 16)] * 2
+    assert all(image.places.tolist()[-1] == 16 for image in kept[-1])
 
 
 def test_a_small_image_keeps_all_it_has(folders: dict[str, Loaded]) -> None:
     loaded = folders["qwen2_5_vl"]
-    with compress(loaded.model, prune("cdpruner", 20)) as receipt:
+    kept: list[list[PrunedImage]] = []
+    with compress(loaded.model, prune("cdpruner", 20), on_images=kept.append) as receipt:
         logits(loaded.model, loaded.mixed, relevance_text=ASKED)
-    assert receipt.latest is not None
-    kept = [(len(image.indices), image.available) for image in receipt.latest]
-    assert all(count == min(20, available) for count, available in kept)
-    assert len({available for _, available in kept}) > 1
+    counts = [(len(image.indices), image.available) for image in kept[-1]]
+    assert all(count == min(20, available) for count, available in counts)
+    assert len({available for _, available in counts}) > 1
     assert (receipt.tokens["min"], receipt.tokens["max"]) == (16, 20)
 
 
@@ -405,13 +411,15 @@ def test_the_question_in_the_towers_own_space(folders: dict[str, Loaded], tmp_pa
     """LLaVA-NeXT with its CLIP: relevance of each tile is computed with its text tower, and depends on the question."""
     loaded = folders["llava_next"]
     clip, inputs = str(save_clip(tmp_path / "clip")), loaded.one
-    kept = []
+    kept: list[list[PrunedImage]] = []
     for question in ("What is this?", "tree tree dog"):
-        with compress(loaded.model, prune("cdpruner"), loaded.processor, text_tower=clip) as receipt:
+        with compress(
+            loaded.model, prune("cdpruner"), loaded.processor, text_tower=clip, on_images=kept.append
+        ) as receipt:
             logits(loaded.model, inputs, relevance_text=[question])
         assert receipt.fallbacks == []
-        kept.append((receipt.latest or [])[0].indices.tolist())
-    assert kept[0] != kept[1]
+    (first,), (second,) = kept
+    assert first.indices.tolist() != second.indices.tolist()
 
 
 def test_llava_with_a_siglip_tower() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.methods.quantization import Format, LinearPlan
-from qapbench.quantize.install import installed
+from qapbench.quantize.install import SharedInputs, installed
 
 FORMAT = Format(bits=4, group_size=8)
 
@@ -29,7 +29,8 @@ def pair() -> Iterator[tuple[nn.Linear, nn.Linear]]:
     Counted.calls = 0
     one, two = nn.Linear(16, 4), nn.Linear(16, 4)
     plan = LinearPlan(activation=Counted(bits=4, group_size=8))
-    with installed(one, plan), installed(two, plan):
+    shared = SharedInputs()
+    with installed(one, plan, shared=shared), installed(two, plan, shared=shared):
         yield one, two
 
 
@@ -72,6 +73,23 @@ def test_formats_do_not_share() -> None:
     x = torch.randn(2, 16)
     coarse = Format(bits=2)
     plans = LinearPlan(activation=FORMAT), LinearPlan(activation=coarse)
-    with torch.no_grad(), installed(one, plans[0]), installed(two, plans[1]):
+    shared = SharedInputs()
+    with torch.no_grad(), installed(one, plans[0], shared=shared), installed(two, plans[1], shared=shared):
         one(x)
         assert torch.equal(two(x), nn.functional.linear(coarse(x), two.weight, two.bias))
+
+
+def test_without_shared_inputs_nothing_is_shared() -> None:
+    torch.manual_seed(0)
+    Counted.calls = 0
+    one, two = nn.Linear(16, 4), nn.Linear(16, 4)
+    plan = LinearPlan(activation=Counted(bits=4, group_size=8))
+    x = torch.randn(2, 16)
+    expected = FORMAT(x)
+    with torch.no_grad(), installed(one, plan), installed(two, plan):
+        for linear in (one, two):
+            assert torch.equal(linear(x), nn.functional.linear(expected, linear.weight, linear.bias))
+    assert Counted.calls == 2
+    with torch.no_grad(), installed(one, plan, shared=SharedInputs()), installed(two, plan, shared=SharedInputs()):
+        one(x), two(x)
+    assert Counted.calls == 4

@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from qapbench import RunSpec, UserError, compress, pruners
-from qapbench.models.loading import fingerprints, load_model
+from qapbench.models.loading import load_model
+from qapbench.running.fingerprints import fingerprints
+from qapbench.tasking.tasks import find_outline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VERSIONS: dict[str, dict[str, Any]] = {
@@ -226,7 +228,8 @@ def test_the_tower_beside_the_weights_and_its_hash(tmp_path: Path) -> None:
     spec = RunSpec.parse({"model": str(folder), "task": "diagramqa"})
     (tmp_path / "openai-clip").rename(folder / "clip")
     load(folder)
-    before = fingerprints(spec, "", CPU, fetch=False)
+    outline = find_outline(spec.task)
+    before = fingerprints(spec, outline, CPU, fetch=False)
     assert before["vision tower"] != before["model"]
     file = folder / "clip" / "preprocessor_config.json"
     file.write_text(file.read_text().replace("bicubic", "bicubic "))
@@ -234,7 +237,7 @@ def test_the_tower_beside_the_weights_and_its_hash(tmp_path: Path) -> None:
     from qapbench.hashing import digest_tree
 
     digest_tree.cache_clear()
-    assert fingerprints(spec, "", CPU, fetch=False)["vision tower"] != before["vision tower"]
+    assert fingerprints(spec, outline, CPU, fetch=False)["vision tower"] != before["vision tower"]
 
 
 def test_a_tuned_tower_among_the_weights_wins(tmp_path: Path) -> None:

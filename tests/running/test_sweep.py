@@ -24,6 +24,7 @@ from qapbench.running.plan import prune_key
 from qapbench.running.planner import Planner
 from qapbench.running.session import Session
 from qapbench.running.settings import Settings, find_device
+from qapbench.running.sweep import answer_runs
 
 Spec = Callable[..., dict[str, Any]]
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
@@ -304,7 +305,7 @@ def test_the_model_is_as_before_after_a_sweep(spec_of: Spec, tmp_path: Path) -> 
     plans = [planner.plan(one) for one in (spec, RunSpec.parse(spec_of()))]
     for plan in plans:
         plan.folder.mkdir()
-    session.answer([ActiveRun(plan) for plan in plans])
+    answer_runs(session, [ActiveRun(plan) for plan in plans])
     assert [planner.plan(plan.spec).answered for plan in plans] == [QUESTIONS, QUESTIONS]
     assert session.model(spec)[0] is model
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
