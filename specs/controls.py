@@ -8,17 +8,29 @@ from qapbench import metric
 
 @metric("constant")
 def constant(tokens: Tensor) -> Tensor:
-    """s_i = 1 for every token, which shows what the fusion alone does to the relevance."""
+    """Score every token 1: [B, N, D] -> [B, N]. It shows what the fusion alone does to the relevance.
+
+    Args:
+        tokens: [B, N, D] visual tokens.
+
+    Source:
+        No paper. A control of this benchmark.
+    """
     return torch.ones(tokens.shape[:2], device=tokens.device)
 
 
 @metric("noise")
 def noise(tokens: Tensor, seed: int = 0) -> Tensor:
-    """Noise, uniform in [0, 1), from a hash of the token's values. Equal tokens have equal scores.
+    """Score each token by a hash of its values, uniform in [0, 1): [B, N, D] -> [B, N].
+
+    Equal tokens get equal scores.
 
     Args:
         tokens: [B, N, D] visual tokens.
-        seed: selects one of several hashes.
+        seed: selects one of several hash functions. Different seeds give uncorrelated scores.
+
+    Source:
+        No paper. A control of this benchmark.
     """
     bits = tokens.float().contiguous().view(torch.int32).long().sum(dim=-1)
     for factor in (2654435761 + 2 * seed, 2246822519):  # odd, so that multiplication modulo 2^32 is one-to-one
@@ -29,5 +41,14 @@ def noise(tokens: Tensor, seed: int = 0) -> Tensor:
 
 @metric("least_variance")
 def least_variance(tokens: Tensor) -> Tensor:
-    """The negated variance over channels, the opposite of the metric `variance`."""
+    """Compute the negated variance of each token over its channels: [B, N, D] -> [B, N].
+
+    It is the opposite of the metric `variance`.
+
+    Args:
+        tokens: [B, N, D] visual tokens.
+
+    Source:
+        No paper. A control of this benchmark.
+    """
     return -tokens.var(dim=-1, correction=0)

@@ -80,9 +80,10 @@ def installed_all(
     linears: Mapping[str, nn.Linear], plan: LinearPlan, tokens: TokenContext = lambda: None
 ) -> Iterator[None]:
     """Install one plan on several linears, for a trial."""
+    shared = SharedInputs()
     with contextlib.ExitStack() as stack:
         for linear in linears.values():
-            stack.enter_context(installed(linear, plan, tokens))
+            stack.enter_context(installed(linear, plan, tokens, shared=shared))
         yield
 
 

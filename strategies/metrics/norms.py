@@ -1,4 +1,4 @@
-"""Norms of a token: the sensitivity of QAPruner's released code is the L2 norm."""
+"""Sensitivity metrics that are norms of a token."""
 
 from torch import Tensor
 
@@ -7,17 +7,40 @@ from qapbench import metric
 
 @metric("l1")
 def l1(tokens: Tensor) -> Tensor:
-    """s_i = sum_d |x_id|."""
+    """Compute the L1 norm of each token, s_i = sum_d |x_id|: [B, N, D] -> [B, N].
+
+    Args:
+        tokens: [B, N, D] visual tokens.
+
+    Source:
+        QAPruner (arXiv 2604.02816), Table 2.
+    """
     return tokens.abs().sum(dim=-1)
 
 
 @metric("l2")
 def l2(tokens: Tensor) -> Tensor:
-    """s_i = sqrt(sum_d x_id^2)."""
+    """Compute the L2 norm of each token, s_i = sqrt(sum_d x_id^2): [B, N, D] -> [B, N].
+
+    This is the sensitivity that QAPruner's released code computes.
+
+    Args:
+        tokens: [B, N, D] visual tokens.
+
+    Source:
+        QAPruner (arXiv 2604.02816), Table 2.
+    """
     return tokens.norm(dim=-1)
 
 
 @metric("linf")
 def linf(tokens: Tensor) -> Tensor:
-    """s_i = max_d |x_id|."""
+    """Compute the largest absolute value of each token, s_i = max_d |x_id|: [B, N, D] -> [B, N].
+
+    Args:
+        tokens: [B, N, D] visual tokens.
+
+    Source:
+        QAPruner (arXiv 2604.02816), Table 2.
+    """
     return tokens.abs().amax(dim=-1)

@@ -1,4 +1,4 @@
-"""How a token's channels spread: wide tokens stretch the scale that their channels share."""
+"""Sensitivity metrics that measure how far a token's channels spread: the wider, the coarser the scale they share."""
 
 from torch import Tensor
 
@@ -7,12 +7,28 @@ from qapbench import metric
 
 @metric("variance")
 def variance(tokens: Tensor) -> Tensor:
-    """s_i = mean_d (x_id - mean_d x_id)^2, over channels, without Bessel's correction."""
+    """Compute the variance of each token, s_i = mean_d (x_id - mean_d x_id)^2: [B, N, D] -> [B, N].
+
+    The mean is over the D channels, without Bessel's correction.
+
+    Args:
+        tokens: [B, N, D] visual tokens.
+
+    Source:
+        QAPruner (arXiv 2604.02816), Table 2.
+    """
     return tokens.var(dim=-1, correction=0)
 
 
 @metric("outlier_intensity")
 def outlier_intensity(tokens: Tensor) -> Tensor:
-    """s_i = max_d x_id - min_d x_id (QAPruner's outlier intensity)."""
+    """Compute the range of each token's channels, s_i = max_d x_id - min_d x_id: [B, N, D] -> [B, N].
+
+    Args:
+        tokens: [B, N, D] visual tokens.
+
+    Source:
+        QAPruner (arXiv 2604.02816), Table 2: the paper's outlier intensity.
+    """
     low, high = tokens.aminmax(dim=-1)
     return high - low

@@ -1,4 +1,4 @@
-"""Token-wise AbsMax."""
+"""Token-wise AbsMax quantization."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,16 @@ from qapbench import Bits, fake_quantize, quantizer
 @quantizer("absmax")
 @dataclass(frozen=True)
 class AbsMax:
-    """One symmetric scale per token: q = round(x / s), s = max|x| / (2^(b-1) - 1)."""
+    """Quantize each token with one symmetric scale, s = max|x| / (2^(bits-1) - 1): [..., D] -> [..., D].
+
+    The level of a value x is round(x / s).
+
+    Attributes:
+        bits: bits per value. QAPruner quantizes to 4.
+
+    Source:
+        The usual definition. QAPruner (arXiv 2604.02816), Table 2, has it as token-wise AbsMax.
+    """
 
     bits: Bits = 4
 

@@ -1,4 +1,4 @@
-"""Clipped AbsMax."""
+"""Token-wise AbsMax quantization of clipped values."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,7 +13,17 @@ from qapbench import Bits, fake_quantize, quantizer
 @quantizer("clip")
 @dataclass(frozen=True)
 class Clip:
-    """AbsMax after clipping each token at a percentile of its own |x| over channels (linear interpolation)."""
+    """Clip each token at a percentile of its own absolute values, then quantize it like `absmax`: [..., D] -> [..., D].
+
+    The percentile is over the channels of the token and interpolated linearly.
+
+    Attributes:
+        bits: bits per value. QAPruner quantizes to 4.
+        percentile: percentile of a token's absolute values above which they are clipped, in percent. 100 clips nothing.
+
+    Source:
+        The usual definition. QAPruner (arXiv 2604.02816), Table 2, has it as clip AbsMax.
+    """
 
     bits: Bits = 4
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.0

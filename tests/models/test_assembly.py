@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from qapbench import UserError
 from qapbench.checkpoints import assembly, find
 from qapbench.checkpoints.gguf import read_llama
+from qapbench.hashing import digest_file
 from qapbench.models.family import family_of
 from qapbench.progress import assembly_progress
 
@@ -53,7 +54,7 @@ def embedded(tmp_path: Path, parts: Path, gguf_file: Path, monkeypatch: pytest.M
     base = {
         "package": "tiny_base_package",
         "file": "tiny.gguf",
-        "sha256": find.digest_file(gguf_file),
+        "sha256": digest_file(gguf_file),
         "extra": "tiny",
         "install": "pip install tiny",
     }

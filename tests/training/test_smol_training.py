@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench.checkpoints import assembly, find
+from qapbench.hashing import digest_file
 from qapbench.tasks.diagramqa.generate import sample
 from training.labels import Labeller
 from training.model import build_models, build_tokenizers
@@ -208,7 +209,7 @@ def recipe(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     about = {
         "package": "tiny_smol_package",
         "file": "tiny.gguf",
-        "sha256": find.digest_file(base),
+        "sha256": digest_file(base),
         "extra": "tiny",
         "install": "pip install tiny",
     }

@@ -16,7 +16,7 @@ from qapbench.memory import peak_memory
 from qapbench.methods.quantization import LinearPlan, Tokens
 from qapbench.models import Family
 from qapbench.quantize.calibration import store
-from qapbench.quantize.install import installed, tokens_of
+from qapbench.quantize.install import SharedInputs, installed, tokens_of
 from qapbench.quantize.receipts import CalibrationUse
 
 from .blocks import Block, Pass, Reached, catching, device_of, first, observed
@@ -143,6 +143,7 @@ class Calibration:
         chains = self._chains(linears)
         total, done = sum(map(len, chains)), 0
         found: CalibrationResult = {}
+        shared = SharedInputs()
         with contextlib.ExitStack() as stack:
             for chain in chains:
                 captured = self._capture([module for _, module, _ in chain])
@@ -153,7 +154,7 @@ class Calibration:
                     found |= mine
                     for linear, tensors in mine.items() if install else ():
                         plan = install(tensors)  # type: ignore[misc]
-                        stack.enter_context(installed(linears[linear], plan, lambda: self._current[0]))
+                        stack.enter_context(installed(linears[linear], plan, lambda: self._current[0], shared=shared))
                     if index + 1 < len(chain):
                         passes = block.advance(captured[index + 1])
                     done += 1

@@ -1,0 +1,48 @@
+"""What lies beside the package imports only what is meant for it; inside the package `lint-imports` checks the rooms."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "strategies": ("qapbench",),
+    "specs": ("qapbench",),
+    "tasks": ("qapbench.errors", "qapbench.tasking.registry", "qapbench.tasks"),
+    "leaderboard": (
+        "qapbench",
+        "qapbench.analysis",
+        "qapbench.checkpoints",
+        "qapbench.receipt",
+        "qapbench.records",
+        "qapbench.spec",
+        "qapbench.tasking",
+    ),
+}
+
+
+def imported_modules(file: Path) -> set[str]:
+    """The modules of qapbench that a file's import statements name, relative imports aside."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.partition(".")[0] == "qapbench"}
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_what_is_mapped_into_the_package_imports_what_it_may(folder: str) -> None:
+    allowed = ALLOWED[folder]
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for name in imported_modules(file):
+            inside = any(name.startswith(f"{room}.") for room in allowed if room != "qapbench")
+            assert name in allowed or inside, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_no_file_switches_the_formatter_off() -> None:
+    own = [*ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py"), *ROOT.glob("*/*/*/*.py")]
+    marked = [file for file in own if ".venv" not in file.parts and "# fmt: " in file.read_text(encoding="utf-8")]
+    assert [str(file.relative_to(ROOT)) for file in marked if file != Path(__file__)] == []
