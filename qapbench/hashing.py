@@ -151,7 +151,7 @@ def _imports(file: Path, module: str) -> tuple[str, ...]:
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
     """Every statement that may run: what stands under `if TYPE_CHECKING` does not."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name | ast.Attribute) and "TYPE_CHECKING" in ast.dump(child.test):
             for other in child.orelse:
                 yield other
                 yield from _statements(other)

@@ -1,1 +1,1 @@
-"""Scores, intervals and tables."""
+"""What is made of results: scores, intervals, comparisons, studies, tables and pictures."""

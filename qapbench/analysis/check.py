@@ -1,4 +1,7 @@
-"""`qapbench leaderboard --check`: is a record what its stored answers say? For records that come by pull request."""
+"""`qapbench leaderboard --check`: verifies that a record follows from the answers stored beside it.
+
+It is meant for records that arrive by pull request, so nothing that a record names is run.
+"""
 
 from __future__ import annotations
 
@@ -27,26 +30,33 @@ RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 @dataclass
 class CheckResult:
-    """What was verified, and what a reader should know."""
+    """The result of a check that found no mismatch.
+
+    Attributes:
+        passed: what was verified, one sentence each.
+        notes: the record's notes, which a reader of its numbers should know.
+    """
 
     passed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
+        """The result as plain data."""
         return {"ok": True, "passed": self.passed, "notes": self.notes}
 
 
 def check_record(path: Path, data: str | None = None) -> CheckResult:
-    """Verify a record against the answers and scores that lie beside it.
+    """Verify a record against the answers and scores that are stored beside it.
 
-    No code of the record's is run: a spec with plugins is refused, and only this project's own tasks are read.
+    No code that the record names is run: a spec with plugins is refused, and only tasks that come with this project are
+    loaded.
 
     Args:
         path: record.json, or the folder that holds it.
-        data: the task's data, where the path in the record is not on this machine.
+        data: file of the task's data, if the path that the record names is not on this machine.
 
     Raises:
-        UserError: every mismatch found.
+        UserError: the record does not match its answers. Every mismatch found is listed, up to a limit.
     """
     folder = path if path.is_dir() else path.parent
     record = read_record(path)
@@ -74,7 +84,11 @@ def check_record(path: Path, data: str | None = None) -> CheckResult:
 
 
 def _spec(record: Record, data: str | None) -> RunSpec:
-    """The record's spec, read without running anything that it names."""
+    """The record's spec, parsed without running anything that it names.
+
+    Args:
+        data: path of the task's data that replaces the record's own.
+    """
     raw = dict(record.spec)
     if raw.get("plugins"):
         raise UserError(
@@ -91,6 +105,7 @@ def _spec(record: Record, data: str | None) -> RunSpec:
 
 
 def _check_identity(record: Record, spec: RunSpec, task: LoadedTask, folder: Path) -> list[str]:
+    """Mismatches between the record's id, labels and notes and what its spec and data come to."""
     problems = []
     if task.fingerprint != record.fingerprints.get("data"):
         problems.append("fingerprints.data is not that of the data here: the questions differ")
@@ -107,6 +122,7 @@ def _check_identity(record: Record, spec: RunSpec, task: LoadedTask, folder: Pat
 
 
 def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path) -> list[str]:
+    """Whether the stored answers cover each question of the task exactly once, under the id that the data give it."""
     if not answers:
         return [f"{ANSWERS} is missing or empty in {folder}"]
     if sorted(answer.doc for answer in answers) != list(range(task.count)):
@@ -116,7 +132,7 @@ def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path) -> lis
 
 
 def _check_scores(record: Record, task: LoadedTask, answers: list[Answer], folder: Path) -> list[str]:
-    """Score every stored answer again, as lm-eval hands it to the task."""
+    """Score every stored answer again, in the form in which lm-eval hands it to the task, and compare the counts."""
     rows = {}
     for answer in answers:
         try:
@@ -144,13 +160,19 @@ def _check_scores(record: Record, task: LoadedTask, answers: list[Answer], folde
 
 
 def _check_derived(mine: ColumnScore, column: dict[str, Any]) -> list[str]:
+    """Whether accuracy and interval of a column follow from its counts.
+
+    Args:
+        mine: the column as the record has it.
+        column: the same column, computed from the stored answers.
+    """
     names = [name for name in ("accuracy", "low", "high") if getattr(mine, name) is not None]
     off = [name for name in names if not _close(getattr(mine, name), column[name])]
     return [f"scores: {mine.name}.{name} does not follow from k and n" for name in off]
 
 
 def _check_scored(rows: dict[int, dict[str, Any]], task: LoadedTask, folder: Path) -> list[str]:
-    """What paired comparisons read must be the same scores."""
+    """Whether scored.jsonl, which paired comparisons read, holds the same scores."""
     if not (folder / SCORED).exists():
         return [f"{SCORED} is missing"]
     try:
@@ -163,17 +185,17 @@ def _check_scored(rows: dict[int, dict[str, Any]], task: LoadedTask, folder: Pat
 
 
 def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list[str]:
-    """The receipt must show what the spec asks for, and the measured tokens must be those of the answers."""
+    """Whether the receipt shows what the spec asks for, and its token counts are those of the stored answers."""
     problems = []
     planned = [line for line in record.receipt.linears if line.planned]
     if spec.quantize:
         if not planned:
             problems.append("receipt: the spec quantizes, the receipt names no linear")
-        for wanted, seen, what in (
+        for wanted, reached, what in (
             (spec.quantize.weights, [line.weight_bits for line in planned], "weights"),
             (spec.quantize.activations, [line.activation_bits for line in planned if line.calls], "activations"),
         ):
-            if wanted and (not seen or any(bits is None or bits > wanted.bits for bits in seen)):
+            if wanted and (not reached or any(bits is None or bits > wanted.bits for bits in reached)):
                 problems.append(f"receipt: {what} of some linear did not reach {wanted.bits} bits")
     counted = Receipt()
     counted.recount(image for answer in answers for image in answer.images or [])
@@ -182,7 +204,7 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
         problems.append("tokens are not those of the stored answers")
     if spec.prune and counted.most is not None:
         few = counted.most < min(spec.prune.keep, counted.available // counted.images)
-        many = counted.most > spec.prune.keep and spec.prune.per == "image"  # of each tile there may be as many
+        many = counted.most > spec.prune.keep and spec.prune.per == "image"  # with `per: tile`, every tile may keep that many
         if few or many:
             problems.append(f"tokens: the spec keeps {spec.prune.keep}, the stored answers up to {counted.most}")
     return problems

@@ -1,4 +1,4 @@
-"""Which pruner runs on which model family: found by running each on a tiny random model, not by declaration."""
+"""The compatibility matrix of pruners and model families, measured by running each pruner on a tiny random model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from qapbench.errors import UserError, first_line
 from qapbench.methods.kinds import pruners
 from qapbench.models.family import families
 
-KEEP = 5  # of the tiny models' 16 or 20 tokens a view
+KEEP = 5  # budget; a view of a tiny model has 16 or 20 tokens
 Outcome = Literal["runs", "refused", "failed"]
 
 
 @dataclasses.dataclass(frozen=True)
 class CompatibilityResult:
-    """One pruner on one family.
+    """The outcome of one pruner on one model family.
 
     Attributes:
-        reason: why it was refused or failed; "" where it runs.
-        tokens: what the receipt measured in a forward pass and a `generate`.
-        notes: what it did otherwise than on a CLIP tower.
+        family: name of the model family.
+        pruner: name of the pruner.
+        outcome: "runs", "refused" (by a UserError), or "failed" (by any other error, or with logits that are not
+            finite).
+        reason: why it was refused or failed; "" if it runs.
+        tokens: token counts of the receipt over one forward pass and one `generate`.
+        notes: the receipt's fallbacks, that is, what was done otherwise than on a CLIP tower.
     """
 
     family: str
@@ -35,11 +39,15 @@ class CompatibilityResult:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
+        """The result as plain data."""
         return dataclasses.asdict(self)
 
 
 def run_matrix() -> Iterator[CompatibilityResult]:
-    """Every registered pruner on every family; a method's refusal is a result, its crash too."""
+    """Run every registered pruner on every model family and yield one result each.
+
+    A pruner that refuses a model, or crashes on it, is a result too.
+    """
     for name in families.names():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -56,7 +64,7 @@ def _run(family: str, pruner: str, model: Any, inputs: dict[str, Any]) -> Compat
             model.generate(**inputs, max_new_tokens=2, do_sample=False)
     except UserError as error:
         return CompatibilityResult(family, pruner, "refused", first_line(error))
-    except Exception as error:  # whatever a method may raise is what the matrix is to show
+    except Exception as error:  # the matrix reports every error that a method raises
         return CompatibilityResult(family, pruner, "failed", f"{type(error).__name__}: {first_line(error)}")
     if not torch.isfinite(logits).all():
         return CompatibilityResult(family, pruner, "failed", "logits are not finite")

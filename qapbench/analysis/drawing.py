@@ -1,4 +1,4 @@
-"""The picture of an explanation, drawn with Pillow alone."""
+"""Draws an explanation as one picture. It needs Pillow and no plotting library."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from torch import Tensor
 
 from .explain import Explanation, Side
 
-PANEL, GAP, MARGIN = 280, 20, 28
+PANEL, GAP, MARGIN = 280, 20, 28  # pixels
 INK, SOFT, PAPER, LINE = (27, 31, 36), (98, 106, 116), (252, 252, 251), (217, 221, 226)
 GOOD, BAD = (10, 107, 61), (163, 38, 27)
-OWN = (255, 140, 40)  # tokens that only this choice keeps
-SHARED = (255, 255, 255)
-VEIL = 0.76  # how much of a dropped token is covered
+OWN = (255, 140, 40)  # outline of tokens that only this selection keeps
+SHARED = (255, 255, 255)  # outline of tokens that both selections keep
+VEIL = 0.76  # opacity of the cover over a dropped token, 0 to 1
 HEAT = np.array([(38, 22, 72), (92, 42, 130), (178, 52, 110), (236, 100, 66), (252, 178, 60), (250, 248, 200)], float)
-"""Colours from the lowest score to the highest, evenly apart; lightness grows throughout."""
+"""RGB colours of the heat maps from the lowest score to the highest, evenly spaced; lightness only grows."""
 
 
 def draw(explanation: Explanation) -> Image.Image:
-    """Five panels (image, sensitivity, relevance, two choices), the question above, the answers below."""
+    """The picture of an explanation: the question, five panels in a row, and the answers.
+
+    The panels are the image, its sensitivity, its relevance, and the two selections.
+    """
     question, fused = explanation.question, explanation.sides[-1]
     width = 2 * MARGIN + 5 * PANEL + 4 * GAP
     text = _wrapped(question.text, font_of(15), width - 2 * MARGIN)[:9]
     top = MARGIN + 30 + 21 * len(text) + 20
-    foot = _wrapped("  ".join(explanation.notes), font_of(12), width - 2 * MARGIN)
+    foot = _wrapped("\n".join(explanation.notes), font_of(12), width - 2 * MARGIN)
     bars = 52 + 24 * len(question.options)
     height = top + 26 + PANEL + bars + 18 * len(foot) + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
@@ -60,7 +63,7 @@ def draw(explanation: Explanation) -> Image.Image:
 
 
 def heat_colours(scores: np.ndarray) -> np.ndarray:
-    """[...] scores in [0, 1] -> [..., 3] colours, 0 to 255."""
+    """Colours of the heat map: [...] scores in [0, 1] -> [..., 3] RGB values from 0 to 255."""
     place = scores.clip(0, 1) * (len(HEAT) - 1)
     low = np.floor(place).astype(int).clip(max=len(HEAT) - 2)
     share = (place - low)[..., None]
@@ -68,6 +71,12 @@ def heat_colours(scores: np.ndarray) -> np.ndarray:
 
 
 def _heat(image: Image.Image, scores: Tensor | None, grid: tuple[int, int] | None) -> Image.Image:
+    """A heat map [PANEL, PANEL] of N scores over the image, or a message if there is nothing to draw.
+
+    Args:
+        scores: [N] in [0, 1]; None if the pruner has none.
+        grid: (height, width) of the tokens; None if they form no grid.
+    """
     if scores is None or grid is None:
         return _message("this pruner has none" if scores is None else "the tokens lie on no grid")
     if scores.min() == scores.max():
@@ -78,7 +87,15 @@ def _heat(image: Image.Image, scores: Tensor | None, grid: tuple[int, int] | Non
 
 
 def kept(image: Image.Image, sides: Sequence[Side], place: int) -> Image.Image:
-    """The image with what this side drops covered, and what only this side keeps outlined."""
+    """The image with dropped tokens covered and kept tokens outlined.
+
+    Tokens that only this side keeps have a thick outline in a colour of their own.
+
+    Args:
+        image: the image as the model received it, PANEL pixels wide and high.
+        sides: both selections.
+        place: index of the side to draw.
+    """
     grid = sides[place].grid
     if grid is None:
         return _message("the tokens lie on no grid")
@@ -103,7 +120,7 @@ def _choice(side: Side) -> str:
 
 
 def _answers(pen: ImageDraw.ImageDraw, left: int, top: int, side: Side, options: Sequence[str], truth: str) -> None:
-    """The answer, and a bar for each option's probability."""
+    """Write the answer of one side, and draw a bar for the probability of each option."""
     right = side.answer == truth
     pen.text(
         (left, top), f"answers {side.answer}: {'right' if right else 'wrong'}", GOOD if right else BAD, font_of(15)
@@ -118,7 +135,7 @@ def _answers(pen: ImageDraw.ImageDraw, left: int, top: int, side: Side, options:
 
 
 def _legend(pen: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
-    """The scale of both heat maps, and what the outlines of the choices mean."""
+    """Draw the colour scale of both heat maps, and say what the outlines of the selections mean."""
     steps = 96
     for step, colour in enumerate(heat_colours(np.linspace(0, 1, steps))):
         x = left + step * width / steps
@@ -137,6 +154,11 @@ def _message(text: str) -> Image.Image:
 
 
 def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font at a size in pixels.
+
+    Raises:
+        RuntimeError: Pillow was built without FreeType.
+    """
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("this Pillow was built without FreeType")
@@ -144,6 +166,7 @@ def font_of(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, shortened with dots so that it fits a width in pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -152,6 +175,7 @@ def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """The text as lines that fit a width in pixels; a word that is too long is cut."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         line = ""

@@ -1,4 +1,4 @@
-"""`qapbench explain`: what one question's pruning sees and keeps, with and without sensitivity."""
+"""`qapbench explain`: scores, kept tokens and answer of one question, pruned with and without sensitivity."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ from .question import LetterQuestion, by_letter, check_question, find_questions
 
 @dataclass(frozen=True)
 class Side:
-    """One choice of tokens, and what the compressed model answers with it.
+    """One selection of tokens, and the answer that the compressed model gives with it.
 
     Attributes:
-        relevance, sensitivity: [N] scores in [0, 1] of all tokens, on which the choice (inside the decoder: the first
-            stage) was based; None where there is none.
-        grid: (height, width) of the tokens; None where they lie on none.
-        kept: places of the tokens that were kept, ascending; merged: tokens made of several.
-        stages: how often tokens were dropped inside the decoder; 0 for a pruner in front of it.
-        answer: the option that is most likely; probabilities: of each option.
+        name: label of the selection.
+        relevance: [N] scores of all tokens in [0, 1]; None if the pruner has no relevance. For a pruner inside the
+            decoder, these and the sensitivity are the scores of its first stage.
+        sensitivity: [N] scores of all tokens in [0, 1]; None if the spec names no sensitivity.
+        grid: (height, width) of the tokens; None if they form no grid.
+        kept: indices of the kept tokens, ascending.
+        merged: number of tokens that were made from several.
+        stages: number of times that tokens were dropped inside the decoder; 0 for a pruner in front of it.
+        answer: the most likely option.
+        probabilities: probability of each option.
     """
 
     name: str
@@ -50,7 +54,11 @@ class Side:
     probabilities: list[float]
 
     def to_json(self, options: Sequence[str]) -> dict[str, Any]:
-        """Plain data of the choice and the answer."""
+        """The selection and the answer as plain data.
+
+        Args:
+            options: names of the options, in the order of `probabilities`.
+        """
         probabilities = dict(zip(options, self.probabilities, strict=True))
         return {
             "name": self.name,
@@ -63,7 +71,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Meaning alone first, then the fused choice; `image` as the model saw it."""
+    """Both selections of one question.
+
+    Attributes:
+        spec: the run that is explained.
+        question: the question.
+        image: the image as the model received it, after resizing and cropping.
+        sides: the selection by relevance alone, then the one with the sensitivity fused in.
+        notes: what a reader of the picture has to know.
+    """
 
     spec: RunSpec
     question: LetterQuestion
@@ -72,7 +88,7 @@ class Explanation:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: scores, kept tokens, answers."""
+        """Scores, kept tokens and answers as plain data."""
 
         def scores(values: Tensor | None) -> list[float] | None:
             return None if values is None else [round(float(value), 6) for value in values]
@@ -90,10 +106,14 @@ class Explanation:
 
 
 def choose_run(specs: Sequence[RunSpec], name: str | None) -> RunSpec:
-    """The run with that name; without one the first that prunes with a sensitivity.
+    """The run to explain: the first that prunes with a sensitivity.
+
+    Args:
+        specs: the runs of a spec file.
+        name: considers only runs of this name; None considers all.
 
     Raises:
-        UserError: there is none.
+        UserError: no run has that name, or none of them prunes with a sensitivity.
     """
     if name is not None:
         found = [spec for spec in specs if spec.name == name]
@@ -109,14 +129,15 @@ def choose_run(specs: Sequence[RunSpec], name: str | None) -> RunSpec:
 
 
 def explain(spec: RunSpec, sample: str, session: Session) -> Explanation:
-    """Ask one question as the run does, twice: pruned by meaning alone, and with the sensitivity fused in.
+    """Ask one question as the run does, twice: pruned by relevance alone, and with the sensitivity fused in.
 
     Args:
-        sample: id of a question with an image.
-        session: whose folder of runs keeps calibrations.
+        spec: a run that prunes with a sensitivity.
+        sample: id of a question with one image.
+        session: holds the model. Its folder of runs also holds the stored calibrations.
 
     Raises:
-        UserError: no such question, or one that cannot be explained.
+        UserError: the spec names no sensitivity, there is no such question, or it cannot be explained.
     """
     fused, asked = spec.prune, by_letter(spec)
     if fused is None or fused.sensitivity is None:
@@ -140,7 +161,7 @@ def explain(spec: RunSpec, sample: str, session: Session) -> Explanation:
 def _side(
     name: str, spec: RunSpec, asked: LetterQuestion, session: Session, planner: Planner
 ) -> tuple[Side, list[str]]:
-    """One choice and its answer, and what a reader has to know of them."""
+    """One selection with its answer, and the notes that a record of such a run would have."""
     views: list[PruningView] = []
     question, key = asked.question, prune_key(spec)
     model, processor = session.model(spec)
@@ -152,7 +173,7 @@ def _side(
         rows = runner.rows(question, {text: encoder.encode(question, text, [key])[key] for text in texts})
         results = [runner.results([row], row.length)[0] for row in rows]
     outputs = [output for found, _ in results for output in found]
-    images = [image for _, seen in results for image in seen]
+    images = [image for _, stored in results for image in stored]
     first = _only_view(views)
     scores = [None if s is None else min_max(s[None])[0] for s in (first.relevance, first.sensitivity)]
     shares = asked.shares(outputs)
@@ -165,10 +186,10 @@ def _side(
 
 
 def _only_view(views: Sequence[PruningView]) -> PruningView:
-    """The first stage's view of an image that is a single view.
+    """The first stage's view of an image that the model encodes as a single view.
 
     Raises:
-        UserError: the image is cut into tiles, or nothing was chosen.
+        UserError: the image is cut into tiles, or nothing is dropped.
     """
     first = [view for view in views if view.layer == views[0].layer]
     if not first:

@@ -1,4 +1,4 @@
-"""What happens to a model's answer when a visual token is left out: every token of an image, one at a time."""
+"""Measures how a model's answer changes when single visual tokens, or blocks of them, are left out of the prompt."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from qapbench.prune.prompt import unpruned
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-TOLERANCE = 1e-2  # of a logit, between the model's own forward pass and the spliced one
+TOLERANCE = 1e-2  # largest deviation of a logit from the model's own forward pass, relative to its largest logit
 
 
 @dataclass(frozen=True)
 class OcclusionEffect:
-    """What leaving out each of U units does, each [U], float64.
+    """The effect of leaving out each of U units, every field a tensor [U]; all but `changed` are float64.
 
     Attributes:
-        answer: KL(p_all || p_without) in nats of the quantized model's distribution over the options.
-        full: the same of the model in full precision.
-        error: by how much the quantization error of the tokens that stay grows: the relative error
-            ||h_q - h||_F / ||h||_F of their hidden states, mean over layers, without the unit minus with it.
-        changed: whether the quantized model then answers with another option.
+        answer: KL(p_all || p_without) in nats, where p is the quantized model's distribution over the options.
+        full: the same for the model in full precision.
+        error: growth of the quantization error in the tokens that stay. The error is ||h_q - h||_F / ||h||_F of their
+            hidden states, mean over layers; its value with the unit present is subtracted from that without it.
+        changed: bool, True if the quantized model then chooses another option.
     """
 
     answer: Tensor
@@ -38,7 +38,19 @@ class OcclusionEffect:
 
 
 class Spliced:
-    """A model that is given embeddings, with the visual tokens as they come out of its own tower and projector."""
+    """Runs a model on embeddings, with the visual tokens of its own tower and projector already in place.
+
+    `start` takes up a prompt; `without` then runs it with tokens left out.
+
+    Attributes:
+        view: the image's tokens.
+        columns: [N] columns of the prompt at which these tokens stand.
+        positions: position ids that are more than a count (M-RoPE); None if the model numbers its tokens.
+        embeds: [1, L, D] embeddings of the whole prompt.
+        cache: keys and values of the whole prompt.
+        logits: [1, V] logits of the next token after the whole prompt.
+        states: hidden states [1, L, D] after each layer.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -47,7 +59,11 @@ class Spliced:
         self.head = model.get_output_embeddings()
 
     def start(self, inputs: dict[str, Any]) -> None:
-        """Take up one prompt [1, L] with one image: embed it and run it whole, keeping keys, values and states."""
+        """Run a prompt [1, L] with one image as a whole, and keep its embeddings, keys, values and hidden states.
+
+        Args:
+            inputs: the model's keyword arguments for the prompt.
+        """
         ids = inputs["input_ids"]
         encoded = self.family.encode_images(inputs, frozenset())
         prompt = unpruned(inputs, encoded, self.family)
@@ -62,7 +78,11 @@ class Spliced:
         self.logits, self.states = self._run(embeds, self.cache, self._numbered(0, embeds.shape[1]))
 
     def check(self, inputs: dict[str, Any]) -> None:
-        """Raise UserError where the model's own forward pass on the prompt gives other logits."""
+        """Compare with the model's own forward pass on the prompt that was started.
+
+        Raises:
+            UserError: the logits differ by more than TOLERANCE.
+        """
         own = self.model(**inputs, logits_to_keep=1).logits[0, -1].float()
         spread = (own - self.logits[0].float()).abs().max()
         if not spread <= TOLERANCE * max(1.0, float(own.abs().max())):
@@ -72,13 +92,17 @@ class Spliced:
             )
 
     def without(self, units: Sequence[Tensor], start: int) -> tuple[Tensor, list[Tensor]]:
-        """Leave each unit out, all in one batch; what comes before column `start` is taken from the whole run.
+        """Run the prompt with a unit left out, for several units in one batch.
+
+        Columns before `start` are not computed again: their keys and values come from the run of the whole prompt.
 
         Args:
-            units: for each row of the batch the columns to leave out, equally many, none before `start`.
+            units: for each of the C rows of the batch, the columns to leave out; equally many in each row, none before
+                `start`.
+            start: first column to compute.
 
         Returns:
-            Logits of the next token [C, V], and the hidden states of each layer [C, L - start - unit, D].
+            Logits of the next token [C, V], and the hidden states after each layer [C, L - start - unit, D].
         """
         length = self.embeds.shape[1]
         stays = torch.ones(len(units), length - start, dtype=torch.bool, device=self.embeds.device)
@@ -89,16 +113,17 @@ class Spliced:
         cache = _empty_cache()
         if start:
             for index, layer in enumerate(self.cache.layers):
-                held: Any = layer  # annotated as any kind of layer; a DynamicCache holds keys and values
+                held: Any = layer  # its annotation allows any layer; those of a DynamicCache have keys and values
                 kept = [t[:, :, :start].expand(len(units), -1, -1, -1) for t in (held.keys, held.values)]
                 cache.update(kept[0], kept[1], index)
         if self.positions is None:
             return self._run(rest, cache, self._numbered(start, rest.shape[1]))
-        # Positions that are more than a count stay what they are.
+        # Positions that are more than a count (M-RoPE) are those that the tokens have in the whole prompt.
         given = self.positions[..., 0, start:]
         return self._run(rest, cache, torch.stack([given[..., row] for row in stays], dim=-2))
 
     def _numbered(self, start: int, width: int) -> Tensor:
+        """Positions of the columns from `start` to `start + width`."""
         if self.positions is not None:
             return self.positions[..., start : start + width]
         return torch.arange(start, start + width, device=self.embeds.device).unsqueeze(0)
@@ -121,10 +146,19 @@ def _empty_cache() -> DynamicCache:
 
 
 def units_of(count: int, grid: tuple[int, int] | None, block: int) -> list[Tensor]:
-    """The tokens [block * block] of each unit, in the order of their first; at the edge a unit may be smaller.
+    """The units to leave out, each a tensor of token indices, ordered by their first token.
+
+    Args:
+        count: number of tokens.
+        grid: (height, width) of the tokens; None if they form no grid.
+        block: side of a square unit in tokens; units at the right and bottom edge may be smaller. 1 makes every token a
+            unit.
+
+    Returns:
+        Tensors of up to block * block token indices.
 
     Raises:
-        UserError: blocks need a grid.
+        UserError: blocks were asked for, and the tokens form no grid.
     """
     if block == 1:
         return list(torch.arange(count).unsqueeze(1))
@@ -147,11 +181,14 @@ def occlusion_effects(
     options: Sequence[int],
     batch_size: int,
 ) -> OcclusionEffect:
-    """Leave every unit out of the prompt that both models have started.
+    """Measure the effect of each unit on a prompt that both models have started.
 
     Args:
-        units: of tokens (raster positions in the image); options: token ids of the answers.
-        batch_size: units in one forward pass; no result depends on it.
+        quantized: the quantized model.
+        full: the same model in full precision.
+        units: tokens of each unit, as indices into the image in raster order.
+        options: token ids of the answers.
+        batch_size: number of units in one forward pass. No result depends on it.
     """
     columns = quantized.columns.cpu()
     whole = [_distribution(model.logits, options) for model in (quantized, full)]
@@ -174,7 +211,9 @@ def occlusion_effects(
 
 
 def _chunks(units: Sequence[Tensor], columns: Tensor, size: int) -> Iterator[list[int]]:
-    """Neighbouring units of one width: the longer the part before the first of them, the less is computed."""
+    """Batches of indices of units: neighbours of equal size, since columns before the first unit are not computed
+    again.
+    """
     by_width: dict[int, list[int]] = {}
     for index in sorted(range(len(units)), key=lambda i: int(columns[units[i]].min())):
         by_width.setdefault(len(units[index]), []).append(index)
@@ -183,24 +222,36 @@ def _chunks(units: Sequence[Tensor], columns: Tensor, size: int) -> Iterator[lis
 
 
 def _distribution(logits: Tensor, options: Sequence[int]) -> Tensor:
-    """[C, V] -> [C, options], log-probabilities, float64."""
+    """Log-probabilities of the options: logits [C, V] -> [C, options] float64."""
     return logits[:, list(options)].double().log_softmax(dim=-1)
 
 
 def _divergence(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before || after) in nats of log-probabilities [1, O] and [C, O]."""
+    """KL(before || after) in nats: [C], from log-probabilities [1, O] and [C, O]."""
     return (before.exp() * (before - after)).sum(dim=-1).clamp(min=0)
 
 
 def _error_terms(quantized: Sequence[Tensor], full: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Squared norms of the states and of their error, by layer and token: [layers, (C,) L] float64 each."""
+    """Squared norms of hidden states and of their quantization error, by layer and token.
+
+    Returns:
+        Two float64 tensors [layers, C, L]; [layers, L] if the batch has one row.
+    """
     size = torch.stack([h.double().square().sum(dim=-1) for h in full])
     wrong = torch.stack([(q.double() - h.double()).square().sum(dim=-1) for q, h in zip(quantized, full, strict=True)])
     return (size[:, 0], wrong[:, 0]) if size.shape[1] == 1 else (size, wrong)
 
 
 def _growth(size: Tensor, wrong: Tensor, gone: Sequence[Tensor], start: int, without: tuple[Tensor, Tensor]) -> Tensor:
-    """[C]: relative error of the tokens that stay, mean over layers, with the unit gone minus with it there."""
+    """Growth [C] of the relative error in the tokens that stay, mean over layers.
+
+    Args:
+        size: [layers, L] squared norms of the states with every token present.
+        wrong: [layers, L] squared norms of their error.
+        gone: columns that each row leaves out.
+        start: first column that was computed again.
+        without: the same two terms for the columns from `start` on, with the unit left out.
+    """
     there = torch.ones(len(gone), size.shape[-1], dtype=torch.float64, device=size.device)
     for row, unit in zip(there, gone, strict=True):
         row[unit] = 0

@@ -1,4 +1,4 @@
-"""Two runs on the same questions: what changed, and whether that can be chance."""
+"""Paired comparison of two runs on the same questions: what changed, and whether chance explains it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from qapbench.records.load import load_records, read_scored_questions
 from qapbench.records.record import SCORED, Record, read_record
 from qapbench.records.store import answers_of
 
-BOOTSTRAP = 10_000
-OVERALL = -1  # the last column of a task is its overall accuracy
+BOOTSTRAP = 10_000  # resamples
+OVERALL = -1  # index of a task's overall accuracy among its columns
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A run's record, its score of every question (column -> 0 or 1, by question id), and where they lie."""
+    """A run and its score of every question.
+
+    Attributes:
+        record: the run's record.
+        rows: question id -> column -> 0 or 1.
+        folder: the run's folder; None if it is not on this machine.
+    """
 
     record: Record
     rows: dict[str, dict[str, float]]
@@ -31,28 +37,35 @@ class Scored:
 
     @property
     def name(self) -> str:
+        """Name of the run."""
         return self.record.name
 
     @property
     def columns(self) -> list[str]:
-        """Columns that count right answers, in the order of the table."""
+        """Names of the columns that count right answers, in the order of the table."""
         return [column.name for column in self.record.scores.columns if column.k is not None]
 
     def answers(self) -> dict[str, Answer]:
-        """The stored answer to each question, by its id; empty where there are none."""
+        """The stored answers by question id; empty if the run has no folder or no stored answers."""
         return {answer.id: answer for answer in answers_of(self.folder).read()} if self.folder else {}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One column of a comparison.
+    """The difference of two runs in one column.
 
     Attributes:
-        n: questions that both runs answered; first, second: right answers of each.
-        gained, lost: questions that only the second, or only the first, answered right.
-        low, high: 95 % interval of the difference in accuracy (second - first), bootstrap over questions.
-        p: exact McNemar test, two-sided: could the flips be a fair coin's?
-        q: p by Benjamini-Hochberg among the tests that are read together.
+        column: name of the column.
+        n: number of questions that both runs answered.
+        first: right answers of the first run.
+        second: right answers of the second run.
+        gained: number of questions that only the second run answered right.
+        lost: number of questions that only the first run answered right.
+        low: lower end of the 95 % interval of the difference in accuracy (second - first), by bootstrap over questions.
+        high: upper end of that interval.
+        p: p-value of the exact two-sided McNemar test, whose null hypothesis is that a flip is as likely in either
+            direction.
+        q: the p-value after Benjamini-Hochberg correction over the tests that are read together; NaN before it.
     """
 
     column: str
@@ -68,12 +81,21 @@ class Difference:
 
     @property
     def difference(self) -> float:
+        """Accuracy of the second run minus accuracy of the first, as a fraction."""
         return (self.second - self.first) / self.n
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences by column, and the flipped questions in both directions."""
+    """A comparison of two runs.
+
+    Attributes:
+        first: name of the first run.
+        second: name of the second run.
+        differences: one entry per column that both runs have.
+        gained: ids of the questions that only the second run answered right, in the overall column.
+        lost: ids of the questions that only the first run answered right.
+    """
 
     first: str
     second: str
@@ -82,6 +104,7 @@ class Comparison:
     lost: list[str]
 
     def to_json(self) -> dict[str, Any]:
+        """The comparison as plain data."""
         columns = [{**vars(d), "difference": d.difference} for d in self.differences]
         return {
             "first": self.first,
@@ -93,10 +116,14 @@ class Comparison:
 
 
 def find_run(name: str, runs: Path) -> Path:
-    """A run's folder: by path, by the start of its id, or by its name.
+    """The folder of a run.
+
+    Args:
+        name: its folder, the start of its id, or its name.
+        runs: folder of the results.
 
     Raises:
-        UserError: no such run, or several.
+        UserError: no run matches, or several do.
     """
     if (Path(name) / SCORED).exists():
         return Path(name)
@@ -112,20 +139,25 @@ def find_run(name: str, runs: Path) -> Path:
 
 
 def read_scored(folder: Path) -> Scored:
-    """The record and the scored questions of a run.
+    """Read the record and the scored questions in a run's folder.
 
     Raises:
-        UserError: one of them is not there, or damaged.
+        UserError: one of the two files is missing or damaged.
     """
     rows = {scored.id: dict(scored.metrics) for scored in read_scored_questions(folder)}
     return Scored(read_record(folder), rows, folder)
 
 
 def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
-    """Paired comparison on the questions that both runs answered; q over the columns.
+    """Compare two runs on the questions that both answered. The q-values are corrected over the columns.
+
+    Args:
+        first: the run to compare with.
+        second: the run whose gain is measured.
+        seed: of the bootstrap.
 
     Raises:
-        UserError: the runs answered different data.
+        UserError: the runs answered different data, or have no question or no column in common.
     """
     data = [scored.record.fingerprints.get("data") for scored in (first, second)]
     if data[0] != data[1]:
@@ -144,16 +176,26 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
 
 
 def flipped(first: Scored, second: Scored, column: str) -> tuple[list[str], list[str]]:
-    """Ids of the questions that only the second, and that only the first, answered right."""
+    """Ids of the questions that only the second run answered right, and of those that only the first did.
+
+    Args:
+        column: the column whose scores are compared.
+    """
     both = [(q, first.rows[q].get(column), row.get(column)) for q, row in second.rows.items() if q in first.rows]
     return [q for q, a, b in both if (a, b) == (0, 1)], [q for q, a, b in both if (a, b) == (1, 0)]
 
 
 def paired_difference(column: str, pair: np.ndarray, seed: int = 0) -> Difference:
-    """The difference of two runs on one column, from [n, 2] right or wrong, n > 0."""
+    """The difference of two runs in one column, not yet corrected for other tests.
+
+    Args:
+        column: name of the column.
+        pair: [n, 2] bool, whether the first and the second run answered each question right; n > 0.
+        seed: of the bootstrap.
+    """
     n = len(pair)
     gained, lost = int((~pair[:, 0] & pair[:, 1]).sum()), int((pair[:, 0] & ~pair[:, 1]).sum())
-    # Resampling questions is drawing the counts of (gained, lost, same): a multinomial, exact and cheap.
+    # To resample n questions is to draw the counts (gained, lost, same) from a multinomial: exact, and cheaper.
     draws = np.random.default_rng(seed).multinomial(n, [gained / n, lost / n, 1 - (gained + lost) / n], BOOTSTRAP)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [0.025, 0.975])
     first, second = (int(side.sum()) for side in pair.T)
@@ -162,13 +204,18 @@ def paired_difference(column: str, pair: np.ndarray, seed: int = 0) -> Differenc
 
 
 def mcnemar(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:
-    """p of the exact two-sided McNemar test: `gained` of gained + lost flips, were each a fair coin's. Elementwise."""
+    """p-value of the exact two-sided McNemar test, elementwise.
+
+    Args:
+        gained: flips in one direction.
+        lost: flips in the other direction. Under the null hypothesis either direction has probability 1/2.
+    """
     fewer = np.minimum(gained, lost)
     return np.minimum(2 * binom.cdf(fewer, np.add(gained, lost), 0.5), 1.0)
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """The differences with their q: Benjamini-Hochberg over all of them."""
+    """The differences with `q` filled in, by Benjamini-Hochberg over all of them."""
     if not differences:
         return []
     adjusted = false_discovery_control([difference.p for difference in differences])
@@ -176,6 +223,6 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def caveats(first: Scored, second: Scored) -> list[str]:
-    """What a reader of a comparison has to know: the notes of either run."""
+    """The notes of both runs, each once: what a reader of the comparison has to know."""
     notes = [note for run in (first, second) for note in run.record.notes]
     return list(dict.fromkeys(notes))

@@ -1,4 +1,4 @@
-"""Images as the model saw them, for whoever draws on them."""
+"""Images as the model received them, to draw on."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 from PIL import Image
 
-LARGEST = 336  # pixels per side of an image that goes into a page
+LARGEST = 336  # pixels on the longer side of an image in a page
 ONE_VIEW = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
-"""Image processors that make one picture of an image; all others cut it into tiles or patches."""
+"""Image processors that turn an image into one picture; all others cut it into tiles or patches."""
 BICUBIC = Image.Resampling.BICUBIC
 
 
 def seen_image(image: Image.Image, config: Mapping[str, Any] | None = None) -> Image.Image:
-    """The part of an image that the model saw, after resizing and cropping, so that a grid of tokens can lie over it.
+    """The part of an image that the model received, after resizing and cropping, so that a token grid fits over it.
 
     Args:
-        config: of the model's image processor, as its JSON has it (`image_processor_config`); without one the centre
-            square is taken, which is what CLIP's processor does.
+        config: JSON data of the model's image processor, from `image_processor_config`. None takes the centre square,
+            which is what CLIP's processor does.
     """
     image = image.convert("RGB")
     kind = str((config or {}).get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
@@ -44,7 +44,7 @@ def seen_image(image: Image.Image, config: Mapping[str, Any] | None = None) -> I
 
 
 def _padded(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
-    """The image in the middle of a square of the mean colour, as LLaVA pads it, at the model's resolution."""
+    """The image, centred on a square of the mean colour as LLaVA pads it, at the model's resolution."""
     side = max(image.size)
     mean = tuple(int(255 * value) for value in config.get("image_mean") or (0, 0, 0))
     square = Image.new("RGB", (side, side), mean)
@@ -54,10 +54,10 @@ def _padded(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
 
 
 def image_processor_config(folder: Path) -> dict[str, Any]:
-    """The image processor's part of a checkpoint folder's JSON files.
+    """The image processor's configuration in a checkpoint folder.
 
     Raises:
-        OSError, ValueError, KeyError: the folder has none.
+        OSError, ValueError, KeyError: the folder holds none.
     """
     processor = folder / "processor_config.json"
     if processor.is_file():
@@ -68,7 +68,10 @@ def image_processor_config(folder: Path) -> dict[str, Any]:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image for an <img>, at most LARGEST pixels per side: drawings as PNG, whatever is smaller as JPEG."""
+    """The image as a data URI for an <img>, at most LARGEST pixels on each side.
+
+    PNG is used, as for drawings, unless JPEG is smaller by a third.
+    """
     image = image.copy()
     image.thumbnail((LARGEST, LARGEST))
     encoded = {}
@@ -81,6 +84,6 @@ def data_uri(image: Image.Image) -> str:
 
 
 def grid_of(count: int) -> tuple[int, int] | None:
-    """(height, width) of a square grid of that many tokens; None where there is none."""
+    """(height, width) of the square grid that `count` tokens form; None if they form none."""
     side = math.isqrt(count)
     return (side, side) if side and side * side == count else None

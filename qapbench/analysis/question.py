@@ -1,4 +1,4 @@
-"""One multiple-choice question outside a run, as a run asks it."""
+"""One multiple-choice question, asked outside of a run in the form in which a run asks it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ class LetterQuestion:
     """A multiple-choice question with one image.
 
     Attributes:
-        question: as a run asks it.
-        text: as a person reads it.
-        options: the letters; ids: the token of each behind the prompt; truth: the right one.
+        question: the question with its requests, as a run asks it.
+        text: its text for a human reader.
+        options: the letters of the options.
+        ids: for each option, the token that spells it after the prompt.
+        truth: the letter of the right option.
     """
 
     question: Question
@@ -37,34 +39,49 @@ class LetterQuestion:
 
     @property
     def id(self) -> str:
+        """The question's id in the data."""
         return self.question.id
 
     @property
     def image(self) -> Image.Image:
+        """The question's image, decoded."""
         return decoded(self.question.images[0])
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """[..., V] logits of the next token -> [..., options] float64, summing to 1 over the options."""
+        """Probabilities of the options: logits [..., V] of the next token -> [..., options] float64 that sum to 1."""
         return logits[..., self.ids].double().softmax(dim=-1)
 
     def shares(self, outputs: Sequence[Sequence[Any]]) -> list[float]:
-        """The same from a run's outputs, `[log-likelihood, is most likely]` for each option."""
+        """Probabilities of the options, from a run's outputs.
+
+        Args:
+            outputs: `[log-likelihood, is most likely]` for each option.
+        """
         likelihoods = torch.tensor([output[0] for output in outputs], dtype=torch.float64)
         return likelihoods.softmax(dim=0).tolist()
 
 
 def by_letter(spec: RunSpec) -> RunSpec:
-    """The same run answered by letters: what is compared is the probability of each option."""
+    """The same run, answered by option letters, so that the probability of each option can be compared."""
     return spec.model_copy(update={"task": spec.task.model_copy(update={"answers": "letter"})})
 
 
 def image_questions(task: TaskOutline) -> list[str]:
-    """Ids of the questions that have one image."""
+    """Ids of the questions that have exactly one image."""
     return [name for doc, name in enumerate(task.ids) if len(task.images(doc)) == 1]
 
 
 def check_question(task: TaskOutline, name: str) -> None:
-    """Raise UserError where there is no question of that id, or it cannot be shown; no model is needed for that."""
+    """Check that a question can be explained. This needs no model.
+
+    Args:
+        task: the task, answered by letters.
+        name: id of the question.
+
+    Raises:
+        UserError: the task has no such question, the question does not have exactly one image, or its options have no
+            letters.
+    """
     if name not in task.ids:
         raise UserError(Problem(f"no question '{name}' in {task.name}; {nearest(name, task.ids)}", ("sample",)))
     doc = task.ids.index(name)
@@ -75,10 +92,10 @@ def check_question(task: TaskOutline, name: str) -> None:
 
 
 def find_questions(session: Session, spec: RunSpec, names: Sequence[str]) -> list[LetterQuestion]:
-    """The questions of those ids, in their order, as a run of the spec asks them.
+    """The questions with these ids, in the order of the ids, as a run of the spec asks them.
 
     Raises:
-        UserError: one cannot be shown, or the tokenizer spells an option's letter as several tokens.
+        UserError: a question cannot be explained, or the tokenizer spells the letter of an option as several tokens.
     """
     task = session.task(spec)
     for name in names:

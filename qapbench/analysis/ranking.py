@@ -1,4 +1,4 @@
-"""What a table of runs can say: who is really better, and what each row is compared with."""
+"""Ranks of runs in a table, and the comparison of each run with its references."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from qapbench.records.record import Record
 from .paired import OVERALL, Difference, Scored, corrected, mcnemar, paired_difference
 
 FALSE_DISCOVERIES = 0.05
-"""Share of false differences among those that a table calls real."""
+"""Accepted share of false discoveries among the differences that a table treats as real."""
 Kind = Literal["dense", "semantic"]
+"""A reference of a run: its quantizer without pruning, or its pruner without sensitivity."""
 
 
 @dataclass(frozen=True)
 class Against:
-    """A row against one of its references, on the overall column.
+    """The comparison of a row with one of its references, in the overall column.
 
     Attributes:
-        row: the reference's place among the rows.
-        paired: by question; else from the counts of two independent samples, which is all that published rows allow.
+        row: index of the reference among the rows.
+        difference: the row's difference to the reference.
+        paired: whether it was compared question by question. If not, the counts were compared as two independent
+            samples, since published rows have no answers.
     """
 
     row: int
@@ -36,13 +39,14 @@ class Against:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where a row stands among those that answered the same questions.
+    """The rank of a row among the rows that answered the same questions.
 
     Attributes:
-        rank: 1 + the rows that are better and can be told apart (q <= 0.05 over all pairs); None without scores
-            or without another row.
-        among: rows compared.
-        against: its references; "dense" is its quantizer without pruning, "semantic" its pruner without sensitivity.
+        rank: 1 + the number of rows that are better and can be told apart (q <= 0.05 over all pairs); None if the row
+            has no scores, or no other row answered the same questions.
+        among: number of rows that were ranked together, this one included.
+        against: comparison with each reference. "dense" is the row's quantizer without pruning, "semantic" is its
+            pruner without sensitivity.
     """
 
     rank: int | None = None
@@ -50,14 +54,15 @@ class Ranking:
     against: dict[Kind, Against] | None = None
 
     def get(self, kind: Kind) -> Against | None:
+        """The comparison with one reference; None if the row has no such reference."""
         return (self.against or {}).get(kind)
 
 
 def rankings(runs: Sequence[Scored | None]) -> list[Ranking]:
-    """The standing of each run; an empty one where a run has no scores.
+    """The ranking of each run; an empty one for a run without scores.
 
-    Runs are compared where they answered the same questions of the same data. Two families of tests are corrected by
-    Benjamini-Hochberg: all pairs of such a group, for the ranks; and all comparisons with references.
+    Runs are compared if they answered the same questions of the same data. Benjamini-Hochberg is applied separately to
+    two families of tests: all pairs of such a group, which give the ranks, and all comparisons with references.
     """
     found = [Ranking() for _ in runs]
     groups: dict[Any, list[int]] = {}
@@ -74,26 +79,41 @@ def rankings(runs: Sequence[Scored | None]) -> list[Ranking]:
                 kind: Against(members[other], paired_difference(overall, np.stack([right[other], right[place]], 1)))
                 for kind, other in _references(place, [_at(runs, i).record for i in members]).items()
             }
-            # Alone, as a row that stopped early on questions of its own is, a rank would say nothing.
+            # A group of one, such as a row that `--fast` stopped on questions of its own, has no rank.
             found[index] = Ranking(ranks[place] if len(members) > 1 else None, len(members), against)
     return corrected_together(found)
 
 
 def paired_ranks(right: np.ndarray) -> list[int]:
-    """Ranks from [rows, questions] right or wrong."""
+    """Ranks from paired answers.
+
+    Args:
+        right: [rows, questions] bool, whether each row answered each question right.
+    """
     hit = right.astype(np.float64)
-    gained = np.rint((1 - hit) @ hit.T)  # [i, j]: questions that j answers and i does not
+    gained = np.rint((1 - hit) @ hit.T)  # [i, j]: questions that j answers right and i does not
     return _ranks(mcnemar(gained, gained.T), gained > gained.T)
 
 
 def count_ranks(counts: Sequence[int], n: int) -> list[int]:
-    """Ranks from the right answers alone of rows of n questions each: two-sample z test with a pooled rate."""
+    """Ranks of rows of which only counts are known, by two-sample z tests with a pooled rate.
+
+    Args:
+        counts: right answers of each row.
+        n: number of questions of every row.
+    """
     k = np.asarray(counts, dtype=np.float64)
     return _ranks(_pooled_p(k[None, :], k[:, None], n), k[None, :] > k[:, None])
 
 
 def _ranks(p: np.ndarray, better: np.ndarray) -> list[int]:
-    """1 + the rows that are better (better[i, j]: j is better than i) with q <= FALSE_DISCOVERIES over all pairs."""
+    """1 + the number of better rows, for each row.
+
+    Args:
+        p: [rows, rows] p-values of all pairs.
+        better: [rows, rows] bool, [i, j] whether j has more right answers than i. It counts if the pair's q is at most
+            FALSE_DISCOVERIES.
+    """
     upper = np.triu_indices(len(p), k=1)
     q = np.ones_like(p)
     if len(upper[0]):
@@ -103,13 +123,21 @@ def _ranks(p: np.ndarray, better: np.ndarray) -> list[int]:
 
 
 def unpaired_difference(column: str, first: int, second: int, n: int) -> Difference:
-    """Two independent samples of n: Newcombe's interval, pooled z test; flips are unknown (0)."""
+    """The difference of two independent samples: Newcombe's interval and a pooled z test. Flips are unknown (0).
+
+    Args:
+        column: name of the column.
+        first: right answers of the first sample.
+        second: right answers of the second sample.
+        n: size of each sample.
+    """
     low, high = confint_proportions_2indep(second, n, first, n, method="newcomb")
     p = float(_pooled_p(np.float64(second), np.float64(first), n))
     return Difference(column, n, first, second, 0, 0, float(low), float(high), p)
 
 
 def _pooled_p(a: Any, b: Any, n: int) -> np.ndarray:
+    """Two-sided p-value of the z test that a of n and b of n right answers have the same rate; elementwise."""
     rate = (a + b) / (2 * n)
     error = np.sqrt(2 * rate * (1 - rate) / n)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -118,16 +146,17 @@ def _pooled_p(a: Any, b: Any, n: int) -> np.ndarray:
 
 
 def corrected_together(found: Sequence[Ranking]) -> list[Ranking]:
-    """The standings with the q of every comparison with a reference, over all of them."""
-    tests = [(i, kind, against) for i, s in enumerate(found) for kind, against in (s.against or {}).items()]
+    """The rankings with `q` filled in, by Benjamini-Hochberg over all comparisons with a reference."""
+    tests = [(i, kind, against) for i, one in enumerate(found) for kind, against in (one.against or {}).items()]
     adjusted = corrected([against.difference for _, _, against in tests])
     filled: list[dict[Kind, Against]] = [{} for _ in found]
     for (index, kind, against), difference in zip(tests, adjusted, strict=True):
         filled[index][kind] = replace(against, difference=difference)
-    return [replace(standing, against=against) for standing, against in zip(found, filled, strict=True)]
+    return [replace(ranking, against=against) for ranking, against in zip(found, filled, strict=True)]
 
 
 def _at(runs: Sequence[Scored | None], index: int) -> Scored:
+    """The run with that index, which must have scores."""
     run = runs[index]
     if run is None:
         raise LookupError(index)
@@ -135,7 +164,7 @@ def _at(runs: Sequence[Scored | None], index: int) -> Scored:
 
 
 def _references(place: int, records: Sequence[Record]) -> dict[Kind, int]:
-    """The places of a record's references among the records; the newest where there are several."""
+    """Indices of a record's references among the records; the newest if several match."""
     prune = records[place].spec.get("prune")
     if not isinstance(prune, dict):
         return {}
@@ -152,7 +181,7 @@ def _references(place: int, records: Sequence[Record]) -> dict[Kind, int]:
 
 
 def _key(record: Record, prune: Any) -> str:
-    """What two rows must have in common to be compared, where they are pruned as `prune` says."""
+    """What two rows must have in common to be compared, if the first of them were pruned as `prune` says."""
     spec, content = record.spec, record.fingerprints
     read = {k: v for k, v in content.items() if k in ("model", "data", "precision") or k.startswith("ptq ")}
     task = spec.get("task")

@@ -1,4 +1,4 @@
-"""Counting right answers: per column, with Wilson intervals; and scoring outputs that are already stored."""
+"""Scores outputs that are already stored in a file, without a model."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from qapbench.spec.run_spec import TaskSpec
 from qapbench.tasking.tasks import LoadedTask, load_task
 
 LOG = logging.getLogger(__name__)
-SHOWN = 5
+SHOWN = 5  # ids that a message lists
 WHERE = ("file",)
 
 
 def score_file(path: str | Path, task: TaskSpec, seed: int = 0) -> Scores:
-    """Score outputs that are already stored.
+    """Score the outputs in a file.
 
-    Reads LLaVA's result file (`{"outputs": {id: text}}`), LLaVA's answers (JSON lines with `question_id` and
-    `text`) and our own (JSON lines with `id` and `answer`). Where no parser is asked for, LLaVA's files get
-    the one that the task names for them. Of two outputs for one question the later counts.
+    Three formats are read: LLaVA's result file (`{"outputs": {id: text}}`), LLaVA's answers (JSON lines with
+    `question_id` and `text`), and our own (JSON lines with `id` and `answer`). If the task spec names no parser,
+    LLaVA's files are read with the parser that the task names for them. If a question has several outputs, the last one
+    counts.
 
     Args:
         path: the file of outputs.
-        task: what was asked; its data hold the right answers.
+        task: the task that was asked. Its data hold the right answers.
         seed: of parsers that guess.
 
+    Returns:
+        The scores. A question without an output counts as wrong; an output without a question is left out.
+
     Raises:
-        UserError: an empty, torn or foreign file, or one that answers none of the task's questions.
+        UserError: the file is empty, torn or in another format, or it answers none of the task's questions.
     """
     path = Path(path)
     outputs, own = read_outputs(path)
@@ -58,17 +62,21 @@ def score_file(path: str | Path, task: TaskSpec, seed: int = 0) -> Scores:
 
 
 def _rows(loaded: LoadedTask, outputs: dict[str, str]) -> Iterable[dict[str, Any]]:
+    """The scores of each question, in the order of the task."""
     for name, doc in zip(loaded.ids, loaded.docs, strict=False):
         row = loaded.task.process_results(doc, [outputs.get(name, "")])
-        # Zeroed, not parsed: a parser that guesses must not be right about what nobody answered.
+        # A question without an output is not parsed: a parser that guesses could be right by chance.
         yield row if name in outputs else dict.fromkeys(row, 0.0)
 
 
 def read_outputs(path: Path) -> tuple[dict[str, str], bool]:
-    """Stored outputs, id -> text, and whether the file is in our own format.
+    """Read a file of outputs.
+
+    Returns:
+        Question id -> text, and whether the file is in our own format.
 
     Raises:
-        UserError: as `score_file`, with the line.
+        UserError: the file is empty, torn or in another format; the error names the line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -101,9 +109,10 @@ def _result_file(path: Path, outputs: Any) -> dict[str, str]:
 
 
 def _lines(path: Path, text: str) -> tuple[dict[str, str], bool]:
+    """The outputs of a file of JSON lines, and whether it is in our own format."""
     outputs: dict[str, str] = {}
     own = False
-    # Not splitlines: an answer may hold a line separator that JSON leaves unescaped.
+    # `splitlines` would also split at Unicode line separators, which JSON leaves unescaped in an answer.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -129,5 +138,6 @@ def _record(record: Any) -> tuple[Any, Any, bool]:
 
 
 def _few(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
     listed = [name for name, _ in zip(names, range(SHOWN + 1), strict=False)]
     return ", ".join(listed[:SHOWN]) + (", ..." if len(listed) > SHOWN else "")

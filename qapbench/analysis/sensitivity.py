@@ -1,4 +1,4 @@
-"""`qapbench study sensitivity`: leave tokens out one by one, measure the effect, ask every metric for its scores."""
+"""`qapbench study sensitivity`: compares the effect of leaving out tokens with the scores that metrics give them."""
 
 from __future__ import annotations
 
@@ -39,12 +39,14 @@ DIGITS = 6  # significant digits of a stored score
 
 @dataclass(frozen=True)
 class Study:
-    """A study before it is made: what of it is answered already lies in its folder.
+    """A study that is to be made. Questions that are already answered are read from its folder.
 
     Attributes:
-        spec: the quantized run without pruning; prunes: whose relevance is asked as well.
-        sample: questions to ask; block: side of what is left out, in tokens.
-        batch_size: omissions per forward pass.
+        spec: the quantized run, without pruning.
+        prunes: the pruning methods whose relevance is compared as well.
+        sample: number of questions to ask.
+        block: side of the square that is left out, in tokens.
+        batch_size: number of omissions per forward pass.
     """
 
     spec: RunSpec
@@ -56,8 +58,11 @@ class Study:
     def make(self, session: Session) -> Summary:
         """Ask the questions that are missing, write the summary and return it.
 
+        Args:
+            session: holds the model, and the folder of results.
+
         Raises:
-            UserError: the model, the task or the sample do not fit.
+            UserError: the model or the task does not fit, or the study's folder holds other questions.
         """
         settings, spec = session.settings, by_letter(self.spec)
         planner = Planner(settings.runs, settings.device)
@@ -109,6 +114,7 @@ class Study:
         return summary
 
     def _sample(self, ids: Sequence[str]) -> list[str]:
+        """Ids of the questions to ask, drawn by the spec's seed."""
         if len(ids) < 2:
             raise UserError(Problem("the study needs at least two questions with an image", ("task",)))
         drawn = random.Random(self.spec.seed).sample(range(len(ids)), min(self.sample, len(ids)))
@@ -118,9 +124,9 @@ class Study:
     def _ask(
         self, session: Session, planner: Planner, planned: Planned, questions: Sequence[LetterQuestion]
     ) -> Iterator[StudyRow]:
-        """The row of each question: every score and every effect of its units."""
+        """Yield one row per question: the scores of its units, and the effects of leaving them out."""
         model, processor = session.model(planned.spec)
-        full = Spliced(copy.deepcopy(model))  # the twin that stays in full precision
+        full = Spliced(copy.deepcopy(model))  # a copy that stays in full precision
         views: dict[str, list[PruningView]] = {}
         with session.quantized(planned) as receipt:
             quantized, family = Spliced(model), family_of(model)
@@ -155,7 +161,9 @@ class Study:
 def _relevance(
     asked: LetterQuestion, key: str, views: list[PruningView], encoder: PromptEncoder, runner: BatchRunner
 ) -> Tensor | None:
-    """[N] the relevance of every token, as the pruner (inside the decoder: its first stage) sees it."""
+    """[N] relevance of every token as the pruner computes it, in its first stage if it has several; None if it has
+    none.
+    """
     views.clear()
     question = asked.question
     prompt = encoder.encode(question, question.prompt, [key])[key]
@@ -171,6 +179,7 @@ def _row(
     units: list[Tensor],
     notes: list[str],
 ) -> StudyRow:
+    """The row of one question; a unit's score is the mean over its tokens."""
     by_unit = {
         name: _short(torch.stack([values.double().cpu()[unit].mean() for unit in units]))
         for name, values in scores.items()
@@ -185,6 +194,7 @@ def _row(
 
 
 def _short(values: Tensor) -> list[float]:
+    """The values, rounded to DIGITS significant digits."""
     return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
 
 
@@ -193,12 +203,18 @@ def _quantization(spec: RunSpec) -> str:
 
 
 def studies_of(specs: Sequence[RunSpec], sample: int, block: int = 1, batch_size: int = 16) -> list[Study]:
-    """One study for each (model, task, quantization) of a sweep, which asks the relevance of each of its pruners.
+    """One study per (model, task, quantization) of a sweep, each with the pruning methods of that group.
 
-    The studied model sees all tokens, so a calibration that would prune uses the whole samples.
+    The studied model receives all tokens. A calibration that would prune therefore uses the whole samples.
+
+    Args:
+        specs: the runs of the sweep.
+        sample: number of questions to ask.
+        block: side of the square that is left out, in tokens.
+        batch_size: number of omissions per forward pass.
 
     Raises:
-        UserError: nothing in the sweep is quantized.
+        UserError: no run of the sweep is quantized.
     """
     groups: dict[str, tuple[RunSpec, dict[str, PruneSpec]]] = {}
     for spec in specs:

@@ -1,4 +1,4 @@
-"""Which sensitivity metric predicts the harm of leaving a token out? The summary: rank correlations, by question."""
+"""The summary of a sensitivity study: rank correlations between scores of tokens and the effect of leaving them out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import rankdata
 
 STUDY = "study.json"
-BOOTSTRAP = 10_000
+BOOTSTRAP = 10_000  # resamples
 
 TARGETS = {
     "answer": "answer of the quantized model changes: KL in nats over the options",
@@ -21,13 +21,14 @@ TARGETS = {
 
 
 class StudyRow(BaseModel):
-    """One question of a study as it is stored.
+    """One question of a study, as it is stored.
 
     Attributes:
-        scores: of every unit, by `metric NAME` or `relevance NAME`.
-        effects: of leaving each unit out, by the names of TARGETS.
-        changed: 1 where the quantized model then answers otherwise, else 0.
-        notes: what the scores did otherwise than asked.
+        id: the question's id in the data.
+        scores: `metric NAME` or `relevance NAME` -> score of every unit.
+        effects: name of a target (see TARGETS) -> effect of leaving each unit out.
+        changed: for each unit, 1 if the quantized model answers otherwise without it, else 0.
+        notes: what was done otherwise than asked when the scores were computed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,12 +41,19 @@ class StudyRow(BaseModel):
     notes: list[str] = Field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data as it is stored."""
+        """The row as plain data, as it is stored."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
 class Correlation(BaseModel):
-    """Mean over questions of Spearman's rho; its 95 % interval by bootstrap over questions; n: questions with one."""
+    """Spearman's rank correlation, averaged over questions.
+
+    Attributes:
+        rho: the mean; None if no question has a correlation.
+        low: lower end of its 95 % interval, by bootstrap over questions.
+        high: upper end of that interval.
+        n: number of questions that have a correlation. Where scores or effects are constant, there is none.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,7 +64,13 @@ class Correlation(BaseModel):
 
 
 class Predictor(BaseModel):
-    """One score of tokens, and how it goes with each kind of harm."""
+    """A score of tokens, and its correlation with each effect of leaving tokens out.
+
+    Attributes:
+        name: name of the sensitivity metric or of the pruner.
+        kind: "metric", or "relevance" for a pruner's.
+        correlations: name of a target (see TARGETS) -> correlation.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,13 +80,27 @@ class Predictor(BaseModel):
 
 
 class Summary(BaseModel):
-    """A study as it is written and shown.
+    """A study, as it is written to its file and shown.
 
     Attributes:
-        questions: asked so far; sample: asked for; units: tokens or blocks left out, in all.
+        id: hash of the study.
+        name: name of the studied run.
+        created: time in ISO 8601, UTC.
+        model: the model as its spec names it.
+        task: name of the task.
+        quantization: the quantization in words.
+        spec: the studied run as plain data.
+        questions: number of questions that were asked.
+        sample: number of questions that were asked for.
+        units: number of omissions over all questions.
         block: side of a unit, in tokens.
         changed: share of the units without which the quantized model answers otherwise.
-        targets: the kinds of harm: name -> what it is.
+        targets: name of each effect -> its meaning.
+        predictors: the scores, best predictor of the answer's change first.
+        fingerprints: content hashes of what the study read.
+        environment: machine and library versions.
+        timing: seconds of the last session, and the number of questions that it asked.
+        notes: what a reader of the numbers has to know.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -100,7 +128,12 @@ class Summary(BaseModel):
 
 
 def spearman(scores: np.ndarray, harm: np.ndarray) -> np.ndarray:
-    """[M, T] Spearman's rho of scores [M, U] and harm [T, U] over units; NaN where one of them is constant."""
+    """Spearman's rho [M, T] over units; NaN where a row is constant.
+
+    Args:
+        scores: [M, U] scores of the units.
+        harm: [T, U] effects of leaving the units out.
+    """
     ranked = [rankdata(values, axis=1) for values in (scores, harm)]
     centred = [values - values.mean(axis=1, keepdims=True) for values in ranked]
     lengths = [np.sqrt((values**2).sum(axis=1)) for values in centred]
@@ -109,7 +142,12 @@ def spearman(scores: np.ndarray, harm: np.ndarray) -> np.ndarray:
 
 
 def summarize(rows: Sequence[StudyRow], seed: int) -> list[Predictor]:
-    """The mean correlation of every score with every harm, best predictor of the answer first."""
+    """The mean correlation of every score with every effect, best predictor of the answer's change first.
+
+    Args:
+        rows: the questions, which all have the same scores.
+        seed: of the bootstrap.
+    """
     names = list(rows[0].scores)
     rhos = np.stack(
         [
@@ -133,7 +171,12 @@ def _strength(predictor: Predictor) -> float:
 
 
 def _correlation(rhos: np.ndarray, weights: np.ndarray) -> Correlation:
-    """Mean and interval of the questions that have one; each bootstrap draw is its questions' weights."""
+    """Mean and interval of the correlations, over the questions that have one.
+
+    Args:
+        rhos: [questions] correlations, NaN for a question without one.
+        weights: [BOOTSTRAP, questions] how often each resample draws each question.
+    """
     known = ~np.isnan(rhos)
     n = int(known.sum())
     if not n:

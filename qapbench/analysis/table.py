@@ -1,4 +1,4 @@
-"""Records and scores as terminal tables."""
+"""Tables for the terminal: records, scores, comparisons and studies."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from qapbench.records.record import Record
 from .paired import Comparison
 from .study import Correlation, Summary
 
-NAME, TOKENS, COLUMN, INTERVAL = 28, 10, 9, 20  # widths of the run's name, tokens, one accuracy, interval and n
+NAME, TOKENS, COLUMN, INTERVAL = 28, 10, 9, 20  # widths in characters: name of the run, tokens, one accuracy, interval and n
 
 
 def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
-    """One row a run: measured tokens, accuracies in percent, the interval of the last one.
+    """A table with one row per run: measured tokens, accuracies in percent, and the interval of the last accuracy.
 
-    Where not everything fits in `width` characters, interval and n go first, then columns from the front.
+    Args:
+        records: the runs.
+        width: characters per line. If not everything fits, interval and n are left out first, then columns from the
+            front.
     """
     records = list(records)
     names = list(dict.fromkeys(column.name for record in records for column in record.scores.columns))
@@ -48,7 +51,11 @@ def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
 
 
 def scores_table(scores: dict[str, Any]) -> Table:
-    """One row a column: accuracy, counts, interval; or why it is unavailable."""
+    """A table with one row per column: accuracy in percent, counts and interval, or why it is unavailable.
+
+    Args:
+        scores: as `Scores.to_json` gives them.
+    """
     table = Table()
     for name in ("column", "accuracy", "k / n", "95 % interval"):
         table.add_column(name, justify="left" if name == "column" else "right")
@@ -67,7 +74,7 @@ def scores_table(scores: dict[str, Any]) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One row a column: both accuracies, the paired difference with its interval, flips, p and q."""
+    """A table with one row per column: both accuracies, paired difference with its interval, flips, p and q."""
     table = Table(
         title=escape(f"{comparison.second} against {comparison.first}"),
         title_justify="left",
@@ -95,10 +102,12 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def flips_table(comparison: Comparison, answers: Sequence[Mapping[str, Answer]], limit: int) -> Table:
-    """The flipped questions in both directions, at most `limit` of each, with both answers.
+    """A table of the flipped questions in both directions, with both answers.
 
     Args:
-        answers: of the first and of the second run, by question id.
+        comparison: the comparison of two runs.
+        answers: answers of the first and of the second run, by question id.
+        limit: largest number of questions in each direction.
     """
     both = ((comparison.gained, "gained"), (comparison.lost, "lost"))
     sizes = ", ".join(f"{len(ids)} {word}" for ids, word in both)
@@ -114,7 +123,7 @@ def flips_table(comparison: Comparison, answers: Sequence[Mapping[str, Answer]],
 
 
 def study_table(summary: Summary) -> Table:
-    """One row a score: its mean rank correlation with each kind of harm."""
+    """A table with one row per score: its mean rank correlation with each effect of leaving a token out."""
     table = Table(
         title=escape(f"{summary.name} on {summary.task}: rank correlation with the harm of leaving a token out"),
         title_justify="left",
@@ -139,7 +148,7 @@ def _rho(found: Correlation) -> str:
 
 
 def _cell(column: dict[str, Any] | None) -> str:
-    """A share in percent; the mean of a metric that is not one as it is."""
+    """An accuracy in percent, or a mean of a metric that is no accuracy as it is; a dash if there is neither."""
     if not column:
         return "–"
     if column.get("mean") is not None:
@@ -148,6 +157,7 @@ def _cell(column: dict[str, Any] | None) -> str:
 
 
 def _interval(column: dict[str, Any]) -> str:
+    """The interval in percent; empty if there is none."""
     if column.get("low") is None:
         return ""
     return f"{100 * column['low']:.1f}–{100 * column['high']:.1f}"

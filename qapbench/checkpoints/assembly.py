@@ -76,11 +76,6 @@ class Recipe(BaseModel):
     made_by: str
 
 
-def recipes(folder: Path) -> dict[str, Path]:
-    """Folders below `folder` with a recipe, by the name of the model."""
-    return {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{RECIPE}"))}
-
-
 def cache_folder() -> Path:
     """Folder that holds the assembled checkpoints."""
     return platformdirs.user_cache_path("qapbench", appauthor=False) / "assembled"

@@ -7,12 +7,15 @@ import logging
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from qapbench.errors import UserError, nearest
 
 from .console import out
+
+READABLE = 120  # characters of a line of prose, where the console is wider
 
 
 def list_items(
@@ -34,8 +37,8 @@ def list_items(
         table.add_column("parameters")
         table.add_column("what it is")
         for entry in registry:
-            fields = entry.params.model_fields
-            params = ", ".join(f"{k}={v.default!r}" for k, v in fields.items())
+            fields = entry.params.model_fields.items()
+            params = ", ".join(key if field.is_required() else f"{key}={field.default!r}" for key, field in fields)
             table.add_row(escape(entry.name), escape(params), escape(entry.doc.partition("\n")[0]))
         out.print(table)
 
@@ -68,12 +71,45 @@ def _list_matrix(as_json: bool) -> None:
 
 
 def show(kind: str, name: str) -> None:
-    """Describe one registered item: documentation, parameters, origin."""
+    """Describe one registered item: what it is, its parameters, the paper it comes from, where it is defined."""
     (registry,) = _registries(kind)
     described = registry.describe(name)
     out.print(f"[bold]{escape(name)}[/] ({registry.kind}), from {escape(described['origin'])}", highlight=False)
-    out.print(escape(described["doc"]), highlight=False)
-    out.print_json(json.dumps(described["parameters"]))
+    width = min(out.width, READABLE)
+    out.print(f"\n{escape(registry.entry(name).documentation.text)}\n", highlight=False, width=width)
+    if described["parameters"]:
+        table = Table("parameter", "type", "values", "default", "meaning", box=box.SIMPLE_HEAD, pad_edge=False)
+        for key, schema in described["parameters"].items():
+            cells = (key, _type(schema), _values(schema), _default(schema), schema.get("description", ""))
+            table.add_row(*map(escape, cells))
+        out.print(table, width=width)
+    if described["source"]:
+        out.print(f"Source: {escape(described['source'])}", highlight=False, width=width)
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """The type in a JSON schema, for example "integer or null"."""
+    if "anyOf" in schema:
+        return " or ".join(_type(one) for one in schema["anyOf"])
+    return str(schema.get("type") or schema.get("$ref", "any").rpartition("/")[2])
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """The choices or bounds in a JSON schema, one per line."""
+    if "anyOf" in schema:
+        return "\n".join(filter(None, map(_values, schema["anyOf"])))
+    if "const" in schema or "enum" in schema:
+        return "\n".join(str(value) for value in schema.get("enum", [schema.get("const")]))
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    return "\n".join(f"{sign} {schema[bound]}" for bound, sign in signs.items() if bound in schema)
+
+
+def _default(schema: dict[str, Any]) -> str:
+    """The default in a JSON schema, written as in a spec."""
+    if "default" not in schema:
+        return "required"
+    default = schema["default"]
+    return default if isinstance(default, str) else json.dumps(default)
 
 
 def _registries(kind: str | None) -> list[Any]:

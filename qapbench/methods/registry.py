@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,6 +19,9 @@ from qapbench.errors import UserError, nearest
 
 from .parameters import Params, params_model, problems_of
 from .plugins import broken_plugins, load_plugins
+
+if TYPE_CHECKING:
+    from .docstrings import Documentation
 
 T = TypeVar("T")
 
@@ -28,10 +31,11 @@ class Entry(Generic[T]):
     """One registered item.
 
     Attributes:
+        name: the name under which a spec finds it.
         target: the function or class that was decorated.
         params: pydantic model of its keyword parameters.
         origin: "module.qualname (file:line)", for messages about collisions.
-        default: whether the framework takes this item where a spec names none.
+        default: whether the framework takes this item if a spec names none.
     """
 
     name: str
@@ -42,11 +46,19 @@ class Entry(Generic[T]):
 
     @property
     def doc(self) -> str:
+        """The docstring, without indentation."""
         return inspect.getdoc(self.target) or ""
 
     @property
+    def documentation(self) -> Documentation:
+        """What the docstring says of the item, its parameters and the paper that it comes from."""
+        from .docstrings import documentation  # imported here because a run reads no docstrings
+
+        return documentation(self.target)
+
+    @property
     def source(self) -> Path | None:
-        """The file that defines the item: part of a result's key where it is not ours."""
+        """The file that defines the item. It is part of a result's key if the item is not one of ours."""
         file = inspect.getsourcefile(inspect.unwrap(self.target))
         return Path(file) if file else None
 
@@ -133,15 +145,26 @@ class Registry(Generic[T]):
         return self._build(self.entry(name), self.validate(name, params))
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Name, documentation, origin and JSON schema of the parameters."""
+        """Describe an item by values that JSON can hold.
+
+        Returns:
+            "kind" and "name"; "doc", the docstring; "source", the paper that the docstring names ("" if it names none);
+            "origin", where the item is defined; "parameters", by name the JSON schema of each, with the docstring's
+            description of it.
+        """
         entry = self.entry(name)
-        schema = entry.params.model_json_schema().get("properties", {})
+        documentation = entry.documentation
+        parameters = entry.params.model_json_schema().get("properties", {})
+        for key, schema in parameters.items():
+            if documentation.parameters.get(key):
+                schema["description"] = documentation.parameters[key]
         return {
             "kind": self.kind,
             "name": name,
             "doc": entry.doc,
+            "source": documentation.source,
             "origin": entry.origin,
-            "parameters": schema,
+            "parameters": parameters,
         }
 
 

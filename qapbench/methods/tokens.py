@@ -205,7 +205,6 @@ class Selection:
             leaves the kept tokens as they are.
         made: [B, K] bool, True where `updated` holds a token made from several (SparseVLM's clusters). Such a token
             counts as merged and not as kept. None if there are no such tokens.
-        layers: tokens of an image that each decoder layer sees, if tokens are dropped inside the decoder.
     """
 
     indices: Tensor
@@ -214,7 +213,6 @@ class Selection:
     front: int = 0
     updated: Tensor | None = None
     made: Tensor | None = None
-    layers: tuple[int, ...] | None = None
 
     @property
     def budget(self) -> int:
@@ -240,4 +238,4 @@ class Selection:
         updated = None if first.updated is None else torch.cat([p.updated for p in parts if p.updated is not None])
         made = None if first.made is None else torch.cat([p.made for p in parts if p.made is not None])
         indices = torch.cat([part.indices for part in parts])
-        return Selection(indices, merged, first.space, first.front, updated, made, first.layers)
+        return Selection(indices, merged, first.space, first.front, updated, made)

@@ -1,4 +1,4 @@
-"""FasterVLM: attention of CLS, top k (arXiv 2412.01818); also registered by its criterion's name."""
+"""The pruner FasterVLM, registered under its own name and under that of its criterion, attention."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,13 @@ from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
 @pruner("attention")
 @dataclass(frozen=True)
 class Attention(Pruner):
-    """Keeps the tokens that the vision tower's CLS token attends to most, mean over heads.
+    """Keep the tokens that the vision tower's CLS token attends to most.
 
-    FasterVLM is this and nothing else, so both names are one implementation. Sensitivity is fused with attention.
+    The attention is the mean over heads. This is all that FasterVLM does, so `attention` and `fastervlm` are two names
+    of one implementation. Sensitivity is fused with the attention.
+
+    Source:
+        FasterVLM (arXiv 2412.01818).
     """
 
     needs = frozenset({"cls_attention"})

@@ -1,4 +1,4 @@
-"""CDPruner: conditional diversity by a determinantal point process (arXiv 2506.10967)."""
+"""The pruner CDPruner: relevant and diverse tokens by a determinantal point process (DPP)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,16 +14,22 @@ from .dpp import greedy_map, greedy_map_lazy
 @pruner("cdpruner")
 @dataclass(frozen=True)
 class CDPruner(Pruner):
-    """Greedy MAP of a DPP with kernel K_ij = r_i cos(f_i, f_j) r_j, on projected features f.
+    """Keep tokens that are relevant to the question and unlike each other, by greedy MAP inference of a DPP.
 
-    r is the score: the relevance of the question, fused with the sensitivity where there is one.
+    The kernel of the determinantal point process is K_ij = r_i cos(f_i, f_j) r_j. f are the tokens' features after the
+    projector. r is the score: how relevant a token is to the question, fused with its sensitivity if there is one.
+
+    Two things differ from the released code. Scores are normalised per image and not over the batch. Once as many
+    tokens are chosen as the kernel has rank, the released code divides by zero; here the remaining tokens are taken in
+    the order of their scores.
 
     Attributes:
-        relevance_sign: relevance is -cos(image, text) in the released code, an empirical fact about OpenAI's
-            CLIP; "positive" is for towers whose patches were aligned with text.
+        relevance_sign: sign of the similarity between token and question that counts as relevance. "negative" is what
+            the released code does: in OpenAI's CLIP, patches that matter to a text are found to have a low cosine
+            similarity with it. Take "positive" for a vision tower whose patches were aligned with text.
 
-    Differs from the released code in two places: scores are normalised per image, not over the batch; and past the
-    kernel's rank, where the released code divides by zero, the rest is filled by score.
+    Source:
+        CDPruner (arXiv 2506.10967).
     """
 
     needs = frozenset({"image_embeds", "text_embeds"})

@@ -1,10 +1,12 @@
 """Greedy MAP inference of a determinantal point process (Chen et al. 2018, arXiv 1709.05135).
 
-The kernel is K_ij = q_i S_ij q_j, with S the cosine of features and q their quality. The gain of a token is q_i^2 times
-the squared residual of its unit vector outside the span of those chosen, so quality stays out of the recursion and a
-quality of zero is harmless. Ties go to the lower index; tokens without residual left are taken in order of quality.
+The kernel is K_ij = q_i S_ij q_j, where S is the cosine similarity of the features and q the quality of the tokens. The
+gain of a token is q_i^2 times the squared length of the part of its unit vector that lies outside the span of the
+chosen tokens (its residual). Quality does not enter the recursion in this form, so a quality of zero does no harm. Ties
+go to the lower index. Tokens without a residual are taken in the order of their quality.
 
-Two ways to the same answer: `greedy_map` from a whole cosine matrix, batched, for a GPU; `greedy_map_lazy` for a CPU.
+There are two implementations that give the same answer. `greedy_map` takes the whole cosine matrix of a batch and is
+meant for a GPU. `greedy_map_lazy` computes only the parts of that matrix that it needs and is meant for a CPU.
 """
 
 from __future__ import annotations
@@ -13,29 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RANK_TOLERANCE = 1e-6  # of a unit vector's squared residual: float32 cannot tell less from zero
-BLOCK = 64  # tokens that the lazy way looks at in one go: enough for a matmul to be one
-ROWS = 32  # and whose cosines it computes in one go
-SLACK = 1 + 1e-5  # a unit vector's squared norm in float32 may exceed one by less
+RANK_TOLERANCE = 1e-6  # float32 cannot tell a smaller squared residual of a unit vector from zero
+BLOCK = 64  # tokens by which the lazy implementation widens its view: enough for an efficient matmul
+ROWS = 32  # rows of the cosine matrix that it computes at a time
+SLACK = 1 + 1e-5  # in float32, the squared norm of a unit vector exceeds one by less than this
 
 
 def greedy_map(cosine: Tensor, quality: Tensor, keep: int) -> Tensor:
-    """All images in step.
+    """Choose tokens of all images at the same time.
 
     Args:
-        cosine: [B, N, N] similarity of unit vectors.
+        cosine: [B, N, N] cosine similarities.
         quality: [B, N], not negative.
+        keep: number of tokens to choose per image.
 
     Returns:
-        [B, keep] distinct indices in the order of choice.
+        [B, keep] distinct indices, in the order of choice.
     """
     batch, count = quality.shape
     rows = torch.arange(batch, device=quality.device)
     weight = quality * quality
-    residual = (cosine.diagonal(dim1=-2, dim2=-1) > 0.5).to(quality.dtype)  # one: no rounding decides between equals
+    # Exactly one, or zero for a vector of zeros, so that rounding does not decide between equal tokens.
+    residual = (cosine.diagonal(dim1=-2, dim2=-1) > 0.5).to(quality.dtype)
     basis = cosine.new_zeros(batch, keep, count)
     order = torch.empty(batch, keep, dtype=torch.long, device=quality.device)
-    # Below every gain (>= 0), and ordered by quality: what an exhausted token is worth.
+    # Gain of a token without residual: below every other gain, which is at least 0, and ordered by quality.
     spent = quality - quality.amax(dim=-1, keepdim=True) - 1
     for step in range(keep):
         gain = torch.where(residual > RANK_TOLERANCE, weight * residual, spent)
@@ -45,7 +49,8 @@ def greedy_map(cosine: Tensor, quality: Tensor, keep: int) -> Tensor:
             past = basis[:, :step]
             row = cosine[rows, chosen] - (past[rows, :, chosen].unsqueeze(1) @ past).squeeze(1)
             left = residual[rows, chosen]
-            scale = torch.where(left > RANK_TOLERANCE, left.rsqrt(), 0)  # past the rank there is no direction to take
+            # A token without residual adds no direction to the span.
+            scale = torch.where(left > RANK_TOLERANCE, left.rsqrt(), 0)
             row = row * scale.unsqueeze(1)
             basis[:, step] = row
             residual = residual - row * row
@@ -55,21 +60,36 @@ def greedy_map(cosine: Tensor, quality: Tensor, keep: int) -> Tensor:
 
 
 def greedy_map_lazy(features: Tensor, quality: Tensor, keep: int) -> Tensor:
-    """The same, image by image, from features [B, N, D] of any length on a CPU, where the cosine matrix is what costs.
+    """Choose tokens one image after the other, computing only parts of the cosine matrix.
 
-    Of that matrix two parts are never needed. Columns: no gain exceeds q^2, so tokens are looked at in order of
-    quality, a block at a time, and only while the next one's q^2 may beat the best gain. Rows: only those of tokens
-    that are chosen, which are computed together with those of the tokens that come next by gain. An image is never
-    seen beside another, so no batch can change it.
+    On a CPU that matrix is most of the cost. Not all of its columns are needed: no gain exceeds q^2, so tokens are
+    considered in the order of their quality, block by block, and only while the next token's q^2 could exceed the best
+    gain. Not all of its rows are needed either: only those of chosen tokens are. They are computed together with the
+    rows of the tokens that come next by gain. Each image is processed by itself, so the batch cannot change its result.
+
+    Args:
+        features: [B, N, D] feature vectors of any length, on the CPU.
+        quality: [B, N], not negative.
+        keep: number of tokens to choose per image.
+
+    Returns:
+        [B, keep] distinct indices, in the order of choice.
     """
     images = [LazyGreedy(*image, keep).run() for image in zip(features.float(), quality.float(), strict=True)]
     return torch.stack(images)
 
 
 class LazyGreedy:
-    """One image. Arrays are in order of quality: what was seen is a prefix of them.
+    """Greedy MAP inference for one image.
 
-    numpy rather than torch: the loop is some ten calls a step on a few hundred numbers, and a call is what costs.
+    All arrays are in the order of quality, so the tokens considered so far are a prefix of them. The loop is written in
+    numpy because it makes about ten calls per step on a few hundred numbers each, and a call costs less in numpy than
+    in torch.
+
+    Args:
+        features: [N, D] feature vectors of any length, on the CPU.
+        quality: [N], not negative.
+        keep: number of tokens to choose.
     """
 
     def __init__(self, features: Tensor, quality: Tensor, keep: int) -> None:
@@ -80,16 +100,16 @@ class LazyGreedy:
         self.quality = quality[self.ranked].numpy()
         self.weight = self.quality * self.quality
         self.unit, self.held_unit = torch.empty(count, width), torch.empty(count, width)
-        self.cosine = np.empty((count, count), np.float32)  # filled row by row, where `slot` says
+        self.cosine = np.empty((count, count), np.float32)  # rows are filled as they are computed
         self.held = 0
-        self.slot = np.full(count, -1)
+        self.slot = np.full(count, -1)  # which row of `cosine` is a token's; -1: not computed yet
         self.basis = np.empty((keep, count), np.float32)
         self.residual, self.gain = np.empty(count, np.float32), np.empty(count, np.float32)
-        self.spent = self.quality - self.quality[0] - 1  # as above
+        self.spent = self.quality - self.quality[0] - 1  # gain of a token without residual, as in `greedy_map`
         self.chosen: list[int] = []
 
     def run(self) -> Tensor:
-        """[keep] distinct indices in the order of choice."""
+        """Choose the tokens. Returns [keep] distinct indices, in the order of choice."""
         bound = [*(self.weight * np.float32(SLACK)).tolist(), -np.inf]
         self._widen()
         while len(self.chosen) < self.keep:
@@ -101,7 +121,7 @@ class LazyGreedy:
         return self.ranked[self.chosen]
 
     def _best(self) -> tuple[int, float]:
-        """The token of the largest gain, of equals the one that is first in the image, and that gain."""
+        """Find the token with the largest gain. Of equal ones it is the first in the image. Returns it and its gain."""
         gain, residual = self.gain[: self.seen], self.residual[: self.seen]
         np.multiply(self.weight[: self.seen], residual, out=gain)
         np.copyto(gain, self.spent[: self.seen], where=residual <= RANK_TOLERANCE)
@@ -113,6 +133,7 @@ class LazyGreedy:
         return token, float(best)
 
     def _choose(self, token: int) -> None:
+        """Add a token to those chosen and take its direction out of all residuals."""
         step, seen, basis, left = len(self.chosen), self.seen, self.basis, self.residual[token]
         self.chosen.append(token)
         if left > RANK_TOLERANCE:
@@ -123,13 +144,13 @@ class LazyGreedy:
             basis[step, :seen] = row
             row *= row
             self.residual[:seen] -= row
-        else:  # past the rank, where everything was seen: the rest goes by quality
+        else:  # the chosen tokens span all others, so the remaining ones are taken in the order of their quality
             basis[step] = 0
         self.residual[token] = 0
         self.spent[token] = -np.inf
 
     def _hold(self, token: int) -> None:
-        """Cosines of a token and of those that are next by gain."""
+        """Compute the cosines of a token, and of the tokens that come next by gain, with all tokens considered."""
         seen, start = self.seen, self.held
         gain = np.where(self.slot[:seen] < 0, self.gain[:seen], -np.inf)
         gain[token] = np.inf
@@ -141,15 +162,15 @@ class LazyGreedy:
         self.cosine[start : start + number, :seen] = (held @ self.unit[:seen].T).numpy()
 
     def _widen(self) -> None:
-        """Look at the next block: its cosines with the rows held, and what is left of it outside the span."""
-        from scipy.linalg import solve_triangular  # imported here: the registry is listed without it
+        """Consider the next block of tokens: compute its cosines with the rows held, and its residuals."""
+        from scipy.linalg import solve_triangular  # imported here so that listing the registry does not load scipy
 
         start, stop = self.seen, min(self.seen + BLOCK, self.count)
         self.seen = stop
         unit = torch.index_select(self.features, 0, self.ranked[start:stop], out=self.unit[start:stop])
         norm = torch.linalg.vector_norm(unit, dim=1)
         unit /= norm.clamp(min=1e-12).unsqueeze(1)
-        residual = (norm > 0).float().numpy()  # one to the bit: no rounding decides between equals
+        residual = (norm > 0).float().numpy()  # exactly one, so that rounding does not decide between equal tokens
         if self.chosen:
             self.cosine[: self.held, start:stop] = (self.held_unit[: self.held] @ unit.T).numpy()
             span = self.basis[: len(self.chosen)]

@@ -1,4 +1,4 @@
-"""FastV: an image is worth half its tokens behind the second layer (arXiv 2403.06764)."""
+"""The pruner FastV: tokens are dropped once, after an early layer of the decoder."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,14 +12,22 @@ from qapbench import DecoderPruner, Selection, Stage, VisionTokens, pruner, top_
 @pruner("fastv")
 @dataclass(frozen=True)
 class FastV(DecoderPruner):
-    """Behind `layer` layers, keeps the tokens that the prompt's last token attended to most in the last of these.
+    """Keep the tokens that the prompt's last token attends to most in an early layer of the decoder.
 
-    Attention is the mean over heads. `keep` is what every later layer sees, at its original position; the first
-    `layer` layers see the whole image (at most all but one of them). Sensitivity, of the hidden states there, is fused
-    with that attention.
+    The attention is the mean over heads in the last layer before the drop. All layers after the drop see `keep` tokens
+    per image, at their original positions; the layers before it see the whole image. Sensitivity is computed on the
+    hidden states at the drop and fused with the attention.
 
-    Differs from the released code: one row of one layer's attention is computed, where that runs the layer a second
-    time to get its whole map; the image may stand anywhere, not at 35 to 611, and in a batch.
+    Two things differ from the released code. It runs the layer a second time to get the whole attention map; here only
+    the row that is read is computed. It expects the image at positions 35 to 611; here the image may be anywhere in the
+    prompt, and prompts may be batched.
+
+    Attributes:
+        layer: number of decoder layers that see the whole image. The paper drops after 2. In a decoder with no more
+            layers than this, the drop comes before the last layer.
+
+    Source:
+        FastV (arXiv 2403.06764).
     """
 
     needs = frozenset({"query_attention"})

@@ -1,4 +1,4 @@
-"""HiPrune: objects from a middle layer of the vision tower, the whole from a deep one (arXiv 2508.00553)."""
+"""The pruner HiPrune: objects are found in a middle layer of the vision tower, global context in a deep one."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,22 @@ from qapbench import Fraction, Pruner, Selection, VisionTokens, pruner, top_k
 @pruner("hiprune")
 @dataclass(frozen=True)
 class HiPrune(Pruner):
-    """Anchors receive most attention in the middle layer, buffers are their four neighbours, registers fill the rest.
+    """Keep anchor tokens with their neighbours, and fill the rest of the budget with register tokens.
 
-    Anchors and buffers together get the share `alpha` of the budget: round(keep * alpha / 5) anchors, so none where
-    keep is below 25, and never more than fit. Registers are by score: the attention received in the layer whose
-    output the projector takes, fused with sensitivity, which enters here and not among anchors.
+    Anchors are the tokens that receive most attention in a middle layer of the vision tower. Buffers are the four
+    neighbours of each anchor on the grid of tokens. Registers are the tokens with the highest scores among the others:
+    the attention received in the layer whose output the projector takes, fused with sensitivity. Sensitivity does not
+    enter the choice of anchors.
 
-    Differs from the released code, which finds neighbours at -1, +1, -24 and +24 and clamps them to 0..575: ours
-    follow the grid and do not wrap around its rows.
+    One thing differs from the released code. It takes the neighbours at the index offsets -1, +1, -24 and +24 and
+    clamps them to 0..575; here neighbours follow the grid and do not wrap around its rows.
+
+    Attributes:
+        alpha: share of the budget for anchors and buffers together, which is round(keep * alpha / 5) anchors, at most
+            keep / 5. The release has 0.1, which gives no anchors if keep is 25 or less.
+
+    Source:
+        HiPrune (arXiv 2508.00553).
     """
 
     needs = frozenset({"attention_received", "middle_attention_received", "grid"})
@@ -36,7 +44,7 @@ class HiPrune(Pruner):
 
 
 def with_neighbours(mask: Tensor) -> Tensor:
-    """[B, H, W] bool: the places set, and those left, right, above and below them."""
+    """Add to the places set in `mask` those to the left, to the right, above and below: [B, H, W] bool, same shape."""
     wide = mask.clone()
     wide[:, :, 1:] |= mask[:, :, :-1]
     wide[:, :, :-1] |= mask[:, :, 1:]

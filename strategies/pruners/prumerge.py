@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: CLS attention of the last layer chooses centres, keys say what each absorbs (arXiv 2403.15388)."""
+"""The pruner LLaVA-PruMerge: tokens are chosen by attention, and each absorbs the tokens with similar keys."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,14 +13,23 @@ from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
 @pruner("prumerge")
 @dataclass(frozen=True)
 class PruMerge(Pruner):
-    """Each centre i becomes x_i + sum of a_j x_j over its `neighbours` nearest tokens j by key; the rest is summed.
+    """Keep the tokens with most CLS attention as cluster centres, and merge the other tokens into them.
 
-    x are the patches and a their attention from CLS, unscaled; neighbours may be centres too. The budget is
-    keep - 1 centres and one token appended: the sum of a_j x_j over all that are no centre. keep=1 is the best centre
-    alone. Sensitivity enters where centres are chosen; the weights a stay attention's own.
+    The attention is that of the vision tower's last layer. Centre i becomes x_i + sum_j a_j x_j, where x are the
+    patches, a is the attention from CLS to each patch, not rescaled, and j are the tokens whose keys are most similar
+    to the centre's; other centres may be among them. One more token is appended: the sum of a_j x_j over all tokens
+    that are not centres. The budget is keep - 1 centres and this token. With keep=1 it is the best centre alone.
+    Sensitivity enters the choice of centres, but not the weights a.
 
-    Differs from the released code: centres stay in raster order, there they go by attention; their number is given,
-    not the share of outliers (interquartile rule) over the batch; fewer tokens than `neighbours` are all absorbed.
+    Three things differ from the released code. Centres stay in raster order instead of being sorted by attention. Their
+    number is given by the budget instead of being the number of outliers in attention (interquartile rule) over the
+    batch. In an image with fewer tokens than `neighbours`, each centre absorbs all others.
+
+    Attributes:
+        neighbours: number of tokens that each centre absorbs. The release has 32.
+
+    Source:
+        LLaVA-PruMerge (arXiv 2403.15388).
     """
 
     needs = frozenset({"last_cls_attention", "last_keys", "patches"})
@@ -40,11 +49,11 @@ class PruMerge(Pruner):
         return Selection(centres, (attention * outside) @ patches, "patches", updated=updated)
 
     def centres(self, scores: Tensor, count: int) -> Tensor:
-        """[B, count] ascending."""
+        """Choose `count` centres by the scores [B, N]. Returns their indices [B, count], ascending."""
         return top_k(scores, count)
 
     def _weights(self, tokens: VisionTokens, attention: Tensor, centres: Tensor) -> Tensor:
-        """[B, K, N]: what each centre takes of every patch; all of itself."""
+        """Compute the weight of every patch in each centre: [B, K, N]. The weight of the centre itself is 1."""
         keys = normalize(tokens.require("last_keys", "prumerge").float(), dim=-1)
         itself = centres.unsqueeze(-1)
         own = keys.gather(1, itself.expand(-1, -1, keys.shape[-1]))

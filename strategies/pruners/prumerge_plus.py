@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge+: PruMerge whose centres are joined by spatially uniform samples (arXiv 2403.15388)."""
+"""The pruner LLaVA-PruMerge+: PruMerge with additional centres that are spread evenly over the image."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,21 @@ from .prumerge import PruMerge
 @pruner("prumerge_plus")
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """As PruMerge, but `spatial` of the centres are every so-many-th token in raster order, and the others by score.
+    """Merge like `prumerge`, into centres of which some are chosen by score and the others lie evenly over the image.
 
-    Three of four is the proportion of the released evaluation code (its training code has one of two). At least one
-    centre is chosen by score, and there sensitivity enters.
+    At least one centre is chosen by score. Sensitivity enters there.
 
-    Differs from the released code, which samples all places at a stride for 576 tokens and skips those chosen already
-    (in training it does not skip, and a token may come twice): ours spreads its samples evenly over the tokens not
-    chosen by score, so that their number is exact.
+    Besides what `prumerge` changes, one thing differs from the released code. It samples the image at a stride made for
+    576 tokens and skips tokens that are centres already; its training code does not skip them, and a token may come
+    twice. Here the samples are spread evenly, in raster order, over the tokens that were not chosen by score, so that
+    their number is exact.
+
+    Attributes:
+        spatial: share of the centres that are spread evenly over the image. The released evaluation code has 3/4, the
+            released training code 1/2.
+
+    Source:
+        LLaVA-PruMerge (arXiv 2403.15388), the variant PruMerge+.
     """
 
     spatial: Fraction = 0.75

@@ -1,4 +1,4 @@
-"""PyramidDrop: fewer tokens from stage to stage of the decoder (arXiv 2410.17247)."""
+"""The pruner PyramidDrop: tokens are dropped in several stages of the decoder."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,13 +12,20 @@ from qapbench import DecoderPruner, Selection, Stage, VisionTokens, even_stages,
 @pruner("pyramiddrop")
 @dataclass(frozen=True)
 class PyramidDrop(DecoderPruner):
-    """At the end of each of `drops` equal parts of the decoder, keeps the same share of the tokens that are left.
+    """Keep the same fraction of the remaining tokens at each of several stages of the decoder.
 
-    Ranked by the attention that the prompt's last token would pay in the layer that comes next, mean over heads.
-    `keep` is what the last part sees: keep = count / 8 is the released schedule, half at a time behind 8, 16 and 24 of
-    32 layers. Sensitivity, of the hidden states at each stage, is fused with that attention.
+    The drops cut the decoder into parts of equal depth. At each drop the tokens stay that the prompt's last token would
+    attend to most in the layer after it; the attention is the mean over heads. The last part of the decoder sees `keep`
+    tokens per image. Sensitivity is computed on the hidden states at each drop and fused with the attention.
 
-    Differs from the released code, which numbers positions anew at each stage: tokens keep theirs.
+    One thing differs from the released code: tokens keep their positions, while it numbers them anew at each stage.
+
+    Attributes:
+        drops: number of drops, which cut the decoder into drops + 1 parts. The release has 3: after 8, 16 and 24 of 32
+            layers. With keep = count / 8, each of them halves the tokens as in the release.
+
+    Source:
+        PyramidDrop (arXiv 2410.17247).
     """
 
     needs = frozenset({"query_attention"})

@@ -1,4 +1,4 @@
-"""The floor that every method has to beat."""
+"""Random choice of tokens, the floor that every pruner has to beat."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,10 +12,16 @@ from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
 @pruner("random")
 @dataclass(frozen=True)
 class Random(Pruner):
-    """Uniform noise as relevance, drawn per image from the seed and the image's content.
+    """Keep random tokens: the relevance is uniform noise, drawn from the seed and the image's content.
 
-    A seed of None is the run's own. Where images carry no id, every image gets the same draw, so that no batch can
-    change it.
+    If the images carry no content hash, all get the same draw, so that an image's tokens do not depend on its batch.
+    Sensitivity is fused with the noise.
+
+    Attributes:
+        seed: seed of the noise. None takes the seed of the run; outside a run it stands for 0.
+
+    Source:
+        No paper. The baseline that other pruners have to beat.
     """
 
     needs = frozenset({"image_ids"})

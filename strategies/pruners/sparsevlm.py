@@ -1,4 +1,4 @@
-"""SparseVLM: words that see the image rate its tokens, and what is dropped is recycled (arXiv 2410.04417)."""
+"""The pruner SparseVLM: words of the prompt rate the tokens, and dropped tokens are merged into a few new ones."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -9,25 +9,32 @@ from torch.nn.functional import one_hot
 
 from qapbench import DecoderPruner, Selection, Stage, VisionTokens, even_stages, pruner, top_k
 
-LAYERS = (3 / 32, 7 / 32, 16 / 32)  # drops are behind layers 2, 6 and 15 (from 0) of 32
-RECYCLED = 0.3  # of the tokens dropped, the best by score
-PER_CLUSTER = 10  # recycled tokens that become one
+LAYERS = (3 / 32, 7 / 32, 16 / 32)  # share of the layers before each drop: after layers 2, 6 and 15 (from 0) of 32
+RECYCLED = 0.3  # share of the dropped tokens, those with the highest scores, that are merged instead of lost
+PER_CLUSTER = 10  # recycled tokens per merged one
 
 
 @pruner("sparsevlm")
 @dataclass(frozen=True)
 class SparseVLM(DecoderPruner):
-    """Keeps the tokens that the raters attend to most, mean over heads and raters, and merges some of the dropped.
+    """Keep the tokens that the relevant words of the prompt attend to most, and merge some of the dropped ones.
 
-    Raters are the words behind the image whose share of softmax over words of <image token, word>, mean over image
-    tokens as they entered the decoder, is above the average word's. Of R tokens dropped, the floor(0.3 R) + 1 best are
-    clustered by DPC-kNN into floor(of them / 10) + 1, and each cluster's mean stands at its centre. `keep` is what the
-    layers behind the last drop see, kept and merged; every drop keeps the same share. Sensitivity, of the hidden states
-    at each drop, is fused with the raters' attention: it decides what is kept and what is recycled.
+    The relevant words, called raters, are found among the words after the image. For each image token as it entered the
+    decoder, the dot products with all words go through a softmax; raters are the words whose mean over the image tokens
+    is above the average word's. Tokens are ranked by the raters' attention, the mean over heads and raters. Of R
+    dropped tokens, the n = floor(0.3 R) + 1 best are recycled: DPC-kNN clusters them into floor(n / 10) + 1 groups, and
+    the mean of each group replaces the token at its centre.
 
-    Differs from the released code: budgets are exact for any `keep`, where that has lists for 64, 128 and 192 and adds
-    the merged on top; merged tokens stand at their centre's position and not behind the others, and positions are not
-    numbered anew; no noise decides between equal densities, the lower index does.
+    There are three drops, each of which keeps the same fraction. The layers after the last one see `keep` tokens per
+    image, kept and merged ones together. Sensitivity is computed on the hidden states at each drop and fused with the
+    raters' attention, so it decides both what is kept and what is recycled.
+
+    Three things differ from the released code. Budgets are exact for any `keep`; the release has lists for 64, 128 and
+    192 tokens, to which it adds the merged ones. Merged tokens are at the position of their centre instead of after all
+    others, and positions are not numbered anew. Ties in density go to the lower index instead of being broken by noise.
+
+    Source:
+        SparseVLM (arXiv 2410.04417).
     """
 
     needs = frozenset({"text_attention", "prompt_embeds", "embedded"})
@@ -56,35 +63,54 @@ class SparseVLM(DecoderPruner):
 
 
 def rating(visual: Tensor, words: Tensor) -> Tensor:
-    """[B, L] bool, the words [B, L, D] that rate the tokens [B, E, D]; where no word stands out, all do."""
+    """Find the words that rate an image's tokens. If no word stands out, all of them do.
+
+    Args:
+        visual: [B, E, D] tokens of the image as they entered the decoder.
+        words: [B, L, D] embeddings of the words after the image.
+
+    Returns:
+        [B, L] bool, True for the raters.
+    """
     share = (visual.float() @ words.float().mT).softmax(dim=-1).mean(dim=1)
     raters = share > share.mean(dim=-1, keepdim=True)
     return raters | ~raters.any(dim=-1, keepdim=True)
 
 
 def recycled(dropped: int) -> int:
+    """Number of tokens to merge out of so many dropped ones."""
     return int(dropped * RECYCLED) + 1
 
 
 def split(count: int, keep: int) -> int:
-    """How many of `keep` are kept as they are: the most that leave their clusters room, and at least one."""
+    """Number of tokens to keep as they are, so that they and the merged ones are `keep` together.
+
+    It is the largest number that leaves room for the clusters of the tokens dropped, and at least one.
+
+    Args:
+        count: tokens per image before the drop.
+        keep: tokens per image after it.
+    """
     fits = (k for k in range(keep - 1, 0, -1) if k + recycled(count - k) // PER_CLUSTER + 1 <= keep)
     return next(fits, 1)
 
 
 def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """DPC-kNN: centres are dense and far from what is denser; every token joins the nearest.
+    """Cluster tokens by DPC-kNN.
 
-    Density is exp(-mean squared distance to the `clusters` nearest, itself among them), distances over sqrt(D). For one
-    cluster that would be the same for all, so there all tokens count and the centre is the medoid.
+    Centres are tokens that are dense and far from denser ones. Every token joins the nearest centre. The density of a
+    token is exp(-m), where m is the mean squared distance to its nearest tokens. There are as many of them as clusters,
+    and the token itself is one of them. Distances are divided by sqrt(D). With a single cluster all densities would be
+    equal, so m is then taken over all tokens and the centre is the medoid.
 
     Args:
         tokens: [B, R, D].
+        clusters: number of clusters, at most R.
 
     Returns:
-        means [B, clusters, D], and the index of each one's centre [B, clusters], ascending.
+        The means of the clusters [B, clusters, D], and the indices of their centres [B, clusters], ascending.
     """
-    wide = tokens.double()  # in float32 a matmul would lose small distances between long vectors
+    wide = tokens.double()  # in float32, the matmul would lose small distances between long vectors
     distance = torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist") / sqrt(tokens.shape[-1])
     distance.diagonal(dim1=1, dim2=2).zero_()
     near = distance.topk(clusters if clusters > 1 else tokens.shape[1], dim=-1, largest=False).values
@@ -101,5 +127,5 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def take(values: Tensor, indices: Tensor) -> Tensor:
-    """values [B, N, D] at indices [B, K] -> [B, K, D]."""
+    """Take the rows of values [B, N, D] at indices [B, K]: [B, K, D]."""
     return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -1,4 +1,4 @@
-"""TRIM: text relevance in CLIP's joint space, and one token for all the rest (arXiv 2409.10994)."""
+"""The pruner TRIM: tokens are chosen by their similarity to the question, and the others become one token."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,19 +11,25 @@ from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
 @pruner("trim")
 @dataclass(frozen=True)
 class Trim(Pruner):
-    """Keeps the patches that the question points at, and appends the mean of those removed.
+    """Keep the patches that are most relevant to the question, and append the mean of the removed ones.
 
-    Relevance is the negated dot product of patch and question, neither normalised; a question of several segments
-    takes their mean. The budget is keep - 1 patches and that mean; keep=1 is the best patch alone. Sensitivity
-    enters where patches are chosen.
+    Relevance is the dot product of patch and question in CLIP's joint space, with the sign that `relevance_sign` gives
+    it and without normalisation. For a question of several segments it is the mean over them. The budget is keep - 1
+    patches and the mean of the others. With keep=1 it is the best patch alone. Sensitivity enters the choice of
+    patches.
+
+    Three things differ from the released code. There is no softmax over the similarities: it does not change their
+    order, but would flatten them before sensitivity is fused in. Questions are not cut off at 77 tokens. The number of
+    patches is given by the budget instead of being the number of outliers in similarity (interquartile rule) over the
+    batch.
 
     Attributes:
-        relevance_sign: "negative" as released, an empirical fact about OpenAI's CLIP; "positive" is for towers
-            whose patches were aligned with text.
+        relevance_sign: sign of the similarity between patch and question that counts as relevance. "negative" is what
+            the released code does: in OpenAI's CLIP, patches that matter to a text are found to have a low similarity
+            with it. Take "positive" for a vision tower whose patches were aligned with text.
 
-    Differs from the released code: no softmax, which changes no order but would flatten what is fused; the question
-    is not cut at 77 tokens; the number of patches is given, not the share of outliers (interquartile rule) over
-    the batch.
+    Source:
+        TRIM (arXiv 2409.10994).
     """
 
     needs = frozenset({"image_embeds", "text_embeds", "patches"})

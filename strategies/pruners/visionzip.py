@@ -1,4 +1,4 @@
-"""VisionZip: dominant and contextual tokens (arXiv 2412.04467)."""
+"""The pruner VisionZip: dominant tokens are kept, the others are merged into contextual ones."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,17 @@ from qapbench import Fraction, Pruner, Selection, VisionTokens, pruner, top_k
 @pruner("visionzip")
 @dataclass(frozen=True)
 class VisionZip(Pruner):
-    """Keeps the CLS token and the patches it attends to most, and merges the rest by key similarity.
+    """Keep the CLS token and the patches that it attends to most, and merge the other patches by similarity of keys.
 
-    The budget is CLS + dominant patches + contextual tokens. `contextual` is their share of it: 10 of 64, 20 of 128
-    and 30 of 192 in the released code, which is 5/32. Sensitivity enters where dominant patches are chosen. Where
-    the model records no CLS token, its place goes to one more patch.
+    The budget is the CLS token, the dominant patches and the contextual (merged) tokens together. If the model records
+    no CLS token, there is one dominant patch more. Sensitivity enters the choice of the dominant patches.
+
+    Attributes:
+        contextual: share of the budget for contextual tokens. The released code has 10 of 64, 20 of 128 and 30 of 192
+            tokens, which is 5/32.
+
+    Source:
+        VisionZip (arXiv 2412.04467).
     """
 
     needs = frozenset({"cls_attention", "keys", "patches", "cls_token"})
@@ -37,7 +43,11 @@ class VisionZip(Pruner):
         return Selection(dominant, torch.cat(merged, dim=1) if merged else None, "patches", front=with_cls)
 
     def _contextual(self, tokens: VisionTokens, patches: Tensor, dominant: Tensor, targets: int) -> Tensor:
-        """[B, targets, C]: every step-th remaining patch plus the mean of those whose keys are nearest to it."""
+        """Merge the patches that are not dominant into `targets` contextual tokens [B, targets, C].
+
+        Evenly spaced patches among them are the targets. To each is added the mean of the other patches whose keys are
+        most similar to its own.
+        """
         rest = ~Selection(dominant).mask(tokens.count)
         left = rest.nonzero()[:, 1].view(tokens.batch, -1)
         step = max(1, left.shape[1] // targets)
@@ -54,5 +64,5 @@ class VisionZip(Pruner):
 
 
 def _take(values: Tensor, indices: Tensor) -> Tensor:
-    """values [B, N, C] at indices [B, K] -> [B, K, C]."""
+    """Take the rows of values [B, N, C] at indices [B, K]: [B, K, C]."""
     return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -1,4 +1,4 @@
-"""VisPruner: important tokens by CLS attention, diverse ones from the rest (arXiv 2412.01818)."""
+"""The pruner VisPruner: important tokens by attention, and diverse ones among the others."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,28 @@ from torch.nn.functional import normalize
 
 from qapbench import Fraction, Pruner, Selection, VisionTokens, pruner
 
-STEP = 8  # tokens that one round removes, as released
+STEP = 8  # tokens that one round removes, as in the released code
 
 
 @pruner("vispruner")
 @dataclass(frozen=True)
 class VisPruner(Pruner):
-    """Keeps the patches that CLS attends to most, and those of the rest that are least alike.
+    """Keep the patches that the CLS token attends to most, and of the other patches those that are least alike.
 
-    Of `keep`, floor(keep * important) are taken by score, the others by `distinct`, whose rounds start in the order
-    of score. Sensitivity enters in that score: fully in the important part, and in the diverse part only through who
-    is compared with whom.
+    The score is the attention fused with sensitivity. floor(keep * important) patches are taken by score. The diverse
+    ones are what is left after similar patches were removed in rounds (see `distinct`), which start in the order of the
+    score. Sensitivity thus enters the important part fully, and the diverse part only through the patches that are
+    compared with each other.
 
-    Differs from the released code, which fails on an odd number of remaining tokens or where a round would remove
-    more than half of them: there one side is longer by one, and a round removes at most one side.
+    One thing differs from the released code, which fails if the number of remaining patches is odd or if a round would
+    remove more than half of them. Here one side of the comparison is then longer by one, and a round removes at most
+    one side.
+
+    Attributes:
+        important: share of the budget for important patches; the rest is for diverse ones. The release has 0.5.
+
+    Source:
+        VisPruner (arXiv 2412.01818).
     """
 
     needs = frozenset({"cls_attention", "patches"})
@@ -41,17 +49,19 @@ class VisPruner(Pruner):
 
 
 def distinct(cosine: Tensor, left: Tensor, keep: int) -> Tensor:
-    """Rounds of removal: every second token is compared with all the others, and the most alike go.
+    """Remove similar tokens in rounds until `keep` are left.
 
-    Those that stay move to the front, the most alike first, which decides who is compared in the next round. On a
-    tie the one earlier in the list stays.
+    In each round, every second token of the list is compared with all the others, and those most similar to one of them
+    are removed. The ones that stay move to the front of the list, the most similar first, which decides what is
+    compared in the next round. Of equally similar tokens the one earlier in the list stays.
 
     Args:
-        cosine: [B, N, N] similarity of all tokens.
-        left: [B, R] indices to choose from, in the order of the first round.
+        cosine: [B, N, N] cosine similarity of all tokens.
+        left: [B, R] indices of the tokens to choose from, in the order of the first round.
+        keep: number of tokens to leave, 1 <= keep <= R.
 
     Returns:
-        [B, keep] distinct indices; 1 <= keep <= R.
+        [B, keep] distinct indices.
     """
     rows = torch.arange(len(left), device=left.device).view(-1, 1, 1)
     while (excess := left.shape[1] - keep) > 0:

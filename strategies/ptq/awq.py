@@ -1,4 +1,4 @@
-"""AWQ (Lin et al., MLSys 2024): channels that see large inputs are scaled up before weights are rounded."""
+"""AWQ: weight channels that see large inputs are scaled up before the weights are rounded."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,20 +21,32 @@ from qapbench import (
     ptq,
 )
 
-STEPS = 20  # of both grids
-LEAST_CLIP = 0.5
-CLIP_TOKENS = 512
-UNCLIPPED = ("q_proj", "k_proj")  # clipping what the softmax exponentiates does harm, the authors found
+STEPS = 20  # steps of the grid of exponents and, over the full range, of the grid of clipping limits
+LEAST_CLIP = 0.5  # share of a group's range that clipping may cut off, exclusive
+CLIP_TOKENS = 512  # tokens on which clipping limits are compared, as in the released code
+UNCLIPPED = ("q_proj", "k_proj")  # the authors found that clipping these, whose product enters a softmax, does harm
 
 
 @ptq("awq")
 @dataclass(frozen=True)
 class AWQ(CalibratedPTQ):
-    """s = mean|x|^r / sqrt(max * min), r of 20 by the output's error; then weights clipped by group, of 10 by error.
+    """Scale input channels by their mean magnitude, clip each group of weights, and round to nearest.
 
-    Linears that read one input share s, and the error is that of the smallest module that holds them all. Every
-    such group is searched, also those whose scale no norm or linear in front could take up, because it stays at the
-    input. Ranges always reach zero (the released code breaks where a group has one sign). Activations as `rtn`.
+    The weight's columns are multiplied by s = mean|x|^r / sqrt(max * min), where x is the linear's input and the
+    maximum and minimum are over the channels of mean|x|^r; the input is divided by s. Of 20 exponents r from 0 to 0.95
+    the one with the least error of the output is taken. Linears that read the same input share s, and the error is
+    that of the smallest module that contains them all. Then each group of weights is clipped at the one of 10 limits,
+    1.0 to 0.55 of its largest magnitude, with the least error. Activations are rounded dynamically, as in `rtn`.
+
+    Two things differ from the released code. It folds s into the norm or linear before; here s stays at the input, so
+    linears without a suitable norm or linear before them are searched too. The released clamping of the zero point
+    breaks groups whose weights all have one sign; with the default format here ranges always contain zero.
+
+    Attributes:
+        clip: whether weights are clipped, except those of query and key projections. The release clips.
+
+    Source:
+        AWQ (Lin et al., MLSys 2024).
     """
 
     clip: bool = True
@@ -77,14 +89,25 @@ class AWQ(CalibratedPTQ):
 
 
 def scales(mean: Tensor) -> Iterator[Tensor]:
-    """The grid: mean|x|^r / sqrt(max * min) [in], r from 0 in steps of 1 / 20."""
+    """Scales to try, mean|x|^r / sqrt(max * min), each [in], for r from 0 to 0.95 in steps of 0.05.
+
+    Args:
+        mean: [in] mean absolute value of each input channel.
+    """
     for step in range(STEPS):
         scale = mean.pow(step / STEPS).clamp(min=1e-4)
         yield scale / (scale.max() * scale.min()).sqrt()
 
 
 def best_scale(block: Block, linears: Mapping[str, nn.Linear], mean: Tensor, format: Format) -> Tensor:
-    """[in]: of the grid, the scale whose rounded weights change the block's output least."""
+    """Find the scale [in] with which rounding the weights changes the block's output least.
+
+    Args:
+        block: the smallest module that contains the linears, with its inputs.
+        linears: linears that read the same input, by name.
+        mean: [in] mean absolute value of each channel of that input.
+        format: format of the weights.
+    """
     wanted = [output.to("cpu") for output in block.outputs()]
     best, least = torch.ones_like(mean), math.inf
     for scale in scales(mean):
@@ -100,7 +123,15 @@ def best_scale(block: Block, linears: Mapping[str, nn.Linear], mean: Tensor, for
 
 
 def best_clip(w: Tensor, x: Tensor, format: Format) -> Tensor:
-    """[out, groups]: of each group of w [out, in] the limit at which rounding changes its share of the output least."""
+    """Find the limit [out, groups] for each group of weights at which clipping and rounding do least harm.
+
+    Harm is the squared error of the group's share of the output.
+
+    Args:
+        w: [out, in] weight, scaled.
+        x: [T, in] inputs, scaled.
+        format: format of the weights.
+    """
     size = format.group_size or w.shape[1]
     chosen = []
     for part, inputs in zip(w.split(size, dim=1), x.split(size, dim=1), strict=True):
@@ -117,6 +148,6 @@ def best_clip(w: Tensor, x: Tensor, format: Format) -> Tensor:
 
 
 def clamp(w: Tensor, limit: Tensor, format: Format) -> Tensor:
-    """w [out, in] held within +-limit [out, groups]."""
+    """Clamp each group of w [out, in] to +-limit, which is [out, groups]. `format` gives the group size."""
     wide = limit.repeat_interleave(format.group_size or w.shape[1], dim=1)[:, : w.shape[1]]
     return torch.clamp(w, -wide, wide)

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., ICLR 2023): weights rounded column by column, each error made up for by the columns behind."""
+"""GPTQ: weights are rounded column by column, and later columns compensate for the errors of earlier ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,27 @@ from qapbench import Block, CalibratedPTQ, Calibration, CalibrationResult, Forma
 @ptq("gptq")
 @dataclass(frozen=True)
 class GPTQ(CalibratedPTQ):
-    """Weights by GPTQ, block by block, each block seeing the quantized ones in front; activations as `rtn`.
+    """Round weights column by column so that ||(W - Q) X||^2 is small, where X are the linear's inputs.
 
-    Columns are taken in their order (no activation order). A group's range is that of its weights when its first
-    column is reached, all corrections included; the released code leaves out those of the current `block`, which
-    matters where a group is smaller. `static_groups` takes the ranges of the original weights instead.
+    After a column is rounded, the columns not yet rounded are changed so that they compensate for its error in the
+    least-squares sense. Columns are taken in their own order (no activation order). The model is calibrated block by
+    block, and each block sees the inputs that the quantized blocks before it produce. Activations are rounded
+    dynamically, as in `rtn`.
+
+    Two things differ from the released code. By default the range of a group is that of its weights when its first
+    column is reached, with all corrections so far; the released code leaves out the corrections of the current block of
+    columns, which matters if groups are smaller than a block. If X X^T is not definite, the damping grows tenfold until
+    it is.
+
+    Attributes:
+        damping: what is added to the diagonal of X X^T, as a fraction of its mean diagonal. The release has 0.01.
+        block: columns whose corrections are applied to all later columns at once. It affects the speed, and the
+            result only by rounding. The release has 128.
+        static_groups: whether the ranges of groups are those of the original weights instead. The release's default is
+            false.
+
+    Source:
+        GPTQ (Frantar et al., ICLR 2023), algorithm 1.
     """
 
     damping: Fraction = 0.01
@@ -48,9 +64,19 @@ class GPTQ(CalibratedPTQ):
         return LinearPlan(found["weight"].to if weights else None, activations)
 
     def solve(self, weight: Tensor, gram: Tensor, format: Format, grids: list[Grid] | None = None) -> Tensor:
-        """The quantized weight [out, in] that approaches W X in the least squares; `gram` is X X^T [in, in].
+        """Round a weight so that its product with the inputs X changes little.
 
-        `grids` are those of the groups where they are known already.
+        Args:
+            weight: [out, in].
+            gram: [in, in], X X^T.
+            format: format of the weight.
+            grids: levels of each group of columns, if they are known already; None takes them from the weight.
+
+        Returns:
+            The rounded weight [out, in], in the dtype of `weight`.
+
+        Raises:
+            ArithmeticError: `gram` is not finite.
         """
         w, width = weight.float().clone(), weight.shape[1]
         dead = gram.diagonal() == 0
@@ -66,7 +92,7 @@ class GPTQ(CalibratedPTQ):
             errors = w.new_zeros(len(w), stop - start)
             for column in range(start, stop):
                 if column % size == 0 and not known:
-                    # Columns of this group beyond the block still lack its corrections.
+                    # Columns of this group after the block have not got the block's corrections yet.
                     ahead = w[:, column : column + size].clone()
                     if column + size > stop:
                         ahead[:, stop - column :] -= errors @ upper[start:stop, stop : column + size]
@@ -80,7 +106,17 @@ class GPTQ(CalibratedPTQ):
 
 
 def inverse_root(gram: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of (gram + damping * mean diagonal)^-1; damped tenfold where that is not definite."""
+    """Compute the upper Cholesky factor of (gram + damping * mean diagonal * I)^-1.
+
+    As long as the sum is not positive definite, the damping grows tenfold.
+
+    Args:
+        gram: [in, in], symmetric.
+        damping: a fraction of the mean diagonal.
+
+    Raises:
+        ArithmeticError: no damping tried makes the sum positive definite, which means that `gram` is not finite.
+    """
     identity = torch.eye(len(gram), device=gram.device)
     damp = damping * gram.diagonal().mean()
     for _ in range(8):

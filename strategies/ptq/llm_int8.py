@@ -1,4 +1,4 @@
-"""LLM.int8() (Dettmers et al., NeurIPS 2022): int8 everywhere but in the input channels that hold outliers."""
+"""LLM.int8(): 8-bit integers everywhere, except in the input channels that hold outliers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +17,21 @@ INT8 = Format(bits=8, symmetric=True)
 @ptq("llm_int8")
 @dataclass(frozen=True)
 class LLMInt8(PTQ):
-    """W8A8 by row and token absmax; input channels with an element of at least `threshold` are left in full precision.
+    """Quantize weights and activations to int8, but keep input channels with outliers in full precision.
 
-    As in bitsandbytes both sides are rounded to float16 first, only the outlying elements themselves are left out
-    of a token's absmax, and outlier channels meet the dequantized int8 weight. There the channels are those of the
-    whole batch; here they are each sample's own (padding aside), so that no answer depends on its neighbours.
-    A threshold of 0 leaves nothing out.
+    Each weight row and each token has a symmetric scale from its largest magnitude. As in bitsandbytes, both sides are
+    rounded to float16 first, only the outlying elements themselves are left out of a token's largest magnitude, and
+    outlier channels are multiplied by the dequantized int8 weight.
+
+    One thing differs from bitsandbytes, where the outlier channels are those of the whole batch. Here each sample has
+    its own, and padding does not count, so that no answer depends on the other samples of its batch.
+
+    Attributes:
+        threshold: magnitude from which an element of the input is an outlier, which keeps its channel in full
+            precision. 0 keeps nothing in full precision. The paper has 6.0.
+
+    Source:
+        LLM.int8() (Dettmers et al., NeurIPS 2022).
     """
 
     threshold: Annotated[float, Field(ge=0)] = 6.0
@@ -49,7 +58,11 @@ class LLMInt8(PTQ):
 
 
 class Mixed(TokenActivation):
-    """Tokens in int8 but for the outlier channels of their sample."""
+    """Quantization of tokens to int8, except in the outlier channels of their sample.
+
+    Args:
+        threshold: magnitude from which an element is an outlier; 0 for no outliers.
+    """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -64,7 +77,10 @@ class Mixed(TokenActivation):
 
 
 def int8_rows(x: Tensor) -> Tensor:
-    """[..., D] to 255 levels of a row's absmax and back, by way of float16. Half to even, in float32."""
+    """Quantize each row of x [..., D] to 255 symmetric levels and dequantize it: same shape and dtype.
+
+    Values are rounded to float16 first, as in bitsandbytes. The rest is computed in float32; ties go to the even level.
+    """
     half = x.half().float()
     scale = half.abs().amax(dim=-1, keepdim=True)
     levels = (half * (TOP / torch.where(scale == 0, 1, scale))).round()

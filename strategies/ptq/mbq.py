@@ -1,4 +1,4 @@
-"""MBQ (Li et al., CVPR 2025): AWQ's search for scales, the error of visual tokens weighed by their gradients."""
+"""MBQ: AWQ's search for scales, with the errors of visual tokens weighted by their gradients."""
 
 import math
 import statistics
@@ -29,13 +29,23 @@ from .awq import scales
 @ptq("mbq")
 @dataclass(frozen=True)
 class MBQ(CalibratedPTQ):
-    """s = mean|x|^r / sqrt(max * min), r of 20 steps, by sum over text |error| + ratio * sum over vision |error|.
+    """Scale input channels as AWQ does, with the errors of visual tokens weighted by their gradients.
 
-    The ratio (eq. 7) is mean |gradient| at visual tokens over that at the caption's, where a sublayer ends (output
-    and down projection), and at least the median over the layers. Gradients are those of the samples' `labels`.
-    Errors are those of the smallest module that holds the linears, weights and activations rounded as in the run.
-    The published formats are symmetric rows for W and A, and for weights alone asymmetric groups of 128 with
-    `zero_point: clamped`. Where a block has no gradient (a vision tower, samples without an image) the ratio is 1.
+    The scales tried are AWQ's, s = mean|x|^r / sqrt(max * min) for 20 exponents r. The one with the least sum of
+    |error| over text tokens plus ratio times the sum of |error| over visual tokens is taken. The error is that of the
+    smallest module that contains the linears which read the same input, with weights and activations rounded as in the
+    run.
+
+    The ratio (eq. 7) is the mean |gradient| at visual tokens over the mean |gradient| at the tokens of the answer (in
+    the paper, of the caption). It is measured where a sublayer ends (output and down projection), and is at least its
+    median over the layers. Gradients are those of the loss on the samples' `labels`. If a block has no gradients, as in
+    a vision tower or for samples without an image, the ratio is 1.
+
+    The published formats are symmetric rows for weights and activations, and, for weights alone, asymmetric groups of
+    128 with `zero_point: clamped`. Weights are not clipped.
+
+    Source:
+        MBQ (Li et al., CVPR 2025), eq. 7 for the ratio.
     """
 
     def calibrate(
@@ -68,12 +78,21 @@ class MBQ(CalibratedPTQ):
 
 
 def ratio_of(gradient: Gradient) -> float:
-    """Vision over caption; NaN where either is missing."""
+    """Compute the mean |gradient| at visual tokens over that at the answer's tokens; NaN if either is missing."""
     return gradient.vision / gradient.answer if gradient.answer > 0 else math.nan
 
 
 def ends(groups: list[Group]) -> list[str]:
-    """For each group the linear with which its sublayer ends: the last one of the module that holds both."""
+    """Find, for each group of a block, the linear with which its sublayer ends.
+
+    A sublayer consists of the consecutive groups whose last linears belong to the same module.
+
+    Args:
+        groups: groups in the order of a forward pass.
+
+    Returns:
+        One name per group.
+    """
     last = [list(group.linears)[-1] for group in groups]
     for place in range(len(last) - 2, -1, -1):
         if parent(last[place]) == parent(last[place + 1]):
@@ -82,11 +101,12 @@ def ends(groups: list[Group]) -> list[str]:
 
 
 def parent(name: str) -> str:
+    """Name of the module that contains the module `name`."""
     return name.rpartition(".")[0]
 
 
 def kind(name: str) -> str:
-    """What a linear's name says without its layer's number: the same in every layer."""
+    """A linear's name without numbers, which is the same in every layer."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
@@ -98,7 +118,16 @@ def search(
     weights: Format | None,
     activations: Format | None,
 ) -> Tensor:
-    """[in]: of the grid, the scale with which the quantized linears change the module's output least."""
+    """Find the scale [in] with which quantizing the linears changes the block's output least.
+
+    Args:
+        block: the smallest module that contains the linears, with its inputs.
+        linears: linears that read the same input, by name.
+        mean: [in] mean absolute value of each channel of that input.
+        ratio: weight of the errors of visual tokens, relative to text tokens.
+        weights: format of the weights; None leaves them as they are.
+        activations: format of the activations; None leaves them as they are.
+    """
     wanted = [output.to("cpu") for output in block.outputs()]
     best, least = torch.ones_like(mean), math.inf
     for scale in scales(mean):
@@ -114,6 +143,13 @@ def search(
 
 
 def weighed(error: Tensor, vision: Tensor, valid: Tensor, ratio: float) -> float:
-    """Sum of |error| [..., D] over valid tokens, those of images times `ratio`."""
+    """Sum the absolute errors over valid tokens, with visual tokens weighted by `ratio`.
+
+    Args:
+        error: [..., D].
+        vision: True for visual tokens, one value for each row of `error`.
+        valid: True for tokens that are not padding, in the same shape.
+        ratio: weight of visual tokens.
+    """
     size = error.abs().sum(dim=-1).flatten()
     return float((size * valid * torch.where(vision, ratio, 1.0)).sum())

@@ -1,4 +1,4 @@
-"""MQuant (Yu et al., ACM MM 2025): rotated, static scales for each modality, tokens put in order of modality."""
+"""MQuant: rotated inputs, and static activation scales for visual and text tokens apart."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,22 +27,40 @@ from qapbench import (
 
 from .gptq import GPTQ
 
-SHRINK = 80  # steps of the search for a weight's range, of which
-LEAST = 0.2  # is the smallest share that is tried
-NORM = 2.4  # the error's exponent, as GPTQ's code has it
+SHRINK = 80  # steps into which a weight's range is divided in the search for the best share of it
+LEAST = 0.2  # smallest share of the range that is tried, exclusive
+NORM = 2.4  # exponent of the error in that search, as in GPTQ's code
 
 
 @ptq("mquant")
 @dataclass(frozen=True)
 class MQuant(CalibratedPTQ):
-    """x -> R x with R a Hadamard transform; weights by GPTQ or rounding in clipped ranges; static activation scales.
+    """Rotate inputs, round weights by GPTQ in clipped ranges, and give visual and other tokens static scales.
 
-    MSQ (section 3.2): each linear has one range for visual tokens and one for all others, both from calibration.
-    AIFS (section 3.3) puts the visual tokens in front, so that a kernel needs two scales for two slices. It permutes
-    causal attention's rows and columns and leaves every answer as it is; `modality_first` does it and the tests show
-    it. In a simulation each token simply takes its modality's scale. A modality that calibration never showed
-    takes the other's. Activations have to be of the granularity `tensor`. The release folds R into the weights in
-    front where it can; here it stays at the linear, so a norm's weight comes before R and not after.
+    The input becomes R x, where R is a Hadamard transform with random signs, and the weight W R^T. The range of each
+    group of weights is shrunk to the share of it with the least sum of |error|^2.4.
+
+    Modality-specific static quantization (MSQ, section 3.2): each linear has one activation range for visual tokens and
+    one for all others, both from calibration. A modality that calibration never showed takes the other's range.
+    Activations must have the granularity `tensor`.
+
+    Attention-invariant flexible switching (AIFS, section 3.3) moves the visual tokens to the front, so that a kernel
+    can apply the two scales to two slices. It permutes rows and columns of causal attention and changes no answer,
+    which a test shows. It is therefore left out here: in a simulation, each token simply takes the scale of its
+    modality.
+
+    One thing differs from the released code. It folds R into the weights before the linear if it can; here R stays at
+    the linear, so a norm's weight is applied before R and not after it.
+
+    Attributes:
+        rounding: how weights are rounded. "gptq" compensates for errors as the method `gptq` does; "rtn" rounds to
+            nearest. The release offers both and takes GPTQ by default.
+        damping: for "gptq", what is added to the diagonal of X X^T, as a fraction of its mean diagonal. The release has
+            0.01.
+        seed: seed of the random R. Linears of the same input width have the same R.
+
+    Source:
+        MQuant (Yu et al., ACM MM 2025), sections 3.2 and 3.3.
     """
 
     rounding: Literal["gptq", "rtn"] = "gptq"
@@ -79,7 +97,16 @@ class MQuant(CalibratedPTQ):
         return LinearPlan(found["weight"].to if weights else None, static, transform)
 
     def rounded(self, w: Tensor, gram: Tensor | None, format: Format) -> Tensor:
-        """w [out, in] on the format's levels, in clipped ranges; with a `gram` [in, in] errors are made up for."""
+        """Round a weight to the levels of a format, in clipped ranges.
+
+        Args:
+            w: [out, in] weight, rotated.
+            gram: [in, in], X X^T of the rotated inputs, for rounding by GPTQ; None rounds to nearest.
+            format: format of the weight.
+
+        Returns:
+            The rounded weight [out, in].
+        """
         parts = w.split(format.group_size or w.shape[1], dim=1)
         grids = [clipped(part, format) for part in parts]
         if gram is not None:
@@ -87,12 +114,17 @@ class MQuant(CalibratedPTQ):
         return torch.cat([grid(part) for grid, part in zip(grids, parts, strict=True)], dim=1)
 
     def rotation(self, linear: nn.Linear) -> Rotation:
+        """The rotation of a linear's input."""
         return Rotation.random(linear.in_features, self.seed)
 
 
 @dataclass(frozen=True)
 class Rotated(Transform):
-    """W x = (W R^T) (R x)."""
+    """Rotation of a linear's input and weight, which leaves their product as it is: W x = (W R^T) (R x).
+
+    Attributes:
+        rotation: R.
+    """
 
     rotation: Rotation
 
@@ -104,7 +136,11 @@ class Rotated(Transform):
 
 
 class Ranges:
-    """Lowest and highest value of the rotated input, over the tokens of each modality."""
+    """Observer of a linear's rotated input: its lowest and highest value over the tokens of each modality.
+
+    Args:
+        rotation: applied to the input.
+    """
 
     def __init__(self, rotation: Rotation) -> None:
         self.rotation = rotation
@@ -117,17 +153,19 @@ class Ranges:
 
     @property
     def found(self) -> dict[str, Tensor]:
-        """[2] of each modality."""
+        """Lowest and highest value [2] of "vision" and "text". A modality never seen has the values of the other."""
         seen = {name: torch.stack(ends) for name, ends in self.ends.items() if ends}
         both = {name: torch.stack([ends[:, 0].min(), ends[:, 1].max()]) for name, ends in seen.items()}
         return {name: both.get(name, next(iter(both.values()))) for name in self.ends}
 
 
 class ByModality(TokenActivation):
-    """One static scale for visual tokens, one for all others.
+    """Quantization with one static scale for visual tokens and one for all others.
 
     Args:
-        vision, text: [2], the range of each.
+        format: supplies the convention for levels.
+        vision: [2], lowest and highest value of visual tokens.
+        text: [2], lowest and highest value of all other tokens.
     """
 
     def __init__(self, format: Format, vision: Tensor, text: Tensor) -> None:
@@ -141,26 +179,8 @@ class ByModality(TokenActivation):
         return grid._replace(scale=grid.scale.to(device), zero=grid.zero.to(device))
 
 
-def modality_first(vision: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """AIFS: an order with the visual tokens in front, and the attention mask with which it changes nothing.
-
-    Args:
-        vision, valid: [B, L] bool.
-
-    Returns:
-        order [B, L], the place from which each token comes: gather embeddings and position ids with it, and scatter
-        outputs back; mask [B, 1, L, L] bool, True where the token of a row may look at that of a column, which stood
-        before it.
-    """
-    order = (~vision).to(torch.int8).argsort(dim=-1, stable=True)
-    seen = valid.gather(1, order).unsqueeze(1)
-    causal = order.unsqueeze(1) <= order.unsqueeze(2)
-    itself = torch.eye(vision.shape[1], dtype=torch.bool, device=vision.device)  # a padded row may not be empty
-    return order, ((causal & seen) | itself).unsqueeze(1)
-
-
 def clipped(w: Tensor, format: Format) -> Grid:
-    """The grid of each row of w whose range, shrunk by a share of its own, loses least: sum |error|^2.4."""
+    """Find the levels of each row of w [out, G]: its range, shrunk to the share with the least sum of |error|^2.4."""
     low, high = w.amin(dim=1, keepdim=True), w.amax(dim=1, keepdim=True)
     best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
     for step in range(int(SHRINK * (1 - LEAST))):

@@ -1,4 +1,4 @@
-"""OmniQuant (Shao et al., ICLR 2024): clipping of weights and an equivalent transformation, both learned by block."""
+"""OmniQuant: the clipping of weights and the scales between input and weight are learned, block by block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,21 +22,38 @@ from qapbench import (
     ptq,
 )
 
-CLIP = 4.0  # before the sigmoid: 0.982 of the range
-FLOOR = 1e-5
+CLIP = 4.0  # initial clipping strength before the sigmoid, which makes it 0.982 of the range
+FLOOR = 1e-5  # smallest scale
 Rate = Annotated[float, Field(gt=0)]
 
 
 @ptq("omniquant")
 @dataclass(frozen=True)
 class OmniQuant(CalibratedPTQ):
-    """min || F(W, X) - F(Q(W s; g, b), Q(X / s)) ||^2 over clipping strengths g, b and scales s, a block at a time.
+    """Learn clipping strengths and channel scales of each block, then round to nearest.
 
-    Learned weight clipping (eq. 2): each group's range is [sigmoid(b) min, sigmoid(g) max]. Learned equivalent
-    transformation (eq. 3): a scale for each channel in front of a linear, begun at max|x|^alpha / max|W|^(1-alpha);
-    only where activations are quantized, as published. AdamW, a sample a step. F is the block in full precision on
-    full-precision inputs; the quantized one sees what quantized blocks made. Defaults are those of W4A4. Left out:
-    the shift (absent for LLaMA in the release too) and the scale between queries and keys.
+    For each block, ||F(W, X) - F(Q(W s; g, b), Q(X' / s))||^2 is minimised over clipping strengths g, b and scales s,
+    by AdamW with one sample per step. F is the block and X its inputs in full precision; X' are the inputs that the
+    quantized blocks before it produce.
+
+    Learned weight clipping (eq. 2): the range of each group of weights is [sigmoid(b) min, sigmoid(g) max]. Learned
+    equivalent transformation (eq. 3): each input channel of a linear has a scale, which starts at
+    max|x|^alpha / max|W|^(1 - alpha). As published, scales are learned only if activations are quantized.
+
+    Three things differ from the released code. Scales stay at the input, so all linears have them, down projections
+    too. There is no shift of activations, which the release does not use for LLaMA either. There is no scale between
+    queries and keys.
+
+    Attributes:
+        epochs: passes over the calibration samples per block. 0 learns nothing and keeps the initial values.
+            The release's script for Llama-2-7B at W4A4 has 20.
+        lwc_lr: learning rate of the clipping strengths. The release has 1e-2.
+        let_lr: learning rate of the scales. The release's script for Llama-2-7B at W4A4 has 1e-3.
+        alpha: exponent of the input's largest magnitude in the initial scales; the weight's has 1 - alpha. The
+            release's script for Llama-2-7B at W4A4 has 0.75.
+
+    Source:
+        OmniQuant (Shao et al., ICLR 2024), eq. 2 and 3.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 20
@@ -51,7 +68,8 @@ class OmniQuant(CalibratedPTQ):
         weights: Format | None,
         activations: Format | None,
     ) -> CalibrationResult:
-        before, exact = "", list[Tensor]()  # the latest block's list of layers, and what it answered in full precision
+        # List of layers that the latest block belongs to, and the block's outputs in full precision.
+        before, exact = "", list[Tensor]()
 
         def find(block: Block) -> CalibrationResult:
             nonlocal before, exact
@@ -69,7 +87,12 @@ class OmniQuant(CalibratedPTQ):
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, activations))
 
     def start(self, block: Block, inputs: Mapping[str, AbsMaxObserver]) -> dict[str, Tensor]:
-        """The scale [in] that each linear begins with; linears that read one input share one tensor."""
+        """Compute the initial scale [in] of each linear. Linears that read the same input share one tensor.
+
+        Args:
+            block: the block.
+            inputs: largest magnitude of each input channel, by name of the linear.
+        """
         scales: dict[str, Tensor] = {}
         for group in block.groups():
             x = inputs[next(iter(group.linears))].value.clamp(min=FLOOR)
@@ -89,7 +112,15 @@ class OmniQuant(CalibratedPTQ):
 
 
 class Learner:
-    """The parameters of one block and how they are fitted."""
+    """The learned parameters of one block, and their optimisation.
+
+    Args:
+        block: the block, with the inputs that the quantized blocks before it produce.
+        linears: its linears, by name.
+        scales: initial scales [in], by name of the linear; empty if none are learned.
+        weights: format of the weights; None leaves them as they are.
+        activations: format of the activations; None leaves them as they are.
+    """
 
     def __init__(
         self,
@@ -111,6 +142,17 @@ class Learner:
         return high, low
 
     def fit(self, wanted: list[Tensor], epochs: int, lwc_lr: float, let_lr: float) -> None:
+        """Minimise the squared error of the quantized block's output.
+
+        Args:
+            wanted: output of the block in full precision, for each sample.
+            epochs: passes over the samples.
+            lwc_lr: learning rate of the clipping strengths.
+            let_lr: learning rate of the scales.
+
+        Raises:
+            ArithmeticError: the loss is not finite.
+        """
         clips = [parameter for pair in self.clips.values() for parameter in pair]
         scales = list({id(scale): scale for scale in self.scales.values()}.values())
         learned = [*clips, *scales]
@@ -126,7 +168,7 @@ class Learner:
                     )
                     if not torch.isfinite(loss):
                         raise ArithmeticError(f"{self.block.name}: the loss is not finite; lower lwc_lr and let_lr")
-                    # Not `backward`, which would leave gradients at the model's own parameters.
+                    # `backward` would leave gradients at the model's own parameters.
                     for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
                         parameter.grad = gradient
                     optimizer.step()
@@ -135,15 +177,16 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
+        """Device of the block."""
         return next(self.block.module.parameters()).device
 
     def counts(self, index: int) -> Tensor:
-        """Tokens of a sample that are no padding, to index its output with."""
+        """Mask of a sample's tokens that are not padding, to index its output with."""
         tokens = self.block.passes[index].tokens
         return torch.tensor(True, device=self.device) if tokens is None else tokens.valid.to(self.device)
 
     def output(self, index: int) -> Tensor:
-        """What the quantized block makes of its quantized input; gradients reach clips and scales."""
+        """Run the quantized block on its input for a sample. Gradients reach clipping strengths and scales."""
         hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
         try:
             return self.block.forward(self.block.passes[index], {name: self.weight(name) for name in self.linears})
@@ -152,6 +195,7 @@ class Learner:
                 hook.remove()
 
     def weight(self, name: str) -> Tensor:
+        """The scaled, clipped and rounded weight [out, in] of a linear, as a function of what is learned."""
         original = self.linears[name].weight.detach()
         w = original.float() * self.scales[name] if name in self.scales else original.float()
         new = clip_quantize(w, *self.clips[name], self.weights) if self.weights else w
@@ -167,6 +211,7 @@ class Learner:
         return quantize
 
     def found(self) -> CalibrationResult:
+        """What was learned: "scale" [in], "high" and "low" [out, groups] of each linear that has them."""
         found: CalibrationResult = {name: {} for name in self.linears}
         for name, scale in self.scales.items():
             if name in found:
@@ -177,7 +222,17 @@ class Learner:
 
 
 def clip_quantize(w: Tensor, high: Tensor, low: Tensor, format: Format) -> Tensor:
-    """w [out, in] in ranges [sigmoid(low) min, sigmoid(high) max], both [out, groups]; differentiable in all three."""
+    """Quantize and dequantize a weight in ranges [sigmoid(low) min, sigmoid(high) max], differentiably.
+
+    Args:
+        w: [out, in].
+        high: [out, groups] clipping strengths of the upper ends, before the sigmoid.
+        low: [out, groups] clipping strengths of the lower ends.
+        format: format of the weight.
+
+    Returns:
+        [out, in] float32.
+    """
     parts, start = [], 0
     for part in grouped(w.float(), format.group_size):
         stop = start + part.shape[1]

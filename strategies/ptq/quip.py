@@ -1,4 +1,4 @@
-"""QuIP (Chee et al., NeurIPS 2023): weights made incoherent by rotations, then rounded with linear feedback (LDLQ)."""
+"""QuIP: weights are made incoherent by rotations and then rounded with linear feedback (LDLQ)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,19 +23,30 @@ from qapbench import (
     ptq,
 )
 
-COLUMNS = 128  # rounded before their feedback is added to all behind
+COLUMNS = 128  # columns that are rounded before their feedback is added to all later ones at once
 
 
 @ptq("quip")
 @dataclass(frozen=True)
 class QuIP(CalibratedPTQ):
-    """W -> U W V^T and H -> V H V^T with random orthogonal U, V; columns rounded in turn, each fed the errors so far.
+    """Rotate weights on both sides, then round them column by column with feedback of the errors so far.
 
-    Column k becomes Q(W_k + (W - Q)_<k a_k) with H = (A + I) D (A + I)^T, A strictly upper triangular (eq. 2, 4).
-    The method is weight-only; activations asked for are rounded as the product sees them, rotated. Levels are the
-    format's, of each rotated row or group (the paper: one range of the matrix from its Frobenius norm); the paper's
-    rescaling of the diagonal of H and its greedy second passes are left out. U and V are Hadamard transforms with
-    random signs (the paper: Kronecker products of two orthogonal matrices; the Hadamard transform is QuIP#'s).
+    With random orthogonal U and V, the weight becomes U W V^T and the inputs' second moment H = X X^T becomes V H V^T.
+    Column k is then rounded to Q(W_k + (W - Q)_<k a_k), where a_k is column k of the strictly upper triangular A in
+    H = (A + I) D (A + I)^T (eq. 2 and 4). The method is for weights only. If activations are quantized too, they are
+    rounded as the product sees them, which is rotated.
+
+    Three things differ from the paper. Levels are those of the format, for each rotated row or group; the paper has one
+    range for the whole matrix, from its Frobenius norm. The paper's rescaling of the diagonal of H and its greedy
+    second passes are left out. U and V are Hadamard transforms with random signs, as in QuIP#; the paper takes
+    Kronecker products of two orthogonal matrices.
+
+    Attributes:
+        damping: what is added to the diagonal of H, as a fraction of its mean diagonal. The release has 0.01.
+        seed: seed of the random rotations. Each linear in scope has its own two.
+
+    Source:
+        QuIP (Chee et al., NeurIPS 2023), eq. 2 and 4.
     """
 
     damping: Fraction = 0.01
@@ -72,7 +83,13 @@ class QuIP(CalibratedPTQ):
 
 
 class Incoherent(Transform):
-    """Input and output of a linear in other bases: y = U^T (U W V^T) (V x) + bias."""
+    """Rotation of a linear's input and output, which leaves its function as it is: y = U^T (U W V^T) (V x) + bias.
+
+    Args:
+        ins: V, the rotation of the input.
+        outs: U, the rotation of the output.
+        bias: [out], the linear's bias; None if it has none.
+    """
 
     def __init__(self, ins: Rotation, outs: Rotation, bias: Tensor | None = None) -> None:
         self.ins, self.outs, self.bias = ins, outs, bias
@@ -84,13 +101,23 @@ class Incoherent(Transform):
         return self.outs(self.ins(w).mT).mT.contiguous()
 
     def output(self, y: Tensor) -> Tensor:
-        """The linear has added its bias already, which belongs behind U^T."""
+        """Rotate the output back. The linear has already added its bias, which belongs after U^T."""
         bias = 0 if self.bias is None else self.bias.to(y.device).float()
         return self.outs.inverse(y.float() - bias) + bias
 
 
 def ldlq(w: Tensor, gram: Tensor, format: Format, damping: float) -> Tensor:
-    """w [out, in] on the format's levels, rounded column by column with the feedback that is best for `gram`."""
+    """Round a weight column by column with linear feedback (LDLQ).
+
+    Args:
+        w: [out, in] weight, rotated.
+        gram: [in, in], the second moment H of the rotated inputs.
+        format: format of the weight.
+        damping: what is added to the diagonal of `gram`, as a fraction of its mean diagonal.
+
+    Returns:
+        The rounded weight [out, in].
+    """
     width, size = w.shape[1], format.group_size or w.shape[1]
     feedback = upper_unit(gram, damping)
     grids = [Grid.of(part, format) for part in w.split(size, dim=1)]
@@ -106,8 +133,14 @@ def ldlq(w: Tensor, gram: Tensor, format: Format, damping: float) -> Tensor:
 
 
 def upper_unit(gram: Tensor, damping: float) -> Tensor:
-    """A + I of gram + damping * mean diagonal = (A + I) D (A + I)^T: upper triangular, ones on its diagonal."""
+    """Factorise H = (A + I) D (A + I)^T and return A + I [in, in], upper triangular with ones on its diagonal.
+
+    Args:
+        gram: [in, in], H without the damping.
+        damping: what is added to the diagonal of `gram`, as a fraction of its mean diagonal.
+    """
     identity = torch.eye(len(gram), device=gram.device, dtype=torch.float64)
     damped = gram.double() + damping * gram.double().diagonal().mean().clamp(min=1e-12) * identity
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)  # the lower factor of the reversed matrix
+    # With rows and columns reversed, the lower factor is the upper one.
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     return (upper / upper.diagonal()).to(gram.dtype)

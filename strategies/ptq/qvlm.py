@@ -1,4 +1,4 @@
-"""Q-VLM (Wang et al., NeurIPS 2024) as its authors released it: NF4 weights, 4-bit activations, a scale a channel."""
+"""Q-VLM as its authors released it: NF4 weights, and 4-bit activations with one range per channel."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,23 +25,38 @@ from qapbench import (
 
 NF4 = Format(bits=4, group_size=64)
 CHANNEL = Format(bits=4, granularity="channel", zero_point="free")
-SHARES = 7  # of a static range that are tried: 1.0, 0.9, ..., 0.4
-EPSILON = 1e-7
+SHARES = 7  # number of shares of a static range that are tried: 1.0, 0.9, ..., 0.4
+EPSILON = 1e-7  # keeps the logarithm of the entropy finite
 
 
 @ptq("qvlm")
 @dataclass(frozen=True)
 class QVLM(CalibratedPTQ):
-    """NF4 in blocks of 64 with quantized scales; activations in 16 levels of each channel's range over the tokens.
+    """Quantize weights to NF4, and activations to 16 levels of each channel's range over the tokens.
 
-    Linears behind a norm whose width is the model's have static ranges, which reach zero and come from calibration;
-    output and down projections take those of the prefill. Either grows by what is decoded behind it. Padding enters
-    no range, and each sample has its own (the release has one for a batch).
+    Weights are NF4 in blocks of 64 with quantized scales. Activation ranges of linears that read a norm's output are
+    static: they contain zero and come from calibration. All other linears, the output and down projections, take the
+    range of the prompt (prefill). Both kinds of range grow by every token that is generated.
 
-    Calibration is sequential, activations quantized in the blocks in front. The paper's entropy-based partition is
-    only a gate there: a range is updated where the linear before had an entropy of at least `entropy` on that sample,
-    in each `period`-th block, and at a linear's first sample. Of shares 1.0 to 0.4 of a range the last `searched`
-    samples with images choose the one with the least mean |error|^0.5.
+    Calibration goes block by block, with the activations of earlier blocks quantized. The paper's entropy-based
+    partition of the model is only a gate in the released code, and so it is here. A sample updates the range of a
+    linear if it is the first one, in each `period`-th block, and if the input of the linear before had a
+    high entropy on this sample. After that, of the shares 1.0, 0.9 to 0.4 of a range the one with the least mean
+    |error|^0.5 is taken.
+
+    One thing differs from the released code, in which a batch has one range. Here each sample has its own, and padding
+    does not enter it.
+
+    Attributes:
+        entropy: entropy of the input of the linear before from which a sample updates a range. It is the mean over
+            channels of -sum a log a, where a is |x| with each channel at unit length over the tokens. The release has
+            37.
+        period: number of blocks from one that updates its ranges on every sample to the next, starting with the first
+            block. The release has 3.
+        searched: number of samples, the last ones with an image, on which the shares of a range are compared.
+
+    Source:
+        Q-VLM (Wang et al., NeurIPS 2024), as in the released code (ChangyuanWang17/QVLM).
     """
 
     entropy: float = 37.0
@@ -83,7 +98,11 @@ class QVLM(CalibratedPTQ):
 
 
 class RunningRange(TokenActivation):
-    """A range for each channel of each sample: static or the prefill's, then widened by every decoded token."""
+    """Quantization with one range per channel and sample, which every generated token widens.
+
+    Args:
+        static: lowest and highest values, each [in], with which every sequence starts; None takes those of its prompt.
+    """
 
     def __init__(self, static: tuple[Tensor, Tensor] | None = None) -> None:
         self.static = static
@@ -105,11 +124,13 @@ class RunningRange(TokenActivation):
 
 @dataclass
 class Gate:
-    """Whether a sample updates a linear's range.
+    """Decides whether a sample updates the range of a linear.
 
     Attributes:
-        block: number of the block under way, from 1.
-        entropies: of the latest linear's quantized input, by sample.
+        entropy: entropy of the latest linear's input from which a sample does.
+        period: number of blocks from one in which all samples do to the next.
+        block: number of the current block, counted from 1.
+        entropies: entropy of the latest linear's quantized input, by sample.
     """
 
     entropy: float
@@ -118,14 +139,22 @@ class Gate:
     entropies: dict[int, float] = field(default_factory=dict)
 
     def opens(self, sample: int) -> bool:
+        """Whether the sample of this index updates the range. The first one always does."""
         return sample == 0 or (self.block - 1) % self.period == 0 or self.entropies.get(sample, 0.0) >= self.entropy
 
 
 class StaticRange:
-    """Gathers one linear's range over samples, and which share of it is best.
+    """Observer of a linear's input: its range over the samples, and the best share of it.
+
+    Args:
+        gate: decides which samples update the range.
+        searched: indices of the samples on which shares of the range are compared.
 
     Attributes:
-        low, high: [in].
+        sample: index of the next sample.
+        low: [in] lowest values, at most 0.
+        high: [in] highest values, at least 0.
+        rows: inputs [T, in] of the samples in `searched`, in host memory.
     """
 
     def __init__(self, gate: Gate, searched: list[int]) -> None:
@@ -147,6 +176,8 @@ class StaticRange:
         self.sample += 1
 
     def best(self) -> Mapping[str, Tensor]:
+        """The range, "low" and "high" [in], shrunk to the share of it with the least mean |error|^0.5."""
+
         def loss(share: float) -> float:
             grid = CHANNEL.levels.grid(self.low * share, self.high * share)
             return sum(float((grid(x) - x).abs().sqrt().mean()) for x in (r.to(self.low).float() for r in self.rows))
@@ -156,6 +187,10 @@ class StaticRange:
 
 
 def entropy(x: Tensor) -> float:
-    """Of |x| [T, in], each channel at unit length over the tokens: mean over channels of -sum a log a."""
+    """Compute the mean over channels of -sum a log a, where a is |x| with each channel at unit length over the tokens.
+
+    Args:
+        x: [T, in].
+    """
     a = normalize(x.abs(), dim=0)
     return float(-(a * (a + EPSILON).log()).sum(dim=0).mean())

@@ -1,4 +1,4 @@
-"""Round to nearest."""
+"""Rounding to nearest, the baseline of all other methods."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,13 @@ from qapbench import PTQ, Format, LinearPlan, ptq
 @ptq("rtn")
 @dataclass(frozen=True)
 class RTN(PTQ):
-    """Rounds every weight to the nearest level of its format; activations dynamically, token by token."""
+    """Round every weight to the nearest level of its format, and activations dynamically.
+
+    Ranges of activations are those of the values at hand: of each token, or of each sample if the format says so.
+
+    Source:
+        No paper. The usual definition.
+    """
 
     weight_granularities = ("row", "channel", "tensor")
 

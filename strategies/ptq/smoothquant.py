@@ -1,4 +1,4 @@
-"""SmoothQuant (Xiao et al., ICML 2023, eq. 4): outlier channels of activations moved into the weights."""
+"""SmoothQuant: outlier channels of the activations are moved into the weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +18,24 @@ from qapbench import (
     ptq,
 )
 
-FLOOR = 1e-5
+FLOOR = 1e-5  # smallest scale, and smallest magnitude of a weight column in it
 
 
 @ptq("smoothquant")
 @dataclass(frozen=True)
 class SmoothQuant(CalibratedPTQ):
-    """s = max|x|^alpha / max|W|^(1 - alpha) for each channel that a norm gives to linears; x / s and W s are rounded.
+    """Divide each input channel by a scale from calibration, multiply the weight's column by it, and round both.
 
-    Linears behind anything but a norm (attention output, down projection) are rounded as they are.
+    The scale of a channel is s = max|x|^alpha / max|W|^(1 - alpha). Only linears that read the output of a norm are
+    scaled. The others, the output and down projections, are rounded as they are. Activations are rounded dynamically,
+    as in `rtn`.
+
+    Attributes:
+        alpha: exponent of the input's largest magnitude; the weight's has 1 - alpha. Larger values move more of the
+            difficulty from the activations to the weights. The paper has 0.5.
+
+    Source:
+        SmoothQuant (Xiao et al., ICML 2023), eq. 4.
     """
 
     alpha: Fraction = 0.5
@@ -41,6 +50,7 @@ class SmoothQuant(CalibratedPTQ):
         return calibration.block_by_block(linears, self.scales)
 
     def scales(self, block: Block) -> CalibrationResult:
+        """Compute the "scale" [in] of each linear of a block that reads a norm's output."""
         inputs = block.observe(lambda _: AbsMaxObserver())
         found: CalibrationResult = {}
         for group in block.groups():

@@ -1,4 +1,4 @@
-"""W4A4 as QAPruner (arXiv 2604.02816) describes it."""
+"""W4A4 in groups of 128, as QAPruner describes it."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,12 @@ G128 = Format(bits=4, group_size=128)
 @ptq("w4a4-g128")
 @dataclass(frozen=True)
 class W4A4G128(RTN):
-    """`rtn` in one format on both sides: 4 bit, asymmetric, groups of 128 channels.
+    """Round weights and activations to nearest in one format: 4 bits, asymmetric, groups of 128 channels.
 
-    That is the paper's text; the released code that it builds on does something else, which is `qvlm`.
+    This is what the paper describes. The released code on which the paper builds does something else, which is `qvlm`.
+
+    Source:
+        QAPruner (arXiv 2604.02816), the text of the paper.
     """
 
     formats = (G128, G128)

@@ -1,12 +1,16 @@
 """Every registered item documents itself and refuses wrong parameters readably."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from qapbench import UserError
+from qapbench.cli.items import show
 from qapbench.methods.kinds import KINDS
+from qapbench.methods.registry import Registry
+from qapbench.spec.spec_file import load_spec
 
 ITEMS = [pytest.param(kind, name, id=f"{kind}-{name}") for kind, reg in KINDS.items() for name in reg.names()]
 
@@ -33,6 +37,18 @@ def outside(schema: dict[str, Any]) -> list[Any]:
     return values
 
 
+def undocumented(described: dict[str, Any]) -> list[str]:
+    """What the documentation of a described item lacks."""
+    parameters = described["parameters"].items()
+    missing = [f"description of {key}" for key, schema in parameters if not schema.get("description", "").strip()]
+    return missing if described["source"].strip() else [*missing, "Source"]
+
+
+def toys() -> Registry[Any]:
+    """An empty registry of functions of one positional argument, or of classes."""
+    return Registry("toy", lambda entry, params: entry.target, positional=1)
+
+
 def test_every_kind_has_items() -> None:
     assert all(registry.names() for registry in KINDS.values())
 
@@ -49,6 +65,108 @@ def test_describes_itself(kind: str, name: str) -> None:
     source = KINDS[kind].entry(name).source
     assert source is not None
     assert source.is_file()
+
+
+@pytest.mark.parametrize("kind, name", ITEMS)
+def test_documents_its_parameters_and_its_source(kind: str, name: str) -> None:
+    assert undocumented(KINDS[kind].describe(name)) == []
+
+
+def test_the_controls_document_their_parameters_and_sources() -> None:
+    load_spec("controls")  # registers its plugin
+    for name in ("constant", "noise", "least_variance"):
+        assert undocumented(KINDS["metric"].describe(name)) == []
+
+
+@pytest.mark.parametrize("kind, name", ITEMS)
+def test_shown_with_its_parameters_and_its_source(kind: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    described = KINDS[kind].describe(name)
+    show(kind, name)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert described["doc"].partition("\n")[0] in printed
+    assert f"Source: {described['source']}" in printed
+    for key, schema in described["parameters"].items():
+        assert f" {key} " in printed
+        assert schema["description"][:20] in printed
+
+
+def test_missing_documentation_is_found() -> None:
+    items = toys()
+
+    @items.register("bare")
+    def bare(x: float, by: float = 2.0) -> float:
+        """Multiply a number."""
+        return x * by
+
+    @items.register("partly")
+    def partly(x: float, by: float = 2.0, times: int = 1) -> float:
+        """Multiply a number several times.
+
+        Args:
+            x: the number.
+            by: the factor,
+                on two lines.
+
+        Source:
+            The usual
+            definition.
+        """
+        return x * by**times
+
+    assert undocumented(items.describe("bare")) == ["description of by", "Source"]
+    described = items.describe("partly")
+    assert undocumented(described) == ["description of times"]
+    assert described["parameters"]["by"]["description"] == "the factor, on two lines."
+    assert described["source"] == "The usual definition."
+
+
+def test_descriptions_are_inherited_and_sources_are_not() -> None:
+    items: Registry[Any] = Registry("toy", lambda entry, params: entry.target(**params))
+
+    @dataclass(frozen=True)
+    class Base:
+        """A base class.
+
+        Attributes:
+            size: as the base class says.
+            speed: as the base class says.
+
+        Source:
+            The paper of the base class.
+        """
+
+        size: int = 1
+        speed: int = 1
+
+    @items.register("derived")
+    @dataclass(frozen=True)
+    class Derived(Base):
+        """A derived class.
+
+        Attributes:
+            speed: as the derived class says.
+        """
+
+    described = items.describe("derived")
+    assert described["parameters"]["size"]["description"] == "as the base class says."
+    assert described["parameters"]["speed"]["description"] == "as the derived class says."
+    assert undocumented(described) == ["Source"]
+
+
+def test_a_docstring_that_cannot_be_parsed_is_shown_as_it_is() -> None:
+    items = toys()
+
+    @items.register("odd")
+    def odd(x: float, by: float = 2.0) -> float:
+        """Multiply a number.
+
+        Args:
+            nothing that looks like a parameter
+        """
+        return x * by
+
+    assert undocumented(items.describe("odd")) == ["description of by", "Source"]
+    assert "nothing that looks like a parameter" in items.entry("odd").documentation.text
 
 
 @pytest.mark.parametrize("kind, name", ITEMS)

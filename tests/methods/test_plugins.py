@@ -29,7 +29,7 @@ Install = Callable[[dict[str, str]], None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs modules, given as name -> source, as plugins in that order before qapbench's own; until the test ends."""
+    """Installs modules, given as name -> source, as plugins in that order, before qapbench's own."""
     load_plugins()
     ours = importlib.metadata.entry_points(group=plugins.ENTRY_POINTS)
     before = set(sys.modules)

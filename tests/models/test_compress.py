@@ -275,7 +275,7 @@ def test_mistakes_are_named(model: Any, one: dict[str, Any], tmp_path: Path) -> 
     wide = save_clip(tmp_path / "wide", width=64)
     with pytest.raises(UserError, match="width 64"), compress(model, prune("cdpruner"), text_tower=str(wide)):
         pass
-    with pytest.raises(UserError, match="^model: no family 'Linear'; "), compress(torch.nn.Linear(2, 2), {}):
+    with pytest.raises(UserError, match=r"^model: no family 'Linear'; "), compress(torch.nn.Linear(2, 2), {}):
         pass
 
 

@@ -320,9 +320,30 @@ def test_rotation_helps_static_scales_and_feedback_helps_rounding() -> None:
     assert loss(model, linears, gptq, samples) < 0.7 * loss(model, linears, rtn, samples)
 
 
+def modality_first(vision: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Order the visual tokens before all others, as MQuant's AIFS does.
+
+    Args:
+        vision: [B, L] bool, True for visual tokens.
+        valid: [B, L] bool, True for tokens that are not padding.
+
+    Returns:
+        The old place of each token in the new order, [B, L]; and the attention mask for it, [B, 1, L, L] bool, True if
+        the token of a row may see that of a column because it was before it in the old order.
+    """
+    order = (~vision).to(torch.int8).argsort(dim=-1, stable=True)
+    seen = valid.gather(1, order).unsqueeze(1)
+    causal = order.unsqueeze(1) <= order.unsqueeze(2)
+    itself = torch.eye(vision.shape[1], dtype=torch.bool)  # so that the row of a padding token is not empty
+    return order, ((causal & seen) | itself).unsqueeze(1)
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_tokens_reordered_by_modality_change_nothing(left: bool) -> None:
-    """AIFS on a decoder in full precision: embeddings, positions and mask permuted, outputs put back."""
+    """MQuant's reordering of tokens (AIFS) may be left out of a simulation, because it changes no output.
+
+    The decoder is in full precision. Embeddings, positions and mask are permuted, and the outputs are put back.
+    """
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
@@ -339,7 +360,7 @@ def test_tokens_reordered_by_modality_change_nothing(left: bool) -> None:
     valid[1, slice(0, 3) if left else slice(9, 12)] = False
     vision = valid & (torch.arange(12) % 5 > 2)
     positions = (valid.long().cumsum(dim=-1) - 1).clamp(min=0)
-    order, mask = mquant.modality_first(vision, valid)
+    order, mask = modality_first(vision, valid)
     assert not torch.equal(order, order.sort(dim=-1).values)
     for row, count in zip(vision.gather(1, order), vision.sum(dim=-1), strict=True):
         assert row[:count].all()
