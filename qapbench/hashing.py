@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import linecache
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,26 +78,36 @@ def digest_code(target: Any) -> str:
     """SHA-256 of the code of a registered function or class, and of every project module that it imports.
 
     Imports are followed as they are written, directly and indirectly, as long as they stay in the target's own project:
-    its package, or for a single file the files beside it. Of what is defined in a notebook the cell's source counts.
+    its package, or for a single file the files beside it. Of a notebook the source of the cell counts.
 
     Raises:
         UserError: there is no source, as for what is typed on standard input.
     """
     inner = inspect.unwrap(target)
-    module = inner.__module__
+    name = _source_name(inner)
+    if name is not None and Path(name).is_file():
+        return digest_files(code_files(Path(name), inner.__module__))
+    cell = "".join(linecache.getlines(name)) if name else ""
+    if not cell:
+        raise UserError(
+            f"{inner.__qualname__} has no source that can be read, so its results could not be told from those of "
+            "another version; define it in a file (and name that under `plugins`) or in a notebook"
+        )
+    return hashlib.sha256(cell.encode()).hexdigest()
+
+
+def _source_name(target: Any) -> str | None:
+    """The file, or the notebook cell, in which a function or class is written; None where there is no telling.
+
+    inspect looks for a class's file in its module, which a notebook does not have: one of its own functions tells.
+    """
     try:
-        file = inspect.getsourcefile(inner)
-        source = inspect.getsource(inner)
+        return inspect.getsourcefile(target)
     except (OSError, TypeError):
-        file, source = None, None
-    if file is None or not Path(file).is_file():
-        if source is None:
-            raise UserError(
-                f"{inner.__qualname__} has no source that can be read, so its results could not be told from those of "
-                "another version; define it in a file (and name that under `plugins`) or in a notebook"
-            )
-        return hashlib.sha256(source.encode()).hexdigest()
-    return digest_files(code_files(Path(file), module))
+        pass
+    functions = [target] if inspect.isfunction(target) else [inspect.unwrap(f) for f in vars(target).values()]
+    names = [f.__code__.co_filename for f in functions if inspect.isfunction(f) and f.__module__ == target.__module__]
+    return next((name for name in names if linecache.getlines(name)), None)
 
 
 def digest_files(files: dict[str, Path]) -> str:
@@ -115,8 +126,8 @@ def code_files(file: Path, module: str) -> dict[str, Path]:
         module: its dotted name; modules of one top-level package are one project. A module without a package (a
             plugin file, a script) has the Python files of its own folder as its project.
     """
-    package = module.partition(".")[0] if "." in module else ""
-    root = file.parent
+    package = module.partition(".")[0] if "." in module or file.name == "__init__.py" else ""
+    alone = file.parent.name in ("site-packages", "dist-packages")  # a module of its own: what lies beside is not its
     found: dict[str, Path] = {}
     waiting = [(module if package else file.stem, file)]
     while waiting:
@@ -125,7 +136,7 @@ def code_files(file: Path, module: str) -> dict[str, Path]:
             continue
         found[name] = path
         for imported in _imports(path, name):
-            own = _in_package(imported, package) if package else _beside(imported, root)
+            own = _in_package(imported, package) if package else {} if alone else _beside(imported, file.parent)
             # qapbench's own `__init__` only re-exports, and `_imports` follows what it re-exports by name.
             waiting += [(n, p) for n, p in (own | _in_package(imported, "qapbench")).items() if n != "qapbench"]
     return found
@@ -151,7 +162,7 @@ def _imports(file: Path, module: str) -> tuple[str, ...]:
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
     """Every statement that may run: what stands under `if TYPE_CHECKING` does not."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and isinstance(child.test, ast.Name | ast.Attribute) and "TYPE_CHECKING" in ast.dump(child.test):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             for other in child.orelse:
                 yield other
                 yield from _statements(other)

@@ -161,7 +161,6 @@ def test_moving_the_folder_does_not(fresh: None, tmp_path: Path, monkeypatch: py
     assert digests(renamed, monkeypatch) != before, "a name is part of a module"
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a dot in a plugin file's name is taken for a package's")
 def test_a_plugin_file_with_a_dot_in_its_name(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the files beside it as its project, like any other, and may be moved."""
     file = project(tmp_path / "here")
@@ -278,7 +277,6 @@ class InACell(Pruner):
 '''
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="inspect finds no source of a class without a module's file")
 def test_a_class_of_a_notebook_is_hashed_by_its_source(notebook: types.ModuleType) -> None:
     """Pruners and PTQ methods are classes."""
     found = []
@@ -289,7 +287,6 @@ def test_a_class_of_a_notebook_is_hashed_by_its_source(notebook: types.ModuleTyp
     assert found[0] == found[2]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="only the function's own lines are hashed, not its cell")
 def test_helpers_in_the_same_cell_count(notebook: types.ModuleType) -> None:
     """As docs/identity.md says."""
     found = []

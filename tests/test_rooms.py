@@ -1,4 +1,4 @@
-"""What lies beside the package imports only what is meant for it; inside the package `lint-imports` checks the rooms."""
+"""Folders beside the package import only what is meant for them; `lint-imports` checks the rooms inside it."""
 
 import ast
 from pathlib import Path

@@ -204,7 +204,9 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
         problems.append("tokens are not those of the stored answers")
     if spec.prune and counted.most is not None:
         few = counted.most < min(spec.prune.keep, counted.available // counted.images)
-        many = counted.most > spec.prune.keep and spec.prune.per == "image"  # with `per: tile`, every tile may keep that many
+        many = (
+            counted.most > spec.prune.keep and spec.prune.per == "image"
+        )  # with `per: tile`, every tile may keep that many
         if few or many:
             problems.append(f"tokens: the spec keeps {spec.prune.keep}, the stored answers up to {counted.most}")
     return problems

@@ -16,7 +16,7 @@ from qapbench.prune.prompt import unpruned
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-TOLERANCE = 1e-2  # largest deviation of a logit from the model's own forward pass, relative to its largest logit
+TOLERANCE = 1e-2  # allowed difference to a logit of the model's own forward pass, relative to its largest logit or to 1
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,9 @@ def occlusion_effects(
 
 
 def _chunks(units: Sequence[Tensor], columns: Tensor, size: int) -> Iterator[list[int]]:
-    """Batches of indices of units: neighbours of equal size, since columns before the first unit are not computed
-    again.
+    """Batches of indices of units, each of neighbours with equal size.
+
+    Columns before the first unit of a batch are not computed again, so neighbours share most of that saving.
     """
     by_width: dict[int, list[int]] = {}
     for index in sorted(range(len(units)), key=lambda i: int(columns[units[i]].min())):

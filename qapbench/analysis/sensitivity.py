@@ -161,8 +161,9 @@ class Study:
 def _relevance(
     asked: LetterQuestion, key: str, views: list[PruningView], encoder: PromptEncoder, runner: BatchRunner
 ) -> Tensor | None:
-    """[N] relevance of every token as the pruner computes it, in its first stage if it has several; None if it has
-    none.
+    """[N] relevance of every token as the pruner computes it; None if it has none.
+
+    For a pruner inside the decoder it is the relevance at the first stage.
     """
     views.clear()
     question = asked.question

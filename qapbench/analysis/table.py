@@ -14,7 +14,12 @@ from qapbench.records.record import Record
 from .paired import Comparison
 from .study import Correlation, Summary
 
-NAME, TOKENS, COLUMN, INTERVAL = 28, 10, 9, 20  # widths in characters: name of the run, tokens, one accuracy, interval and n
+NAME, TOKENS, COLUMN, INTERVAL = (
+    28,
+    10,
+    9,
+    20,
+)  # widths in characters: name of the run, tokens, one accuracy, interval and n
 
 
 def ablation_table(records: Iterable[Record], width: int = 200) -> Table:

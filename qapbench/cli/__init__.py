@@ -1,4 +1,4 @@
-"""`qapbench`: parse, call, print. Nothing heavy is imported before a command needs it."""
+"""The `qapbench` command line. Each command imports what it needs when it runs, so that `--help` starts fast."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: the boxes would cost half of the start-up time
+    rich_markup_mode=None,  # plain help: drawing boxes would take half of the start-up time
     help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
 )
 app.command()(running.run)
@@ -38,6 +38,7 @@ study_app.command("sensitivity")(studies.study_sensitivity)
 
 
 def _version(asked: bool) -> None:
+    """Print the version and exit, if it was asked for."""
     if asked:
         typer.echo(f"qapbench {__version__}")
         raise typer.Exit
@@ -53,9 +54,13 @@ def options(
 
 
 def main() -> None:
-    """Entry point: the user's mistakes are one readable message and exit code 2, faults of ours exit with 1."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bar is the only one
-    for noisy in ("transformers", "torchao", "torch.utils._pytree"):  # torchao: kernels of other machines
+    """Entry point of the command line.
+
+    Mistakes of the user are printed as one readable message, with exit code 2. A run that was not quantized as asked
+    exits with code 1, and any other error is a bug that shows its traceback.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # qapbench shows a progress bar of its own
+    for noisy in ("transformers", "torchao", "torch.utils._pytree"):  # torchao warns of kernels for other machines
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.showwarning = _show_warning
     try:
@@ -78,5 +83,5 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
-    """Warnings as one line without the source that raised them."""
+    """Print a warning as one line, without the source line that raised it."""
     err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)

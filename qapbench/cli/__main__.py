@@ -1,4 +1,4 @@
-"""`python -m qapbench.cli`."""
+"""Runs the command line as `python -m qapbench.cli`."""
 
 from . import main
 

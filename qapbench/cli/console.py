@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options, bars, and how a page is announced."""
+"""Consoles, options and progress bars that the commands share."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from qapbench.progress import assembly_progress
 if TYPE_CHECKING:
     from qapbench.records.record import Record
 
-WIDE = 200  # characters of a table that is not printed to a terminal
-# Piped or in a file a table may be as wide as it is; a terminal, or COLUMNS, sets the width otherwise.
+WIDE = 200  # characters per line of output that is not printed to a terminal
+# Tables in a pipe or a file may be wide; otherwise the terminal, or COLUMNS, sets the width.
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 err = Console(stderr=True)
 
@@ -31,12 +31,20 @@ RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let a c
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """What a reader of the numbers has to know, each once."""
+    """Print what a reader of the numbers has to know, each note once."""
     for note in dict.fromkeys(notes):
         out.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
 
 
 def write_page(records: list[Record], page: Path, title: str, runs: Path) -> None:
+    """Write the leaderboard page and print its path.
+
+    Args:
+        records: records of the runs.
+        page: the .html file to write.
+        title: title of the page.
+        runs: folder of the results.
+    """
     from qapbench.leaderboard import build
 
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +53,10 @@ def write_page(records: list[Record], page: Path, title: str, runs: Path) -> Non
 
 
 class Progress:
-    """A bar per run, with rate and time left; on standard error, so that tables can be piped."""
+    """A progress bar per run, with its rate and the time left.
+
+    Bars go to standard error, so that tables on standard output can be piped.
+    """
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,6 +69,13 @@ class Progress:
         self.bar.start()
 
     def report(self, name: str, done: int, total: int) -> None:
+        """Show how far a run is; its first report adds a bar.
+
+        Args:
+            name: label of the bar.
+            done: questions answered.
+            total: questions in all.
+        """
         if name not in self.tasks:
             self.tasks[name] = self.bar.add_task(escape(name), total=total, completed=done, rate="")
         task = self.tasks[name]
@@ -65,7 +83,7 @@ class Progress:
         self.bar.update(task, completed=done, rate=f"{speed:.1f}/s" if speed else "")
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Stop the bar; a user who stopped the work reads that nothing is lost."""
+        """Stop the bars. If the user interrupted the work, say that the same command continues it."""
         self.bar.stop()
         if kind is KeyboardInterrupt:
             err.print("stopped; the same command goes on from here", highlight=False)
@@ -74,7 +92,7 @@ class Progress:
 
 @contextlib.contextmanager
 def watching_assembly() -> Iterator[None]:
-    """Show a bar while an embedded model is put together, which happens once a machine."""
+    """Show a progress bar while an embedded model is put together, which happens once per machine."""
     shown: list[Progress] = []
 
     def report(name: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""`leaderboard`, `compare` and `score`: what was answered."""
+"""The commands `leaderboard`, `compare` and `score`, which read what is answered already."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def score(
 
 
 def _check_record(path: Path, data: str | None, as_json: bool) -> None:
+    """Verify one record and print the result."""
     from qapbench.analysis.check import check_record
 
     report = check_record(path, data)

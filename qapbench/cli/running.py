@@ -1,4 +1,4 @@
-"""`run` and `validate`."""
+"""The commands `run` and `validate`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def validate(spec: SpecArgument, changes: SetOption = None) -> None:
 
 
 def _plans(specs: list[RunSpec], planner: Planner) -> list[tuple[RunSpec, Planned | UserError]]:
-    """What each run would take up, or why that cannot be said."""
+    """The plan of each run, or the error if it cannot be planned."""
     plans: list[tuple[RunSpec, Planned | UserError]] = []
     for spec in specs:
         try:
@@ -100,6 +100,7 @@ def _plans(specs: list[RunSpec], planner: Planner) -> list[tuple[RunSpec, Planne
 
 
 def _plan_table(plans: list[tuple[RunSpec, Planned | UserError]]) -> Table:
+    """A table with one row per run: its id, its state, and how much is answered."""
     table = Table(title="Plan", title_justify="left")
     for column in ("run", "id", "state"):
         table.add_column(column)

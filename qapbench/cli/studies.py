@@ -1,4 +1,4 @@
-"""`explain` and `study`: why rows differ."""
+"""The commands `explain` and `study`, which show why rows differ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def explain(
     trust_remote_code: RemoteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores, kept tokens and answers as JSON.")] = False,
 ) -> None:
-    """Draw what one question's pruning sees: image, sensitivity, relevance, both selections, both answers."""
+    """Draw the pruning of one question: image, sensitivity, relevance, both selections, both answers."""
     from qapbench.analysis.drawing import draw
     from qapbench.analysis.explain import choose_run, explain
     from qapbench.running.planner import Planner

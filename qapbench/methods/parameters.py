@@ -21,14 +21,27 @@ def params_model(title: str, target: Any, positional: int | None) -> type[Params
     """The spec of a target: its parameters after the `positional` leading ones; none at all where that is None."""
     if positional is None:
         return create_model(title, __base__=Params)
-    hints = typing.get_type_hints(target, include_extras=True)
+    own = list(inspect.signature(target).parameters.values())[positional:]
+    hints = _hints(target, {parameter.name for parameter in own})
     fields: dict[str, Any] = {}
-    for parameter in list(inspect.signature(target).parameters.values())[positional:]:
+    for parameter in own:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{title}: *args and **kwargs cannot become a typed spec; name each parameter")
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (hints.get(parameter.name, Any), default)
     return create_model(title, __base__=Params, **fields)
+
+
+def _hints(target: Any, names: set[str]) -> dict[str, Any]:
+    """The annotations of those parameters. Those of call arguments may name what is imported for type checkers only."""
+    if isinstance(target, type):
+        return typing.get_type_hints(target, include_extras=True)
+
+    def stand_in() -> None: ...
+
+    inner = inspect.unwrap(target)
+    stand_in.__annotations__ = {name: hint for name, hint in inner.__annotations__.items() if name in names}
+    return typing.get_type_hints(stand_in, globalns=getattr(inner, "__globals__", None), include_extras=True)
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], owner: str = "") -> list[Problem]:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import traceback
 import warnings
@@ -37,7 +38,7 @@ def load_plugins() -> None:
         try:
             point.load()
         except (Exception, SystemExit) as error:
-            _broken[point.name] = described(error)
+            _broken[point.name] = described(error, _file_of(point.value.partition(":")[0]))
             warnings.warn(f"plugin '{point.name}' ({point.value}) {_broken[point.name]}", BrokenPluginWarning, 2)
 
 
@@ -62,7 +63,8 @@ def load_plugin_file(path: str | Path) -> None:
         return
     load_plugins()
     # The path is part of the module's name: inspect finds a class's source by it, and stems repeat.
-    name = f"qapbench_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    stem = re.sub(r"\W", "_", file.stem)  # a dot would make a package of it
+    name = f"qapbench_plugin_{stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"a plugin must be a Python file (.py): {file}")
@@ -73,7 +75,7 @@ def load_plugin_file(path: str | Path) -> None:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"plugin {file} {described(error)}") from error
+        raise UserError(f"plugin {file} {described(error, str(file))}") from error
     _loaded_files[file] = digest
 
 
@@ -93,12 +95,27 @@ def load_plugin_files(named: object) -> list[Problem]:
     return problems
 
 
-def described(error: BaseException) -> str:
-    """What went wrong while a plugin was imported, and the file and line where it did."""
+def described(error: BaseException, file: str | None = None) -> str:
+    """What went wrong while a plugin was imported, and the file and line where it did.
+
+    Args:
+        file: the plugin's own, whose last line that ran is named; without one, or where none of it ran, the place is
+            where the error was raised.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"
     else:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-        own = [frame for frame in frames if frame.filename != __file__]
-        where = f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown place"
+        frames = [frame for frame in frames if frame.filename != __file__]
+        chosen = [frame for frame in frames if frame.filename == file] or frames
+        where = f"{chosen[-1].filename}:{chosen[-1].lineno}" if chosen else "unknown place"
     return f"failed to load: {type(error).__name__}: {first_line(error)} ({where})"
+
+
+def _file_of(module: str) -> str | None:
+    """The file of a module that may fail to import."""
+    try:
+        found = importlib.util.find_spec(module)
+    except Exception:  # its package fails to import, in any way
+        return None
+    return found.origin if found else None

@@ -58,8 +58,11 @@ class Entry(Generic[T]):
 
     @property
     def source(self) -> Path | None:
-        """The file that defines the item. It is part of a result's key if the item is not one of ours."""
-        file = inspect.getsourcefile(inspect.unwrap(self.target))
+        """The file that defines the item; None for one that is defined in a notebook."""
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.target))
+        except (OSError, TypeError):
+            return None
         return Path(file) if file else None
 
 

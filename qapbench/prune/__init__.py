@@ -1,1 +1,1 @@
-"""Pruning of a prompt's visual tokens, in front of the decoder and inside it."""
+"""Prunes the visual tokens of prompts, in front of the decoder or inside it."""

@@ -1,4 +1,4 @@
-"""From a `prune` section and a loaded model to a pruning that is ready to shorten prompts."""
+"""Builds a pruning from a `prune` section and a loaded model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,20 @@ def build_pruning(
     on_images: Callable[[list[PrunedImage]], None] | None = None,
     on_view: Callable[[PruningView], None] | None = None,
 ) -> Pruning:
-    """The pruning of one `prune` section, ready to shorten prompts of this model.
+    """The pruning of one `prune` section on a loaded model.
 
     Args:
-        tower: text tower as `compress` takes it; owner: the one that the spec names.
-        on_images, on_view: see `Pruning`.
+        family: the model.
+        spec: the `prune` section.
+        receipt: counts kept tokens, and notes fallbacks.
+        processor: decodes the question if a call gives none; the tokenizer in the model's folder if None.
+        tower: text tower that `compress` was given: a loaded one, a folder, or a hub id.
+        owner: text tower that the spec names, used if `tower` is None.
+        on_images: called with the images of every prompt of a wrapped call, after pruning.
+        on_view: called with the scores and the selection of every view.
 
     Raises:
-        UserError: the method needs what this model does not offer.
+        UserError: the method needs fields that this model does not offer.
     """
     receipt.pruning = spec.label
     pruner = pruners.create(spec.method.name, **spec.method.params)
@@ -58,7 +64,19 @@ def build_pruning(
 
 
 def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:
-    """The text tower; None, noted in the receipt, where relevance falls back on the language model."""
+    """The text tower of the joint embedding space that relevance is measured in.
+
+    Args:
+        family: the model.
+        named: a tower that was asked for; None takes the family's default.
+        receipt: notes the fallback if there is no tower.
+
+    Returns:
+        The loaded tower; None if relevance has to use the language model's embeddings.
+
+    Raises:
+        UserError: a tower was asked for, and the model's vision tower is not from CLIP.
+    """
     if family.clip_width is None:
         if named is not None:
             raise UserError("text_tower: this model's vision tower is no CLIP's, so no text tower shares its space")
@@ -75,7 +93,7 @@ def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt)
 
 
 def _own_tokenizer(family: Family) -> Any:
-    """The tokenizer in the model's folder, to read the question back from a prompt's ids; None where there is none."""
+    """The tokenizer in the model's folder, which decodes prompts; None if there is none."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""A model's own `forward` and `generate`, pruned while they are wrapped."""
+"""Wraps a model's own `forward` and `generate`, so that they prune their prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ VIDEO = "pixel_values_videos"
 
 
 class PrunedCalls:
-    """Wraps the two entry points of a model with one pruning."""
+    """Wraps a model's two entry points with one pruning.
+
+    Args:
+        pruning: the pruning.
+    """
 
     def __init__(self, pruning: Pruning) -> None:
         self.pruning = pruning
@@ -27,7 +31,10 @@ class PrunedCalls:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Shadow `forward` and `generate` on the instance; deleting the shadows restores the class's own."""
+        """While the context is open, the model's `forward` and `generate` are wrapped.
+
+        The wrappers are attributes of the instance, so that removing them restores the methods of the class.
+        """
         model = self.family.model
         held = {name: model.__dict__[name] for name in ("forward", "generate") if name in model.__dict__}
         model.forward = self._wrap_forward(model.forward)
@@ -67,7 +74,7 @@ class PrunedCalls:
             prompt = kwargs["input_ids"]
             with self.pruning.shortened(kwargs, relevance_text) as short:
                 removed = prompt.shape[1] - short["input_ids"].shape[1]
-                if short.get("max_length") is not None:  # counts the prompt, which got shorter
+                if short.get("max_length") is not None:  # it counts the prompt, which is shorter now
                     short["max_length"] -= removed
                 output = generate(None, *args, **short)
             return _with_prompt(output, prompt, short["input_ids"].shape[1])
@@ -75,13 +82,24 @@ class PrunedCalls:
         return pruned
 
     def _has_images(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call brings images.
+
+        Raises:
+            UserError: it brings videos.
+        """
         if kwargs.get(VIDEO) is not None:
             raise UserError(f"{VIDEO}: videos cannot be pruned, only images")
         return kwargs.get(self.family.image_inputs[0]) is not None
 
 
 def _with_prompt(output: Any, prompt: Tensor, cut: int) -> Any:
-    """The generated tokens behind the caller's own prompt."""
+    """The output of `generate` with the caller's own prompt in front of the new tokens.
+
+    Args:
+        output: sequences, or an output object that holds them.
+        prompt: [B, L] ids of the caller's prompt.
+        cut: length of the shortened prompt.
+    """
     sequences = output if isinstance(output, Tensor) else output.sequences
     repeats = sequences.shape[0] // prompt.shape[0]
     whole = torch.cat([prompt.repeat_interleave(repeats, dim=0), sequences[:, cut:]], dim=1)

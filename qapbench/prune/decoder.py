@@ -1,8 +1,9 @@
-"""Pruning inside the decoder: visual tokens are dropped between two layers while the prompt passes through them.
+"""Prunes inside the decoder: visual tokens are dropped between two layers while the prompt passes through them.
 
-Attention runs as the model has it (SDPA, flash or eager); of the layer that a pruner reads, only the rows that it asks
-for are computed beside. Layers behind a drop get fewer columns: their masks, rotary embeddings and KV caches hold just
-these, and what they answer is put back at its column of the prompt, so that nobody outside has to know.
+Attention runs as the model does it (SDPA, flash or eager). Of the layer whose attention a pruner reads, only the rows
+that it needs are computed in addition. Layers after a drop receive fewer columns, and their masks, rotary embeddings
+and KV caches hold only these. After the last layer, hidden states return to their columns of the prompt, so that code
+outside the decoder needs no change.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from .token_layout import TokenLayout, cut, cut_mask
 
 
 class DecoderPruning:
-    """Hooks on a decoder's layers that let a pruner drop tokens between them."""
+    """Hooks on a decoder's layers that let a pruner drop tokens between them.
+
+    Args:
+        layers: the decoder's layers.
+        pruner: selects the tokens.
+        sensitivity: metric whose scores are fused with the pruner's; None for none.
+        fusion: combines both scores.
+        receipt: counts kept tokens.
+        on_view: called with the scores and the selection of every view.
+    """
 
     def __init__(
         self,
@@ -47,10 +57,10 @@ class DecoderPruning:
         self.receipt = receipt
         self.on_view = on_view
         self._installed = False
-        self._announced: DecoderState | None = None  # a prompt that the next call will bring
-        self._now: DecoderState | None = None  # the prompt that is in the layers
-        self._passed: WeakKeyDictionary[Any, DecoderState] = WeakKeyDictionary()  # by the cache that it filled
-        self._projected: dict[nn.Module, Tensor] = {}  # queries and keys of the layer before a drop
+        self._announced: DecoderState | None = None  # the prompt that the next call brings
+        self._now: DecoderState | None = None  # the prompt that is passing through the layers
+        self._passed: WeakKeyDictionary[Any, DecoderState] = WeakKeyDictionary()  # KV cache -> the prompt that filled it
+        self._projected: dict[nn.Module, Tensor] = {}  # query and key projections before a drop -> their outputs
 
     @property
     def _name(self) -> str:
@@ -58,7 +68,10 @@ class DecoderPruning:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """The hooks, put in place where they are not: what a cache holds is known as long as they stay."""
+        """While the context is open, the hooks are in place. Nested contexts share them.
+
+        What a KV cache holds is known only until they are removed.
+        """
         if self._installed:
             yield
             return
@@ -76,15 +89,20 @@ class DecoderPruning:
     def prompt(
         self, view_states: list[ViewState], mask: Tensor, images: list[EncodedImage]
     ) -> Iterator[list[PrunedImage]]:
-        """Announce a prompt with attention mask [B, L], padded on either side, which the call inside brings.
+        """Announce the prompt that the next call inside the context brings.
 
-        Columns behind the L are an answer that is scored; it has no say in what is kept.
+        Columns that follow the prompt are an answer to score. The pruner does not read it.
+
+        Args:
+            view_states: views of its images.
+            mask: [B, L] attention mask, padded on either side.
+            images: the images.
 
         Yields:
-            What became of each image; empty until the prompt left the last layer.
+            The images after pruning; empty until the prompt has left the last layer.
 
         Raises:
-            UserError: nothing is asked behind an image.
+            UserError: there is no text after an image.
         """
         for view in view_states:
             if not len(view.text):
@@ -104,7 +122,12 @@ class DecoderPruning:
             self._projected.clear()
 
     def _stages(self, count: int, keep: int) -> dict[int, int]:
-        """Budgets by the index of the first layer behind each stage."""
+        """Budgets of the stages of one view: index of the first layer after a stage -> tokens that it keeps.
+
+        Args:
+            count: number of tokens of the view.
+            keep: its budget after the last stage.
+        """
         if keep == count:
             return {}
         depth = len(self.layers)
@@ -119,7 +142,7 @@ class DecoderPruning:
     # -- hooks --
 
     def _enter(self, index: int) -> Any:
-        """Before a layer: drop what is to be dropped, and cut what the layer is given."""
+        """The hook before a layer: it drops tokens if a stage ends here, and cuts what the layer is given."""
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             past = kwargs.get("past_key_values")
@@ -140,6 +163,12 @@ class DecoderPruning:
         return hook
 
     def _begin(self, hidden: Tensor, past: Any) -> None:
+        """Take up the announced prompt, which has reached the first layer.
+
+        Args:
+            hidden: [B, L, D] hidden states.
+            past: the KV cache, or None.
+        """
         if getattr(past, "is_compileable", False):
             raise UserError(f"{self._name}: layers of different lengths need a dynamic KV cache, not a static one")
         state, self._announced = self._announced, None
@@ -153,7 +182,7 @@ class DecoderPruning:
             state.embedded = hidden
 
     def _decode(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """New tokens behind a prompt: the mask has to fit the keys that the prompt left in this layer."""
+        """Arguments of a layer for new tokens after a prompt, with a mask that fits the keys in the layer's cache."""
         past: Any = kwargs.get("past_key_values")
         state = self._passed.get(past) if past is not None else None
         if state is None or state.whole(index):
@@ -166,9 +195,11 @@ class DecoderPruning:
 
     @property
     def _flash(self) -> bool:
+        """Whether the model uses flash attention, which takes another kind of mask."""
         return "flash" in str(self.layers.config._attn_implementation)
 
     def _record(self, index: int) -> Any:
+        """The hook after a projection: it keeps queries and keys that the next layer's drop will need."""
         def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
             if not self.pruner.ahead and self._now is not None and index + 1 in self._now.stages:
                 self._projected[projection] = output
@@ -176,7 +207,7 @@ class DecoderPruning:
         return hook
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        """Behind the last layer: hidden states go back to their columns of the prompt; zero where they were dropped."""
+        """The hook after the last layer: hidden states return to their columns; dropped columns are zero."""
         state, self._now = self._now, None
         if state is None:
             return None
@@ -194,10 +225,21 @@ class DecoderPruning:
     # -- one drop --
 
     def _drop(self, state: DecoderState, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Drop tokens before a layer.
+
+        Args:
+            state: the prompt.
+            index: index of the layer.
+            hidden: [B, C, D] hidden states of the columns that are left.
+            rotary: cosine and sine of the prompt's columns.
+
+        Returns:
+            Hidden states of the columns that stay.
+        """
         layout, entering = state.layouts[index], hidden
         gone = torch.zeros_like(layout.valid)
         chosen: list[tuple[ViewState, Selection | None]] = []
-        for view in state.view_states:  # one by one, so that no batch changes them
+        for view in state.view_states:  # one by one, so that no result depends on the batch
             if index not in view.budgets:
                 continue
             places, columns = layout.row(view.row)
@@ -220,6 +262,7 @@ class DecoderPruning:
     def _select(
         self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> Selection:
+        """The selection of one view before a layer."""
         tokens = self._tokens(state, index, view, hidden, rotary)
         sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
         relevance = self.pruner.relevance(tokens) if self.on_view else None
@@ -234,7 +277,7 @@ class DecoderPruning:
     def _tokens(
         self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> VisionTokens:
-        """What is left of one view as its pruner may see it: a batch of one."""
+        """The tokens that are left of one view, with the fields that the pruner reads, as a batch of one."""
         needs, row = self.pruner.needs, view.row
         places, columns = state.layouts[index].row(row)
         own = torch.searchsorted(columns, view.columns)
@@ -255,7 +298,10 @@ class DecoderPruning:
     def _queries_and_keys(
         self, index: int, hidden: Tensor, row: int, places: Tensor, at: Tensor
     ) -> tuple[Tensor, Tensor, int]:
-        """Queries of the places `at`, keys of all, before rotation, and the layer that they are of."""
+        """Queries at the places `at` and keys at all `places`, before rotation, and the index of their layer.
+
+        A pruner that looks ahead reads the attention of the layer after the drop, others that of the layer before it.
+        """
         layer = index if self.pruner.ahead else index - 1
         queries, keys = self.layers.projections(layer)
         if not self.pruner.ahead:
@@ -264,18 +310,18 @@ class DecoderPruning:
         return queries(normed[:, at])[0], keys(normed)[0], layer
 
     def _report(self, state: DecoderState) -> None:
-        """Count what the layers saw in the receipt, and leave it with the prompt."""
-        for image, seen in enumerate(state.images):
-            own = [view for view in state.view_states[:: state.times] if view.image == image]
+        """Count in the receipt what the layers received, and store the images after pruning in the state."""
+        for index, image in enumerate(state.images):
+            own = [view for view in state.view_states[:: state.times] if view.image == index]
             places = torch.cat([view.places[view.left] for view in own]).cpu()
             made = torch.cat([view.made for view in own]).cpu()
             layers = tuple(map(sum, zip(*(view.counts for view in own), strict=True)))
-            separators = 0 if seen.separators is None else int(seen.separators.sum())
+            separators = 0 if image.separators is None else int(image.separators.sum())
             kept = PrunedImage(
-                seen.features[:0],
+                image.features[:0],
                 places.sort().values,
                 places[~made].sort().values,
-                seen.count,
+                image.count,
                 int(made.sum()),
                 separators,
                 layers,

@@ -1,4 +1,4 @@
-"""The prompt as the decoder gets it, and what several selections for one prompt share."""
+"""The prompt as the decoder receives it, and results that several selections for one prompt share."""
 
 from __future__ import annotations
 
@@ -22,29 +22,36 @@ class Memo:
     """Results that several selections for one prompt share, so that each is computed once.
 
     Attributes:
-        image: what depends on the images alone.
-        question: what depends on the prompt too.
+        image: results that depend on the images alone.
+        question: results that depend on the prompt too.
     """
 
     image: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     question: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def of(self, views: Hashable) -> Memo:
-        """The part that concerns some of the views."""
+        """The memo for some of the views.
+
+        Args:
+            views: identifies these views.
+        """
         return Memo(self.image.setdefault(views, {}), self.question.setdefault(views, {}))
 
 
 @dataclasses.dataclass(frozen=True)
 class PruningView:
-    """The scores and the selection of one view (an image, or a tile of one), on the host.
+    """The scores and the selection of one view (an image, or a tile of one), with tensors on the host.
 
     Attributes:
-        image: place of the image in its prompt.
-        count: tokens of the view before any pruning; `present`: [n] those that were still there, ascending.
-        grid: (height, width) of the view's tokens; None where they lie on none.
-        relevance, sensitivity: [n] scores of the tokens present, on their own scales; None where there is none.
-        kept: places among the `count`, ascending; `merged`: tokens made of several.
-        layer: index of the first layer behind the stage, for a pruner inside the decoder; None in front of it.
+        image: index of the image in its prompt.
+        count: number of tokens of the view before any pruning.
+        present: [n] indices, among these, of the tokens that were left before this selection, ascending.
+        grid: (height, width) of the view's tokens; None if they form no grid.
+        relevance: [n] scores of the tokens present, on their own scale; None if the pruner has no relevance.
+        sensitivity: [n] scores of the tokens present, on their own scale; None if there is no metric.
+        kept: [K] indices of the kept tokens among the `count`, ascending.
+        merged: number of tokens that were made from several.
+        layer: index of the first layer after the drop, for a pruner inside the decoder; None for one in front of it.
     """
 
     image: int
@@ -68,10 +75,17 @@ class PruningView:
         row: int = 0,
         layer: int | None = None,
     ) -> PruningView:
-        """The view in a row of a batched selection.
+        """The view in one row of a batched selection.
 
         Args:
+            image: index of the image in its prompt.
+            count: number of tokens of the view before any pruning.
+            present: [n] indices of the tokens that were left before this selection.
+            grid: (height, width) of the view's tokens.
             scores: (relevance, sensitivity), each [B, n] or None.
+            selection: the batched selection.
+            row: row of the view in the batch.
+            layer: index of the first layer after the drop.
         """
         relevance, sensitivity = (None if values is None else values[row].float().cpu() for values in scores)
         kept = present.cpu()[selection.indices[row].cpu()]
@@ -81,20 +95,20 @@ class PruningView:
 
 
 Inside = Callable[[], contextlib.AbstractContextManager[Callable[[], list[PrunedImage]]]]
-"""Opens a context for a prompt that is pruned while the decoder runs; it yields what then says what was kept."""
+"""Opens a context in which the decoder prunes the prompt. It yields a function that then gives the images."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PrunedPrompt:
-    """A prompt and its images' features, as the language model gets them.
+    """A prompt and its images' features, as the language model receives them.
 
     Attributes:
-        inputs: keywords of the call without the images; a placeholder for each of `features`' tokens.
+        inputs: the model's keyword arguments without the images, with one placeholder per token in `features`.
         features: one [K, D] per image.
-        images: what is stored beside an answer.
-        chosen: what became of each image; None where nothing was chosen.
-        inside: opens the context in which a prompt runs that is pruned while the decoder runs, alone; None for others.
-        tag: what tells it from a prompt with the same inputs and features.
+        images: the token counts that are stored with an answer.
+        chosen: the images after pruning; None if nothing was selected in front of the decoder.
+        inside: opens the context in which the prompt has to run, without a batch, if the decoder prunes it; else None.
+        tag: tells it apart from a prompt with the same inputs and features.
     """
 
     inputs: dict[str, Any]
@@ -106,7 +120,13 @@ class PrunedPrompt:
 
 
 def unpruned(prompt: dict[str, Any], encoded: EncodedImages, family: Family) -> PrunedPrompt:
-    """The prompt with every token of every image."""
+    """The prompt with every token of every image.
+
+    Args:
+        prompt: the model's keyword arguments.
+        encoded: its images.
+        family: the model.
+    """
     inputs = {name: value for name, value in prompt.items() if name not in family.image_inputs}
     positions = family.positions(prompt)
     if positions is not None:

@@ -1,4 +1,4 @@
-"""Pruning of one spec on one model: from a prompt and its images to the prompt as the decoder gets it."""
+"""One pruning configuration on one model: shortens prompts to what the decoder receives."""
 
 from __future__ import annotations
 
@@ -36,22 +36,26 @@ from .splice import (
 from .state import view_states
 
 PER_TOKEN = {"labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}
-"""Inputs as long as the prompt, beyond ids, mask and positions -> what pads them. The loss skips labels of -100."""
+"""Inputs with one value per token, besides ids, mask and positions -> their padding. The loss skips labels of -100."""
 
 
 @dataclasses.dataclass
 class Pruning:
-    """Shortens prompts of one model as one `prune` section says.
+    """Shortens prompts of one model as one `prune` section asks.
 
-    A prompt with N placeholders per image becomes an ordinary prompt with `keep` of them, and the kept features enter
-    the model where it takes ready features. Caches, masks and decoding then need no change.
+    A prompt with N placeholders per image becomes an ordinary prompt with `keep` placeholders, and the features of the
+    kept tokens are given to the model as ready features. KV caches, masks and generation then need no change.
 
     Attributes:
-        reader: adds the fields that concern the question.
-        receipt: counts what was kept, and notes what was done otherwise than asked.
-        processor: decodes the question where no `relevance_text` is given.
-        on_view: called with the scores and the selection of every view, for whoever draws or studies them.
-        on_images: called with what became of the images of every prompt of a wrapped call.
+        family: the model.
+        spec: the `prune` section.
+        pruner: the pruner that it names.
+        sensitivity: the metric that it names; None if it names none.
+        reader: adds the fields of `VisionTokens` that depend on the question.
+        receipt: counts kept tokens, and notes fallbacks.
+        processor: decodes the question from the prompt if no `relevance_text` is given.
+        on_view: called with the scores and the selection of every view.
+        on_images: called with the images of every prompt of a wrapped call, after pruning.
     """
 
     family: Family
@@ -75,11 +79,15 @@ class Pruning:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the model must record of an image."""
+        """Fields that the model must record when it encodes an image."""
         return (self.pruner.needs & self.family.available_fields) | self.reader.visual
 
     def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
-        """The call's keywords as `shortened` has them, for calibration.
+        """The keyword arguments of a call, shortened for calibration.
+
+        Args:
+            kwargs: the model's keyword arguments.
+            relevance_text: one question per image; None decodes the prompt.
 
         Raises:
             UserError: the pruner works inside the decoder, whose blocks calibration runs one by one.
@@ -94,9 +102,17 @@ class Pruning:
 
     @contextlib.contextmanager
     def shortened(self, kwargs: dict[str, Any], relevance_text: list[str] | None) -> Iterator[dict[str, Any]]:
-        """The call's keywords with pruned placeholders gone and chosen features in place of pixels.
+        """The keyword arguments of a call, with fewer placeholders, and features of the kept tokens in place of pixels.
 
-        A pruner inside the decoder takes nothing out of the prompt; while the context is open it waits for it there.
+        A pruner inside the decoder leaves the prompt whole, and drops tokens in the call that is made while the context
+        is open.
+
+        Args:
+            kwargs: the model's keyword arguments.
+            relevance_text: one question per image; None decodes the prompt.
+
+        Raises:
+            UserError: the call is not a prompt of token ids, or as `prune`.
         """
         if kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
             raise UserError("pruning needs input_ids with image placeholders; inputs_embeds cannot be pruned")
@@ -117,6 +133,7 @@ class Pruning:
         self._tell(images())
 
     def _tell(self, images: list[PrunedImage]) -> None:
+        """Hand the images after pruning to `on_images`, if it is set."""
         if self.on_images is not None:
             self.on_images(images)
 
@@ -127,16 +144,18 @@ class Pruning:
         relevance_text: list[str] | None = None,
         memo: Memo | None = None,
     ) -> PrunedPrompt:
-        """The prompt as the decoder gets it. Runs, `compress`, calibration, `explain` and `study` all come this way.
+        """The prompt as the decoder receives it. Runs, `compress`, calibration, `explain` and `study` all use this
+        method.
 
         Args:
-            prompt: the call's keywords, a mask among them; its pixels are not looked at.
-            encoded: its images, at least with the fields of `needs`.
-            relevance_text: one question per image; the prompt is decoded where it is None.
-            memo: results for these images and this prompt that other selections share.
+            prompt: the model's keyword arguments, with an attention mask. Its pixels are not used.
+            encoded: its images, with at least the fields of `needs`.
+            relevance_text: one question per image; None decodes the prompt.
+            memo: results for these images and this prompt that several selections share.
 
         Raises:
-            UserError: the budget is out of range, or placeholders and tokens do not match.
+            UserError: the budget is out of range, placeholders and tokens do not match, or `positions: keep` meets
+                merged tokens.
         """
         ids, mask = prompt["input_ids"], prompt["attention_mask"]
         placeholders = ids == self.family.image_token
@@ -162,9 +181,17 @@ class Pruning:
         spans: list[tuple[int, Tensor]],
         text: Tensor,
     ) -> PrunedPrompt:
-        """The whole prompt, of which the decoder drops tokens on the way."""
+        """The whole prompt, with a context in which the decoder drops its tokens.
+
+        Args:
+            decoder: drops tokens between layers.
+            prompt: the model's keyword arguments.
+            encoded: its images.
+            spans: row and columns of each image's placeholders.
+            text: [B, L] bool, True for text.
+        """
         mask = prompt["attention_mask"]
-        if prompt.get("labels") is not None:  # the answer has no say in what is kept
+        if prompt.get("labels") is not None:  # the pruner must not read the answer
             text = text & ((prompt["labels"] != PER_TOKEN["labels"]).cumsum(dim=1) == 0)
         keeps = self._budgets(encoded)
 
@@ -180,7 +207,13 @@ class Pruning:
         return PrunedPrompt(inputs, features, said, inside=inside, tag=self.spec.model_dump_json())
 
     def _handed(self, prompt: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
-        """The call's keywords without images, and those columns of its prompt."""
+        """The keyword arguments without images, cut to some columns of the prompt.
+
+        Args:
+            prompt: the model's keyword arguments.
+            mask: its attention mask.
+            columns: for each row, the columns that stay.
+        """
         cut = self._cut(prompt, mask, columns)
         for name in self.family.image_inputs:
             cut.pop(name, None)
@@ -202,7 +235,7 @@ class Pruning:
         parts: list[list[Part]] = [[] for _ in rows]
         words = mask.bool() & ~placeholders
         for index, (views, keeps) in enumerate(zip(encoded.views, self._budgets(encoded), strict=True)):
-            # Views of one budget are chosen from together; where the question counts, those of one image.
+            # Neighbouring views with one budget form a batch; if the pruner reads the question, only views of one image do.
             by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
             for (keep, _), group in itertools.groupby(range(len(by)), key=by.__getitem__):
                 span = list(group)
@@ -225,7 +258,16 @@ class Pruning:
     def _tokens(
         self, views: Views, span: slice, ids: Tensor, words: Tensor, text: str | None, memo: Memo
     ) -> VisionTokens:
-        """What the pruner reads of some views, and of the question: the same for every pruner that reads the same."""
+        """The fields of some views that the pruner reads. Pruners that read the same fields share them.
+
+        Args:
+            views: views of equal size.
+            span: which of them.
+            ids: [L] the prompt.
+            words: [L] bool, True for its text.
+            text: the question; None decodes the text of the prompt.
+            memo: results for these views.
+        """
         tokens = views.tokens[span].only(self.needs)
         if not self.reader.needs:
             return tokens
@@ -235,18 +277,26 @@ class Pruning:
         return dataclasses.replace(tokens, **asked)
 
     def _budgets(self, encoded: EncodedImages) -> list[list[int]]:
+        """Number of tokens that each view keeps, listed like `encoded.views`."""
         most = self.family.view_tokens
         if most is not None and self.spec.per == "tile" and self.spec.keep > most:
             raise UserError(f"keep={self.spec.keep} is out of range: an image has {most} tokens (1..{most})")
         return budgets(encoded, self.spec.keep, self.spec.per == "image")
 
     def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Selection:
-        """The selection of a batch of views, which belong to the images `owners`."""
+        """The selection of a batch of views.
+
+        Args:
+            tokens: the views.
+            keep: the budget of each.
+            memo: results for these views.
+            owners: index of the image that each view belongs to.
+        """
         sensitivity, metric = None, self.sensitivity
         if metric is not None:
             sensitivity = memoized(memo.image, self.spec.sensitivity, lambda: metric(tokens.projected))
         relevance = None
-        if keep < tokens.count or self.on_view:  # neither budget nor metric enters in what the method calls relevant
+        if keep < tokens.count or self.on_view:  # relevance depends on neither budget nor metric
             method = (self.spec.method, id(self.reader.tower))
             relevance = memoized(memo.question, method, lambda: self.pruner.relevance(tokens))
         selection = self.pruner.select(tokens, keep, sensitivity, self.fusion, relevance)
@@ -258,11 +308,14 @@ class Pruning:
         return selection
 
     def _decode(self, prompt: Tensor) -> str | None:
+        """The text of a prompt's tokens; None if there is no tokenizer."""
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         return None if tokenizer is None else tokenizer.decode(prompt, skip_special_tokens=True)
 
     def _features(self, tokens: VisionTokens, selection: Selection) -> list[Tensor]:
-        """What the language model gets for each image: [K + M, D], merged tokens at their place."""
+        """Features for the language model, one [K + M, D] per view: M merged tokens in front of or after the K kept
+        ones.
+        """
         width = tokens.projected.shape[-1]
         if selection.updated is not None:
             chosen = self._in_language_space(tokens, selection, selection.updated)
@@ -275,16 +328,17 @@ class Pruning:
         return list(chosen)
 
     def _in_language_space(self, tokens: VisionTokens, selection: Selection, made: Tensor) -> Tensor:
+        """Tokens that a pruner made, in the language model's space and dtype."""
         if selection.space == "patches":
             made = self.family.project(made.to(tokens.require("patches", "merging").dtype))
         return made.to(tokens.projected.dtype)
 
     def _cut(self, kwargs: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
-        """The call's keywords, every per-token input cut to those columns and padded on the side that was padded."""
+        """The keyword arguments with every per-token input cut to some columns, padded on the side that was padded."""
         left = bool(mask[:, -1].all())
         given = self.family.positions(kwargs)
         short = gather_columns(mask, columns, 0, left)
-        if given is not None:  # positions that are more than a count stay what they are
+        if given is not None:  # positions that are more than a count (M-RoPE) are kept
             positions = gather_columns(given, columns, 0, left)
         elif self.spec.positions == "keep":
             counted = kwargs.get("position_ids")

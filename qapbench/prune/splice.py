@@ -26,8 +26,8 @@ class PrunedImage:
         available: number of tokens before pruning, without separators.
         merged: how many of the M are tokens made from others.
         separators: how many of the M are tokens that the model adds itself (new lines).
-        layers: tokens that each decoder layer saw, if tokens are dropped inside the decoder. The other attributes then
-            describe what the last layer saw.
+        layers: tokens that each decoder layer received, if tokens are dropped inside the decoder. The other
+            attributes then describe what the last layer received.
     """
 
     features: Tensor
@@ -65,23 +65,23 @@ class Part(NamedTuple):
     front: int
 
 
-def budgets(seen: EncodedImages, keep: int, per_image: bool) -> list[list[int]]:
-    """Number of tokens that each view keeps, listed like `seen.views`. A view with fewer tokens keeps all of them.
+def budgets(encoded: EncodedImages, keep: int, per_image: bool) -> list[list[int]]:
+    """Number of tokens that each view keeps, listed like `encoded.views`. A view with fewer tokens keeps all of them.
 
     Args:
-        seen: the images of a call.
+        encoded: the images of a call.
         keep: the budget, at least 0.
         per_image: if True, `keep` is the budget of all views of an image together and is split in proportion to their
             tokens, by largest remainder; of equal remainders the earlier view's wins. If False, it is the budget of
             each view.
     """
     if not per_image:
-        return [[min(keep, views.tokens.count)] * views.tokens.batch for views in seen.views]
-    split = [[0] * views.tokens.batch for views in seen.views]
-    for image, whole in enumerate(seen.images):
-        mine = [(g, v) for g, views in enumerate(seen.views) for v, owner in enumerate(views.owners) if owner == image]
-        mine.sort(key=lambda at: int(seen.views[at[0]].places[at[1], 0]))  # order of the prompt
-        sizes = [seen.views[g].tokens.count for g, _ in mine]
+        return [[min(keep, views.tokens.count)] * views.tokens.batch for views in encoded.views]
+    split = [[0] * views.tokens.batch for views in encoded.views]
+    for image, whole in enumerate(encoded.images):
+        mine = [(g, v) for g, views in enumerate(encoded.views) for v, owner in enumerate(views.owners) if owner == image]
+        mine.sort(key=lambda at: int(encoded.views[at[0]].places[at[1], 0]))  # order of the prompt
+        sizes = [encoded.views[g].tokens.count for g, _ in mine]
         total = min(keep, whole.count)
         shares = [size * total // sum(sizes) for size in sizes]
         rest = sorted(range(len(sizes)), key=lambda i: (-(sizes[i] * total % sum(sizes)), i))
@@ -196,5 +196,5 @@ def gather_columns(values: Tensor, columns: list[Tensor], fill: int, left: bool)
 
 
 def detached(image: PrunedImage) -> PrunedImage:
-    """A copy without features, which nobody needs after the call, and with its other tensors on the host."""
+    """A copy without features, which are not needed after the call, and with its other tensors on the host."""
     return replace(image, features=image.features[:0], places=image.places.cpu(), indices=image.indices.cpu())

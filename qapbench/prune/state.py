@@ -31,7 +31,7 @@ class ViewState:
         left: [n] indices, among the E tokens, of those that are left.
         made: [n] bool, True for those of them that were made from several tokens.
         budgets: index of the first layer after a stage -> tokens that the stage keeps.
-        counts: tokens that each layer so far has seen.
+        counts: number of tokens that each layer so far has received.
     """
 
     image: int
@@ -64,19 +64,19 @@ class ViewState:
 
 
 def view_states(
-    seen: EncodedImages, budgets: list[list[int]], spans: list[tuple[int, Tensor]], asked: Tensor
+    encoded: EncodedImages, budgets: list[list[int]], spans: list[tuple[int, Tensor]], asked: Tensor
 ) -> list[ViewState]:
     """Make the states of all views of a call, in the order of their images.
 
     Args:
-        seen: the images of the call.
-        budgets: tokens that each view keeps, listed like `seen.views`.
+        encoded: the images of the call.
+        budgets: tokens that each view keeps, listed like `encoded.views`.
         spans: row and columns of each image's placeholders, from `image_columns`.
         asked: [B, L] bool, True for the text of the prompt without its answer.
     """
     columns = torch.arange(asked.shape[1], device=asked.device)
     found = []
-    for views, keeps in zip(seen.views, budgets, strict=True):
+    for views, keeps in zip(encoded.views, budgets, strict=True):
         for image, places, keep in zip(views.owners, views.places, keeps, strict=True):
             row, own = spans[image]
             text = columns[asked[row] & (columns > own[-1])]
@@ -133,5 +133,5 @@ class DecoderState:
         return {index for view in self.view_states for index in view.budgets}
 
     def whole(self, index: int) -> bool:
-        """Whether the layer with this index sees the whole prompt."""
+        """Whether the layer with this index receives the whole prompt."""
         return self.layouts[index] is self.layouts[0]

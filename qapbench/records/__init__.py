@@ -1,1 +1,1 @@
-"""What a run leaves on disk: answers, receipt, scores and the record."""
+"""The files that a run leaves on disk: answers, receipt, scores and record."""

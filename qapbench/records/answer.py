@@ -1,4 +1,4 @@
-"""The stored answer to one question, and what the language model saw of its images."""
+"""Lines of a run's files: the answer to one question, and its scores."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ class Answer(BaseModel):
     """One line of answers.jsonl. It holds nothing that differs between two executions, such as times.
 
     Attributes:
-        task, doc: lm-eval's name of the task and the number of the document.
-        id: the data's own id of the question.
-        answer: the text that was generated, or the continuation that is most likely.
+        task: lm-eval's name of the task.
+        doc: number of the document.
+        id: the question's id in the data.
+        answer: the generated text, or the most likely continuation.
         outputs: what lm-eval scores: `[text]`, or `[log-likelihood, is most likely]` for each continuation.
         key: hash of everything that the outputs depend on; equal keys have equal outputs.
-        images: one entry per image; None for a question without any.
+        images: token counts of each image; None for a question without an image.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,18 +35,24 @@ class Answer(BaseModel):
 
     @property
     def place(self) -> tuple[str, int]:
-        """Task and document: what an answer is found by."""
+        """Task and number of the document, which identify an answer."""
         return self.task, self.doc
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data as it is stored."""
+        """The answer as plain data, as it is stored."""
         said = {"task": self.task, "doc": self.doc, "id": self.id, "answer": self.answer, "outputs": self.outputs}
         said |= {"key": self.key} if self.key is not None else {}
         return said | ({"images": [image.to_json() for image in self.images]} if self.images else {})
 
 
 class ScoredQuestion(BaseModel):
-    """One line of scored.jsonl: the question's score in every column that it belongs to, and `unparsed`."""
+    """One line of scored.jsonl.
+
+    Attributes:
+        id: the question's id in the data.
+        doc: number of the document.
+        metrics: the question's score in every column that it belongs to, and `unparsed`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,5 +62,5 @@ class ScoredQuestion(BaseModel):
     metrics: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data as it is stored."""
+        """The scores as plain data, as they are stored."""
         return {"id": self.id, "doc": self.doc, "metrics": self.metrics}

@@ -1,4 +1,4 @@
-"""The public way to what runs left behind: `load_records` and `results`."""
+"""Reads the results of runs: `load_records` as typed records, `results` as a table."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LOG = logging.getLogger(__name__)
 
 
 def load_records(runs: str | Path = "runs") -> list[Record]:
-    """Every record below a folder of results, oldest first.
+    """Read every record below a folder of results, oldest first.
 
-    A record that is damaged, or that a newer qapbench wrote, is left out with a warning that names its file: one bad
-    file keeps nothing else from being read. What `--fresh` set aside is no result.
+    A record that is damaged, or that a newer qapbench wrote, is left out with a warning that names its file. Results
+    that `--fresh` set aside are not read.
     """
     folders = sorted({path.parent for path in Path(runs).glob(f"*/{RECORD}") if ".old" not in path.parent.name})
     found = []
@@ -42,14 +42,14 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
     """The results below a folder as a table.
 
     Args:
-        runs: a folder of results; for `by="run"` also records.
-        by: "run": one row per run, with its name, model, quantization, pruner, budget, measured tokens, the accuracy,
-            interval and counts of every column, seconds and receipt. "question": one row per question of each run:
-            run_id, name, id, doc, answer, tokens (kept and merged, summed over its images; None without an image),
-            and one column per score.
+        runs: folder of the results. With `by="run"`, also records.
+        by: "run" gives one row per run: name, model, quantization, pruner, budget, measured tokens, the accuracy,
+            interval and counts of every column, seconds and receipt. "question" gives one row per question of each run:
+            run_id, name, id, doc, answer, tokens (kept and merged, summed over its images; None without an image), and
+            one column per score.
 
     Raises:
-        UserError: `by` is neither; questions are asked of records without their folder.
+        UserError: `by` is neither of them, or questions are asked for and `runs` is not a folder.
     """
     import pandas as pd
 
@@ -90,33 +90,34 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _name(item: Any) -> str | None:
-    """The name of a registered item as a spec's plain data has it."""
+    """Name of a registered item, from the plain data of a spec."""
     return next(iter(item), None) if isinstance(item, dict) else item
 
 
 def _questions(runs: Path, record: Record) -> Iterator[dict[str, Any]]:
+    """The rows of one run's questions."""
     folder = runs / record.run_id
     answers = {answer.id: answer for answer in answers_of(folder).read()}
     for scored in read_scored_questions(folder):
         answer = answers.get(scored.id)
         images = (answer.images if answer else None) or []
-        seen = [image.available if image.kept is None else len(image.kept) + image.merged for image in images]
+        tokens = [image.available if image.kept is None else len(image.kept) + image.merged for image in images]
         yield {
             "run_id": record.run_id,
             "name": record.name,
             "id": scored.id,
             "doc": scored.doc,
             "answer": answer.answer if answer else None,
-            "tokens": sum(seen) if images else None,
+            "tokens": sum(tokens) if images else None,
             **scored.metrics,
         }
 
 
 def read_scored_questions(folder: Path) -> list[ScoredQuestion]:
-    """The scored questions of a run.
+    """Read the scored questions in a run's folder.
 
     Raises:
-        UserError: there are none, or a line is not one.
+        UserError: the file is missing, or a line is not a scored question.
     """
     path = folder / SCORED
     try:

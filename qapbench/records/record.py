@@ -1,4 +1,4 @@
-"""The record of a run: typed, versioned, and read back with an upgrade from earlier versions."""
+"""The record of a run: a typed and versioned file, read with an upgrade from earlier versions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qapbench.receipt import ReceiptFields
 SCHEMA: Literal[2] = 2
 """Version of the record that this package writes."""
 RECORD, SCORED = "record.json", "scored.jsonl"
-MOST = 20  # problems of one file that are listed
+MOST = 20  # largest number of problems that are listed for one file
 Count = Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
-    """Base of what is stored: frozen; fields that this version does not know are ignored."""
+    """Base of the parts of a record. They are frozen, and ignore fields that this version does not know."""
 
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
@@ -31,9 +31,14 @@ class ColumnScore(Part):
     """One column of the task's table.
 
     Attributes:
-        k, n: right answers and questions, where each question is right or wrong.
-        accuracy, stderr, low, high: as fractions; `low` and `high` are Wilson's 95 % interval.
-        mean: of a metric that is not right or wrong.
+        name: name of the column.
+        k: number of right answers, if each question is right or wrong.
+        n: number of questions.
+        accuracy: k / n.
+        stderr: its standard error, or that of `mean`.
+        low: lower end of Wilson's 95 % interval of the accuracy.
+        high: upper end of that interval.
+        mean: mean of a metric that is not right or wrong.
         unavailable: why there is no value.
     """
 
@@ -55,7 +60,13 @@ class ColumnScore(Part):
 
 
 class Unparsed(Part):
-    """Answers that no rule of the parser could read: k of n questions, and their share."""
+    """Answers that no rule of the parser could read.
+
+    Attributes:
+        k: number of these answers.
+        n: number of questions.
+        rate: k / n, or 0 if there are no questions.
+    """
 
     k: Count
     n: Count
@@ -66,9 +77,10 @@ class ScoreTable(Part):
     """The scores of a run.
 
     Attributes:
-        columns: in the order of the task's table; the last one is the overall accuracy.
-        missing: questions without a stored output, which count as wrong.
-        unknown: stored outputs for questions that the data do not have.
+        columns: the columns in the order of the task's table; the last one is the overall accuracy.
+        unparsed: answers that the parser could not read.
+        missing: number of questions without a stored output, which count as wrong.
+        unknown: number of stored outputs for questions that are not in the data.
     """
 
     columns: list[ColumnScore]
@@ -77,12 +89,18 @@ class ScoreTable(Part):
     unknown: Count = 0
 
     def column(self, name: str) -> ColumnScore | None:
-        """The column of that name; None where the table has none."""
+        """The column with that name; None if there is none."""
         return next((column for column in self.columns if column.name == name), None)
 
 
 class TaskRecord(Part):
-    """The task that was asked: its name, how many questions, and the accuracy of guessing (None where unknown)."""
+    """The task of a run.
+
+    Attributes:
+        name: name of the task.
+        questions: number of questions that were answered.
+        chance: expected accuracy of guessing; None if it is not known.
+    """
 
     name: str
     questions: Count
@@ -90,15 +108,18 @@ class TaskRecord(Part):
 
 
 class TokenCounts(Part):
-    """Visual tokens per image, as measured.
+    """Visual tokens per image, as measured. All but `images` are means over images, or a minimum or maximum.
 
     Attributes:
-        images: images that were counted.
-        available: tokens that there were to keep from; the mean over images, as all others here.
-        mean, min, max: tokens that the language model saw, kept and merged together.
-        kept, merged: the two parts of `mean`.
-        layer_mean: mean over the decoder's layers, where tokens are dropped between them.
-        separators: tokens of the model's own, such as new lines between rows of tiles; not in the budget.
+        images: number of images.
+        available: tokens before pruning.
+        mean: tokens that the language model received, kept and merged ones together.
+        min: smallest number of them for an image.
+        max: largest number of them for an image.
+        kept: the kept part of `mean`.
+        merged: the merged part of `mean`.
+        layer_mean: mean over the decoder's layers, if tokens are dropped between layers.
+        separators: tokens that the model adds itself, such as new lines between rows of tiles; not in the budget.
     """
 
     images: Count | None = None
@@ -113,7 +134,11 @@ class TokenCounts(Part):
 
 
 class ReceiptRecord(ReceiptFields):
-    """A receipt as it is stored, with its one-line summary."""
+    """A receipt, as it is stored.
+
+    Attributes:
+        summary: the receipt in one line.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -121,11 +146,20 @@ class ReceiptRecord(ReceiptFields):
 
 
 class Environment(BaseModel):
-    """Where a result was made. Versions of packages stand beside these fields, under the packages' names.
+    """The machine and the settings that made a result. Versions of packages are further fields, named like the
+    packages.
 
     Attributes:
-        git: commit of the checkout that ran, "(dirty)" behind it where it was changed; None for an installed wheel.
-        dtype: of the model's weights.
+        python: version of Python.
+        platform: operating system and machine.
+        device: name of the GPU or CPU.
+        threads: number of torch's threads.
+        git: commit of the checkout that ran, followed by "(dirty)" if it was changed; None for an installed wheel.
+        batch_size: number of questions answered together.
+        workers: number of processes that shared the questions.
+        engine: where the workers ran.
+        dtype: dtype of the model's weights.
+        image_processor: class of the image processor.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -143,12 +177,16 @@ class Environment(BaseModel):
 
 
 class Timing(Part):
-    """What the session that finished the run took: not the run's identity, and different each time.
+    """Cost of the session that finished the run. It is not part of the run's identity, and differs each time.
 
     Attributes:
-        seconds: this run's share of the time spent, and `stages` the same by stage.
-        questions, computed: questions answered in that session, and those that no other run had answered before.
-        peak_memory_mb, peak_gpu_memory_mb: of the process.
+        seconds: this run's share of the time spent.
+        questions: number of questions answered in that session.
+        computed: how many of them were computed for this run, not taken over from another run.
+        questions_per_second: `questions` / `seconds`.
+        stages: `seconds` by stage.
+        peak_memory_mb: peak resident memory of a process that answered.
+        peak_gpu_memory_mb: its peak GPU memory; None without a GPU.
     """
 
     seconds: FiniteFloat
@@ -161,13 +199,17 @@ class Timing(Part):
 
 
 class Stopped(Part):
-    """Why a run ended with a part of its questions (`--fast`).
+    """Why a run was stopped before its last question (`--fast`).
 
     Attributes:
-        by: name of the run that was better; lost, won: questions that only that run, and only this run had right.
-        p, level: one-sided exact McNemar p, which had to be below `level`.
-        asked, of: questions answered, of how many.
-        bound: all of this as one sentence.
+        by: name of the run that was better.
+        lost: number of questions that only that run answered right.
+        won: number of questions that only this run answered right.
+        p: p-value of the one-sided exact McNemar test.
+        level: the threshold that p had to fall below.
+        asked: number of questions that this run answered.
+        of: number of questions of the task.
+        bound: all of this as a sentence.
     """
 
     by: str
@@ -181,18 +223,24 @@ class Stopped(Part):
 
 
 class Record(Part):
-    """One finished run.
+    """The record of one run.
 
     Attributes:
         run_id: hash of what was run and of the content that it read (docs/identity.md).
         text_key: hash of what its answers to questions without an image depend on.
-        created: ISO 8601, UTC.
-        spec: as it was run, as plain data: reading it runs no plugin.
-        labels: the pruner, sensitivity and fusion as a table shows them.
-        tokens: None where no question has an image.
-        fingerprints: content hashes of everything that the run read, and versions of libraries that move numbers.
+        name: name of the run, with a remark if it was stopped.
+        created: time in ISO 8601, UTC.
+        spec: the spec as plain data, so that reading a record runs no plugin.
+        labels: the pruner, sensitivity and fusion, as a table shows them.
+        task: the task; None in some records of earlier versions.
+        scores: the scores.
+        tokens: measured token counts; None if no question has an image.
+        receipt: what compression really did.
+        environment: the machine and the settings.
+        fingerprints: content hashes of everything that the run read, and versions of libraries that affect numbers.
+        timing: the cost.
         notes: what a reader of the numbers has to know.
-        stopped: None for a run that answered everything.
+        stopped: why the run was stopped; None if it answered all questions.
     """
 
     schema_version: Annotated[Literal[2], Field(alias="schema")] = 2
@@ -213,16 +261,16 @@ class Record(Part):
     stopped: Stopped | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data as it is stored; fields without a value are left out."""
+        """The record as plain data, as it is stored; fields without a value are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     def named(self, name: str) -> Record:
-        """The record under a run's name; where the run stopped early, the name says so wherever it is shown."""
+        """The record under another name. If the run was stopped, the name says so."""
         why = self.stopped
         return self.model_copy(update={"name": f"{name} (stopped: {why.asked} of {why.of})" if why else name})
 
     def __getitem__(self, key: str) -> Any:
-        """Version 0.1 had records as dictionaries; this works for one more version and warns."""
+        """Deprecated. Records were dictionaries in version 0.1; this works for one more version, with a warning."""
         warnings.warn("a record is typed now: read record.name, not record['name']", DeprecationWarning, stacklevel=2)
         return self.to_json()[key]
 
@@ -230,17 +278,17 @@ class Record(Part):
         return key in self.to_json()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As `record[key]`, deprecated alike."""
+        """Deprecated like `record[key]`, but with a default for a missing key."""
         return self[key] if key in self else default  # noqa: SIM401 (it is no dictionary)
 
 
 def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored data of any earlier schema as data of the present one.
+    """Stored data of this or an earlier schema, in the present schema.
 
-    Schema 1 (qapbench 0.1) wrote `{}` for tokens where no image was asked about, and null for some absent values.
+    Schema 1 (qapbench 0.1) wrote `{}` for the tokens if no question had an image, and null for some missing values.
 
     Raises:
-        UserError: a newer qapbench wrote it, or it says no schema.
+        UserError: a newer qapbench wrote the data, or they name no schema.
     """
     schema = data.get("schema")
     if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
@@ -252,10 +300,10 @@ def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_record(data: Any) -> Record:
-    """A record from plain data, upgraded where an earlier version wrote it.
+    """A record from plain data, upgraded if an earlier version wrote it.
 
     Raises:
-        UserError: every field that is missing or wrong.
+        UserError: fields are missing or wrong.
     """
     if isinstance(data, Record):
         return data
@@ -268,10 +316,10 @@ def parse_record(data: Any) -> Record:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        UserError: it cannot be read, or is no JSON.
+        UserError: the file cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -282,10 +330,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_record(place: Path) -> Record:
-    """The record in a run's folder, or of a file.
+    """Read a record.
+
+    Args:
+        place: the run's folder, or the record's file.
 
     Raises:
-        UserError: there is none, it is damaged, or a newer version wrote it.
+        UserError: there is no record, it is damaged, or a newer version wrote it.
     """
     path = place / RECORD if place.is_dir() else place
     data = read_json(path)

@@ -1,4 +1,4 @@
-"""Lines on disk: appended as they are made, synced, safe with several writers, taken up again after a crash."""
+"""Stores of JSON lines that are synced to disk, accept several writers, and continue after a crash."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ANSWERS = "answers.jsonl"
 
 
 class Line(Protocol):
-    """What a store can hold: a pydantic model that says its own plain data."""
+    """What a store can hold: a pydantic model that gives its own plain data."""
 
     @classmethod
     def model_validate(cls, obj: Any) -> Self: ...
@@ -33,12 +33,13 @@ L = TypeVar("L", bound=Line)
 class Store(Generic[L]):
     """The lines of one run, one JSON object per line.
 
-    While a run is made, lines stand in the order in which they came, from however many processes. `arrange` brings
-    the finished run into the order of the work. Lines hold nothing that differs between two executions (no times), so
-    a run ends with the same bytes whether it was alone, in a sweep, in parallel, or killed and taken up again.
+    While a run is made, lines are stored in the order in which they arrive, from any number of processes. `arrange`
+    then puts the finished run into the order of the work. Lines hold nothing that differs between two executions, such
+    as times. A run therefore ends with the same bytes, whether it ran alone, in a sweep, in parallel, or was killed and
+    continued.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         line: the model of a line.
     """
 
@@ -49,10 +50,10 @@ class Store(Generic[L]):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for one command at a time. Its own worker processes append without this lock.
+        """While the context is open, no other command can lock the run. Its own workers append without this lock.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds the lock.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._beside("lock"), timeout=0)
@@ -66,11 +67,11 @@ class Store(Generic[L]):
             lock.release()
 
     def _beside(self, kind: str) -> Path:
-        """A file beside the folder, not in it: a folder that is set aside does not take a lock away."""
+        """A file beside the run's folder. It is not inside, so that a lock stays when the folder is set aside."""
         return self.folder.with_name(f".{self.folder.name}.{kind}")
 
     def read(self) -> list[L]:
-        """Every whole line. A line torn by a crash, or one that this version cannot read, ends the list."""
+        """All complete lines. A line that a crash tore, or that this version cannot read, ends the list."""
         if not self.path.exists():
             return []
         lines = []
@@ -82,6 +83,7 @@ class Store(Generic[L]):
         return lines
 
     def _parsed(self, text: bytes) -> L | None:
+        """The line, or None if it is torn or cannot be read."""
         if not text.endswith(b"\n"):
             return None
         try:
@@ -90,11 +92,11 @@ class Store(Generic[L]):
             return None
 
     def count(self) -> int:
-        """Number of whole lines, without reading what they say."""
+        """Number of complete lines. They are not parsed."""
         return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def keep(self, count: int) -> None:
-        """Cut the file after `count` whole lines."""
+        """Cut the file after `count` complete lines."""
         if not self.path.exists():
             return
         lines = self.path.read_bytes().splitlines(keepends=True)[:count]
@@ -103,7 +105,10 @@ class Store(Generic[L]):
             os.fsync(handle.fileno())
 
     def append(self, lines: Sequence[L]) -> None:
-        """Write a batch and wait until it is on disk. Writers take turns; what a killed one tore is cut off first."""
+        """Write lines, and wait until they are on disk.
+
+        Writers take turns. A line that a killed writer tore is cut off first.
+        """
         text = "".join(map(_line, lines)).encode()
         with FileLock(self._beside("append.lock")), self.path.open("a+b") as handle:
             if end := handle.seek(0, os.SEEK_END):
@@ -116,7 +121,17 @@ class Store(Generic[L]):
             os.fsync(handle.fileno())
 
     def arrange(self, order: Callable[[L], Hashable], places: Iterable[Hashable]) -> list[L]:
-        """Rewrite the file with one line per place, in that order, whole or not at all; other lines are left out."""
+        """Rewrite the file with one line per place, in the order of the places.
+
+        The file is replaced whole or not at all.
+
+        Args:
+            order: gives the place of a line.
+            places: the places, in order. Lines at other places are left out.
+
+        Returns:
+            The lines that are now in the file.
+        """
         found: dict[Hashable, L] = {}
         for line in self.read():
             found.setdefault(order(line), line)
@@ -126,7 +141,11 @@ class Store(Generic[L]):
 
 
 def answers_of(folder: Path) -> Store[Answer]:
-    """The store of a run's answers."""
+    """The store of a run's answers.
+
+    Args:
+        folder: the run's folder.
+    """
     return Store(folder, Answer)
 
 
@@ -135,7 +154,12 @@ def _line(line: Line) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file whole or not at all; a model is written as its plain data."""
+    """Replace a JSON file whole or not at all.
+
+    Args:
+        path: the file.
+        value: plain data, or a pydantic model.
+    """
     data = value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
     replace_synced(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
 
@@ -156,7 +180,11 @@ def replace_synced(path: Path, text: str) -> None:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move a run's folder out of the way; nothing is deleted."""
+    """Move a run's folder out of the way, without deleting anything.
+
+    Returns:
+        Its new path; None if there is no such folder.
+    """
     if not folder.exists():
         return None
     number = 1

@@ -1,4 +1,4 @@
-"""Counts of right answers, per column, with Wilson intervals."""
+"""Counts right answers per column, with Wilson intervals."""
 
 from __future__ import annotations
 
@@ -9,48 +9,56 @@ from functools import cached_property
 from typing import Any
 
 UNPARSED = "unparsed"
-"""The key of process_results that counts answers which no rule of the parser could read."""
+"""Key in `process_results` of answers that no rule of the parser could read."""
 LEVEL = 0.95
-"""Of every interval."""
+"""Confidence level of every interval."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """k right of n."""
+    """Right answers in one column.
+
+    Attributes:
+        k: number of right answers.
+        n: number of questions.
+    """
 
     k: int
     n: int
 
     @property
     def accuracy(self) -> float:
-        """As a fraction; NaN of nothing."""
+        """k / n; NaN if n is 0."""
         return self.k / self.n if self.n else math.nan
 
     @property
     def stderr(self) -> float:
-        """Binomial standard error of the accuracy, sqrt(p (1 - p) / n)."""
+        """Binomial standard error of the accuracy, sqrt(p (1 - p) / n); NaN if n is 0."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n) if self.n else math.nan
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the accuracy."""
+        """Wilson's 95 % interval of the accuracy; NaN if n is 0."""
         if not self.n:
             return math.nan, math.nan
         from statsmodels.stats.proportion import proportion_confint
 
         low, high = proportion_confint(self.k, self.n, alpha=1 - LEVEL, method="wilson")
-        # Rounding must not leave the accuracy of 0 or 1 outside.
+        # Rounding must not exclude an accuracy of 0 or 1.
         return min(float(low), self.accuracy), max(float(high), self.accuracy)
 
     @property
     def low(self) -> float:
+        """Lower end of the interval."""
         return self.interval[0]
 
     @property
     def high(self) -> float:
+        """Upper end of the interval."""
         return self.interval[1]
 
     def to_json(self) -> dict[str, Any]:
+        """The counts, the accuracy and its interval as plain data."""
         return {
             "k": self.k,
             "n": self.n,
@@ -63,7 +71,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of n values that are not counts of right answers; no Wilson interval exists for them."""
+    """The mean of values that do not count right answers, and therefore have no Wilson interval.
+
+    Attributes:
+        mean: the mean.
+        n: number of values.
+        stderr: standard error of the mean; NaN for a single value.
+    """
 
     mean: float
     n: int
@@ -71,37 +85,47 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
+        """The mean of one or more values."""
         n = len(values)
         mean = math.fsum(values) / n
         spread = math.fsum((value - mean) ** 2 for value in values)
         return cls(mean, n, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan)
 
     def to_json(self) -> dict[str, Any]:
+        """The mean as plain data."""
         # JSON has no NaN.
         return {"mean": self.mean, "n": self.n, "stderr": None if math.isnan(self.stderr) else self.stderr}
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: its value, or why there is none."""
+    """One column of a table.
+
+    Attributes:
+        name: name of the column.
+        value: its value; None if it is unavailable.
+        unavailable: why there is no value.
+    """
 
     name: str
     value: Tally | Mean | None = None
     unavailable: str = ""
 
     def to_json(self) -> dict[str, Any]:
+        """The column as plain data."""
         rest = {"unavailable": self.unavailable} if self.value is None else self.value.to_json()
         return {"name": self.name, **rest}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The columns in the task's order.
+    """The scores of a run, or of stored outputs.
 
     Attributes:
+        columns: the columns in the task's order.
         unparsed: answers that the parser could not read, of all questions.
-        missing: questions without a stored output; they count as wrong.
-        unknown: stored ids that the data do not have; they are left out.
+        missing: number of questions without a stored output; they count as wrong.
+        unknown: number of stored ids that are not in the data; they are left out.
     """
 
     columns: list[Column]
@@ -110,15 +134,22 @@ class Scores:
     unknown: int = 0
 
     def __getitem__(self, name: str) -> Tally | Mean:
+        """The value of a column.
+
+        Raises:
+            KeyError: there is no such column, or it has no value.
+        """
         for column in self.columns:
             if column.name == name and column.value is not None:
                 return column.value
         raise KeyError(name)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: {"columns": [{"name", "k", "n", "accuracy", "stderr", "low", "high"} |
-        {"name", "mean", "n", "stderr"} | {"name", "unavailable"}], "unparsed": {"k", "n", "rate"}, "missing",
-        "unknown"}. Rates are fractions."""
+        """The scores as plain data; rates are fractions.
+
+        The keys are "columns", "unparsed" ({"k", "n", "rate"}), "missing" and "unknown". A column has a "name" and
+        either "k", "n", "accuracy", "stderr", "low" and "high", or "mean", "n" and "stderr", or "unavailable".
+        """
         rate = self.unparsed.accuracy if self.unparsed.n else 0.0
         return {
             "columns": [column.to_json() for column in self.columns],
@@ -129,12 +160,12 @@ class Scores:
 
 
 def tally(rows: Iterable[dict[str, Any]], columns: Sequence[str], unavailable: dict[str, str] | None = None) -> Scores:
-    """Count the results of `process_results`, one dict a question.
+    """Count the results of `process_results`.
 
     Args:
-        rows: column -> value for each column that the question belongs to, and `unparsed`.
-        columns: names in the order of the table; others are left out.
-        unavailable: columns that the data cannot give -> reason.
+        rows: for each question, column -> value for the columns that it belongs to, and `unparsed`.
+        columns: names in the order of the table; other columns are left out.
+        unavailable: column -> the reason why the data cannot give it.
     """
     values: dict[str, list[Any]] = {name: [] for name in (*columns, UNPARSED)}
     total = 0
@@ -151,6 +182,7 @@ def tally(rows: Iterable[dict[str, Any]], columns: Sequence[str], unavailable: d
 
 
 def _column(name: str, values: list[Any], reason: str) -> Column:
+    """The tally of a column whose values are all 0 or 1, the mean of other numbers, or why there is neither."""
     if reason or not values:
         return Column(name, unavailable=reason or "no question belongs to it")
     if not all(isinstance(value, int | float) or hasattr(value, "__float__") for value in values):

@@ -1,4 +1,4 @@
-"""From specs to records: load, answer, store, score."""
+"""Makes runs: loads the model, answers what is missing, stores the answers, and scores them into records."""
 
 from .execute import run
 

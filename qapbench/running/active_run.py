@@ -1,4 +1,4 @@
-"""One run that is under way: what it has, what it misses, what it cost."""
+"""A run that is under way: its stored answers, its receipt, and the time that it takes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ from .plan import Planned, PruneKey, prune_key
 
 RECEIPT = "receipt.json"
 Result = tuple[list[Any], list[ImageTokens]]
-"""The outputs of one question's requests, and what the language model saw of each of its images."""
-FLUSH = 0.2  # seconds of answers that a crash may cost, at most (and one batch)
+"""The outputs of a question's requests, and the token counts of each of its images."""
+FLUSH = 0.2  # seconds: a crash may lose the answers of this time and of one batch
 
 
 class StoredReceipt(BaseModel):
-    """The receipt that was measured at the first question, and the model as quantized that it is of."""
+    """A run's receipt, as it was measured at the first question.
+
+    Attributes:
+        group: hash of the quantized model that was measured (`Planned.group`).
+        receipt: the receipt.
+    """
 
     schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
     group: str
@@ -41,9 +46,11 @@ class ActiveRun:
     """A run that is under way.
 
     Attributes:
-        have: places of the questions whose answers are stored.
-        seconds: by stage, this run's share of the time spent.
-        answered, computed: questions of this session, and those that no other run of the sweep had answered before.
+        planned: the plan of the run.
+        have: (task, document) of the questions that are answered.
+        answered: number of questions answered in this session.
+        computed: how many of them were computed for this run, not taken over from another run with an equal prompt.
+        seconds: stage -> this run's share of the time spent on it.
     """
 
     planned: Planned
@@ -55,39 +62,49 @@ class ActiveRun:
 
     @property
     def spec(self) -> RunSpec:
+        """The run's spec."""
         return self.planned.spec
 
     @property
     def store(self) -> Store[Answer]:
+        """The store of the run's answers."""
         return answers_of(self.planned.folder)
 
     @property
     def prune_key(self) -> PruneKey:
-        """How it prunes, by content; equal keys choose equal tokens of equal images."""
+        """Hash of how the run prunes; None if it does not. Equal keys select equal tokens of equal images."""
         return prune_key(self.spec)
 
     def open(self, first: Question) -> None:
-        """Read what is stored. The first question's answer counts only with the receipt that was measured at it."""
+        """Read which questions are answered.
+
+        Args:
+            first: the first question. Its answer counts only if the receipt that is measured with it is stored too.
+        """
         self.have = {answer.place for answer in self.store.read()}
         if not (self.planned.folder / RECEIPT).exists():
             self.have.discard(first.place)
 
     def add(self, answer: Answer) -> None:
-        """Take up an answer, to be stored with the next flush."""
+        """Add an answer, which the next flush will store."""
         self.have.add(answer.place)
         self.answered += 1
         self._pending.append(answer)
 
     def flush(self) -> None:
-        """Put everything that was added on disk."""
+        """Write all added answers to disk."""
         if self._pending:
             self.store.append(self._pending)
             self._pending = []
 
     def write_receipt(self, receipt: Receipt, fallbacks: Sequence[str]) -> None:
-        """Store what was measured at the first question: every session ends with the same receipt.
+        """Store what was measured at the first question, so that every session ends with the same receipt.
 
-        Calls are not counted there, as a sweep shares them: 1 says that the linear was used.
+        The number of calls of a linear is stored as 0 or 1, since runs of a sweep share forward passes.
+
+        Args:
+            receipt: what was measured on the quantized model.
+            fallbacks: what the run's pruning did otherwise than asked.
         """
         lines = [line.model_copy(update={"calls": min(line.calls, 1)}) for line in receipt.linears]
         pruning = self.spec.prune.label if self.spec.prune else None
@@ -96,10 +113,13 @@ class ActiveRun:
         write_json(self.planned.folder / RECEIPT, StoredReceipt(group=self.planned.group, receipt=said))
 
     def read_receipt(self, answers: Sequence[Answer]) -> Receipt:
-        """The receipt of the whole run, its images counted from the stored answers.
+        """The receipt of the whole run.
+
+        Args:
+            answers: all answers of the run, whose images are counted.
 
         Raises:
-            UserError: the stored receipt is damaged.
+            UserError: the stored receipt is missing or damaged.
         """
         path = self.planned.folder / RECEIPT
         try:
@@ -111,7 +131,12 @@ class ActiveRun:
 
 
 def earlier_results(runs: Path, group: str) -> dict[str, Result]:
-    """Results by content key of every run below `runs`, finished or not, of one model as quantized."""
+    """The stored results of all runs, finished or not, of one quantized model, by content key.
+
+    Args:
+        runs: folder of the results.
+        group: hash of the quantized model (`Planned.group`).
+    """
     found: dict[str, Result] = {}
     for path in sorted(runs.glob(f"*/{RECEIPT}")):
         try:
@@ -126,7 +151,12 @@ def earlier_results(runs: Path, group: str) -> dict[str, Result]:
 
 
 class Clock:
-    """Measures where the time goes, by stage and by run; stages inside another are taken out of it."""
+    """Measures the time spent by stage and by run. The time of a stage does not include stages opened inside it.
+
+    Attributes:
+        active_runs: the runs that share the time of a stage, unless the stage names others.
+        total: stage -> seconds.
+    """
 
     def __init__(self) -> None:
         self.active_runs: Sequence[ActiveRun] = ()
@@ -135,7 +165,12 @@ class Clock:
 
     @contextlib.contextmanager
     def stage(self, name: str, active_runs: Sequence[ActiveRun] | None = None) -> Iterator[None]:
-        """Time is shared evenly by the runs that a stage is done for (those of `self.active_runs` where None)."""
+        """Measure the time until the context closes, and share it evenly among runs.
+
+        Args:
+            name: name of the stage.
+            active_runs: the runs that the stage works for; `self.active_runs` if None.
+        """
         started = time.perf_counter()
         self._inner.append(0.0)
         try:
@@ -150,7 +185,13 @@ class Clock:
 
 
 def worker_of(question: Question, index: int, workers: int) -> int:
-    """The worker that answers a question: all questions on one image go to one worker."""
+    """Index of the worker that answers a question. All questions on one image go to one worker.
+
+    Args:
+        question: the question.
+        index: its position in the order of the work.
+        workers: number of workers.
+    """
     if not question.images:
         return index % workers
     text = " ".join(question.pictures)

@@ -1,4 +1,4 @@
-"""Forward passes: rows of equal length side by side, and nothing in a row that depends on its neighbours."""
+"""Runs forward passes: rows of equal length are batched, and no bit of a row depends on the other rows of its batch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from qapbench.tasking.questions import ContinuationTokenizer, Question
 
 from .active_run import Result
 
-CACHED = 2**20  # values of one tensor that stay in a CPU's cache while they are used again
-SHORT = 128  # tokens of a row for which reading a large weight costs more than its products
-PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs that say 0 of text
+CACHED = 2**20  # number of values of a tensor that stay in a CPU's cache until they are used again
+SHORT = 128  # tokens of a row up to which reading a large weight costs more than multiplying by it
+PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs with one value per token, which is 0 for text
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Row:
     """One row of a forward pass.
 
     Attributes:
-        prompt: with its images' features.
-        options: how text is generated, as JSON; None where continuations are scored.
-        tail: a continuation of several tokens, which runs behind the prompt.
-        spelled: without a tail, the one-token continuations that are scored at the prompt's end.
-        seed: of sampling; such a row runs alone.
+        prompt: the prompt with its images' features.
+        options: options of generation as JSON; None if continuations are scored.
+        tail: a continuation of several tokens, which follows the prompt.
+        spelled: if there is no tail, the one-token continuations that are scored after the prompt.
+        seed: seed of sampling; None if nothing is sampled.
     """
 
     prompt: PrunedPrompt
@@ -44,25 +44,30 @@ class Row:
 
     @property
     def length(self) -> int:
+        """Number of tokens: the prompt and the tail."""
         return self.prompt.inputs["input_ids"].shape[1] + len(self.tail)
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Rows of one kind can run side by side without any padding."""
+        """What rows must have in common to be batched without padding."""
         return self.length, len(self.tail), bool(self.prompt.features), self.options or "", self.alone
 
     @property
     def alone(self) -> bool:
-        """What samples, and what is pruned inside the decoder, has no neighbours."""
+        """Whether the row needs a batch of its own: it is sampled, or pruned inside the decoder."""
         return self.seed is not None or self.prompt.inside is not None
 
 
 class BatchRunner:
-    """Answers rows of prompts with a loaded (and perhaps quantized) model.
+    """Answers rows with a loaded, possibly quantized model.
 
     Args:
-        batch_size: a forward pass holds no more tokens than that many unpruned prompts; on a CPU, where prompts are
-            scored, no more than leave the widest activation in its cache.
+        family: the model.
+        processor: the model's processor.
+        batch_size: size of a forward pass in unpruned prompts: it holds no more tokens than that many of them. When
+            continuations are scored on a CPU, it also holds no more tokens than leave the widest activation in the
+            cache.
+        seed: base of the seeds of sampling, to which the document's number is added.
     """
 
     def __init__(self, family: Family, processor: Any, batch_size: int = 1, seed: int = 0) -> None:
@@ -76,7 +81,12 @@ class BatchRunner:
         self.cached = CACHED // width if width and self.model.device.type == "cpu" else sys.maxsize
 
     def rows(self, question: Question, prompts: dict[str, PrunedPrompt]) -> list[Row]:
-        """What has to run for one question, given the encoded form of each prompt of its requests."""
+        """The rows that answer one question.
+
+        Args:
+            question: the question.
+            prompts: text of a request -> its encoded prompt.
+        """
         first = prompts[question.prompt]
         if question.generates:
             options = json.dumps(question.first.args[1], sort_keys=True)
@@ -91,10 +101,15 @@ class BatchRunner:
 
     @torch.inference_mode()
     def results(self, rows: Sequence[Row], longest: int) -> list[Result]:
-        """For each row [text], or [log-likelihood, is most likely] of each of its continuations; and its images.
+        """Run the rows.
 
         Args:
-            longest: tokens of the longest unpruned prompt that is under way.
+            rows: the rows.
+            longest: number of tokens of the longest unpruned prompt among the questions being answered.
+
+        Returns:
+            For each row its outputs and the token counts of its images. The outputs are [text] if it generates,
+                otherwise [log-likelihood, is most likely] for each of its continuations.
         """
         found: list[Result] = [([], [])] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: rows[index].kind)
@@ -108,7 +123,10 @@ class BatchRunner:
         return found
 
     def _room(self, row: Row, longest: int) -> int:
-        """Tokens of a forward pass. Decoding reads every weight for each token, and gains from any neighbour."""
+        """Largest number of tokens of a forward pass with rows of this kind.
+
+        The cache limits only scoring: decoding reads every weight for each token, so every further row pays.
+        """
         room = self.batch_size * longest
         return room if row.options is not None else min(room, self.cached)
 
@@ -134,7 +152,7 @@ class BatchRunner:
         return [[_scored(at, (token,)) for token in row.spelled] for row, at in zip(rows, scores, strict=True)]
 
     def _generate(self, rows: list[Row], inputs: dict[str, Any]) -> list[list[Any]]:
-        """Greedy, unless the task samples."""
+        """Generate text: greedily, unless the task asks for sampling."""
         options = json.loads(rows[0].options or "{}")
         until = options.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
@@ -151,15 +169,18 @@ class BatchRunner:
 
 @contextlib.contextmanager
 def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
-    """Matrix products and activation functions of the language model run row by row [1, L, D] while this is open.
+    """While the context is open, compute matrix products and activation functions of the language model row by row.
 
-    A BLAS picks its kernel, and a vectorised loop its remainder, by the size of what it gets, and the last bit of a
-    result follows; a 4-bit level may follow that. Row by row, no result depends on what shares the batch. All other
-    work is elementwise or reduces one token, and stays batched. Large weights on a CPU meet short rows in blocks, for
-    one row too, so that a row has the same bits alone.
+    A BLAS chooses its kernel, and a vectorised loop its remainder, by the size of the input. The last bit of a result
+    follows that choice, and a 4-bit level may follow the last bit. Computed row by row ([1, L, D]), no result depends
+    on the other rows of the batch. All other operations are elementwise or reduce a single token, so they stay batched.
+    A large weight on a CPU is applied to short rows in blocks, even if there is only one row, so that a row has the
+    same bits alone and in a batch.
 
     Args:
-        rows: of the batch as the language model will see it, beams counted.
+        model: the model.
+        family: its family; the vision tower and the projector are left alone.
+        rows: number of rows in the language model's batch, beams counted.
     """
     with contextlib.ExitStack() as stack:
         apart = {id(module) for name in ("vision", "projector") for module in family.parts[name].modules()}
@@ -174,7 +195,7 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether its product is x @ weight.T + bias; a weight of integers, say, has a product of its own."""
+    """Whether the linear computes x @ weight.T + bias. A weight of integers, for example, has a product of its own."""
     own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
     return own and type(linear.weight) is nn.Parameter
 
@@ -186,6 +207,13 @@ def _is_activation(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _row_by_row(module: Any, plain: bool, large: bool) -> Iterator[None]:
+    """While the context is open, run a module on one row at a time.
+
+    Args:
+        module: a linear or an activation function.
+        plain: whether it is a linear that computes x @ weight.T + bias.
+        large: whether its weight is on a CPU and exceeds the cache.
+    """
     held = module.__dict__.get("forward")
     inner = module.forward
 
@@ -208,11 +236,14 @@ def _row_by_row(module: Any, plain: bool, large: bool) -> Iterator[None]:
 
 
 def _products(x: Tensor, weight: Tensor, bias: Any, in_blocks: bool) -> Tensor:
-    """The linear of [B, L, in] row after row, each written where it belongs.
+    """The linear of x [B, L, in], one row after the other.
 
     Args:
-        in_blocks: take the weight in blocks, each for all rows while the cache holds it. The blocks are the same
-            whatever the batch, and so is every bit.
+        x: the input.
+        weight: [out, in].
+        bias: [out], or None.
+        in_blocks: whether to take the weight in blocks, each for all rows while it is in the cache. The blocks do not
+            depend on the batch, so no bit does.
     """
     out = x.new_empty(*x.shape[:2], len(weight))
     step = max(64, CACHED // weight.shape[1] // 64 * 64) if in_blocks else len(weight)
@@ -227,7 +258,7 @@ def _products(x: Tensor, weight: Tensor, bias: Any, in_blocks: bool) -> Tensor:
 
 
 def _with_tail(row: Row) -> dict[str, Any]:
-    """The row's inputs with its continuation behind the prompt."""
+    """The row's inputs, with its tail after the prompt."""
     inputs = dict(row.prompt.inputs)
     if row.tail:
         tail = torch.tensor([row.tail], device=inputs["input_ids"].device)
@@ -243,21 +274,27 @@ def _with_tail(row: Row) -> dict[str, Any]:
 
 
 def _stacked(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Inputs of one row each as one batch."""
+    """One batch from inputs that have one row each."""
     if len(inputs) == 1:
         return dict(inputs[0])
-    # Positions may have axes of their own in front: [..., B, L].
+    # Positions may have further axes in front of the batch: [..., B, L].
     return {name: torch.cat([i[name] for i in inputs], dim=-2 if name == "position_ids" else 0) for name in inputs[0]}
 
 
 def _scored(logprobs: Tensor, ids: tuple[int, ...]) -> list[Any]:
-    """[sum of log-probabilities, whether each is the most likely] of ids under logprobs [len(ids), V]."""
+    """[sum of log-probabilities, whether each is the most likely] of a continuation.
+
+    Args:
+        logprobs: [len(ids), V] log-probabilities at its places.
+        ids: its tokens.
+    """
     chosen = torch.tensor(ids, device=logprobs.device)
     total = logprobs.gather(1, chosen.unsqueeze(1)).sum()
     return [float(total), bool((logprobs.argmax(dim=-1) == chosen).all())]
 
 
 def _until(text: str, stops: list[str]) -> str:
+    """The text up to the first of the stop strings, stripped."""
     for stop in stops:
         if stop:
             text = text.split(stop)[0]

@@ -1,4 +1,4 @@
-"""Where a result was made."""
+"""Describes the machine and the libraries that made a result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ PACKAGES = ("qapbench", "torch", "transformers", "lm-eval", "tokenizers", "numpy
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and settings that a result may depend on."""
+    """Versions, machine and settings that a result may depend on.
+
+    Args:
+        device: the device that holds the model.
+    """
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
     for package in PACKAGES:
         try:
@@ -38,7 +42,10 @@ def _cpu() -> str:
 
 
 def _git() -> str | None:
-    """Commit of the checkout that runs, "dirty" where it was changed; None for an installed wheel."""
+    """Commit of the checkout that runs; None for an installed wheel.
+
+    "(dirty)" follows it if tracked files were changed.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

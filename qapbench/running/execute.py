@@ -1,4 +1,4 @@
-"""Making runs: lock, answer what is missing, score, and write the record of each."""
+"""Makes runs: locks them, answers what is missing, scores the answers, and writes the records."""
 
 from __future__ import annotations
 
@@ -43,18 +43,19 @@ def run(
     progress: ProgressCallback | None = None,
     report: ProgressCallback | None = None,
 ) -> list[Record]:
-    """Make the runs that are missing and return the record of each, in order.
+    """Make the runs that are missing, and return the record of each run in order.
 
     Args:
-        spec: a spec file or the name of a shipped one, a spec, or several.
-        runs: folder of the results, one sub-folder per run. What lies there is taken up, never made twice.
-        fresh: make every run anew; earlier results are set aside, not deleted.
+        spec: a spec file, the name of a shipped spec, a spec, or several specs.
+        runs: folder of the results, one sub-folder per run. Results that are there already are used, never made twice.
+        fresh: make every run anew. Earlier results are set aside, not deleted.
         fast: ask a stratified subset first, and stop the rows that are out of reach there.
-        batch_size: questions taken up together, 8 where None. No answer depends on it.
-        device: "cpu", "cuda", ...; a GPU where there is one.
-        workers: processes that share the questions, each on a GPU of its own where there are some.
-        engine: where workers run; only processes of this machine so far, "ray" is refused.
-        spill: keep image features that wait for another quantizer in a memory-mapped file below `runs`.
+        batch_size: number of questions answered together, 8 if None. No answer depends on it.
+        device: "cpu", "cuda" or another torch device; if None, a GPU if there is one.
+        workers: number of processes that share the questions. With GPUs, each has its own as far as they suffice.
+        engine: where workers run. So far only processes of this machine; "ray" is refused.
+        spill: keep image features for later quantizers in a memory-mapped file below `runs`.
+        trust_remote_code: let a checkpoint run its own Python code.
         progress: called with (run name, questions answered, questions in all).
         report: the name of `progress` in version 0.1.
 
@@ -71,7 +72,7 @@ def run(
 
 
 def as_specs(spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec]) -> list[RunSpec]:
-    """The runs that any of the accepted forms means."""
+    """The runs that `spec` stands for, in any form that `run` accepts."""
     if isinstance(spec, RunSpec):
         return [spec]
     if isinstance(spec, SweepSpec):
@@ -90,12 +91,20 @@ def make_runs(
     planner: Planner | None = None,
     session: Session | None = None,
 ) -> list[Record]:
-    """The records of runs, made now or read, in order. Where nothing is missing, no model is loaded.
+    """The records of the runs in order, made now or read from disk. No model is loaded if nothing is missing.
 
     Args:
-        fresh, fast: as `run`.
-        planner: one that has read the tasks already.
-        session: one that has loaded the model already; it takes on these settings.
+        specs: the runs.
+        settings: where and how they are made.
+        fresh: make every run anew. Earlier results are set aside, not deleted.
+        fast: ask a stratified subset first, and stop the rows that are out of reach there.
+        progress: called with (run name, questions answered, questions in all).
+        planner: a planner that has read the tasks already; a new one if None.
+        session: a session that has loaded the model already; it takes over these settings. A new one if None.
+
+    Raises:
+        UserError: the model or the data are wrong, or another process makes one of the runs.
+        NotQuantizedError: a run asks for quantization that never reached a matmul.
     """
     planner = planner or Planner(settings.runs, settings.device)
     plans = [planner.plan(spec) for spec in specs]
@@ -122,7 +131,13 @@ def make_runs(
 
 
 class Execution:
-    """Makes runs, what they have in common only once."""
+    """Makes runs with one session, so that what they share is computed once.
+
+    Args:
+        settings: where and how runs are made.
+        progress: called with (run name, questions answered, questions in all).
+        session: a session to use; a new one if None.
+    """
 
     def __init__(self, settings: Settings, progress: ProgressCallback, session: Session | None = None) -> None:
         from .session import Session
@@ -132,7 +147,12 @@ class Execution:
         self.session.settings = settings
 
     def make(self, plans: Sequence[Planned], fast_first: bool) -> None:
-        """Make runs of one model and one task, and write their records."""
+        """Make runs of one model and one task, and write their records.
+
+        Args:
+            plans: the runs.
+            fast_first: ask a subset first, and stop the rows that are out of reach there.
+        """
         from qapbench.models.loading import precision
 
         from . import fast, scoring
@@ -170,7 +190,10 @@ class Execution:
             write_json(active.planned.folder / RECORD, record.named(active.spec.name).to_json())
 
     def _rights(self, active: ActiveRun, task: LoadedTask, processor: Any, asked: Sequence[Any]) -> dict[str, bool]:
-        """For each question of a subset whether a run had it right."""
+        """For each question of a subset, whether a run answered it right in the overall column.
+
+        A question without a score of 0 or 1 is left out.
+        """
         from . import scoring
 
         places = {question.place for question in asked}

@@ -1,4 +1,4 @@
-"""`--fast`: a stratified subset first; rows that are out of reach stop there, and say so."""
+"""`--fast`: asks a stratified subset first, and stops the rows that are out of reach after it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from qapbench.tasking.questions import Question
 
 from .active_run import ActiveRun
 
-SHARE, LEAST = 0.1, 200  # of the questions, and at least so many: what the first stage asks
-RISK = 0.01  # that any row of a table is stopped though it is at least as good as the one that stopped it
+SHARE, LEAST = 0.1, 200  # size of the subset: a share of the questions, and at least this many of them
+RISK = 0.01  # probability that some row is stopped by a row that is no better than it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a row was stopped: another of its field was better on the subset than chance allows.
+    """The reason for which a row was stopped: another row of its field is better on the subset than chance explains.
 
     Attributes:
-        by: name of that row; lost, won: questions that only the other, and only this row had right.
-        p: one-sided exact McNemar p of that.
-        level: p had to be below it.
+        by: name of the better row.
+        asked: number of questions that both answered.
+        lost: number of questions that only the better row answered right.
+        won: number of questions that only the stopped row answered right.
+        p: p-value of the one-sided exact McNemar test.
+        level: the threshold that p had to fall below.
     """
 
     by: str
@@ -35,7 +38,12 @@ class Verdict:
     level: float
 
     def record(self, asked: int, total: int) -> Stopped:
-        """What the record says, `asked` questions of `total` answered."""
+        """The verdict as the record of the stopped run holds it.
+
+        Args:
+            asked: number of questions that the run answered.
+            total: number of questions of the task.
+        """
         return Stopped(
             by=self.by,
             lost=self.lost,
@@ -48,6 +56,11 @@ class Verdict:
         )
 
     def words(self, total: int) -> str:
+        """The verdict as a sentence.
+
+        Args:
+            total: number of questions of the task.
+        """
         return (
             f"Stopped by --fast after {self.asked} of {total} questions: out of reach of '{self.by}', which alone was "
             f"right on {self.lost} where this row alone was on {self.won} (exact McNemar, one-sided p = {self.p:.2g}, "
@@ -56,16 +69,17 @@ class Verdict:
 
 
 def subset(questions: Sequence[Question]) -> list[Question]:
-    """A tenth of the questions, at least 200, each stratum in proportion; the same for every run that asks them.
+    """A tenth of the questions, at least 200, with every stratum in proportion.
 
-    Strata are image or not, subject and grade. The first question of the order is always among them, as receipts are
-    measured there. The choice is by a hash of task and document, so neither order nor machine can change it.
+    Strata are: with or without image, subject, and grade. The first question is always included, since receipts are
+    measured with it. Questions are chosen by a hash of task and document, so that the subset depends neither on their
+    order nor on the machine.
     """
     size = min(len(questions), max(LEAST, round(SHARE * len(questions))))
     strata: dict[tuple[str, ...], list[Question]] = {}
     for question in sorted(questions, key=_draw):
         strata.setdefault(question.stratum, []).append(question)
-    # The k-th question of a stratum of n stands at (k + 1/2) / n: the front of that order is in proportion.
+    # Sorted by (k + 1/2) / n for the k-th of the n questions of a stratum, every prefix holds strata in proportion.
     ranked = [
         ((place + 0.5) / len(members), _draw(question), question)
         for members in strata.values()
@@ -81,9 +95,10 @@ def _draw(question: Question) -> str:
 
 
 def field_of(spec: RunSpec) -> str | None:
-    """Rows that compete: they differ in how they choose, not in the budget or the model. None where one never stops.
+    """Key of the field of rows that a run competes with; None if it is never stopped.
 
-    Full-precision and dense rows are what others are compared with, so they are always answered whole.
+    The rows of a field have the same model, quantization and budget, and select tokens differently. Rows without
+    pruning are what others are compared with, so they are always completed.
     """
     if spec.prune is None:
         return None
@@ -93,7 +108,12 @@ def field_of(spec: RunSpec) -> str | None:
 
 
 def stopped(active_runs: Sequence[ActiveRun], rights: Sequence[Mapping[str, bool]]) -> dict[str, Verdict]:
-    """Which runs stop after the subset, by id, given which questions each had right."""
+    """The runs that stop after the subset: id -> verdict.
+
+    Args:
+        active_runs: the runs.
+        rights: for each run, question id -> whether it answered right.
+    """
     fields: dict[str, dict[str, Mapping[str, bool]]] = {}
     for active, right in zip(active_runs, rights, strict=True):
         if (field := field_of(active.spec)) is not None:
@@ -103,14 +123,14 @@ def stopped(active_runs: Sequence[ActiveRun], rights: Sequence[Mapping[str, bool
 
 
 def out_of_reach(rows: Mapping[str, Mapping[str, bool]], names: Mapping[str, str]) -> dict[str, Verdict]:
-    """Which rows of one field stop, by run id.
+    """The rows of one field that stop: run id -> verdict.
 
-    Every row is tested against every other, exactly, at RISK over the number of ordered pairs (Bonferroni): with
-    probability 1 - RISK no row that stops is as good as the one that stopped it.
+    Every row is tested against every other at the level RISK / (number of ordered pairs), which is Bonferroni's
+    correction. With probability 1 - RISK, no row that stops is as good as the row that stopped it.
 
     Args:
-        rows: by run id, for each question whether it was right.
-        names: of the runs.
+        rows: run id -> question id -> whether the row answered right.
+        names: run id -> name.
     """
     from scipy.stats import binom
 

@@ -1,4 +1,4 @@
-"""Pruned prompts that wait for a later quantizer: in memory up to a limit, or in a memory-mapped file."""
+"""Holds pruned prompts until a later quantizer needs them: in memory up to a limit, or in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .plan import PruneKey
 
 
 class FeatureCache:
-    """Holds pruned prompts that a later quantizer group will ask for, in memory or in a memory-mapped file.
+    """Holds pruned prompts that a later group of runs will ask for.
 
     Args:
-        limit: bytes in memory; what does not fit is not kept, and its image will be encoded again.
-        spill: folder for a file that holds everything instead; it vanishes with the process.
+        limit: bytes in memory. Prompts that exceed it are not kept, and their images will be encoded again.
+        spill: folder for a file that holds all prompts instead of memory; it vanishes with the process.
     """
 
     def __init__(self, limit: int, spill: Path | None = None) -> None:
@@ -38,21 +38,31 @@ class FeatureCache:
             self._end = 0
 
     def put(self, name: Any, prompts: dict[PruneKey, PrunedPrompt]) -> None:
-        """Keep a question's prompts, by prune key, where there is room."""
+        """Keep prompts of one question, if there is room.
+
+        Args:
+            name: identifies the question and its text.
+            prompts: prune key -> prompt.
+        """
         data = _packed(prompts)
         if self._file is not None:
             self._places[name] = self._end, len(data)
             self._file.seek(self._end)
             self._file.write(data)
             self._file.flush()
-            grain = mmap.ALLOCATIONGRANULARITY  # where a mapping may begin
+            grain = mmap.ALLOCATIONGRANULARITY  # a mapping may begin only at multiples of this
             self._end += -(-len(data) // grain) * grain
         elif self.used + len(data) <= self.limit:
             self._held[name] = data
             self.used += len(data)
 
     def get(self, name: Any, device: torch.device) -> dict[PruneKey, PrunedPrompt]:
-        """The prompts that were put under a name; empty where there are none."""
+        """The prompts that were put under a name, by prune key; empty if there are none.
+
+        Args:
+            name: as given to `put`.
+            device: device to put their tensors on.
+        """
         if name in self._places:
             start, size = self._places[name]
             with mmap.mmap(self._file.fileno(), size, offset=start, access=mmap.ACCESS_READ) as view:
@@ -60,13 +70,13 @@ class FeatureCache:
         return _unpacked(self._held[name], device) if name in self._held else {}
 
     def drop(self, name: Any) -> None:
-        """Forget a name that no group will ask for any more."""
+        """Forget a name that no later group will ask for. Space in the file is not reused."""
         self._places.pop(name, None)
         self.used -= len(self._held.pop(name, b""))
 
 
 def _packed(prompts: dict[PruneKey, PrunedPrompt]) -> bytes:
-    """As safetensors: what a later process or group reads back is the same to the bit."""
+    """The prompts as bytes in safetensors format, which restores them bit for bit."""
     tensors: dict[str, Tensor] = {}
     said: list[Any] = []
     for at, (prune_key, one) in enumerate(prompts.items()):
@@ -77,6 +87,7 @@ def _packed(prompts: dict[PruneKey, PrunedPrompt]) -> bytes:
 
 
 def _unpacked(data: bytes, device: torch.device) -> dict[PruneKey, PrunedPrompt]:
+    """The prompts from bytes of `_packed`, on a device."""
     size = int.from_bytes(data[:8], "little")
     said = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["prompts"])
     tensors = {name: value.to(device) for name, value in safetensors.torch.load(data).items()}

@@ -1,4 +1,4 @@
-"""What a run reads, by content: the fingerprints that its identity is made of (docs/identity.md)."""
+"""Content hashes of everything that a run reads. They are part of the run's identity (docs/identity.md)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,27 @@ from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
 
 OF_TEXT = ("model", "precision", "ptq", "calibration", "family", "vision", "library", "data", "task")
-"""First words of the fingerprints that the answer to a question without an image depends on."""
+"""First words of the fingerprints that answers to questions without an image depend on."""
 OF_PRUNING = ("pruner", "metric", "fusion", "text_tower", "plugin")
-"""First words of those that the choice of tokens depends on."""
+"""First words of the fingerprints that the selection of tokens depends on."""
 
 
 def fingerprints(
     spec: RunSpec, task: TaskOutline, device: torch.device, fetch: bool = True, calibration: str = ""
 ) -> dict[str, str]:
-    """Content hashes of everything that a run reads. Names and paths in a spec may change; these say what was there.
+    """Content hashes of everything that a run reads, by what they are of.
+
+    They identify content whose names and paths in a spec may change.
 
     Args:
-        fetch: whether checkpoints may be downloaded for it.
-        calibration: hash of what calibration samples are drawn from; "" where there is no calibration.
+        spec: the run.
+        task: the run's task.
+        device: the device that the run will use.
+        fetch: whether checkpoints may be downloaded.
+        calibration: hash of the source of the calibration samples; "" if nothing is calibrated.
 
     Raises:
-        UserError: the model cannot be had, or a strategy has no source that could be hashed.
+        UserError: the model cannot be found, or a strategy has no source code to hash.
     """
     folder = find_checkpoint(spec.model, "model", fetch).folder
     config = read_config(spec, fetch)
@@ -58,7 +63,7 @@ def fingerprints(
             raise UserError(Problem(f"{kind} '{entry.name}': {error}", where)) from None
     for index, plugin in enumerate(spec.plugins):
         path = Path(plugin)
-        found[f"plugin {index} {path.name}"] = digest_files(code_files(path.resolve(), path.stem))
+        found[f"plugin {index} {path.name}"] = digest_files(code_files(path.resolve(), "plugin"))
     if task.code:
         found[f"task {task.name}"] = task.code
     if needs_tower(spec):
@@ -68,14 +73,14 @@ def fingerprints(
 
 
 def needs_tower(spec: RunSpec) -> bool:
-    """Whether the pruner weighs the question in a joint space."""
+    """Whether the run's pruner compares the image with the question in a joint embedding space."""
     if spec.prune is None:
         return False
     return bool(created(pruners, spec.prune.method).needs & QuestionReader.FIELDS - {"prompt_embeds"})
 
 
 def used_items(spec: RunSpec) -> list[tuple[str, Entry[Any]]]:
-    """The registered items that a run names, by kind."""
+    """The registered items that a run names, as (kind, entry)."""
     items: list[tuple[Any, Any]] = []
     if spec.quantize:
         items.append((ptqs, spec.quantize.method))
@@ -85,5 +90,10 @@ def used_items(spec: RunSpec) -> list[tuple[str, Entry[Any]]]:
 
 
 def about(content: dict[str, str], kinds: tuple[str, ...]) -> dict[str, str]:
-    """The fingerprints whose first word is one of these."""
+    """The fingerprints whose first word is one of `kinds`.
+
+    Args:
+        content: a run's fingerprints.
+        kinds: first words, such as `OF_TEXT`.
+    """
     return {key: value for key, value in content.items() if key.split()[0] in kinds}

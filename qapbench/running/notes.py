@@ -1,4 +1,4 @@
-"""What a record says in words: labels of strategies, notes for the reader, the accuracy of guessing."""
+"""The parts of a record that are written for readers: labels, notes, and the accuracy of guessing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from qapbench.tasking.outline import TaskOutline
 
 
 def chance(task: TaskOutline) -> float | None:
-    """Accuracy of guessing, mean of 1 / number of choices; None where questions do not list theirs."""
+    """Expected accuracy of guessing: the mean of 1 / number of choices.
+
+    None if some question does not list its choices.
+    """
     listed = [doc.get("choices") for doc in (task.docs[i] for i in range(task.count))]
     sizes = [len(choices) for choices in listed if isinstance(choices, list) and choices]
     return sum(1 / size for size in sizes) / len(sizes) if sizes and len(sizes) == len(listed) else None
 
 
 def labels(spec: RunSpec) -> dict[str, str]:
-    """The strategies of the spec as a table shows them: parameters only where they differ from the default."""
+    """Labels of the run's pruner, sensitivity and fusion for a table.
+
+    Parameters are shown if they differ from the default.
+    """
     items: dict[str, tuple[Registry[Any], Item | None]] = {}
     if spec.prune:
         items |= {"pruner": (pruners, spec.prune.method), "sensitivity": (metrics, spec.prune.sensitivity)}
@@ -37,7 +43,13 @@ def labels(spec: RunSpec) -> dict[str, str]:
 
 
 def notes(spec: RunSpec, task: TaskOutline, receipt: Receipt) -> list[str]:
-    """What a reader of the numbers has to know: embedded stand-ins, and what was done otherwise than asked."""
+    """What a reader of the numbers has to know: stand-ins for model or data, and fallbacks.
+
+    Args:
+        spec: the run.
+        task: the run's task.
+        receipt: the run's receipt, whose fallbacks are listed.
+    """
     said = []
     checkpoint = find_checkpoint(spec.model)
     if checkpoint.embedded:

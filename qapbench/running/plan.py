@@ -1,4 +1,4 @@
-"""What is to be done, decided before any model is loaded."""
+"""Plans of runs, which are made before any model is loaded, and the work that they share."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from qapbench.tasking.outline import TaskOutline
 from .fingerprints import OF_PRUNING, OF_TEXT, about
 
 PruneKey = str | None
-"""One way of pruning, by the content of its spec; None is every token."""
+"""Hash of a pruning configuration; None keeps every token."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run before it is made.
+    """The plan of one run.
 
     Attributes:
-        id: hash of how it compresses and asks, and of the content that it reads.
-        text_key: hash of what a text-only answer depends on: everything but the pruner, unless calibration prunes.
-        group: hash of the model as quantized, whatever is asked of it and however it is pruned.
-        task: what is asked.
-        total: questions to answer; answered: those that are.
-        done: whether its record is written.
-        stopped: whether that record ends with a part of the questions (`--fast`).
+        spec: the run.
+        id: hash of how the run compresses and asks, and of the content that it reads.
+        text_key: hash of what answers to questions without an image depend on: all of that except the pruner, unless
+            calibration prunes.
+        group: hash of the quantized model, whatever it is asked and however prompts are pruned.
+        folder: folder of the run's results.
+        task: the task.
+        total: number of questions to answer.
+        answered: number of questions that are answered.
+        done: whether the record of the complete run is written.
+        stopped: whether a record is written that ends after a part of the questions (`--fast`).
+        fingerprints: content hashes of what the run reads.
     """
 
     spec: RunSpec
@@ -46,19 +51,24 @@ class Planned:
 
     @property
     def state(self) -> Literal["done", "stopped", "begun", "new"]:
+        """How far the run is."""
         return "stopped" if self.stopped else "done" if self.done else "begun" if self.answered else "new"
 
 
 @dataclass(frozen=True)
 class Shared:
-    """How much of a sweep's missing work is done once.
+    """The missing work of a sweep, and how much of it is done only once.
 
     Attributes:
-        runs: that are not finished; groups: models as quantized among them.
-        asked: answers that are missing; text: those to questions without an image.
-        computed: forward passes left once text is answered once per group, before equal selections are known.
-        with_image: missing answers to questions with an image; images: different images among these.
-        prunings: ways of pruning, dense among them.
+        runs: number of unfinished runs.
+        groups: number of quantized models among them.
+        asked: number of missing answers.
+        text: how many of these are to questions without an image.
+        computed: number of forward passes if each group answers a question without an image once. Equal selections,
+            which save more, are not known yet.
+        with_image: number of missing answers to questions with an image.
+        images: number of different images in these questions.
+        prunings: number of pruning configurations, where "not pruned" counts as one.
     """
 
     runs: int
@@ -72,7 +82,7 @@ class Shared:
 
     @property
     def lines(self) -> list[str]:
-        """The same in words, for a terminal."""
+        """The numbers as sentences for a terminal; empty if nothing is missing."""
         if not self.asked:
             return []
         return [
@@ -84,9 +94,10 @@ class Shared:
 
 
 def group_key(spec: RunSpec, content: dict[str, str]) -> str:
-    """Hash of the model as quantized; where calibration prunes, of the pruning too.
+    """Hash of the quantized model. If calibration prunes, it includes the pruning.
 
     Args:
+        spec: the run.
         content: the run's fingerprints.
     """
     quantize = spec.quantize.model_dump(mode="json") if spec.quantize else None
@@ -97,17 +108,18 @@ def group_key(spec: RunSpec, content: dict[str, str]) -> str:
 
 
 def prune_key(spec: RunSpec) -> PruneKey:
-    """Hash of how a run prunes: equal keys choose equal tokens of equal images. None where it does not prune."""
+    """Hash of how a run prunes; None if it does not. Equal keys select equal tokens of equal images."""
     if spec.prune is None:
         return None
     return digest_json([spec.prune.model_dump(mode="json"), spec.text_tower])
 
 
 def shared_work(plans: Sequence[Planned], missing: Mapping[str, set[int]]) -> Shared:
-    """Count what runs share; reads the images of the data.
+    """Count the missing work that runs share. This reads the images of the data.
 
     Args:
-        missing: by run id, the documents without an answer.
+        plans: the runs.
+        missing: run id -> documents without an answer.
     """
     text: dict[tuple[str, str, int], int] = {}
     with_image, pictures = 0, set[str]()

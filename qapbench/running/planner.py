@@ -1,4 +1,7 @@
-"""The planner: which runs a spec means, what of them is missing, what they share. It loads no model and no lm-eval."""
+"""Finds out which runs a spec stands for, what of them is missing, and what they share.
+
+It loads no model, and imports lm-eval only for tasks of lm-eval's own.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from .plan import Planned, Shared, group_key, shared_work
 
 
 class Planner:
-    """Plans runs below a folder of results.
+    """Plans runs whose results lie in one folder.
 
     Args:
-        runs: the folder.
-        device: that the runs will use; its kind is part of a run's identity.
+        runs: folder of the results.
+        device: the device that the runs will use; its kind is part of a run's identity.
     """
 
     def __init__(self, runs: Path, device: torch.device) -> None:
@@ -34,7 +37,7 @@ class Planner:
         self._tasks: dict[Hashable, TaskOutline] = {}
 
     def task(self, spec: RunSpec) -> TaskOutline:
-        """What is known of the run's task; each task is read once.
+        """The outline of the run's task. Each task is read once.
 
         Raises:
             UserError: there is no such task, or its data cannot be read.
@@ -45,37 +48,42 @@ class Planner:
         return self._tasks[key]
 
     def check(self, spec: RunSpec, fields: Collection[str] = ("task", "model")) -> None:
-        """Raise UserError where what these fields name is not there; a hub is not asked.
+        """Check that what a spec names exists. No hub is asked.
 
         Args:
-            fields: "task", "model"; the latter stands for the text tower too.
+            spec: the run.
+            fields: what to check: "task", "model" or both. "model" includes the text tower.
+
+        Raises:
+            UserError: something is not there.
         """
-        looks: dict[str, Callable[[], object]] = {"task": lambda: self.task(spec), "model": lambda: _check_local(spec)}
+        checks: dict[str, Callable[[], object]] = {"task": lambda: self.task(spec), "model": lambda: _check_local(spec)}
         problems: list[Problem] = []
         for field in fields:
             try:
-                looks[field]()
+                checks[field]()
             except UserError as error:
                 problems += error.problems
         if problems:
             raise UserError(problems)
 
     def plan(self, spec: RunSpec, fetch: bool = True) -> Planned:
-        """What a run would take up.
+        """The plan of a run.
 
         Args:
-            fetch: whether checkpoints may be downloaded for it.
+            spec: the run.
+            fetch: whether checkpoints may be downloaded.
 
         Raises:
-            UserError: the model, the task or the calibration data are not there, or the folder holds a record that
-                cannot be read.
+            UserError: the model, the task or the calibration data are not there, or the run's folder holds a record
+                that cannot be read.
         """
         task = self.task(spec)
         wanted = spec.quantize.calibration if spec.quantize else None
         source = calibration_fingerprint(task, wanted) if wanted else ""
         content = fingerprints(spec, task, self.device, fetch, source)
         run_id = spec.digest(content, task.asked)
-        text_key = run_id  # where calibration prunes, the weights themselves depend on the pruner
+        text_key = run_id  # if calibration prunes, the weights depend on the pruner
         if wanted is None or not wanted.pruned:
             text_key = spec.model_copy(update={"prune": None}).digest(about(content, OF_TEXT), task.asked)
         folder = self.runs / run_id
@@ -87,7 +95,7 @@ class Planner:
         return Planned(spec, run_id, text_key, group, folder, task, task.count, answered, done, stopped, content)
 
     def shared(self, plans: Sequence[Planned]) -> Shared:
-        """How much of these plans' missing work is done once; reads the images of the data."""
+        """Count the missing work that these runs share. This reads the images of the data."""
         missing = {}
         for plan in plans:
             have = {answer.doc for answer in answers_of(plan.folder).read()}
@@ -95,13 +103,17 @@ class Planner:
         return shared_work(plans, missing)
 
     def together(self, spec: RunSpec) -> Hashable:
-        """Runs with an equal one ask the same questions of the same loaded model."""
+        """Key of the runs that ask the same questions of the same loaded model."""
         folder = find_checkpoint(spec.model).folder
         return folder, precision(spec, self.device), spec.task.model_dump_json(), spec.seed
 
 
 def _check_local(spec: RunSpec) -> None:
-    """Raise UserError for a model or text tower that is neither here nor written like a hub id."""
+    """Check that model and text tower are on this machine, unless their names look like hub ids.
+
+    Raises:
+        UserError: one of them is not.
+    """
     for name, where in ((spec.model, "model"), (spec.text_tower, "text_tower")):
         if name and (name.count("/") != 1 or Path(name).exists()):
             find_checkpoint(name, where)

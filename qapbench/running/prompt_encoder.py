@@ -1,4 +1,4 @@
-"""From questions to the prompts that a decoder gets: each image encoded once, tokens chosen once, for all runs."""
+"""Turns questions into the prompts that the decoder receives. Runs share the encoding of each image."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from qapbench.tasking.questions import Question, processor_inputs
 from .plan import PruneKey
 
 Stage = Callable[[str], contextlib.AbstractContextManager[Any]]
-"""Times what is done inside it under a name."""
+"""Makes a context, from the name of a stage, that measures the time spent inside it."""
 
 
 class PromptEncoder:
-    """Encodes questions for every distinct pruning configuration that shares a vision side.
+    """Encodes questions under several pruning configurations on one model.
 
-    This is the one way from a question, a model and a spec to the tokens that the decoder sees. The images of the
-    latest question stay in memory, and nothing else, so questions on one image should follow each other.
+    All paths from a question to the tokens that the decoder receives lead through here. Only the images of the latest
+    question stay in memory, so questions on the same image should follow each other.
 
     Args:
-        prunings: the pruning of each prune key.
-        stage: times what is done under a name.
+        family: the model.
+        processor: the model's processor.
+        prunings: prune key -> pruning.
+        stage: measures the time of a stage.
     """
 
     def __init__(
@@ -47,7 +49,15 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def encode(self, question: Question, prompt: str, prune_keys: Iterable[PruneKey]) -> dict[PruneKey, PrunedPrompt]:
-        """One prompt of a question under each prune key; under every key the same where it has no image."""
+        """The prompt of a question under each prune key.
+
+        A question without an image has the same prompt under all of them.
+
+        Args:
+            question: the question, whose images are encoded.
+            prompt: text of the prompt.
+            prune_keys: keys of `prunings`, or None for every token.
+        """
         with self.stage("prompt"):
             inputs = self.inputs(question, prompt)
         if not question.images:
@@ -63,7 +73,7 @@ class PromptEncoder:
             return {key: self._pruned(key, inputs, encoded, texts, memo) for key in prune_keys}
 
     def inputs(self, question: Question, prompt: str) -> dict[str, Any]:
-        """The model's keyword arguments for a prompt of the question, on its device, with a mask among them."""
+        """The model's keyword arguments for a prompt of the question, on the model's device, with an attention mask."""
         made = processor_inputs(self.processor, prompt, question.images)
         placed = {key: value.to(self.family.model.device) for key, value in made.items()}
         return {"attention_mask": torch.ones_like(placed["input_ids"]), **placed}
@@ -78,5 +88,5 @@ class PromptEncoder:
         if pruned.inside is not None:
             return pruned
         same = len(pruned.features) == len(dense.features) and all(map(torch.equal, pruned.features, dense.features))
-        # A prompt that kept everything is the dense one in all that its content key is made of, and takes its answer.
+        # A prompt that kept every token becomes the dense one: its content key is the same, so they share an answer.
         return PrunedPrompt(dense.inputs, dense.features, pruned.images) if same else pruned

@@ -1,4 +1,4 @@
-"""From stored answers to a record: lm-eval scores, we count."""
+"""Makes a record from stored answers: lm-eval scores them, and right answers are counted here."""
 
 from __future__ import annotations
 
@@ -42,13 +42,17 @@ def finish(
     stopped: Stopped | None,
     peak: Mapping[str, int],
 ) -> Record:
-    """Put a run's answers in order, score them, and make its record.
+    """Put a run's answers in order, score them, and make the record.
 
     Args:
-        questions: those that it had to answer, in the order of the work.
-        machine: what the record's environment says beside versions and device.
-        stopped: why it did not answer all, where it did not.
-        peak: peak memory of the processes that answered.
+        active: the run.
+        task: the run's task.
+        questions: the questions that it had to answer, in the order of the work.
+        processor: the model's processor.
+        machine: entries of the record's environment besides versions and device.
+        device: the device that holds the model.
+        stopped: why the run answered only a part of the questions; None if it answered all.
+        peak: peak memory of the processes that answered, in MB.
     """
     planned, spec = active.planned, active.spec
     answers = active.store.arrange(lambda answer: answer.place, [question.place for question in questions])
@@ -86,24 +90,28 @@ def finish(
 
 
 def stored_receipt(receipt: Receipt) -> ReceiptRecord:
-    """A receipt as a record holds it."""
+    """The receipt in the form in which a record holds it."""
     return ReceiptRecord.model_validate(receipt.to_json())
 
 
 def score(
     answers: Sequence[Answer], task: LoadedTask, processor: Any, seed: int, docs: list[int] | None = None
 ) -> list[ScoredQuestion]:
-    """lm-eval's own evaluator over stored answers: what its `process_results` gives for each question.
+    """Score stored answers with lm-eval's evaluator, that is, with the task's `process_results`.
 
     Args:
-        docs: the documents that were asked, ascending, where these are not all.
+        answers: the answers of one run.
+        task: the run's task.
+        processor: the model's processor, whose chat template writes the prompts.
+        seed: of few-shot examples.
+        docs: the documents that were asked, ascending; None if all were.
     """
     from lm_eval.evaluator import evaluate
 
     lm = AskingLM(processor, answers=answers, docs=docs)
     task.task.set_fewshot_seed(seed=seed)
     with quiet():
-        # `simple_evaluate` would add its own report of the machine, which takes seconds and is not used.
+        # `simple_evaluate` would also describe the machine, which takes seconds and is not used here.
         results = evaluate(
             lm,
             {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
@@ -114,7 +122,9 @@ def score(
         )
     (samples,) = results["samples"].values()
     names = [*task.columns, "unparsed"]
-    first = {sample["doc_id"]: sample for sample in reversed(samples)}  # of a task with several filters, the first
+    first = {
+        sample["doc_id"]: sample for sample in reversed(samples)
+    }  # a task with several filters has several samples per document: the first counts
     return [
         ScoredQuestion(id=task.ids[doc], doc=doc, metrics={name: sample[name] for name in names if name in sample})
         for doc, sample in sorted(first.items())

@@ -1,4 +1,4 @@
-"""The session: holds the loaded model and what goes with it. Each worker process makes its own."""
+"""Holds the loaded model and what belongs to it. Each worker process has a session of its own."""
 
 from __future__ import annotations
 
@@ -27,11 +27,18 @@ from .settings import Settings
 if TYPE_CHECKING:
     from qapbench.tasking.questions import Question
 
-CALIBRATIONS = "calibrations"  # folder beside the runs
+CALIBRATIONS = "calibrations"  # name of their folder, beside those of the runs
 
 
 class Session:
-    """The loaded model, its task and its calibration samples; the latest of each stays loaded."""
+    """Loads models, tasks, questions and calibration samples as runs need them.
+
+    The latest model, questions and samples stay loaded, and all tasks.
+
+    Args:
+        settings: where and how runs are made.
+        progress: called with (name, done, total).
+    """
 
     def __init__(self, settings: Settings, progress: ProgressCallback = silent) -> None:
         self.settings = settings
@@ -42,7 +49,7 @@ class Session:
         self._samples: dict[Hashable, CalibrationSamples] = {}
 
     def model(self, spec: RunSpec) -> tuple[Any, Any]:
-        """The loaded model in full precision, and its processor.
+        """The model of a run in full precision, and its processor.
 
         Raises:
             UserError: the checkpoint cannot be loaded.
@@ -55,7 +62,7 @@ class Session:
         return self._loaded[1], self._loaded[2]
 
     def processor(self, spec: RunSpec) -> Any:
-        """The processor, without its model where that is the workers' alone."""
+        """The processor of a run. The model is not loaded for it if only worker processes need the model."""
         import torch
 
         if self.settings.workers == 1:
@@ -63,14 +70,14 @@ class Session:
         return load_processor(spec, torch.device("cpu"), self.settings.trust_remote_code)
 
     def task(self, spec: RunSpec) -> LoadedTask:
-        """The run's task, ready to be asked."""
+        """The task of a run, ready to be asked."""
         key = (spec.task.model_dump_json(), spec.seed)
         if key not in self._tasks:
             self._tasks[key] = load_task(spec.task, spec.seed)
         return self._tasks[key]
 
     def questions(self, spec: RunSpec) -> list[Question]:
-        """Every question of the run's task as this model is asked it, in the order of the work."""
+        """All questions of the run's task, with prompts for its model, in the order of the work."""
         from qapbench.tasking.lm import AskingLM
         from qapbench.tasking.questions import ask
 
@@ -81,9 +88,10 @@ class Session:
         return self._questions[key]
 
     def pruning(self, spec: RunSpec, on_view: Callable[[PruningView], None] | None = None) -> Pruning | None:
-        """The run's pruning on the loaded model; None where it does not prune.
+        """The pruning of a run on its loaded model; None if it does not prune.
 
         Args:
+            spec: the run.
             on_view: called with the scores and the selection of every view.
         """
         if spec.prune is None:
@@ -93,14 +101,21 @@ class Session:
 
     @contextlib.contextmanager
     def quantized(self, planned: Planned) -> Iterator[Receipt]:
-        """The loaded model quantized as the run has it, calibrated where its method asks for that, and not pruned."""
+        """While the context is open, the loaded model is quantized and calibrated as the run asks, and not pruned.
+
+        Yields:
+            The receipt, which fills while the model runs.
+        """
         spec = planned.spec.model_copy(update={"prune": None})
         model, processor = self.model(spec)
         with compress(model, spec, processor, calibration=self.calibration(planned)) as receipt:
             yield receipt
 
     def calibration(self, planned: Planned) -> CalibrationSamples | None:
-        """The samples of a run that calibrates; what is found in them is kept beside the runs."""
+        """The calibration samples of a run; None if it does not calibrate.
+
+        Results of calibration are kept beside the runs.
+        """
         spec = planned.spec
         wanted = spec.quantize.calibration if spec.quantize else None
         if wanted is None:
@@ -110,7 +125,7 @@ class Session:
         if key not in self._samples:
             self._samples = {key: calibration_samples.samples(self.task(spec), wanted, model, processor)}
         content, shorten = planned.fingerprints, None
-        if not wanted.pruned:  # then nothing of the pruner enters, and a sweep calibrates once
+        if not wanted.pruned:  # the pruner has no influence, so all pruners of a sweep share one calibration
             kinds = ("model", "precision", "vision", "family")
             content = {key: value for key, value in content.items() if key.split()[0] in kinds}
         elif (pruning := self.pruning(spec)) is not None:

@@ -1,4 +1,4 @@
-"""How runs are made on this machine: nothing here enters a run's identity."""
+"""Settings of how runs are made on this machine. None of them changes a run's identity, except the kind of device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from qapbench.errors import UserError
 
 EngineName = Literal["local", "ray"]
-BATCH = 8
+BATCH = 8  # questions answered together by default
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -21,12 +21,15 @@ class Settings:
 
     Attributes:
         runs: folder of the results.
-        device: that the model is put on.
-        batch_size: questions taken up together; no answer depends on it.
-        workers: processes that share the questions.
-        engine: where workers run; only processes of this machine so far.
-        spill: keep image features that wait for another quantizer in a file below `runs`.
+        device: the device that holds the model.
+        batch_size: number of questions answered together; no answer depends on it.
+        workers: number of processes that share the questions.
+        engine: where workers run; so far only processes of this machine.
+        spill: keep image features for later quantizers in a file below `runs`.
         trust_remote_code: let a checkpoint run its own Python code.
+
+    Raises:
+        UserError: the engine is "ray".
     """
 
     runs: Path
@@ -45,7 +48,7 @@ class Settings:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; a GPU where there is one and no name is given.
+    """The device with that name. If None: a GPU, if there is one, otherwise the CPU.
 
     Raises:
         UserError: this machine has no such device.
@@ -55,6 +58,6 @@ def find_device(name: str | None) -> torch.device:
         if device.type not in DEVICES:
             raise RuntimeError
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):  # an AssertionError is what torch without CUDA raises
+    except (RuntimeError, AssertionError):  # torch without CUDA raises an AssertionError
         raise UserError(f"device: this machine has no '{name}'; try cpu or cuda") from None
     return device

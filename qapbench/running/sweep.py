@@ -1,7 +1,7 @@
-"""Many runs over the same questions of one model, what is equal computed once.
+"""Answers the questions of many runs of one model; what is equal is computed once.
 
-Questions are the outer loop and runs the inner one, within one model as quantized. So an image is encoded once and
-forgotten, and nothing grows with the number of questions but the feature cache, which has a limit.
+For each quantized model, questions are the outer loop and runs the inner one. An image is therefore encoded once for
+all runs and then forgotten. Only the feature cache grows with the number of questions, and it has a limit.
 """
 
 from __future__ import annotations
@@ -31,20 +31,23 @@ from .prompt_encoder import PromptEncoder
 from .session import Session
 
 Prompts = dict[str, dict[PruneKey, PrunedPrompt]]
-"""The prompts of one question, each under the prune keys that need it."""
-
-
-MEMORY = 1 << 30  # bytes of pruned prompts that may wait for a later quantizer group
+"""The prompts of one question: text -> prune key -> prompt."""
+MEMORY = 1 << 30  # bytes of pruned prompts that are kept in memory for later groups
 
 
 def answer_runs(
     session: Session, runs: Sequence[ActiveRun], docs: set[int] | None = None, share: tuple[int, int] = (0, 1)
 ) -> dict[str, int]:
-    """Answer what runs of one model and task miss, in this process, and return its peak memory.
+    """Answer the missing questions of runs in this process.
 
     Args:
-        docs: only these documents; all where None.
-        share: (which, of how many) parts of the questions.
+        session: holds the model.
+        runs: runs of one model and one task.
+        docs: documents to answer; all if None.
+        share: (index, number) of the part of the questions that this process answers.
+
+    Returns:
+        The peak memory of this process.
 
     Raises:
         NotQuantizedError: a run asks for quantization that never reached a matmul.
@@ -60,13 +63,15 @@ def answer_runs(
 
 
 class Sweep:
-    """Answers what runs of one model and task are missing.
+    """Answers the missing questions of runs of one model and one task.
+
+    A group is the runs of one quantized model.
 
     Args:
-        session: holds the model, and says how runs are made.
-        questions: of the task, in the order of the work. The first one is where receipts are measured.
-        active_runs: runs of this model and task.
-        limit: bytes of pruned prompts that may wait in memory for a later quantizer group.
+        session: holds the model and the settings.
+        questions: questions of the task, in the order of the work. Receipts are measured with the first one.
+        active_runs: the runs.
+        limit: bytes of pruned prompts that are kept in memory for later groups.
     """
 
     def __init__(
@@ -88,7 +93,10 @@ class Sweep:
             active.open(questions[0])
 
     def answer(self, asked: Sequence[Question] | None = None) -> None:
-        """Answer those questions, all where None, for every run that has not.
+        """Answer questions for every run that has not answered them.
+
+        Args:
+            asked: the questions; all if None.
 
         Raises:
             NotQuantizedError: a run asks for quantization that never reached a matmul.
@@ -106,7 +114,7 @@ class Sweep:
             if missing:
                 self._answer_group(runs, [active for later in waiting for active in later], missing, encoders)
 
-    # -- one model as quantized --
+    # -- one quantized model --
 
     def _answer_group(
         self,
@@ -115,6 +123,15 @@ class Sweep:
         missing: list[Question],
         encoders: dict[Any, PromptEncoder],
     ) -> None:
+        """Quantize the model, and answer the missing questions of one group.
+
+        Args:
+            runs: the runs of the group.
+            later: the runs of later groups, for which features may be kept.
+            missing: questions that some run of the group has not answered.
+            encoders: prompt encoders by the group whose vision side they belong to; None if quantization leaves it
+                alone.
+        """
         self.clock.active_runs = runs
         group = runs[0].planned.group
         known = earlier_results(self.session.settings.runs, group)
@@ -132,7 +149,7 @@ class Sweep:
                 self._answer_window(window, runs, waiting, encoder, receipt, known)
 
     def _encoder(self, runs: Sequence[ActiveRun]) -> PromptEncoder:
-        """Build one prompt encoder that serves every distinct pruning configuration."""
+        """A prompt encoder that serves the pruning configurations of all these runs."""
         prunings: dict[str, Pruning] = {}
         for active in runs:
             key = active.prune_key
@@ -149,6 +166,16 @@ class Sweep:
         receipt: Receipt,
         known: dict[str, Result],
     ) -> None:
+        """Answer a batch of questions for the runs of one group.
+
+        Args:
+            window: the questions.
+            runs: the runs of the group.
+            later: runs of later groups that can use the same image features.
+            encoder: encodes the questions.
+            receipt: measures the quantized model.
+            known: results of this group's earlier runs by content key.
+        """
         encoded = {question.place: self._encode(question, runs, later, encoder) for question in window}
         every = [prompt for prompts in encoded.values() for by_key in prompts.values() for prompt in by_key.values()]
         longest = max(map(_length, every), default=1)
@@ -161,7 +188,7 @@ class Sweep:
                 key = _key(active.planned.group, rows)
                 wanted.append((question, active, key))
                 if question.place == self.questions[0].place:
-                    known.pop(key, None)  # every receipt is measured on a pass of its own run
+                    known.pop(key, None)  # receipts are measured on a forward pass, not taken from an earlier run
                 if key not in known:
                     jobs.setdefault(key, (rows, []))[1].append(active)
         first = [key for question, _, key in wanted if question.place == self.questions[0].place and key in jobs]
@@ -173,7 +200,9 @@ class Sweep:
             active.computed += key in fresh and key not in payers
             payers.add(key)
             own = [by_key[active.prune_key] for by_key in encoded[question.place].values()]
-            if all(prompt.inside is None for prompt in own):  # equal content may have been chosen in another way
+            if all(
+                prompt.inside is None for prompt in own
+            ):  # a run with equal content may have selected its tokens in another way
                 images = [image for prompt in own for image in prompt.images]
             active.add(_answer(question, outputs, images[: len(question.images)], key))
         self._flush(runs)
@@ -181,7 +210,10 @@ class Sweep:
     def _encode(
         self, question: Question, runs: list[ActiveRun], later: list[ActiveRun], encoder: PromptEncoder
     ) -> Prompts:
-        """Each prompt of the question under the keys that miss it; later groups' prompts go into the cache."""
+        """The prompts of a question under the keys that need them.
+
+        Prompts that later groups need go into the feature cache.
+        """
         now = [active for active in runs if question.place not in active.have]
         then = [active for active in later if question.place not in active.have] if question.images else []
         found = {}
@@ -193,7 +225,7 @@ class Sweep:
                 self.clock.active_runs = [*now, *then]
                 prompts |= encoder.encode(question, text, lacking)
                 self.clock.active_runs = runs
-            # What is chosen inside the decoder is the dense prompt and a promise: nothing to put away.
+            # A prompt that is pruned inside the decoder has no features of its own to keep.
             keys = dict.fromkeys(active.prune_key for active in then)
             kept = {key: prompts[key] for key in keys if key in prompts and prompts[key].inside is None}
             self.feature_cache.drop(name)
@@ -206,20 +238,28 @@ class Sweep:
     def _measured(
         self, rows: list[Row], runs: list[ActiveRun], longest: int, receipt: Receipt, encoder: PromptEncoder
     ) -> Result:
-        """Answer the first question on its own, and store what reached the matmuls meanwhile as these runs' receipt."""
+        """Answer the first question in a forward pass of its own.
+
+        What reached the matmuls meanwhile is stored as the receipt of these runs.
+        """
         for line in receipt.linears:
-            if line.part == "language":  # what the tower's linears got was measured when the image was encoded
+            if line.part == "language":  # linears of the tower and projector were measured when the image was encoded
                 line.calls, line.activation_bits, line.activation_levels = 0, None, None
         with self.clock.stage("measure", runs):
             result = _joined([self.batch_runner.results([row], longest)[0] for row in rows])
-        receipt.check()  # a run that is not what its spec says ends here, not after hours
+        receipt.check()  # a run that is not quantized as asked fails now, not after hours
         for active in runs:
             pruning = encoder.prunings.get(active.prune_key) if active.prune_key else None
             active.write_receipt(receipt, pruning.receipt.fallbacks if pruning else ())
         return result
 
     def _compute(self, jobs: dict[str, tuple[list[Row], list[ActiveRun]]], longest: int) -> dict[str, Result]:
-        """The result of each job, rows of equal length side by side."""
+        """The result of each job, by its content key.
+
+        Args:
+            jobs: content key -> its rows, and the runs that want the result.
+            longest: number of tokens of the longest unpruned prompt.
+        """
         fresh: dict[str, Result] = {}
         for stage in ("text", "dense", "pruned"):
             part = {key: rows for key, (rows, _) in jobs.items() if _stage_of(rows[0]) == stage}
@@ -230,9 +270,10 @@ class Sweep:
                     fresh |= {key: _joined([next(found) for _ in rows]) for key, rows in part.items()}
         return fresh
 
-    # -- store --
+    # -- storing answers --
 
     def _flush(self, runs: Sequence[ActiveRun], force: bool = False) -> None:
+        """Write the answers of runs to disk if the last time was long enough ago, or `force` is True."""
         now = time.monotonic()
         if force or now - self._flushed >= FLUSH:
             with self.clock.stage("store"):
@@ -260,12 +301,17 @@ def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], k
 
 
 def _joined(results: Sequence[Result]) -> Result:
-    """The results of a question's rows as one."""
-    return [output for outputs, _ in results for output in outputs], [image for _, seen in results for image in seen]
+    """One result from those of all rows of a question."""
+    return [output for outputs, _ in results for output in outputs], [
+        image for _, images in results for image in images
+    ]
 
 
 def _key(group: str, rows: Sequence[Row]) -> str:
-    """Hash of all that outputs depend on: the model as quantized, the prompt as it gets it, and what is asked of it."""
+    """Content key: a hash of everything that the outputs depend on.
+
+    That is the quantized model, the prompt as it receives it, and what is asked.
+    """
     total = hashlib.sha256(group.encode())
     for row in rows:
         total.update(json.dumps([row.options, row.tail, row.spelled, row.seed, row.prompt.tag]).encode())
@@ -282,17 +328,18 @@ def _length(prompt: PrunedPrompt) -> int:
 
 
 def _stage_of(row: Row) -> str:
-    """The stage under which a row's time is counted: of text alone, of all tokens, of some."""
+    """The stage that a row's time is counted under: without an image, with all tokens, or pruned."""
     if not row.prompt.features:
         return "text"
     return "pruned" if any(image.pruned for image in row.prompt.images) else "dense"
 
 
 def _touches_vision(spec: RunSpec) -> bool:
+    """Whether the run quantizes the vision tower or the projector."""
     return spec.quantize is not None and bool({"vision", "projector"} & set(spec.quantize.scope))
 
 
 def _vision_side(family: Family) -> list[tuple[int, int]]:
-    """Which tensors the towers, the projector and the embeddings hold, to see whether quantization touched them."""
+    """Identities and versions of the tensors of tower, projector and embeddings; they change if quantization does."""
     roots = [family.parts["vision"], family.parts["projector"], family.model.get_input_embeddings()]
     return [(id(tensor), tensor._version) for root in roots for tensor in root.parameters()]

@@ -1,4 +1,4 @@
-"""Who answers: this process, or several of this machine; each a share of the questions, for all runs."""
+"""Shares the questions of runs between worker processes of this machine, or answers them in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from .sweep import answer_runs
 
 @dataclass(frozen=True)
 class Cost:
-    """What one worker spent on a run: questions answered and computed, and seconds by stage."""
+    """The work that one worker did for a run.
+
+    Attributes:
+        answered: number of questions answered.
+        computed: how many of them were computed for this run.
+        seconds: stage -> seconds.
+    """
 
     answered: int
     computed: int
@@ -30,13 +36,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Order:
-    """What one worker process is to do.
+    """The work of one worker process.
 
     Attributes:
+        settings: settings of the worker, with its own device.
+        plans: runs of one model and one task.
         plugins: files that register what the plans name.
-        docs: documents to answer; all where None.
-        share: (which, of how many) parts of the questions.
-        threads: of torch.
+        docs: documents to answer; all if None.
+        share: (index, number) of the part of the questions.
+        threads: number of torch's threads.
     """
 
     settings: Settings
@@ -48,14 +56,21 @@ class Order:
 
 
 Done = tuple[dict[str, Cost], dict[str, int]]
-"""The cost of each run by id, and the worker's peak memory."""
+"""Run id -> cost, and the peak memory of the worker."""
 
 
 class WorkerPool:
-    """Answers questions for runs of one model and task. Images are never split: who sees one answers all about it.
+    """Answers questions for runs of one model and one task, in this process or in several.
 
-    Everything that matters is on disk, in stores that take several writers; workers report only progress and cost. A
-    pool that is killed leaves what it had answered.
+    All questions on one image go to one worker. Answers go to stores that accept several writers, so workers return
+    only costs, and a pool that is killed leaves what it had answered.
+
+    Args:
+        session: holds the model if there are no worker processes.
+        active_runs: the runs.
+
+    Attributes:
+        peak: largest peak memory of the processes that answered.
     """
 
     def __init__(self, session: Session, active_runs: Sequence[ActiveRun]) -> None:
@@ -65,10 +80,15 @@ class WorkerPool:
         self.peak: dict[str, int] = {}
 
     def answer(self, active_runs: Sequence[ActiveRun], asked: Sequence[Question] | None) -> None:
-        """Answer those questions, all where None, for these runs.
+        """Answer questions for some of the runs.
+
+        Args:
+            active_runs: the runs.
+            asked: the questions; all if None.
 
         Raises:
             UserError: a worker process died.
+            NotQuantizedError: a run asks for quantization that never reached a matmul.
         """
         if not active_runs:
             return
@@ -88,6 +108,7 @@ class WorkerPool:
                     active.seconds[stage] += seconds / workers
 
     def _order(self, active_runs: Sequence[ActiveRun], docs: set[int] | None, index: int) -> Order:
+        """The work of the worker with that index."""
         device, workers = self.settings.device, self.settings.workers
         own = torch.device(f"cuda:{index % torch.cuda.device_count()}") if device.type == "cuda" else device
         plans = [active.planned for active in active_runs]
@@ -101,7 +122,7 @@ class WorkerPool:
         )
 
     def _progress(self, active_runs: Sequence[ActiveRun]) -> Callable[[], None]:
-        """Says how far each run is, from its store: workers need not report."""
+        """A function that reports how far each run is, by counting its stored answers."""
 
         def report() -> None:
             for active in active_runs:
@@ -114,7 +135,7 @@ class WorkerPool:
 
 
 def work(order: Order) -> Done:
-    """Do one worker's share, in its own process."""
+    """Do the work of one worker. This runs in a process of its own."""
     for plugin in order.plugins:
         load_plugin_file(plugin)
     torch.set_num_threads(order.threads)
@@ -125,7 +146,17 @@ def work(order: Order) -> Done:
 
 
 def _processes(orders: Sequence[Order], report: Callable[[], None]) -> Iterator[Done]:
-    """Processes of this machine, started afresh (a fork would share locks and GPU contexts)."""
+    """Run the orders in new processes and yield what each returns.
+
+    Processes are spawned, since forked ones would share locks and GPU contexts.
+
+    Args:
+        orders: one per process.
+        report: called about every second.
+
+    Raises:
+        UserError: a process died.
+    """
     from concurrent.futures import ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context

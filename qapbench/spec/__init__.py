@@ -1,1 +1,1 @@
-"""What to run, typed and validated: pure data, no model is loaded and no task is read."""
+"""Specs: what to run, typed and validated. This is plain data; no model is loaded and no task is read."""

@@ -1,4 +1,4 @@
-"""Which backends there are, and which formats each has a kernel for."""
+"""The backends, and the formats that each has a kernel for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ Backend = Literal["simulate", "torchao"]
 
 
 def check_backend(backend: Backend, weights: Format | None, activations: Format | None) -> None:
-    """Raise UserError where a backend has no kernel for these formats."""
+    """Check that a backend can compute with these formats.
+
+    Args:
+        backend: name of the backend.
+        weights: format of the weights; None if they are not quantized.
+        activations: format of the activations; None if they are not quantized.
+
+    Raises:
+        UserError: the backend has no kernel for them.
+    """
     if backend == "simulate":
         return
     asked = "W{}A{}".format(*(f.bits if f else 16 for f in (weights, activations)))

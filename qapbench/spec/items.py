@@ -1,4 +1,4 @@
-"""How a spec names a registered item: `name`, or `{name: {parameter: value}}`."""
+"""Registered items in a spec, written as `name` or `{name: {parameter: value}}`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from qapbench.methods.registry import Registry
 
 
 class Item(BaseModel):
-    """A registered item and its parameters: in YAML `name`, or `{name: {parameter: value}}`."""
+    """A registered item that a spec names.
+
+    Attributes:
+        name: name of the item in its registry.
+        params: value of each parameter.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,10 +34,14 @@ class Item(BaseModel):
 
 
 def parse_item(registry: Registry[Any], value: Any) -> Item:
-    """The item that a spec's plain data names, its parameters validated and completed.
+    """The item that a spec's plain data names, with its parameters validated and defaults filled in.
+
+    Args:
+        registry: the registry that has the item.
+        value: an item, a name, or `{name: {parameter: value}}`.
 
     Raises:
-        UserError: it is no item, there is none of that name, or a parameter is wrong.
+        UserError: `value` has another form, the registry has no such item, or a parameter is wrong.
     """
     if isinstance(value, Item):
         name, params = value.name, value.params
@@ -53,12 +62,12 @@ def parse_item(registry: Registry[Any], value: Any) -> Item:
 
 
 def created(registry: Registry[Any], item: Item) -> Any:
-    """The usable object of an item."""
+    """The object that a registry creates from an item."""
     return registry.create(item.name, **item.params)
 
 
 def _field(registry: Registry[Any]) -> Any:
-    """The type of a field that names an item of that registry."""
+    """The type of a spec's field that holds an item of this registry."""
 
     def parse(value: Any) -> Item:
         return parse_item(registry, value)

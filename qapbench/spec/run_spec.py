@@ -1,4 +1,4 @@
-"""What to run, typed: `RunSpec`, one row of a table."""
+"""The spec of one run, `RunSpec`, and its sections."""
 
 from __future__ import annotations
 
@@ -29,17 +29,27 @@ Scope = Literal["language", "projector", "vision"]
 
 
 def _created(registry: Registry[Any], data: Any, field: str) -> Any:
-    """The usable item that a field of plain data names; None where it names none that is valid."""
+    """The object that a field of plain data names; None if the field does not name a valid item.
+
+    Args:
+        registry: the registry that has the item.
+        data: plain data of a section.
+        field: name of the field.
+    """
     if not isinstance(data, dict):
         return None
     try:
         return created(registry, parse_item(registry, data.get(field)))
     except UserError:
-        return None  # the field's own validation says so
+        return None  # the field's own validation reports the mistake
 
 
 def _checked(model: type[BaseModel], data: Any, field: str) -> None:
-    """Raise UserError for mistakes in a section that is not going to be used."""
+    """Validate a section that will not be used, so that its mistakes are reported all the same.
+
+    Raises:
+        UserError: the section has mistakes.
+    """
     try:
         if isinstance(data, dict):
             model.model_validate(data)
@@ -48,19 +58,20 @@ def _checked(model: type[BaseModel], data: Any, field: str) -> None:
 
 
 class Strict(BaseModel):
-    """Nothing unknown, nothing coerced, nothing changed after the fact."""
+    """Base of specs: unknown fields are refused, values are not converted, and instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class CalibrationSpec(Strict):
-    """What a calibrating method looks at.
+    """The samples that a method is calibrated on.
 
     Attributes:
-        samples: questions, with and without images as the source has them.
-        seed: which of them, and in which order.
-        pruned: they go through the spec's own pruner, so that ranges are those of the tokens that stay.
-        data: a parquet file of questions; where None the task's own source, which has none of the test questions.
+        samples: number of questions, with and without images as the source has them.
+        seed: decides which questions are taken, and their order.
+        pruned: whether they pass through the spec's own pruner, so that ranges are measured on the tokens that it
+            keeps.
+        data: a parquet file of questions. None takes the task's own source, which contains no test questions.
     """
 
     samples: Annotated[int, Field(ge=1, le=4096)] = 128
@@ -73,11 +84,14 @@ class QuantizeSpec(Strict):
     """How the model is quantized.
 
     Attributes:
-        weights, activations: their formats; a method that is defined for one pair only needs neither.
-        scope: the parts whose linears are.
-        calibration: for methods that calibrate; None for others, whatever is written.
-        backend: "simulate" computes in the model's own precision what a low-bit kernel would answer; "torchao" runs
-            real int8 kernels, where both formats are what they compute.
+        method: the method.
+        weights: format of the weights; None leaves them as they are. If both formats are None, the method's own are
+            used, if it has any.
+        activations: format of the activations; None leaves them as they are.
+        scope: parts of the model whose linears are quantized.
+        calibration: the samples; always None for a method that does not calibrate, whatever the spec file says.
+        backend: "simulate" computes the values of a low-bit kernel in floating point. "torchao" runs real int8 kernels,
+            which exist for one pair of formats.
     """
 
     method: PTQItem
@@ -90,13 +104,13 @@ class QuantizeSpec(Strict):
     @field_validator("scope")
     @classmethod
     def _set_of_parts(cls, scope: list[Scope]) -> list[Scope]:
-        """Each part once, in one order, so that equal scopes give equal runs."""
+        """Each part once, in a fixed order, so that equal scopes give equal runs."""
         return sorted(set(scope), key=get_args(Scope).index)
 
     @model_validator(mode="before")
     @classmethod
     def _by_method(cls, data: Any) -> Any:
-        """Fill in the formats and the calibration that the method itself decides."""
+        """Fill in formats and calibration that follow from the method."""
         method = _created(ptqs, data, "method")
         if method is None:
             return data
@@ -120,18 +134,25 @@ class QuantizeSpec(Strict):
 
     @property
     def label(self) -> str:
+        """The quantization in words, such as "rtn W4A4"; 16 bits stand for no quantization."""
         w, a = (f.bits if f else 16 for f in (self.weights, self.activations))
         return f"{self.method} W{w}A{a}"
 
 
 class PruneSpec(Strict):
-    """Which visual tokens are kept. Without `sensitivity` the pruner chooses by meaning alone.
+    """Which visual tokens are kept.
 
-    `keep` counts tokens per image or, where a model cuts its images into tiles, per tile ("tile") or of all tiles of
-    an image together ("image"). An image or tile that has fewer keeps them all. Of pruners inside the decoder it is
-    what the layers behind the last drop see.
-    `positions`: "compact" numbers the shortened sequence anew; "keep" leaves every token its original position, which
-    is all that pruners inside the decoder can do. None is the method's own: "keep" inside, else "compact".
+    Attributes:
+        method: the pruner.
+        keep: the budget of tokens, counted as `per` says. An image or tile with fewer tokens keeps all of them. For a
+            pruner inside the decoder, it is the number of tokens that layers after the last drop receive.
+        sensitivity: metric whose scores are fused with the pruner's relevance. None lets the pruner select by relevance
+            alone.
+        fusion: how both scores are combined; the default fusion if there is a sensitivity and this is None.
+        per: what `keep` counts if the model cuts images into tiles: tokens of each tile ("tile"), or of all tiles of an
+            image together ("image").
+        positions: "compact" numbers the shortened sequence anew. "keep" leaves every token its original position, which
+            is all that pruners inside the decoder can do. None becomes "keep" for these and "compact" for others.
     """
 
     method: PrunerItem
@@ -144,7 +165,7 @@ class PruneSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _by_method(cls, data: Any) -> Any:
-        """Fill in the fusion and the positions that are usual for what is asked."""
+        """Fill in the default fusion and the default positions."""
         if not isinstance(data, dict):
             return data
         filled = dict(data)
@@ -168,18 +189,20 @@ class PruneSpec(Strict):
 
     @property
     def label(self) -> str:
+        """The pruning in words: method, budget and sensitivity."""
         return f"{self.method} {self.keep}" + (f" + {self.sensitivity}" if self.sensitivity else "")
 
 
 class TaskSpec(Strict):
-    """What is asked.
+    """The task that is asked.
 
     Attributes:
-        name: a task of this project, or any lm-eval task.
-        data: a parquet file, or a hub id; the task's own default where None.
-        limit: only the first questions.
-        prompt, parser: names that the task knows; its own defaults where None.
-        answers: "letter" takes the most likely option letter from one prefill; "generate" decodes text and parses it.
+        name: a task of this project, or any task of lm-eval's.
+        data: a parquet file, or a hub id; None takes the task's own data.
+        limit: number of questions, taken from the front; None asks all.
+        prompt: name of a prompt that the task knows; None takes its default.
+        parser: name of a parser that the task knows; None takes its default.
+        answers: "letter" takes the most likely option letter from one prefill; "generate" generates text and parses it.
     """
 
     name: str
@@ -194,15 +217,19 @@ class RunSpec(Strict):
     """One run: a model, compressed in one way, on one task.
 
     Attributes:
-        name: a label; it does not enter the run's id.
-        model: an embedded name, a checkpoint folder, or a hub id.
-        dtype: of the weights as loaded; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
-        text_tower: CLIP checkpoint whose joint space gives relevance; the model family's default where None.
+        name: a label. It does not enter the run's id.
         plugins: Python files that register strategies.
+        model: name of an embedded model, a checkpoint folder, or a hub id.
+        dtype: dtype of the weights. "auto" is the checkpoint's own on a GPU, and float32 on a CPU.
+        text_tower: CLIP checkpoint whose joint embedding space gives relevance; None takes the model family's default.
+        task: the task.
+        quantize: the quantization; None for full precision.
+        prune: the pruning; None keeps all tokens.
+        seed: seed of everything random, unless a section has its own.
     """
 
     name: str = "run"
-    plugins: list[str] = []  # before the fields whose names they register
+    plugins: list[str] = []  # stands before the fields whose names plugins register
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     text_tower: str | None = None
@@ -214,6 +241,7 @@ class RunSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _task_by_name(cls, data: Any) -> Any:
+        """Accept `task: NAME` for `task: {name: NAME}`."""
         if isinstance(data, dict) and isinstance(data.get("task"), str):
             return {**data, "task": {"name": data["task"]}}
         return data
@@ -221,14 +249,14 @@ class RunSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _one_seed(cls, data: Any) -> Any:
-        """A pruner's own seed that is left at None becomes the run's."""
+        """Give the pruner the run's seed if its own seed is None."""
         prune = data.get("prune") if isinstance(data, dict) else None
         if not isinstance(prune, dict):
             return data
         try:
             method = parse_item(pruners, prune.get("method"))
         except UserError:
-            return data  # the field's own validation says so
+            return data  # the field's own validation reports the mistake
         if "seed" not in method.params or method.params["seed"] is not None:
             return data
         seeded = Item(name=method.name, params={**method.params, "seed": data.get("seed", 0)})
@@ -243,7 +271,14 @@ class RunSpec(Strict):
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> RunSpec:
-        """Load the plugins that the spec names, validate, and report every mistake in one UserError."""
+        """Load the plugins that a spec names, and validate it.
+
+        Args:
+            data: plain data of a spec.
+
+        Raises:
+            UserError: the spec has mistakes; all of them are listed.
+        """
         problems = load_plugin_files(data.get("plugins")) if isinstance(data, dict) else []
         if problems:
             raise UserError(problems)
@@ -253,16 +288,16 @@ class RunSpec(Strict):
             raise UserError(problems_of(error, cls)) from None
 
     def canonical(self) -> str:
-        """JSON that is equal for equal runs: defaults filled in, keys sorted, the label left out."""
+        """JSON that is equal for equal runs: defaults are filled in, keys are sorted, the label is left out."""
         return json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
 
     def digest(self, fingerprints: dict[str, str], task: dict[str, Any] | None = None) -> str:
-        """Id of the run: how it compresses and asks, and the content of what it reads.
+        """Id of the run: a hash of how it compresses and asks, and of the content that it reads.
 
         Args:
-            fingerprints: content hashes of the model, the data, the plugins; they stand for the names and paths
-                of these, so that a moved file keeps its results and a changed one does not.
-            task: what the task's fields come to, once its own defaults are filled in; as written where None.
+            fingerprints: content hashes of the model, the data, the plugins and so on. They replace names and paths, so
+                that a file that was moved keeps its results and a file that changed does not.
+            task: options of the task with its own defaults filled in; None hashes them as they are written.
         """
         fields = self.model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins", "dtype"})
         fields["task"].pop("data")

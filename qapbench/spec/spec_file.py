@@ -1,4 +1,4 @@
-"""Spec files: safe YAML with line numbers, `--set`, and every mistake in one report."""
+"""Reads spec files: safe YAML with line numbers, changes by `--set`, and all mistakes in one report."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .run_spec import RunSpec
 from .sweep_spec import SweepSpec, override
 
 Lines = dict[tuple[str | int, ...], int]
-SHIPPED = Path(__file__).parents[1] / "specs"  # where an installed wheel has them
+"""Path of a key or item in a YAML file -> its line, counted from 1."""
+SHIPPED = Path(__file__).parents[1] / "specs"  # their place in an installed wheel
 
 
 class Check(Protocol):
-    """Raises UserError where what these fields of a run name is not there; all fields where none are given."""
+    """Checks that what a run's fields name exists, and raises UserError if not. `fields` limits which are checked."""
 
     def __call__(self, spec: RunSpec, fields: Collection[str] = ..., /) -> None: ...
 
 
 def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | None = None) -> list[RunSpec]:
-    """The runs of a spec file, validated; a file without `matrix` or `cases` gives one.
+    """Read and validate the runs of a spec file. A file without `matrix` or `cases` is one run.
 
     Args:
         source: a path, or the name of a shipped spec ("quickstart").
-        changes: `dotted.key=value` strings; the value is YAML. They apply to the fields that all runs share.
-        check: looks at each run once more (is the task there, and the model?) and raises UserError. It is called
-            with the run and the fields to look at, all where none are given.
+        changes: strings `dotted.key=value`, where the value is YAML. They change the fields that all runs share.
+        check: checks each run further, for example whether its task and model exist, and raises UserError.
 
     Raises:
-        UserError: every mistake of the file, each with its line.
+        UserError: the file has mistakes. All of them are listed, each with its line.
     """
     path = find_spec(source)
     data, lines = read_yaml(path)
@@ -51,12 +51,12 @@ def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | No
     except UserError as error:
         problems += [locate(problem, {}) for problem in error.problems]
         cells = [({key: value for key, value in data.items() if key not in ("matrix", "cases")}, {})]
-    looked: set[str] = set()
+    checked: set[str] = set()
     for cell, changed in cells:
         try:
             run = _at(RunSpec.parse(cell), path.resolve().parent)
         except UserError as error:
-            apart = _checked_apart(cell, check, looked) if check else []
+            apart = _checked_apart(cell, check, checked) if check else []
             problems += [locate(problem, changed) for problem in (*error.problems, *apart)]
             continue
         try:
@@ -70,21 +70,26 @@ def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | No
     return runs
 
 
-def _checked_apart(cell: dict[str, Any], check: Check, looked: set[str]) -> list[Problem]:
-    """What `check` says of the model and of the task of a cell that is not valid as a whole.
+def _checked_apart(cell: dict[str, Any], check: Check, checked: set[str]) -> list[Problem]:
+    """Check model and task of a run whose spec is not valid as a whole.
 
     Args:
-        looked: what earlier cells had looked at, which need not be told again; it grows.
+        cell: plain data of the run's spec.
+        check: checks one field.
+        checked: models and tasks of earlier runs, which are not checked again. This run's are added.
+
+    Returns:
+        The problems that were found.
     """
     found: list[Problem] = []
     for field in ("model", "task"):
         try:
             alone = RunSpec.parse({"model": "?", "task": "?", field: cell.get(field)})
         except UserError:
-            continue  # the cell's own errors say so already
-        if (key := f"{field} {cell.get(field)}") in looked:
+            continue  # the errors of the spec itself report the mistake
+        if (key := f"{field} {cell.get(field)}") in checked:
             continue
-        looked.add(key)
+        checked.add(key)
         try:
             check(alone, (field,))
         except UserError as error:
@@ -93,7 +98,14 @@ def _checked_apart(cell: dict[str, Any], check: Check, looked: set[str]) -> list
 
 
 def find_spec(source: str | Path) -> Path:
-    """A file as given, or a shipped spec by its name."""
+    """Path of a spec file.
+
+    Args:
+        source: a path, or the name of a shipped spec.
+
+    Raises:
+        UserError: there is neither.
+    """
     path = Path(source)
     if path.is_file():
         return path
@@ -105,11 +117,15 @@ def find_spec(source: str | Path) -> Path:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """A YAML mapping and the line of every key and item in it."""
+    """Read a YAML mapping, and the line of every key and item in it.
+
+    Raises:
+        UserError: the file is not valid YAML or not a mapping, or it gives a key twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)  # safe: the loader below makes JSON's types only
+        data = yaml.load(text, Loader=_Loader)  # safe: _Loader makes JSON's types only
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or getattr(error, "strerror", None) or "not UTF-8 text"
@@ -128,7 +144,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader without dates: `2026-11-22` is text here, as everything that JSON has no type for."""
+    """YAML's safe loader without dates. JSON has no type for them, so `2026-11-22` stays text."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -138,6 +154,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, problems: list[Problem]) -> None:
+    """Collect the line of every key and item below a node, and a problem for each key that is given twice."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             below = (*path, key.value)
@@ -153,6 +170,7 @@ def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, problems: list[P
 
 
 def _parse_change(text: str) -> tuple[str, Any]:
+    """Key and value of a `--set` argument."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--set {text}: expected dotted.key=value")
@@ -163,10 +181,10 @@ def _parse_change(text: str) -> tuple[str, Any]:
 
 
 def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Problem]]:
-    """Run the plugin files first: what they register is what the rest is validated against.
+    """Load the plugin files, since the rest of the spec is validated against what they register.
 
     Returns:
-        The data with the paths resolved and plugins that failed left out, and why they did.
+        The data, with paths resolved and without plugins that failed, and the problems of these.
     """
     named = data.get("plugins")
     if not isinstance(named, list) or not all(isinstance(plugin, str) for plugin in named):
@@ -178,13 +196,18 @@ def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], l
 
 
 def _beside(name: str, folder: Path) -> str:
-    """A path as the spec file means it: relative to itself first, then to where one stands."""
+    """Resolve a path in a spec file: relative to the file if that exists, otherwise to the working directory."""
     beside = folder / name
     return str(beside) if beside.exists() else name
 
 
 def _at(spec: RunSpec, folder: Path) -> RunSpec:
-    """The spec with its paths resolved."""
+    """The spec with its paths resolved.
+
+    Args:
+        spec: the run.
+        folder: folder of the spec file.
+    """
     paths = {name: _beside(value, folder) for name in ("model", "text_tower") if (value := getattr(spec, name))}
     task = spec.task
     if task.data:
@@ -195,9 +218,16 @@ def _at(spec: RunSpec, folder: Path) -> RunSpec:
 def _located(
     problem: Problem, changed: dict[str, tuple[str | int, ...]], lines: Lines, given: tuple[str, ...]
 ) -> Problem:
-    """The problem with the line where its value stands: in the case or matrix that set it, else in the base.
+    """The problem with the line of the value that caused it, which is in a case, in the matrix, or among the shared
+    fields.
 
-    A value that came by `--set` has no line; the message says where it came from.
+    A value that was given by `--set` has no line; the message names the key instead.
+
+    Args:
+        problem: the problem.
+        changed: dotted key -> its path in the file, for keys that a case or the matrix set.
+        lines: line of every path in the file.
+        given: keys that were given by `--set`.
     """
     if problem.line is not None:
         return problem

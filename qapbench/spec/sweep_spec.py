@@ -1,4 +1,4 @@
-"""A family of runs in one file: `matrix` and `cases` over dotted keys."""
+"""The spec of several runs in one file, which vary by `matrix` and `cases` over dotted keys."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from .run_spec import Strict
 
 
 class SweepSpec(Strict):
-    """Many runs: a run's own fields, and what varies.
+    """Several runs: fields that they share, and keys that vary.
 
-    `matrix: {prune.keep: [128, 32]}` crosses every value; `cases: {label: {dotted.key: value}}` adds named rows.
-    With both, every case is crossed with the grid. A value of null removes the key. A file without either is a
-    sweep of one.
+    `matrix: {prune.keep: [128, 32]}` combines all values of its keys. `cases: {label: {dotted.key: value}}` adds named
+    rows. With both, every case is combined with the whole matrix. A value of null removes the key. A file with neither
+    is a sweep of one run.
 
     Attributes:
-        base: the fields that all runs share; in a file they stand beside `matrix` and `cases`.
+        base: fields that all runs share. In a file they stand beside `matrix` and `cases`.
+        matrix: dotted key -> values.
+        cases: label -> dotted key -> value.
     """
 
     base: dict[str, Any]
@@ -33,6 +35,7 @@ class SweepSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _split(cls, data: Any) -> Any:
+        """Separate `matrix` and `cases` of a file from the shared fields."""
         if not isinstance(data, dict) or "base" in data:
             return data
         varying = {key: data[key] for key in ("matrix", "cases") if data.get(key) is not None}
@@ -40,11 +43,16 @@ class SweepSpec(Strict):
 
     @property
     def name(self) -> str:
+        """Name that the runs' own names start with, unless a case's label does."""
         return str(self.base.get("name", "run"))
 
     @classmethod
     def parse(cls, data: Any) -> SweepSpec:
-        """Validate what varies (the runs themselves are validated one by one); every mistake in one UserError."""
+        """Validate the keys that vary. The runs are validated one by one, not here.
+
+        Raises:
+            UserError: the sweep has mistakes; all of them are listed.
+        """
         try:
             sweep = cls.model_validate(data)
             varied: list[tuple[str, ...]] = [("matrix", key) for key in sweep.matrix]
@@ -58,11 +66,11 @@ class SweepSpec(Strict):
             raise UserError(problems_of(error, cls)) from None
 
     def cells(self) -> list[dict[str, Any]]:
-        """The raw spec of each run, in order, each with its own name; not validated yet."""
+        """Plain data of each run's spec, in order, each with a name of its own. They are not validated."""
         return [cell for cell, _ in self.cells_with_changes()]
 
     def cells_with_changes(self) -> list[tuple[dict[str, Any], dict[str, tuple[str | int, ...]]]]:
-        """Each cell, and where in the file each of its changed keys was set."""
+        """The same, each with the path in the file at which every changed key was set."""
         grid = list(itertools.product(*(enumerate(values) for values in self.matrix.values())))
         cells = []
         rows: list[tuple[str | None, dict[str, Any]]] = [*self.cases.items()] or [(None, {})]
@@ -80,7 +88,7 @@ class SweepSpec(Strict):
 
 
 def _brief(value: Any) -> str:
-    """A value in a row's name: a lone item by its name and parameters, anything else as JSON has it."""
+    """A value, for the name of a run: an item as its name and parameters, a text as it is, others as JSON."""
     if isinstance(value, dict) and len(value) == 1:
         name, params = next(iter(value.items()))
         inner = ",".join(f"{k}={_brief(v)}" for k, v in params.items()) if isinstance(params, dict) else params
@@ -89,7 +97,7 @@ def _brief(value: Any) -> str:
 
 
 def _shortest(key: str, keys: Iterable[str]) -> str:
-    """The last parts of a dotted key that no other of the keys ends with."""
+    """The fewest last parts of a dotted key that no other key ends with."""
     parts = key.split(".")
     for start in range(len(parts) - 1, 0, -1):
         tail = ".".join(parts[start:])
@@ -99,7 +107,15 @@ def _shortest(key: str, keys: Iterable[str]) -> str:
 
 
 def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `data` with dotted keys set; None removes. `task: name` is opened where a key goes below it."""
+    """A copy of `data` with dotted keys set.
+
+    A key below a name opens it: with `prune.method.seed`, `method: random` becomes `method: {random: {}}`, and a task
+    becomes `{name: NAME}`.
+
+    Args:
+        data: plain data of a spec.
+        changes: dotted key -> value; None removes the key.
+    """
     out = json.loads(json.dumps(data))
     for key, value in changes.items():
         *path, last = key.split(".")
@@ -120,6 +136,7 @@ def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reaches(data: Any, path: list[str]) -> bool:
+    """Whether there is a mapping at this path."""
     for part in path:
         if not isinstance(data, dict) or part not in data:
             return False

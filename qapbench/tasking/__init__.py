@@ -1,1 +1,1 @@
-"""Tasks and their questions: everything that knows lm-eval."""
+"""Tasks and their questions. All code that uses lm-eval's tasks is here."""

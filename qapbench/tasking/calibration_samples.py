@@ -1,4 +1,4 @@
-"""Calibration samples of a run: questions that the task offers for it, as the model takes them."""
+"""Makes a run's calibration samples: questions of the task, as keyword arguments of the model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ WHERE = ("quantize", "calibration")
 
 
 def documents(task: LoadedTask, spec: CalibrationSpec) -> Sequence[Mapping[str, Any]]:
-    """The questions: the task's own offer, or lm-eval's training split.
+    """The documents to calibrate on: those that the task itself provides, or lm-eval's training split.
+
+    Args:
+        task: the run's task.
+        spec: number of samples, seed and source.
 
     Raises:
-        UserError: the task offers none, or fewer than asked for.
+        UserError: the task has no such documents, or fewer than asked for.
     """
     if (offer := getattr(task.docs, "calibration", None)) is not None:
         return offer(spec.samples, spec.seed, spec.data)
@@ -39,14 +43,29 @@ def documents(task: LoadedTask, spec: CalibrationSpec) -> Sequence[Mapping[str, 
 
 
 def choose(available: int, spec: CalibrationSpec) -> list[int]:
-    """Which of so many questions, in which order."""
+    """Indices of the documents to calibrate on, in their order.
+
+    Args:
+        available: number of documents to choose from.
+        spec: number of samples, and seed.
+
+    Raises:
+        UserError: more were asked for than there are.
+    """
     if available < spec.samples:
         raise UserError(Problem(f"{spec.samples} asked for, but there are {available}", (*WHERE, "samples")))
     return random.Random(spec.seed).sample(range(available), spec.samples)
 
 
 def samples(task: LoadedTask, spec: CalibrationSpec, model: Any, processor: Any) -> CalibrationSamples:
-    """Each question's prompt and answer as the run itself would put them, with `labels` on the answer."""
+    """The calibration samples: each question's prompt and answer in the run's form, with `labels` on the answer.
+
+    Args:
+        task: the run's task.
+        spec: number of samples, seed and source.
+        model: the run's model.
+        processor: its processor.
+    """
     lm, continuation_tokenizer = AskingLM(processor), ContinuationTokenizer(processor.tokenizer)
     made = [_sample(lm, continuation_tokenizer, task, doc) for doc in documents(task, spec)]
     images = sum(1 for sample in made if any(key.startswith("pixel_values") for key in sample))
@@ -57,6 +76,7 @@ def samples(task: LoadedTask, spec: CalibrationSpec, model: Any, processor: Any)
 def _sample(
     lm: AskingLM, continuation_tokenizer: ContinuationTokenizer, task: LoadedTask, doc: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """The keyword arguments of one document: its prompt, its answer, and its images."""
     template = lm.apply_chat_template if lm.templated else None
     prompt = task.task.fewshot_context(doc, num_fewshot=0, apply_chat_template=lm.templated, chat_template=template)
     images = task.task.doc_to_image(doc) or []
@@ -74,5 +94,6 @@ def _sample(
 
 
 def _answer(task: LoadedTask, doc: Mapping[str, Any]) -> str:
+    """The text of the right answer."""
     target = task.task.doc_to_target(doc)
     return task.task.doc_to_choice(doc)[target] if isinstance(target, int) else str(target)

@@ -1,4 +1,4 @@
-"""Images of documents: decoded, and hashed by content."""
+"""Decodes images of documents, and hashes them by content."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from PIL import Image
 
 
 def decoded(image: Any) -> Image.Image:
-    """A picture in RGB, from PIL or from a lazy handle with `load()`."""
+    """The image in RGB.
+
+    Args:
+        image: a PIL image, or a lazy handle with `load()`.
+    """
     return (image if isinstance(image, Image.Image) else image.load()).convert("RGB")
 
 
 def digest_image(image: Any) -> str:
-    """The hash of an image's content: of its file where the task knows it, else of its pixels."""
+    """Hash of an image's content: of its file if the handle has a `digest()`, otherwise of its pixels."""
     if hasattr(image, "digest"):
         return image.digest()
     picture = decoded(image)

@@ -1,4 +1,4 @@
-"""The names of lm-eval's tasks and where their files lie, kept on disk: lm-eval takes seconds to index them."""
+"""Names and files of lm-eval's tasks, cached on disk, since lm-eval takes seconds to index them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LOG = logging.getLogger(__name__)
 
 
 class TaskIndex(BaseModel):
-    """lm-eval's own tasks.
+    """Index of the tasks that come with lm-eval.
 
     Attributes:
-        lm_eval: version of lm-eval that these are of.
-        files: name of a task -> the YAML file that defines it, relative to lm-eval's folder of tasks.
+        lm_eval: version of lm-eval that was indexed.
+        files: name of a task -> its YAML file, relative to lm-eval's folder of tasks.
         groups: names that stand for several tasks.
     """
 
@@ -30,19 +30,19 @@ class TaskIndex(BaseModel):
 
     @property
     def names(self) -> list[str]:
-        """Everything that lm-eval knows under a name."""
+        """All names: tasks and groups."""
         return [*self.files, *self.groups]
 
 
 def lm_eval_folder() -> Path:
-    """Folder of the tasks that come with lm-eval, found without importing it."""
+    """Folder of the tasks that come with lm-eval. lm-eval is not imported to find it."""
     found = importlib.util.find_spec("lm_eval")
     places = (found.submodule_search_locations if found else None) or []
     return Path(next(iter(places))) / "tasks"
 
 
 def lm_eval_index() -> TaskIndex:
-    """The index from the user's cache folder; made by lm-eval and put there on first use, once per version."""
+    """The index, from the user's cache folder. On first use of a version of lm-eval it is made and written there."""
     version = importlib.metadata.version("lm-eval")
     cache = Path(platformdirs.user_cache_dir("qapbench", appauthor=False)) / f"lm-eval-tasks-{version}.json"
     try:
@@ -50,7 +50,7 @@ def lm_eval_index() -> TaskIndex:
         if index.lm_eval == version:
             return index
     except (OSError, ValidationError):
-        pass  # not there yet, or damaged: it is made anew
+        pass  # missing or damaged: the index is made anew
     index = _made(version)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +63,7 @@ def lm_eval_index() -> TaskIndex:
 
 
 def _made(version: str) -> TaskIndex:
+    """Make the index with lm-eval, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     manager, folder = TaskManager(include_defaults=True), lm_eval_folder()

@@ -1,4 +1,4 @@
-"""Our model as lm-eval sees it: its chat template, and answers that were made before."""
+"""The model that lm-eval is given. It writes prompts with a chat template, and returns answers that were stored."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from lm_eval.api.model import LM
 from qapbench.errors import UserError
 from qapbench.records.answer import Answer
 
-MARK = "<image>"  # lm-eval's own, whatever the model's placeholder is
+MARK = "<image>"  # lm-eval's mark of an image in a text, independent of the model's placeholder
 
 
 class AskingLM(LM):
-    """What lm-eval needs of a model to write its prompts, and to score answers that are there.
+    """lm-eval's model interface, without a model behind it.
 
-    lm-eval's evaluator is driven twice: its requests are gathered once for all runs that ask the same, and for each
-    run its scoring reads the stored answers through this class.
+    lm-eval is used twice: it writes the requests once for all runs that ask the same, and it scores the stored answers
+    of each run, which it reads through this class.
 
     Args:
-        answers: of one run.
-        docs: where only some documents are asked, their numbers, ascending; lm-eval counts these anew.
+        processor: the model's processor.
+        name: name of the model, for lm-eval's cache of requests.
+        answers: stored answers of one run.
+        docs: numbers of the documents that are asked, ascending, if these are not all. lm-eval numbers them from 0.
     """
 
     MULTIMODAL = True
@@ -38,29 +40,33 @@ class AskingLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
+        """Name of the tokenizer as lm-eval wants it, without slashes."""
         return self.name.replace("/", "__")
 
     @property
     def templated(self) -> bool:
+        """Whether the processor has a chat template."""
         return bool(getattr(self.processor, "chat_template", None))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The processor's own template; images go in as its image items."""
+        """The messages as a prompt, by the processor's template. Images become its image items."""
         messages = [{"role": turn["role"], "content": content_items(turn["content"])} for turn in chat_history]
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """[log-likelihood, is greedy] of each continuation."""
+        """The stored (log-likelihood, is greedy) of each continuation."""
         return [tuple(output) for output in self._stored(requests)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Decoded continuations, cut at the task's stop strings."""
+        """The stored texts, which end at the task's stop strings."""
         return self._stored(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise NotImplementedError  # `refuse` told the user before anything was asked
+        """Not supported."""
+        raise NotImplementedError  # `refuse` raises before any question is asked
 
     def _stored(self, requests: list[Instance]) -> list[Any]:
+        """The stored output of each request. Requests of one document take its outputs in order."""
         taken: dict[tuple[str, int], int] = {}
         found = []
         for request in requests:
@@ -72,13 +78,17 @@ class AskingLM(LM):
 
 
 def refuse(requests: Iterable[Instance]) -> None:
-    """Raise UserError for a kind of request that is not answered here."""
+    """Check that all requests are of a kind that can be answered.
+
+    Raises:
+        UserError: some are not.
+    """
     if any(request.request_type == "loglikelihood_rolling" for request in requests):
         raise UserError("task: perplexity tasks (loglikelihood_rolling) are not supported")
 
 
 def content_items(text: str) -> list[dict[str, str]]:
-    """A message's items; lm-eval marks each image by `<image>` where it stands in the text."""
+    """The items of a message: its texts, and an image item at each place that lm-eval marks by `<image>`."""
     items: list[dict[str, str]] = []
     for index, part in enumerate(text.split(MARK)):
         items += [{"type": "image"}] if index else []

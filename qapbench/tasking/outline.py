@@ -1,4 +1,4 @@
-"""What is known of a task without lm-eval: its documents, and what a plan has to know of them."""
+"""What planning needs to know of a task. For registered tasks it is found without importing lm-eval."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .registry import LETTER, TaskSource, tasks
 
 @dataclass(frozen=True)
 class TaskOutline:
-    """A task as far as planning a run needs it.
+    """A task, as far as planning needs to know it.
 
     Attributes:
-        name: as the spec has it, without the ending of its letter variant.
-        docs: the documents of the whole data set (of the first `count` for registered tasks).
-        columns: the names that `process_results` may give, in the order of the tables; without `unparsed`.
-        unavailable: columns that these data cannot give, with the reason.
-        embedded: one of this project's own stand-ins, whatever data it is asked on.
-        asked: what the spec's task fields come to, defaults filled in: prompt, parser, how answers are made, count.
-        stand_in: why these data only stand in for a real benchmark; "" where they do not.
-        fingerprint: of the data, in hexadecimal where it is a file's SHA-256.
-        count: questions that will be asked, `limit` considered.
-        letter: answered by the most likely option, not by generated text.
-        source: where a registered task comes from; None for lm-eval's, which lm-eval's version stands for.
-        stored_parser: the parser for files that another code base wrote; None where the task names none.
+        name: name in the spec, without the suffix of its letter variant.
+        docs: the first `count` documents of a registered task; all documents of a task of lm-eval's.
+        columns: names of the metrics of `process_results`, in the order of tables, without `unparsed`.
+        unavailable: column -> the reason why these data cannot give it.
+        embedded: whether it is one of this project's stand-ins for a benchmark, on whatever data.
+        asked: the task's options with defaults filled in: prompt, parser, way of answering, and number of questions.
+        stand_in: why the data only stand in for a real benchmark; "" if they do not.
+        fingerprint: hash of the data; the SHA-256 in hexadecimal if they are a file.
+        count: number of questions that will be asked, `limit` taken into account.
+        letter: whether questions are answered by the most likely option, not by generated text.
+        source: source of a registered task; None for a task of lm-eval's, which the version of lm-eval identifies.
+        stored_parser: name of the parser for outputs that another code base stored; None if there is none.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TaskOutline:
 
     @cached_property
     def ids(self) -> list[str]:
-        """The questions' ids in the order of `docs`: their `pid`, or their position where there is none."""
+        """Ids of the questions in the order of `docs`: their `pid`, or their index if they have none."""
         return [str(doc.get("pid", index)) for index, doc in zip(range(self.count), self.docs, strict=False)]
 
     @property
@@ -59,19 +59,24 @@ class TaskOutline:
         return self.source.code() if self.source else ""
 
     def images(self, doc: int) -> Sequence[Any]:
-        """The images of a document, still encoded; a registered task keeps the one that there may be in `image`."""
+        """Images of a document, not decoded. A document of a registered task has at most one, under `image`.
+
+        Args:
+            doc: number of the document.
+        """
         image = self.docs[doc].get("image")
         return [] if image is None else [image]
 
 
 def read_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
-    """The outline of a registered task: reads its data, and not lm-eval.
+    """Read the outline of a registered task, and its data. lm-eval is not imported.
 
     Args:
-        seed: of parsers that guess where an answer cannot be read.
+        spec: the task and its options.
+        seed: of parsers that guess if an answer cannot be read.
 
     Raises:
-        UserError: no such task is registered, an option that it does not have, or data that cannot be read.
+        UserError: no such task is registered, it does not have one of the options, or its data cannot be read.
     """
     if spec.name not in tasks:
         raise unknown_task(spec.name, tasks.names())
@@ -82,13 +87,24 @@ def read_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
 
 
 def given_options(spec: TaskSpec, seed: int) -> dict[str, Any]:
-    """The options that a spec gives a task, which come over those of its YAML."""
+    """The options that a spec sets, which override those in the task's YAML.
+
+    Args:
+        spec: the task and its options.
+        seed: of parsers that guess.
+    """
     given = {**spec.model_dump(include={"data", "prompt", "parser", "limit"}), "seed": seed}
     return {key: value for key, value in given.items() if value is not None}
 
 
 def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
-    """The outline of a registered task whose documents are read."""
+    """The outline of a registered task whose documents were read.
+
+    Args:
+        spec: the task and its options.
+        source: the task's source.
+        docs: its documents.
+    """
     metadata = source.config["metadata"]
     letter = spec.answers == "letter" and source.has_letters
     count = min(spec.limit or len(docs), len(docs))
@@ -114,7 +130,12 @@ def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
 
 
 def unknown_task(name: str, valid: Iterable[str]) -> UserError:
-    """The error for a task that nobody has, with the nearest name."""
+    """The error for the name of a task that does not exist.
+
+    Args:
+        name: the unknown name.
+        valid: names to suggest.
+    """
     hint = nearest(name, valid)
     if not hint.startswith("did"):
         hint += ", and lm-eval's own"
@@ -122,16 +143,20 @@ def unknown_task(name: str, valid: Iterable[str]) -> UserError:
 
 
 def letter_base(name: str) -> str | None:
-    """The registered task that a name is the letter variant of; None where it is none's."""
+    """The registered task whose letter variant has this name; None if there is none."""
     base = name.removesuffix(LETTER)
     return base if base != name and base in tasks and tasks.create(base).has_letters else None
 
 
 def calibration_fingerprint(task: TaskOutline, spec: CalibrationSpec) -> str:
-    """Hash of what calibration samples are drawn from: the file's content, or the version of the task's own source.
+    """Hash of the source of calibration samples: of the file, or of the task's own questions for calibration.
+
+    Args:
+        task: the run's task.
+        spec: the run's calibration.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     if spec.data:
         file = Path(spec.data).expanduser()

@@ -1,4 +1,4 @@
-"""The questions of a task: all requests that lm-eval makes of one document, in the order of the work."""
+"""Questions of a task, each with the requests that lm-eval makes of its document."""
 
 from __future__ import annotations
 
@@ -15,58 +15,74 @@ from .images import decoded, digest_image
 from .lm import AskingLM, refuse
 from .tasks import LoadedTask, quiet
 
-TAIL = 32  # characters of a prompt that decide how the next token is spelled
-STRATA = ("subject", "grade")
+TAIL = 32  # characters at the end of a prompt that can affect the tokens of its continuation
+STRATA = ("subject", "grade")  # fields of a document that define its stratum
 
 
 @dataclass
 class Question:
-    """All requests that lm-eval makes of one document."""
+    """All requests that lm-eval makes of one document.
+
+    Attributes:
+        instances: the requests, one per continuation or a single one that generates.
+    """
 
     instances: list[Instance] = field(default_factory=list)
 
     @property
     def first(self) -> Instance:
+        """The first request."""
         return self.instances[0]
 
     @property
     def place(self) -> tuple[str, int]:
-        """Task and document: what a stored answer is found by."""
+        """Task and number of the document, which identify a stored answer."""
         return self.first.task_name, self.first.doc_id
 
     @property
     def id(self) -> str:
+        """The id in the data, or the document's number if it has none."""
         return str(self.first.doc.get("pid", self.first.doc_id))
 
     @property
     def prompt(self) -> str:
+        """The prompt of the first request."""
         return self.first.args[0]
 
     @property
     def images(self) -> list[Any]:
+        """The images, not decoded."""
         return self.first.args[2]["visual"] if len(self.first.args) > 2 else []
 
     @property
     def generates(self) -> bool:
+        """Whether the answer is generated text. Otherwise continuations are scored."""
         return self.first.request_type == "generate_until"
 
     @cached_property
     def pictures(self) -> tuple[str, ...]:
-        """A content hash of each image."""
+        """A content hash for each image."""
         return tuple(map(digest_image, self.images))
 
     @property
     def relevance_text(self) -> str:
-        """What the pruner compares an image with: the task's own wording of the question, else the whole prompt."""
+        """The text that a pruner compares an image with.
+
+        It is the question in the task's own words, or else the whole prompt.
+        """
         return self.first.doc.get("relevance_text") or self.prompt
 
     @property
     def stratum(self) -> tuple[str, ...]:
-        """What a subset has to represent: whether there is an image, and what the data say of subject and grade."""
+        """The stratum of a question for subsets: whether it has an image, its subject and its grade."""
         return (str(bool(self.images)), *(str(self.first.doc.get(name, "")) for name in STRATA))
 
     def answer(self, outputs: list[Any]) -> str:
-        """The text that was generated, or the continuation that is most likely."""
+        """The generated text, or the most likely continuation.
+
+        Args:
+            outputs: outputs of the requests.
+        """
         if self.generates:
             return outputs[0]
         best = max(range(len(outputs)), key=lambda index: outputs[index][0])
@@ -74,10 +90,15 @@ class Question:
 
 
 def ask(task: LoadedTask, lm: AskingLM, seed: int) -> list[Question]:
-    """Every question of a task, in the order in which they are answered.
+    """All questions of a task, in the order in which they are answered.
 
-    Images first, and those with the longest prompt first, so that memory peaks at the start; questions on the same
-    image follow each other, so that it is seen once and then forgotten.
+    Questions with images come first, and of these the ones with the longest prompts, so that memory peaks at the start.
+    Questions on the same image follow each other, so that it is encoded once and then forgotten.
+
+    Args:
+        task: the task.
+        lm: writes the prompts.
+        seed: of few-shot examples.
     """
     task.task.set_fewshot_seed(seed=seed)
     with quiet():
@@ -91,7 +112,7 @@ def ask(task: LoadedTask, lm: AskingLM, seed: int) -> list[Question]:
 
 
 def in_order(requests: list[Instance]) -> list[Question]:
-    """lm-eval's requests by question, ordered as `ask` says."""
+    """Group lm-eval's requests into questions, in the order that `ask` describes."""
     refuse(requests)
     grouped: dict[tuple[str, int], Question] = {}
     for request in requests:
@@ -107,14 +128,20 @@ def in_order(requests: list[Instance]) -> list[Question]:
 
 
 class ContinuationTokenizer:
-    """How a tokenizer spells continuations behind a prompt."""
+    """Tokenizes continuations of prompts."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._spelled: dict[tuple[str, str], list[int]] = {}
 
     def spell(self, prompt: str, continuation: str) -> list[int]:
-        """Token ids of a continuation behind a prompt; a space joins them where neither side has one."""
+        """Token ids of a continuation of a prompt.
+
+        A space joins the two if neither the prompt's end nor the continuation's start is a space.
+
+        Raises:
+            UserError: the tokenizer merges the continuation with the end of the prompt.
+        """
         glue = "" if prompt[-1:].isspace() or continuation[:1].isspace() else " "
         tail = prompt[-TAIL:]
         key = (tail, glue + continuation)
@@ -131,13 +158,19 @@ class ContinuationTokenizer:
 
 
 def processor_inputs(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]:
-    """A model's keyword arguments for one prompt and its images, as every question is put to it.
+    """The model's keyword arguments for one prompt and its images.
 
-    Without an image to stand for, the placeholder's spelling is the question's own text.
+    If there are no images, the placeholder's spelling in the prompt is text of the question, and is altered so that the
+    tokenizer treats it as text.
+
+    Args:
+        processor: the model's processor.
+        prompt: text with a placeholder for each image.
+        images: the images.
     """
     if not images:
         mark = processor.image_token
         prompt = prompt.replace(mark, f"< {mark[1:]}")
     pictures = [decoded(image) for image in images]
-    # As the images of one prompt: OneVision cuts tiles of an image that is alone, and of no others.
+    # A nested list marks the images of one prompt: OneVision cuts an image into tiles only if its prompt has no other.
     return dict(processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt"))

@@ -1,4 +1,7 @@
-"""Tasks that are registered with qapbench: a function that reads their questions, beside lm-eval's own YAML files."""
+"""The registry of tasks that come with qapbench or a plugin, beside those that come with lm-eval.
+
+Such a task is a function that reads its questions, with an lm-eval YAML file beside it.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from qapbench.hashing import code_files, digest_files
 from qapbench.methods.registry import Entry, Registry
 
 LETTER = "_letter"
-"""Ending of the task that scores one log-likelihood per option instead of generating text."""
+"""Suffix of the variant of a task that scores one log-likelihood per option instead of generating text."""
 
 
 class _Reader(yaml.SafeLoader):
-    """YAML's safe loader; lm-eval's `!function module.name` is read as that text."""
+    """YAML's safe loader, which reads lm-eval's `!function module.name` as that text."""
 
 
 def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
@@ -32,13 +35,13 @@ _Reader.add_constructor("!function", _text)
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A registered task before anything of it is read.
+    """A registered task, before any of its data is read.
 
     Attributes:
-        name: as a spec names it.
-        read: lm-eval's `custom_dataset`: the documents by split, from the keywords of the YAML's metadata.
-        folder: of the task's YAML files, `NAME.yaml` and perhaps `NAME_letter.yaml`.
-        module: that defines `read`.
+        name: name of the task in specs.
+        read: lm-eval's `custom_dataset`: returns documents by split, from the entries of the YAML's metadata.
+        folder: folder of the task's YAML files: `NAME.yaml`, and `NAME_letter.yaml` if it has a letter variant.
+        module: module that defines `read`.
     """
 
     name: str
@@ -48,12 +51,12 @@ class TaskSource:
 
     @property
     def has_letters(self) -> bool:
-        """Whether it can be answered by the most likely option letter."""
+        """Whether the task can be answered by the most likely option letter."""
         return (self.folder / f"{self.name}{LETTER}.yaml").is_file()
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The task's YAML with what it includes; functions by their names."""
+        """The task's YAML, merged with the files that it includes. Functions are given by their names."""
         return _config(self.folder / f"{self.name}.yaml")
 
     @property
@@ -62,7 +65,7 @@ class TaskSource:
         return [str(metric["metric"]) for metric in self.config.get("metric_list", [])]
 
     def code(self) -> str:
-        """Hash of the task's YAML files and of the code that reads, prompts and scores it."""
+        """Hash of the task's YAML files, and of the code that reads, prompts and scores it."""
         files = {f"yaml {path.name}": path for path in _included(self.folder / f"{self.name}.yaml")}
         if self.has_letters:
             files |= {f"yaml {path.name}": path for path in _included(self.folder / f"{self.name}{LETTER}.yaml")}
@@ -71,14 +74,15 @@ class TaskSource:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)  # safe: the loader above makes plain data only
+    """A YAML file, merged over the files that it includes."""
+    data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)  # safe: _Reader makes plain data only
     below = _config(path.parent / data.pop("include")) if "include" in data else {}
     metadata = {**(below.get("metadata") or {}), **(data.get("metadata") or {})}
     return {**below, **data, "metadata": metadata}
 
 
 def _included(path: Path) -> list[Path]:
-    """A YAML file and those that it includes."""
+    """A YAML file and all files that it includes."""
     data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)  # safe, as above
     return [path, *(_included(path.parent / data["include"]) if "include" in data else [])]
 
@@ -97,11 +101,14 @@ def _build(entry: Entry[TaskSource], params: dict[str, Any]) -> TaskSource:
 
 
 tasks: Registry[TaskSource] = Registry("task", _build, _check, positional=None)
-"""Registered tasks; a spec can also name any task of lm-eval's."""
+"""Registered tasks. A spec can also name any task of lm-eval's."""
 task = tasks.register
-"""Decorator: this function reads the questions of the task whose `NAME.yaml` lies beside it."""
+"""Decorator that registers the function which reads a task's questions; `NAME.yaml` lies beside its file."""
 
 
 def own_tasks() -> list[str]:
-    """Tasks that come with qapbench: reading them runs no code but this project's, whatever a record says."""
+    """Names of the tasks that come with qapbench.
+
+    Reading one of them runs only this project's code, whatever a record says.
+    """
     return [name for name in tasks.names() if tasks.create(name).module.startswith("qapbench.tasks.")]

@@ -1,4 +1,4 @@
-"""Tasks ready to be asked: registered ones, and any of lm-eval's, found by name."""
+"""Finds tasks by name and loads them: registered tasks, and all tasks of lm-eval's."""
 
 from __future__ import annotations
 
@@ -29,21 +29,30 @@ NOISY = ("lm_eval", "datasets", "huggingface_hub", "httpx", "httpx2")
 
 @dataclass(frozen=True)
 class LoadedTask(TaskOutline):
-    """A task, ready to be asked.
+    """A task that is ready to be asked.
 
     Attributes:
-        task: lm-eval's task, for its evaluator.
+        task: lm-eval's task object, for its evaluator.
     """
 
-    task: Any = None  # always given; a field behind the outline's defaults has to have one
+    task: Any = None  # always given: it has a default only because fields of the outline have some
 
     def images(self, doc: int) -> Sequence[Any]:
+        """Images of a document, not decoded.
+
+        Args:
+            doc: number of the document.
+        """
         images = self.task.doc_to_image(self.docs[doc]) if getattr(self.task, "MULTIMODAL", False) else None
         return (images if isinstance(images, list) else [images]) if images else []
 
 
 def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
-    """What is known of a task without asking it; lm-eval is imported only for tasks of its own.
+    """The outline of a task. lm-eval is imported only for tasks of its own.
+
+    Args:
+        spec: the task and its options.
+        seed: of parsers that guess if an answer cannot be read.
 
     Raises:
         UserError: as `load_task`.
@@ -54,15 +63,15 @@ def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
 def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
     """Find a task and read its data.
 
-    Registered tasks come first; any other name is looked for among lm-eval's. Those bring their own data, prompt and
-    kind of answer, so asking them for another one is refused.
+    Registered tasks come first. Any other name is looked up among lm-eval's tasks, which bring their own data, prompt
+    and way of answering, so a spec that asks for others is refused.
 
     Args:
-        spec: what is asked.
-        seed: of parsers that guess where an answer cannot be read.
+        spec: the task and its options.
+        seed: of parsers that guess if an answer cannot be read.
 
     Raises:
-        UserError: no such task, an option that it does not have, or data that cannot be read.
+        UserError: there is no such task, it does not have one of the options, or its data cannot be read.
     """
     if spec.name not in tasks:
         _refuse_unknown(spec.name)  # before lm-eval is imported, which takes seconds
@@ -84,6 +93,11 @@ def _load_registered(spec: TaskSpec, seed: int) -> LoadedTask:
 
 
 def _refuse_unknown(name: str) -> None:
+    """Check that a name is one of lm-eval's tasks.
+
+    Raises:
+        UserError: it is not; the error suggests the nearest name.
+    """
     if base := letter_base(name):
         message = f"write name: {base} with answers: letter in place of '{name}'"
         raise UserError(Problem(message, ("task", "name")))
@@ -127,6 +141,11 @@ def _load_from_lm_eval(spec: TaskSpec) -> LoadedTask:
 
 
 def _refuse_options(spec: TaskSpec) -> None:
+    """Check that a spec sets no options that lm-eval's tasks do not have.
+
+    Raises:
+        UserError: it does.
+    """
     problems = [
         Problem(f"lm-eval's task '{spec.name}' has its own {field}; leave `{field}` out", ("task", field))
         for field in ("data", "prompt", "parser")
@@ -137,7 +156,7 @@ def _refuse_options(spec: TaskSpec) -> None:
 
 
 def _fingerprint(docs: Any) -> str:
-    """The fingerprint that a `datasets.Dataset` has; else a hash of the documents' text."""
+    """The fingerprint of a `datasets.Dataset`, or a hash of the documents' text if there is none."""
     own = getattr(docs, "fingerprint", None) or getattr(docs, "_fingerprint", None)
     if own:
         return str(own)
@@ -151,7 +170,7 @@ def _only_task(name: str, found: dict[str, Task]) -> Task:
 
 
 def _lm_eval_manager(name: str, index: TaskIndex) -> TaskManager:
-    """lm-eval's index of the folder that holds a task: all 14,000 files would take seconds to read."""
+    """lm-eval's task manager for the folder of one task. For all 14,000 files it would take seconds."""
     return _manager([(lm_eval_folder() / index.files[name]).parent], {})
 
 
@@ -163,7 +182,7 @@ def _manager(folders: list[Path], metadata: dict[str, Any]) -> TaskManager:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the warnings and the loading bars of lm-eval and datasets; errors still show."""
+    """While the context is open, silence warnings and progress bars of lm-eval and datasets. Errors still show."""
     import datasets
 
     loggers = [logging.getLogger(name) for name in NOISY]

@@ -40,8 +40,8 @@ class QVLM(CalibratedPTQ):
 
     Calibration goes block by block, with the activations of earlier blocks quantized. The paper's entropy-based
     partition of the model is only a gate in the released code, and so it is here. A sample updates the range of a
-    linear if it is the first one, in each `period`-th block, and if the input of the linear before had a
-    high entropy on this sample. After that, of the shares 1.0, 0.9 to 0.4 of a range the one with the least mean
+    linear in three cases: it is the first sample; the block is one of every `period`; the input of the linear before
+    had a high entropy on this sample. After that, of the shares 1.0, 0.9 to 0.4 of a range the one with the least mean
     |error|^0.5 is taken.
 
     One thing differs from the released code, in which a batch has one range. Here each sample has its own, and padding

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from qapbench import PTQ, Format, LinearPlan, compress, fake_quantize, ptq, ptqs
-from qapbench.quantize.receipts import NotQuantizedError, measured_bits
+from qapbench.quantize.receipts import measured_bits
+from qapbench.receipt import ImageTokens, NotQuantizedError, Receipt
 
 FORMAT = {"bits": 4, "group_size": 16}
 
@@ -117,3 +118,25 @@ def test_a_scale_shared_with_what_is_not_here_is_found(width: int) -> None:
     assert measured_bits(on_grid, format)[0] == 8
     assert measured_bits(rows, format)[0] == 32
     assert measured_bits(on_grid + 0.01 * torch.randn_like(rows), format)[0] == 32
+
+
+def test_counting_anew_from_what_is_stored() -> None:
+    """What an earlier session stored beside its answers counts as if it were seen now, and nothing counts twice."""
+    stored = [
+        ImageTokens(available=16, kept=[0, 3], merged=1, separators=2, layers=[16, 3]),
+        ImageTokens(available=9),
+        ImageTokens(available=12, kept=[1], layers=[12, 1]),
+    ]
+    seen = Receipt(pruning="mine")
+    seen.saw_image(16, 2, 1, 2, [16, 3])
+    seen.saw_image(9, 9, 0)
+    seen.saw_image(12, 1, 0, layers=[12, 1])
+    counted = Receipt(pruning="mine")
+    for _ in range(2):
+        counted.recount(stored)
+        assert counted == seen
+    assert (counted.images, counted.available, counted.kept, counted.merged) == (3, 37, 12, 1)
+    assert (counted.least, counted.most, counted.separators, counted.layers) == (1, 9, 2, [28, 4])
+    assert Receipt.model_validate_json(counted.model_dump_json()) == counted
+    counted.recount([])
+    assert counted == Receipt(pruning="mine")

@@ -12,7 +12,7 @@ from parity_vectors import load, needs_vectors
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
-from qapbench import Selection, VisionTokens, fake_quantize, pruners, quantizers, top
+from qapbench import Selection, VisionTokens, fake_quantize, pruners, quantizers, top_k
 from qapbench.models.layers import DecoderLayers
 from qapbench.strategies.pruners.divprune import max_min
 from qapbench.strategies.pruners.dpp import greedy_map
@@ -253,7 +253,7 @@ def test_sparsevlm_raters_and_mask() -> None:
     relevance = pruners.create("sparsevlm").relevance(tokens)
     torch.testing.assert_close(relevance, tensors["out.relation_vis_text"], rtol=0, atol=1e-5)
     assert relevance is not None
-    kept = Selection(top(relevance, about["status"]["kept"])).mask(params["n_vision"])
+    kept = Selection(top_k(relevance, about["status"]["kept"])).mask(params["n_vision"])
     assert torch.equal(kept, tensors["out.mask"])
 
 
