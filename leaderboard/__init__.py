@@ -1,4 +1,4 @@
-"""The leaderboard: one offline HTML page, and the same rows as CSV and JSON, built from run records."""
+"""The leaderboard of run records: one offline HTML page, with the same rows as CSV and JSON."""
 
 from .builder import build
 

@@ -1,4 +1,4 @@
-"""Build the page: one HTML file that loads nothing, beside it the same rows as CSV and JSON."""
+"""Builds the page: one HTML file that loads nothing from elsewhere, with the same rows as CSV and JSON beside it."""
 
 from __future__ import annotations
 
@@ -47,12 +47,21 @@ HINTS = {
 def build(
     records: Sequence[Record | Mapping[str, Any]], out: Path | str, title: str = TITLE, runs: Path | str | None = None
 ) -> Path:
-    """Write the page to `out` (an .html file) and the rows to its .csv and .json siblings; return `out`.
+    """Write the page to `out`, and its rows to the .csv and .json files beside it.
 
     Args:
-        records: of runs, also as plain data; what is not a valid record is left out, with a warning that says why.
-        runs: the folder that holds the records' runs. Without it there are no paired comparisons, no flipped questions
-            and no studies: a record holds counts alone.
+        records: records of runs, typed or as plain data. One that is not valid is left out, with a warning that says
+            why.
+        out: the .html file.
+        title: title of the page.
+        runs: folder of the records' runs. Without it there are no paired comparisons, flipped questions or studies,
+            since a record holds only counts.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `out` is not an .html file.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
@@ -78,7 +87,7 @@ def build(
 
 
 def valid_records(records: Sequence[Record | Mapping[str, Any]]) -> list[Record]:
-    """The records as typed ones, their texts cleaned; those that are none are left out with a warning."""
+    """The records, typed and with clean texts. Those that are not valid are left out with a warning."""
     found = []
     for record in records:
         data = clean(record.to_json() if isinstance(record, Record) else record)
@@ -98,6 +107,16 @@ def _render(
     flips: Flips,
     data: dict[str, Any],
 ) -> str:
+    """The page as HTML.
+
+    Args:
+        title: title of the page.
+        records: the records.
+        rows: rows of the records, then those of the paper.
+        columns: names of the score columns.
+        flips: questions whose answers changed.
+        data: what the page's script reads.
+    """
     own = [row for row in rows if row.kind == "run"]
     notes = dict.fromkeys(note for record in records for note in stand_in_notes(record))
     notes |= dict.fromkeys(note for study in data["studies"] for note in study["notes"])
@@ -132,7 +151,7 @@ def _render(
 
 
 def _grouped(columns: Sequence[str]) -> dict[str, list[str]]:
-    """The score columns by group, in the order of the table: what belongs to no known group comes last."""
+    """The score columns by group, in the order of the table. Columns that belong to no known group come last."""
     groups = {group: [name for name in names if name in columns] for group, names in GROUPS.items()}
     known = {OVERALL, *(name for names in groups.values() for name in names)}
     groups["Other"] = [name for name in columns if name not in known]
@@ -141,7 +160,10 @@ def _grouped(columns: Sequence[str]) -> dict[str, list[str]]:
 
 @cache
 def _environment() -> Environment:
-    """Every value is escaped; only what this module marks as markup (its own assets, and the JSON) is not."""
+    """The template environment. It escapes every value except those that this module marks as safe.
+
+    These are its own assets and the JSON.
+    """
     environment = Environment(
         loader=PackageLoader(__package__, "templates"),
         autoescape=True,
@@ -155,19 +177,20 @@ def _environment() -> Environment:
 
 @cache
 def _asset(folder: str, name: str) -> str:
+    """Text of a file in this package, safe inside <script> or <style>."""
     return _inline((files(__package__) / folder / name).read_text("utf-8"))
 
 
 def _inline(source: str) -> str:
-    """Source that may stand inside <script> or <style>, with the same meaning as before.
+    """The source, altered so that it may stand inside <script> or <style>, with the same meaning.
 
-    HTML would act on the end tags and the comment opener. They occur in strings and regular expressions only,
-    where a backslash before `/` or `!` changes nothing.
+    HTML would act on end tags and on the opening of a comment. In these sources they occur only in strings and regular
+    expressions, where a backslash before `/` or `!` changes nothing.
     """
     source = source.replace("\r\n", "\n").replace("<!--", "<\\!--")
     return re.sub(r"</(script|style)", r"<\\/\1", source, flags=re.IGNORECASE)
 
 
 def _csp_hash(script: str) -> str:
-    """The script's hash for the page's content security policy, under which no other script runs."""
+    """The script's hash, which the page's content security policy lists so that no other script runs."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""The table's rows as CSV, as JSON, and as what the page's script reads."""
+"""The rows of the table as CSV, as JSON, and as data for the page's script."""
 
 from __future__ import annotations
 
@@ -27,27 +27,47 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share of 1 as a percentage without its sign; an empty string for None."""
+    """A fraction in percent, without a percent sign; "" for None.
+
+    Args:
+        share: the fraction.
+        digits: number of decimals.
+    """
     return "" if share is None else f"{100 * share:.{digits}f}"
 
 
 def signed(share: float | None, digits: int = 2) -> str:
-    """A difference of shares in percent points, with its sign."""
+    """A difference of fractions in percentage points, with its sign; "" for None.
+
+    Args:
+        share: the difference.
+        digits: number of decimals.
+    """
     return "" if share is None else f"{100 * share:+.{digits}f}"
 
 
 def plain(value: float | int | None, digits: int = 1) -> str:
-    """A number as the table prints it: whole numbers without a point."""
+    """A number as the table shows it, whole numbers without a decimal point; "" for None.
+
+    Args:
+        value: the number.
+        digits: number of decimals.
+    """
     if value is None:
         return ""
     return str(int(value)) if value == int(value) else f"{value:.{digits}f}"
 
 
 def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """One line per row; accuracies in percent, as in the table, each followed by k, n and its interval; then each
-    reference with the difference in percent points.
+    """The rows as CSV, one line per row.
 
-    A text that a spreadsheet would read as a formula gets an apostrophe in front.
+    Accuracies are in percent as in the table, each followed by k, n and its interval. Then come the references, each
+    with the difference in percentage points. A text that a spreadsheet would read as a formula gets an apostrophe in
+    front.
+
+    Args:
+        rows: the rows.
+        columns: names of the score columns.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -70,17 +90,18 @@ def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
 
 
 def _harmless(value: Any) -> Any:
+    """The value, with an apostrophe in front if a spreadsheet would read it as a formula."""
     starts = isinstance(value, str) and value.startswith(FORMULA_STARTS)
     return f"'{value}" if starts and not _NUMBER.fullmatch(value) else value
 
 
 def json_text(rows: Iterable[Row]) -> str:
-    """The rows with every field, accuracies as fractions."""
+    """The rows with all their fields as JSON; accuracies are fractions."""
     return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def script_json(data: Any) -> str:
-    """JSON that may stand inside <script>: nothing in it can end the element or start a comment."""
+    """The data as JSON that may stand inside <script>: it cannot end the element or open a comment."""
     dumped = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return dumped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -92,9 +113,16 @@ def page_data(
     flips: Flips,
     studies: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What the page's script reads. The first rows are the records', in their order; the paper's follow.
+    """The data for the page's script.
 
-    Runs of one model share their per-linear receipts, so each different receipt is held once.
+    Runs of one model often have the same receipt of linears, so each different one is listed only once.
+
+    Args:
+        rows: rows of the records in their order, then those of the paper.
+        records: the records.
+        columns: names of the score columns.
+        flips: questions whose answers changed.
+        studies: summaries of studies.
     """
     pool: dict[str, int] = {}
     details = []
@@ -122,16 +150,17 @@ def page_data(
 
 
 def spec_yaml(spec: Any) -> str:
-    """The spec as YAML that reads back equal."""
+    """The spec as YAML that reads back to equal data."""
     return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=100) if spec is not None else ""
 
 
 def _columnar(items: Sequence[Any]) -> dict[str, Any]:
+    """Mappings as a table: the union of their keys, and a row of values for each."""
     keys = list(dict.fromkeys(key for item in items for key in mapping(item)))
     return {"keys": keys, "rows": [[mapping(item).get(key) for key in keys] for item in items]}
 
 
 def _flat(value: Any) -> list[list[str]]:
-    """Key and value as texts, in the record's order."""
+    """Keys and values as texts, in the record's order."""
     items = mapping(value).items()
     return [[key, item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)] for key, item in items]

@@ -1,7 +1,7 @@
-"""Questions whose answer a row changed, with the image and the tokens that both kept, as in QAPruner's Figure 1.
+"""Questions whose answers a row changed, with the image and the tokens that both runs kept, as in QAPruner's Figure 1.
 
-Everything is read when the page is built: the answers from the runs' folders, the questions and images from the data
-that the record names, where these are here and are the same. What is not here is said on the page.
+Everything is read when the page is built: the answers from the runs' folders, and the questions and images from the
+data that the record names, if they are on this machine and unchanged. The page says what is missing.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from qapbench.tasking.registry import own_tasks
 
 from .rows import Row, mapping, sequence, text
 
-EACH = 3  # flips of a row that are drawn, in each direction
-QUESTIONS = 60  # different questions on a page: their images are what it weighs
-SHOWN = "semantic", "dense"  # the reference that a row's flips are drawn against: the first that it has
+EACH = 3  # largest number of a row's flips that are shown in each direction
+QUESTIONS = 60  # largest number of different questions on a page, whose images make up most of its size
+SHOWN = "semantic", "dense"  # a row's flips are shown against the first of these references that it has
 
 
 @dataclass
 class Flips:
-    """What the page draws.
+    """The flips that the page shows.
 
     Attributes:
-        rows: place of a row -> its flips: the reference's name, counts, and up to EACH in both directions.
-        questions: what is asked, by data and id; `image` is a data URI.
-        missing: why something is not drawn.
+        rows: index of a row -> its flips: the reference's name, counts, and up to EACH questions in both directions.
+        questions: key of a question -> its texts and image; `image` is a data URI.
+        missing: why some flips are not shown.
     """
 
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -48,7 +48,12 @@ class Flips:
 
 
 def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
-    """The flips of every row that has a reference, within the page's bounds."""
+    """The flips of every row that has a reference, as many as the page has room for.
+
+    Args:
+        rows: the rows.
+        scored: scores of each row's run; None if they cannot be read.
+    """
     found = Flips()
     pairs: dict[int, tuple[Scored, Scored, dict[str, list[str]]]] = {}
     for index, row in enumerate(rows):
@@ -66,7 +71,7 @@ def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
         answers = [stored.setdefault(run.record.run_id, run.answers()) for run in (one, other)]
         drawn: dict[str, Any] = {"against": one.name}
         for direction, ids in directions.items():
-            # Images first, then what many rows flip: its image is on the page once.
+            # Questions with images come first, then those that many rows flip, since the page holds each only once.
             ids = sorted(ids, key=lambda q: (not _images(answers[1], q), -often[q], q))
             drawn[direction] = {"count": len(ids), "shown": []}
             for question in ids[:EACH]:
@@ -79,15 +84,17 @@ def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
 
 
 def _images(answers: dict[str, Answer], question: str) -> list[ImageTokens]:
+    """Token counts of the images of a question."""
     answer = answers.get(question)
     return (answer.images if answer else None) or []
 
 
 def _side(answer: Answer | None, square: bool) -> dict[str, Any]:
-    """One run's answer to a question: its text and which tokens of the (first) image it kept; null for all.
+    """One run's answer to a question: its text, and the tokens that it kept of the first image; null if it kept all.
 
     Args:
-        square: whether the image is; only then is the grid of its tokens known.
+        answer: the stored answer; None if there is none.
+        square: whether the image is square. Only then is the grid of its tokens known.
     """
     image = answer.images[0] if answer and answer.images else ImageTokens(available=0)
     available = image.available if image.available <= 1 << 16 else 0
@@ -101,7 +108,11 @@ def _side(answer: Answer | None, square: bool) -> dict[str, Any]:
 
 
 class _Sources:
-    """Questions and images of the tasks that records name, each read once. Says what is missing, once."""
+    """Reads questions and images of the tasks that records name, each task once.
+
+    Args:
+        missing: list to which reasons for missing questions are added, each once.
+    """
 
     def __init__(self, missing: list[str]) -> None:
         self._missing = missing
@@ -109,7 +120,16 @@ class _Sources:
         self._processors: dict[str, dict[str, Any] | None] = {}
 
     def add(self, run: Scored, question: str, questions: dict[str, dict[str, Any]]) -> str | None:
-        """The question's key in `questions`, put there where there is room; None where it cannot be shown."""
+        """Add a question, unless it is there already or the page is full.
+
+        Args:
+            run: a run that answered it.
+            question: its id.
+            questions: where it is added.
+
+        Returns:
+            Its key in `questions`; None if it cannot be shown.
+        """
         data = str(run.record.fingerprints.get("data"))
         key = f"{data[:16]} {question}"
         if key in questions:
@@ -137,13 +157,14 @@ class _Sources:
         return key
 
     def _task(self, record: Record) -> tuple[TaskOutline, dict[str, int]] | None:
+        """The outline of a record's task, and the index of each question by its id; None if they are not available."""
         spec, data = mapping(record.spec.get("task")), record.fingerprints.get("data")
         name = str([spec, data])
         if name not in self._tasks:
             self._tasks[name] = None
             try:
                 asked = TaskSpec.model_validate(spec)
-                # Only the project's own tasks: another's could run its code or fetch, for what a stranger wrote.
+                # A record may come from a stranger: only this project's own tasks run no other code and fetch nothing.
                 if asked.name not in own_tasks() or (asked.data and not Path(asked.data).is_file()):
                     raise UserError("they are not on this machine")
                 task = read_outline(asked)
@@ -156,15 +177,16 @@ class _Sources:
         return self._tasks[name]
 
     def _processor(self, model: str) -> dict[str, Any] | None:
-        """The config of the model's image processor where it is on this machine; None takes the centre square."""
+        """Config of the model's image processor; None if it is not on this machine, which takes the centre square."""
         if model not in self._processors:
             self._processors[model] = None
             try:
                 self._processors[model] = image_processor_config(find_checkpoint(model, fetch=False).folder)
-            except (UserError, OSError, ValueError, KeyError):  # the picture is drawn without it
+            except (UserError, OSError, ValueError, KeyError):  # the image is drawn without the config
                 self._miss(f"the image processor of {model}: images are drawn as their centre square")
         return self._processors[model]
 
     def _miss(self, what: str) -> None:
+        """Note a reason for something missing, once."""
         if what not in self._missing:
             self._missing.append(what)

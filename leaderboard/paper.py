@@ -1,4 +1,4 @@
-"""The paper's published numbers as rows: printed percentages in paper.json, their integers derived here."""
+"""The paper's published numbers as rows. paper.json holds the printed percentages; counts are derived from them."""
 
 from __future__ import annotations
 
@@ -24,26 +24,33 @@ def reference() -> dict[str, Any]:
 
 
 def as_count(printed: float, n: int) -> int | None:
-    """The k whose 100 * k / n prints as `printed` with two digits, or None where there is no such integer."""
+    """The count k for which 100 * k / n prints as `printed` with two decimals; None if no integer does.
+
+    Args:
+        printed: the percentage.
+        n: number of questions.
+    """
     k = round(printed / 100 * n)
     return k if f"{100 * k / n:.2f}" == f"{printed:.2f}" else None
 
 
 def _cell(printed: float, n: int) -> Score:
+    """The score of a printed percentage, with counts if they can be derived."""
     k = as_count(printed, n)
     return Score(n=n, accuracy=printed / 100) if k is None else counted(k, n)
 
 
 def paper_rows(start: int = 0) -> list[Row]:
-    """One row per published line, in the paper's order, compared by counts: its answers are not published.
+    """One row per published line, in the paper's order. They are compared by counts, since no answers are published.
 
     Args:
-        start: the place of the first on the page.
+        start: index on the page of the first of them.
     """
     return _compared(_published(), start)
 
 
 def _published() -> list[Row]:
+    """The published lines as rows, not yet compared."""
     data = reference()
     rows = []
     for table in data["tables"]:
@@ -73,7 +80,7 @@ def _published() -> list[Row]:
 
 
 def _compared(rows: list[Row], start: int) -> list[Row]:
-    """The rows with rank, references and flag; all of them tested as independent samples."""
+    """The rows with ranks, references and remarks, all tested as independent samples."""
     n = reference()["questions"][OVERALL]
     counts = [row.cells[OVERALL].k or 0 for row in rows]
     ranks = count_ranks(counts, n)
@@ -85,13 +92,17 @@ def _compared(rows: list[Row], start: int) -> list[Row]:
         }
         found.append(Ranking(ranks[index], len(rows), against))
     return [
-        with_ranking(row, standing, rows, start, _moved(row, standing, rows))
-        for row, standing in zip(rows, corrected_together(found), strict=True)
+        with_ranking(row, ranking, rows, start, _moved(row, ranking, rows))
+        for row, ranking in zip(rows, corrected_together(found), strict=True)
     ]
 
 
 def _references(row: Row, rows: list[Row]) -> dict[Kind, int]:
-    """Dense: the model and quantization without pruning. Semantic: no sensitivity at the budget, in the same table."""
+    """Indices of a row's references.
+
+    "dense" has the same model and quantization without pruning. "semantic" has no sensitivity and the same budget, in
+    the same table.
+    """
     if row.pruner == NONE:
         return {}
     found: dict[Kind, int] = {}
@@ -104,7 +115,11 @@ def _references(row: Row, rows: list[Row]) -> dict[Kind, int]:
     return found
 
 
-def _moved(row: Row, standing: Ranking, rows: list[Row]) -> str:
-    dense = standing.get("dense")
+def _moved(row: Row, ranking: Ranking, rows: list[Row]) -> str:
+    """The remark on a row whose count on UNTOUCHED differs from that of its dense reference; "" if none does.
+
+    Pruning cannot change the answers in that column.
+    """
+    dense = ranking.get("dense")
     here, there = (r.cells.get(UNTOUCHED, Score()).k for r in (row, rows[dense.row] if dense else row))
     return "" if here == there or None in (here, there) else f"{here} right on {UNTOUCHED}, {there} without pruning"

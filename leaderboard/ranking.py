@@ -1,4 +1,4 @@
-"""Ranks, references and flags of the page's rows."""
+"""Adds ranks, references and remarks to the page's rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from .rows import Row, Versus
 
 REFERENCES = {"dense": "same quantizer, nothing pruned", "semantic": "same pruner and budget, without sensitivity"}
 UNTOUCHED = "NO"
-"""Column of the questions without context and so without image, which pruning cannot change."""
+"""Column of the questions without context, hence without an image, whose answers pruning cannot change."""
 
 
 def scored_runs(records: Sequence[Record], runs: Path | None) -> list[Scored | None]:
-    """What each record's folder holds of its questions; None where it holds nothing that can be read.
+    """The scores of each record's questions, from the run's folder; None if they cannot be read.
 
-    The folder is the run's id below `runs`; the id is a record's word, so only a plain hexadecimal one is followed.
+    The folder is named by the run's id, which a record could set to any path, so only hexadecimal ids are followed.
+
+    Args:
+        records: the records.
+        runs: folder of the runs; None reads nothing.
     """
     found: list[Scored | None] = []
     for record in records:
@@ -36,29 +40,43 @@ def scored_runs(records: Sequence[Record], runs: Path | None) -> list[Scored | N
 
 
 def compared(rows: Sequence[Row], scored: Sequence[Scored | None]) -> list[Row]:
-    """The runs' rows with rank, references and flag."""
+    """The runs' rows with ranks, references and remarks.
+
+    Args:
+        rows: one row per run.
+        scored: scores of each run; None if they cannot be read.
+    """
     return [
-        with_ranking(row, standing, rows, 0, _moved(index, standing, scored))
-        for index, (row, standing) in enumerate(zip(rows, rankings(scored), strict=True))
+        with_ranking(row, ranking, rows, 0, _moved(index, ranking, scored))
+        for index, (row, ranking) in enumerate(zip(rows, rankings(scored), strict=True))
     ]
 
 
-def with_ranking(row: Row, standing: Ranking, rows: Sequence[Row], start: int, moved: str) -> Row:
-    """The row with its standing among `rows`, the first of which is number `start` on the page."""
-    against: dict[str, Versus] = {k: _versus(one, rows, start) for k, one in (standing.against or {}).items()}
-    return replace(row, rank=standing.rank, among=standing.among, against=against, moved=moved)
+def with_ranking(row: Row, ranking: Ranking, rows: Sequence[Row], start: int, moved: str) -> Row:
+    """The row with its ranking.
+
+    Args:
+        row: the row.
+        ranking: its ranking among `rows`.
+        rows: all rows that were ranked together.
+        start: index on the page of the first of them.
+        moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
+    """
+    against: dict[str, Versus] = {k: _versus(one, rows, start) for k, one in (ranking.against or {}).items()}
+    return replace(row, rank=ranking.rank, among=ranking.among, against=against, moved=moved)
 
 
 def _versus(against: Against, rows: Sequence[Row], start: int) -> Versus:
+    """A comparison with a reference, as the page shows it."""
     d = against.difference
     flips = (d.gained, d.lost) if against.paired else (None, None)
     name = rows[against.row].name
     return Versus(start + against.row, name, d.difference, d.low, d.high, d.p, d.q, *flips)
 
 
-def _moved(index: int, standing: Ranking, scored: Sequence[Scored | None]) -> str:
-    """What pruning changed among the questions that it cannot change; "" where nothing."""
-    dense = standing.get("dense")
+def _moved(index: int, ranking: Ranking, scored: Sequence[Scored | None]) -> str:
+    """The remark on answers that changed although pruning cannot change them; "" if there are none."""
+    dense = ranking.get("dense")
     here, there = scored[index], scored[dense.row] if dense else None
     if here is None or there is None:
         return ""

@@ -1,4 +1,7 @@
-"""From run records to table rows. What a record says is text of a stranger's: the page escapes all of it."""
+"""Turns run records into rows of the table.
+
+A record may come from a stranger, so the page escapes every text in it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,16 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Score:
-    """One accuracy, as fractions in [0, 1]; where `accuracy` is None, `reason` says why."""
+    """One accuracy, as fractions in [0, 1].
+
+    Attributes:
+        k: number of right answers.
+        n: number of questions.
+        accuracy: the accuracy; None if it is not known.
+        low: lower end of its 95 % interval.
+        high: upper end of that interval.
+        reason: why there is no accuracy.
+    """
 
     k: int | None = None
     n: int | None = None
@@ -27,12 +39,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Versus:
-    """A row against a reference, on all questions: the difference in accuracy, fractions.
+    """The comparison of a row with a reference on all questions; differences are fractions.
 
     Attributes:
-        row: the reference's place on the page; name: its name.
-        p, q: of the test, and by Benjamini-Hochberg over all comparisons of the kind on the page.
-        gained, lost: questions that only this row, or only the reference, answers right; None where unpaired.
+        row: index of the reference on the page.
+        name: name of the reference.
+        difference: accuracy of the row minus that of the reference.
+        low: lower end of its 95 % interval.
+        high: upper end of that interval.
+        p: p-value of the test.
+        q: the p-value after Benjamini-Hochberg correction over all comparisons with references of runs, or of published
+            rows.
+        gained: number of questions that only this row answers right; None if answers are not paired.
+        lost: number of questions that only the reference answers right; None if answers are not paired.
     """
 
     row: int
@@ -48,10 +67,35 @@ class Versus:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `tokens` is what a run measured, `available` what there was to keep from.
+    """One row of the table.
 
-    `rank` is shared by rows that cannot be told apart from the same better ones, among `among` rows on the same
-    questions; `against` holds its references "dense" and "semantic"; `moved` says where pruning changed what it cannot.
+    Attributes:
+        kind: "run", or "paper" for a published row.
+        name: name of the row.
+        model: the model as its spec names it.
+        quantization: the quantization in words.
+        pruner: label of the pruner, or "none".
+        sensitivity: label of the sensitivity metric, or "none".
+        fusion: label of the fusion, or "none".
+        keep: budget that was asked for.
+        tokens: measured tokens per image, mean over images.
+        tokens_min: smallest number of tokens of an image.
+        tokens_max: largest number of tokens of an image.
+        kept: the kept part of `tokens`.
+        merged: the merged part of `tokens`.
+        available: tokens per image before pruning.
+        cells: name of a score column -> score.
+        unparsed: answers that the parser could not read, as a score.
+        receipt: one-line summary of the receipt.
+        fallbacks: number of fallbacks.
+        run_id: id of the run, or the table of the paper.
+        created: time in ISO 8601, UTC.
+        stand_in: whether the model or the data are an embedded stand-in.
+        rank: rank among the rows on the same questions; rows share it if equally many rows are better and can be told
+            apart.
+        among: number of rows that were ranked together.
+        against: "dense" and "semantic" -> comparison with that reference.
+        moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
     """
 
     kind: str = "run"
@@ -82,18 +126,18 @@ class Row:
 
     @property
     def position(self) -> float | None:
-        """Where the chart puts the row: the measured tokens, or what was asked for where none were."""
+        """Tokens at which the chart draws the row: those measured, else the budget, else those before pruning."""
         return next((value for value in (self.tokens, self.keep, self.available) if value is not None), None)
 
 
 def counted(k: int, n: int) -> Score:
-    """The cell of k correct answers of n."""
+    """The score of k right answers of n."""
     tally = Tally(k, n)
     return Score(k, n, tally.accuracy, *tally.interval)
 
 
 def clean(value: Any) -> Any:
-    """The value as plain JSON data: string keys, no NaN, no lone surrogates; anything else as its text."""
+    """The value as plain JSON data: string keys, no NaN, no lone surrogates; other types as their text."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, bool) or value is None:
@@ -108,23 +152,27 @@ def clean(value: Any) -> Any:
 
 
 def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a dictionary, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def sequence(value: Any) -> list[Any]:
+    """The value if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
 
 
 def text(value: Any) -> str:
+    """The value as text; "" for None."""
     return "" if value is None else str(value)
 
 
 def number(value: Any) -> int | float | None:
+    """The value if it is a number, else None."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def item_label(value: Any) -> str:
-    """`cdpruner`; `convex (semantic 0.7)` for `{convex: {semantic: 0.7}}`; `none` for nothing."""
+    """Label of a registered item: `cdpruner`, `convex (semantic 0.7)` for `{convex: {semantic: 0.7}}`, or `none`."""
     if isinstance(value, dict) and len(value) == 1:
         name, params = next(iter(value.items()))
         inner = ", ".join(f"{key} {item}" for key, item in mapping(params).items())
@@ -133,7 +181,14 @@ def item_label(value: Any) -> str:
 
 
 def quantization_label(quantize: Any, dtype: Any = None) -> str:
-    """`rtn W4A4 g128`, with the scope where it is not the language model alone; `none (bfloat16)`."""
+    """Label of a quantization, such as `rtn W4A4 g128` or `none (bfloat16)`.
+
+    The scope is added if it is not the language model alone.
+
+    Args:
+        quantize: the spec's quantize section.
+        dtype: the spec's dtype, shown if nothing is quantized.
+    """
     spec = mapping(quantize)
     if not spec:
         label = text(quantize)
@@ -152,7 +207,7 @@ def quantization_label(quantize: Any, dtype: Any = None) -> str:
 
 
 def _score(column: ColumnScore) -> Score:
-    """The score of a column; counts come first: a rate beside k and n is derived again."""
+    """The score of a record's column. If it has k and n, the accuracy is derived from them again."""
     if column.unavailable is not None:
         return Score(reason=column.unavailable)
     if column.k is not None and column.n:
@@ -167,13 +222,14 @@ def _score(column: ColumnScore) -> Score:
 
 
 def _unparsed(unparsed: Unparsed) -> Score:
+    """The score of the answers that the parser could not read."""
     return counted(unparsed.k, unparsed.n) if unparsed.n else Score(reason="no question was asked")
 
 
 def from_record(record: Record) -> Row:
-    """The row of one record."""
+    """The row of one record, not yet compared with others."""
     spec, tokens, prune = record.spec, record.tokens, mapping(record.spec.get("prune"))
-    labels = record.labels  # without the parameters that are at their defaults
+    labels = record.labels  # they omit parameters that have their default
     return Row(
         name=record.name,
         model=text(spec.get("model")),
@@ -199,12 +255,12 @@ def from_record(record: Record) -> Row:
 
 
 def stand_in_notes(record: Record) -> list[str]:
-    """The record's notes that say its model or data is an embedded stand-in."""
+    """The record's notes that say that its model or data are an embedded stand-in."""
     return [note for note in record.notes if "stand-in" in note.lower()]
 
 
 def column_names(rows: Iterable[Row]) -> list[str]:
-    """The union of the rows' columns; a new one goes where its own row has it, after the one before it."""
+    """The union of the rows' columns. A column that earlier rows lack goes after the one before it in its own row."""
     names: list[str] = []
     for row in rows:
         after = -1

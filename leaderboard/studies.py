@@ -1,4 +1,4 @@
-"""Studies that lie in a folder of runs, as the page shows them."""
+"""Reads the studies in a folder of runs, for the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ LOG = logging.getLogger(__name__)
 
 
 def read_studies(runs: Path) -> list[dict[str, Any]]:
-    """The summaries below a folder of runs, oldest first; what is not one of ours is left out."""
+    """The summaries of the studies below a folder of runs, oldest first.
+
+    A file that is not a study is left out with a warning.
+    """
     found = []
     for path in sorted(runs.glob(f"*/{STUDY}")):
         try:

@@ -1,4 +1,4 @@
-"""`compress(model, spec)`: any supported Hugging Face model, quantized and pruned while the context is open."""
+"""`compress(model, spec)`: quantizes and prunes a supported Hugging Face model while a context is open."""
 
 from __future__ import annotations
 
@@ -36,23 +36,26 @@ def compress(
     calibration: Any = None,
     on_images: Callable[[list[PrunedImage]], None] | None = None,
 ) -> Iterator[Receipt]:
-    """Quantize and prune a loaded model; inside the context `model(...)` and `model.generate(...)` run compressed.
+    """Quantize and prune a loaded model while the context is open. Afterwards the model is as it was, to the bit.
 
-    After the context the model is as it was, to the bit. `generate` returns the caller's own prompt in front of
-    the new tokens, so the usual `out[:, inputs.input_ids.shape[1]:]` holds; a plain forward's logits have the
-    length of the shortened sequence. Inputs may be batched and padded on either side. Both calls take
-    `relevance_text=[...]`, one question per image, for pruners that weigh the question; where it is not given
-    the prompt is decoded with `processor`.
+    Inside the context, `model(...)` and `model.generate(...)` run compressed. `generate` returns the caller's own
+    prompt in front of the new tokens, so the usual `out[:, inputs.input_ids.shape[1]:]` holds. The logits of a plain
+    forward pass have the length of the shortened sequence. Inputs may be batched, and padded on either side. Both calls
+    accept `relevance_text=[...]`, one question per image, for pruners that compare the image with the question. If it
+    is not given, the prompt is decoded with `processor`.
 
     Args:
-        spec: a RunSpec, or a mapping with `quantize` and / or `prune` as a spec file has them.
-        text_tower: CLIP checkpoint with the joint space of the model's vision tower (folder, hub id, or loaded).
-        calibration: samples for PTQ methods that need them: a sequence of the model's keyword arguments, one question
-            each (`relevance_text` among them where calibration prunes by the question), or `CalibrationSamples`.
-        on_images: called after every pruned call with what became of each of its images.
+        model: a Hugging Face model of a supported family.
+        spec: a RunSpec, or a mapping with `quantize`, `prune` or both, written as in a spec file.
+        processor: the model's processor, to decode questions; the tokenizer in the model's folder if None.
+        text_tower: CLIP checkpoint with the joint embedding space of the model's vision tower: a folder, a hub id, or a
+            loaded one.
+        calibration: samples for methods that calibrate: `CalibrationSamples`, or a sequence of the model's keyword
+            arguments, one question each. If calibration prunes by the question, they include `relevance_text`.
+        on_images: called after every pruned call with its images after pruning.
 
     Yields:
-        The receipt, which fills as the model runs.
+        The receipt, which fills while the model runs.
 
     Raises:
         UserError: the spec does not fit this model.
@@ -62,7 +65,7 @@ def compress(
     family = family_of(model)
     receipt = Receipt()
     with contextlib.ExitStack() as stack:
-        # Calibration may prune as the runs do; what it prunes is not counted among them.
+        # Calibration may prune as runs do, but its prompts must not be counted in the receipt.
         pruned = build_pruning(family, prune, receipt, processor, text_tower, owner, on_images) if prune else None
         if quantize:
             aside = dataclasses.replace(pruned, receipt=Receipt(), on_images=None) if pruned else None
@@ -73,6 +76,7 @@ def compress(
 
 
 def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, PruneSpec | None]:
+    """The quantize section and the prune section of a spec, validated; None for one that is missing."""
     if isinstance(spec, RunSpec):
         return spec.quantize, spec.prune
     if unknown := set(spec) - {"quantize", "prune"}:
@@ -85,6 +89,15 @@ def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, P
 def _quantized(
     family: Family, spec: QuantizeSpec, receipt: Receipt, calibration: Any, pruned: Pruning | None
 ) -> Iterator[None]:
+    """While the context is open, the model is quantized, and the receipt measures its linears.
+
+    Args:
+        family: the model.
+        spec: the quantize section.
+        receipt: receives one line per linear.
+        calibration: calibration samples as `compress` takes them.
+        pruned: pruning for calibration; None if the spec does not prune.
+    """
     receipt.quantization = str(spec.method)
     receipt.wants_weights, receipt.wants_activations = spec.weights is not None, spec.activations is not None
     receipt.backend = backends.describe(spec.backend, family.model.device)
@@ -97,7 +110,7 @@ def _quantized(
         receipt.calibration = runner.used
     with contextlib.ExitStack() as stack:
         needs_tokens = any(plan.needs_tokens for plan in plans.values())
-        look = stack.enter_context(watching(family.core, family.image_token)) if needs_tokens else lambda: None
+        context = stack.enter_context(watching(family.core, family.image_token)) if needs_tokens else lambda: None
         shared = SharedInputs()
         for name, linear in linears.items():
             plan = plans.get(name)
@@ -110,17 +123,27 @@ def _quantized(
             if plan is not None and on_kernel:
                 stack.enter_context(backends.int8_linear(linear, plan, line))
             elif plan is not None:
-                tokens = look if parts[name] == "language" else lambda: None
+                tokens = context if parts[name] == "language" else lambda: None
                 stack.enter_context(installed(linear, plan, tokens, shared=shared))
             if not on_kernel:
                 line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
-                # Registered last: it sees what the matmul sees.
+                # Registered last, so that it measures exactly what the matmul receives.
                 stack.callback(linear.register_forward_pre_hook(_probe(line, spec, plan)).remove)
         yield
 
 
 def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning | None) -> Calibration | None:
-    """Samples and model brought together; None for methods that do not calibrate."""
+    """The calibration of a model with its samples; None for a method that does not calibrate.
+
+    Args:
+        family: the model.
+        spec: the quantize section.
+        given: samples as `compress` takes them.
+        pruned: pruning for samples that bring none of their own.
+
+    Raises:
+        UserError: samples are missing, or pruning is.
+    """
     if spec.calibration is None:
         return None
     if not isinstance(given, CalibrationSamples):
@@ -140,7 +163,15 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning
 
 
 def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> Any:
-    def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """A hook that counts a linear's calls, and measures the bits of its input at the first one.
+
+    Args:
+        line: the linear's line in the receipt.
+        spec: the quantize section.
+        plan: the linear's plan; None if the method leaves it alone.
+    """
+
+    def probe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if not line.calls:
             exact = plan.activation.exact if plan and isinstance(plan.activation, TokenActivation) else None
             x = args[0]
@@ -150,4 +181,4 @@ def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> 
             line.activation_bits, line.activation_levels = measured_bits(x, spec.activations)
         line.calls += 1
 
-    return look
+    return probe

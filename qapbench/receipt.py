@@ -1,4 +1,4 @@
-"""What compression really did, measured on the tensors themselves."""
+"""Receipts: what compression really did, measured on the tensors themselves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["CalibrationUse", "ImageTokens", "LinearReceipt", "NotQuantizedError"
 
 
 class ImageTokens(BaseModel):
-    """What the language model saw of one image.
+    """Token counts of one image.
 
     Attributes:
-        available: tokens that there were to keep from.
-        kept: their places, ascending; None where nothing was pruned and all were kept.
-        merged: tokens made of several.
-        separators: tokens of the model's own that stayed.
-        layers: tokens that each layer of the decoder saw, where they are dropped inside it.
+        available: number of tokens before pruning.
+        kept: places of the kept tokens among the image's placeholders, ascending; None if nothing was pruned.
+        merged: number of tokens that were made from several.
+        separators: number of tokens that the model adds itself (new lines) and that stayed.
+        layers: tokens that each layer of the decoder received, if tokens are dropped inside it; else empty.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,25 +38,35 @@ class ImageTokens(BaseModel):
         return self.kept is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without what is empty."""
+        """The counts as plain data, without empty fields."""
         pruned = {} if self.kept is None else {"kept": self.kept, "merged": self.merged}
         more: dict[str, Any] = {"separators": self.separators} if self.separators else {}
         return {"available": self.available, **pruned, **more, **({"layers": self.layers} if self.layers else {})}
 
 
 class ReceiptFields(BaseModel):
-    """What a receipt holds.
+    """The fields of a receipt.
 
     Attributes:
-        quantization, pruning: what was asked for, in words; None where nothing was.
-        wants_weights, wants_activations: which side the spec asks to quantize.
-        images: images that were counted; `available`, `kept`, `merged`: tokens, summed over them.
-        least, most: smallest and largest budget (kept + merged) of an image; where tokens are dropped inside the
-            decoder, of what its last layer saw.
-        layers: tokens that each layer of the decoder saw, summed over images; empty where all see the same.
+        quantization: name of the quantization method; None without quantization.
+        pruning: the pruning in words; None without pruning.
+        wants_weights: whether the spec asks to quantize weights.
+        wants_activations: whether the spec asks to quantize activations.
+        linears: one line per linear in the quantized parts.
+        images: number of images that were counted.
+        available: tokens before pruning, summed over images.
+        kept: kept tokens, summed over images.
+        merged: tokens made from several, summed over images.
+        least: smallest number of tokens (kept + merged) of an image. If tokens are dropped inside the decoder, those
+            that its last layer received.
+        most: largest number of them of an image.
+        layers: tokens that each layer of the decoder received, summed over images; empty if all layers receive the
+            same.
         fallbacks: what was done otherwise than asked, in words.
-        backend: what multiplied: a simulation, or which library's kernels.
-        separators: tokens of the model's own (new lines between rows of tiles) that stayed, summed; not in the budget.
+        backend: what multiplied: a simulation, or kernels of a library; None without quantization.
+        calibration: what calibration used; None for a method that does not calibrate.
+        separators: tokens that the model adds itself (new lines between rows of tiles) and that stayed, summed over
+            images. They are not part of the budget.
     """
 
     quantization: str | None = None
@@ -78,12 +88,20 @@ class ReceiptFields(BaseModel):
 
 
 class Receipt(ReceiptFields):
-    """What `compress` did. It fills while the model runs."""
+    """The receipt that `compress` yields. It fills while the model runs."""
 
     def saw_image(
         self, available: int, kept: int, merged: int, separators: int = 0, layers: Sequence[int] = ()
     ) -> None:
-        """Count one image: tokens that there were, and that the language model saw."""
+        """Count one image.
+
+        Args:
+            available: number of tokens before pruning.
+            kept: number of kept tokens.
+            merged: number of tokens made from several.
+            separators: number of tokens that the model adds itself and that stayed.
+            layers: tokens that each layer of the decoder received, if tokens are dropped inside it.
+        """
         budget = kept + merged
         self.separators += separators
         self.layers = [sum(pair) for pair in itertools.zip_longest(self.layers, layers, fillvalue=0)]
@@ -95,7 +113,7 @@ class Receipt(ReceiptFields):
         self.most = budget if self.most is None else max(self.most, budget)
 
     def recount(self, images: Iterable[ImageTokens]) -> None:
-        """Count images anew from what was stored beside the answers, so that earlier sessions count too."""
+        """Count images anew, from what was stored with answers, so that those of earlier sessions are counted too."""
         self.images = self.available = self.kept = self.merged = self.separators = 0
         self.least = self.most = None
         self.layers = []
@@ -104,13 +122,13 @@ class Receipt(ReceiptFields):
             self.saw_image(image.available, kept, image.merged, image.separators, image.layers)
 
     def fall_back(self, what: str) -> None:
-        """Note, once, that something was done otherwise than asked."""
+        """Note that something was done otherwise than asked. The same note is kept only once."""
         if what not in self.fallbacks:
             self.fallbacks.append(what)
 
     @property
     def tokens(self) -> dict[str, float | int]:
-        """Visual tokens per image, as measured; empty where no image was pruned."""
+        """Visual tokens per image, as measured; empty if no image was counted."""
         if not self.images:
             return {}
         n = self.images
@@ -128,10 +146,13 @@ class Receipt(ReceiptFields):
         return {**counted, "separators": self.separators / n} if self.separators else counted
 
     def check(self) -> None:
-        """Raise NotQuantizedError where the spec asks for what did not reach a matmul.
+        """Check that the quantization that the spec asks for reached the matmuls.
 
-        Every linear that the method undertook must show it, those that were not called yet apart; and there must be
-        one that does.
+        All linears that the method planned must show quantized weights, all of them that were called must show
+        quantized activations, and there must be at least one.
+
+        Raises:
+            NotQuantizedError: they do not.
         """
         planned = [line for line in self.linears if line.planned]
         called = [line for line in planned if line.calls]
@@ -150,7 +171,7 @@ class Receipt(ReceiptFields):
         )
 
     def summary(self) -> str:
-        """One line for tables."""
+        """The receipt in one line, for tables."""
         parts = [self._quantization_line() if self.quantization else "full precision"]
         if self.tokens and self.pruning:
             t = self.tokens
@@ -163,12 +184,12 @@ class Receipt(ReceiptFields):
         return "; ".join(parts)
 
     def _quantization_line(self) -> str:
-        seen = {(line.weight_bits, line.activation_bits) for line in self.linears if line.calls}
-        bits = ", ".join(f"W{w}A{a}" for w, a in sorted(seen, key=str)) or "no linear was called"
+        pairs = {(line.weight_bits, line.activation_bits) for line in self.linears if line.calls}
+        bits = ", ".join(f"W{w}A{a}" for w, a in sorted(pairs, key=str)) or "no linear was called"
         called = sum(1 for line in self.linears if line.calls)
         scope = ", ".join(sorted({line.part for line in self.linears}))
         return f"{self.quantization}: {bits} at {called} of {len(self.linears)} linears ({scope})"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, with the summary."""
+        """The receipt as plain data, with its summary."""
         return {"summary": self.summary(), **self.model_dump(mode="json")}

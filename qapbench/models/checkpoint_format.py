@@ -1,4 +1,7 @@
-"""Checkpoint folders that transformers cannot load as they are: recognised by their config, converted in memory."""
+"""Formats of checkpoint folders that transformers cannot load itself.
+
+They are recognised by their config, and converted in memory.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from qapbench.methods.registry import Entry, Registry
 
 
 class CheckpointFormat(abc.ABC):
-    """One way to lay out a checkpoint; `@checkpoint_format(name)` registers a subclass.
+    """A format of checkpoint folders. `@checkpoint_format(name)` registers a subclass.
 
     Args:
-        folder: the checkpoint; config: its config.json.
+        folder: folder of the checkpoint.
+        config: content of its config.json.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -24,24 +28,34 @@ class CheckpointFormat(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def matches(config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is of this format."""
+        """Whether a checkpoint with this config.json has this format."""
 
     @abc.abstractmethod
     def companion(self, fetch: bool = True) -> Path:
-        """Folder of the checkpoint that this one takes its vision tower from.
+        """Folder of the checkpoint that the vision tower is taken from.
+
+        Args:
+            fetch: whether it may be downloaded.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: it is not there, or cannot be downloaded.
         """
 
     @abc.abstractmethod
     def load(self, dtype: str) -> tuple[Any, Any]:
-        """(a transformers model of a known family, its processor)."""
+        """Load the checkpoint.
+
+        Args:
+            dtype: name of the dtype of the weights.
+
+        Returns:
+            A transformers model of a known family, and its processor.
+        """
 
     @staticmethod
     @abc.abstractmethod
     def default_text_tower(config: Mapping[str, Any]) -> str | None:
-        """Name of the CLIP checkpoint whose text tower belongs to the vision tower."""
+        """Name of the CLIP checkpoint whose text tower belongs to the vision tower; None if it is not known."""
 
 
 def _check_format(target: Any) -> None:
@@ -55,10 +69,12 @@ def _target(entry: Entry[type[CheckpointFormat]], params: dict[str, Any]) -> typ
 
 
 checkpoint_formats: Registry[type[CheckpointFormat]] = Registry("format", _target, _check_format, positional=2)
+"""Registered checkpoint formats."""
 checkpoint_format = checkpoint_formats.register
+"""Decorator that registers a subclass of CheckpointFormat under a name."""
 
 
 def format_of(config: Mapping[str, Any]) -> type[CheckpointFormat] | None:
-    """The format of a config.json; None where transformers itself knows it."""
+    """The registered format of a checkpoint with this config.json; None if transformers can load it itself."""
     registered = (checkpoint_formats.create(name) for name in checkpoint_formats.names())
     return next((format for format in registered if format.matches(config)), None)

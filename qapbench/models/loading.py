@@ -1,4 +1,4 @@
-"""Load checkpoints: the model, its processor, its config, and the precision that a spec comes to."""
+"""Loads checkpoints: the model, its processor, its config, and the precision that a spec stands for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from qapbench.spec.run_spec import RunSpec
 
 
 def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """(model in eval mode on the device, processor).
+    """Load the model of a spec, in eval mode on a device, and its processor.
+
+    Args:
+        spec: names the model and its dtype.
+        device: device for the model.
+        trust_remote_code: let the checkpoint run its own Python code.
+
+    Returns:
+        (model, processor)
 
     Raises:
         UserError: the checkpoint cannot be loaded as an image-text-to-text model.
@@ -34,7 +42,7 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
             processor = family.load_processor(folder, trust_remote_code)
     except UserError:
         raise
-    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ImportError: no common base
+    except Exception as error:  # OSError, SafetensorError, ImportError and others: no common base
         raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
     model = model.eval().requires_grad_(False).to(device)
     family_of(model).complete(processor)
@@ -42,24 +50,32 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
 
 
 def load_processor(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> Any:
-    """The processor without its model, as far as prompts and scoring need it.
+    """Load the processor of a spec's model, as far as prompts and scoring need it.
+
+    Args:
+        spec: names the model.
+        device: device for a model that has to be loaded for its processor.
+        trust_remote_code: let the checkpoint run its own Python code.
 
     Raises:
         UserError: it cannot be loaded.
     """
     folder, config = find_checkpoint(spec.model).folder, read_config(spec)
     if format_of(config):
-        return load_model(spec, device, trust_remote_code)[1]  # such a folder holds none: it is made with the model
+        return load_model(spec, device, trust_remote_code)[1]  # its processor is made with the model
     try:
         return family_class(str(config.get("model_type"))).load_processor(folder, trust_remote_code)
     except UserError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # the same errors as in load_model
         raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
 
 
 def precision(spec: RunSpec, device: torch.device) -> str:
-    """The dtype that "auto" comes to: the checkpoint's own on a GPU, float32 on a CPU."""
+    """Name of the dtype that the spec's model is loaded in.
+
+    "auto" is the checkpoint's own dtype on a GPU, and float32 on a CPU.
+    """
     if spec.dtype != "auto":
         return spec.dtype
     if device.type == "cpu":
@@ -69,7 +85,15 @@ def precision(spec: RunSpec, device: torch.device) -> str:
 
 
 def read_config(spec: RunSpec, fetch: bool = True) -> dict[str, Any]:
-    """The checkpoint's config.json."""
+    """The config.json of the spec's checkpoint.
+
+    Args:
+        spec: names the model.
+        fetch: whether the checkpoint may be downloaded.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     file = find_checkpoint(spec.model, "model", fetch).folder / "config.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))

@@ -68,7 +68,7 @@ def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt)
 
     Args:
         family: the model.
-        named: a tower that was asked for; None takes the family's default.
+        named: a tower that was asked for; None looks for the one that belongs to the model.
         receipt: notes the fallback if there is no tower.
 
     Returns:

@@ -59,7 +59,7 @@ class DecoderPruning:
         self._installed = False
         self._announced: DecoderState | None = None  # the prompt that the next call brings
         self._now: DecoderState | None = None  # the prompt that is passing through the layers
-        self._passed: WeakKeyDictionary[Any, DecoderState] = WeakKeyDictionary()  # KV cache -> the prompt that filled it
+        self._passed: WeakKeyDictionary[Any, DecoderState] = WeakKeyDictionary()  # KV cache -> prompt that filled it
         self._projected: dict[nn.Module, Tensor] = {}  # query and key projections before a drop -> their outputs
 
     @property
@@ -200,6 +200,7 @@ class DecoderPruning:
 
     def _record(self, index: int) -> Any:
         """The hook after a projection: it keeps queries and keys that the next layer's drop will need."""
+
         def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
             if not self.pruner.ahead and self._now is not None and index + 1 in self._now.stages:
                 self._projected[projection] = output
@@ -300,7 +301,7 @@ class DecoderPruning:
     ) -> tuple[Tensor, Tensor, int]:
         """Queries at the places `at` and keys at all `places`, before rotation, and the index of their layer.
 
-        A pruner that looks ahead reads the attention of the layer after the drop, others that of the layer before it.
+        It is the layer after the drop if the pruner is `ahead`, otherwise the layer before it.
         """
         layer = index if self.pruner.ahead else index - 1
         queries, keys = self.layers.projections(layer)

@@ -144,8 +144,9 @@ class Pruning:
         relevance_text: list[str] | None = None,
         memo: Memo | None = None,
     ) -> PrunedPrompt:
-        """The prompt as the decoder receives it. Runs, `compress`, calibration, `explain` and `study` all use this
-        method.
+        """The prompt as the decoder receives it.
+
+        Runs, `compress`, calibration, `explain` and `study` all use this method.
 
         Args:
             prompt: the model's keyword arguments, with an attention mask. Its pixels are not used.
@@ -235,7 +236,7 @@ class Pruning:
         parts: list[list[Part]] = [[] for _ in rows]
         words = mask.bool() & ~placeholders
         for index, (views, keeps) in enumerate(zip(encoded.views, self._budgets(encoded), strict=True)):
-            # Neighbouring views with one budget form a batch; if the pruner reads the question, only views of one image do.
+            # Neighbouring views with one budget form a batch; if the pruner reads the question, of one image only.
             by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
             for (keep, _), group in itertools.groupby(range(len(by)), key=by.__getitem__):
                 span = list(group)
@@ -313,8 +314,9 @@ class Pruning:
         return None if tokenizer is None else tokenizer.decode(prompt, skip_special_tokens=True)
 
     def _features(self, tokens: VisionTokens, selection: Selection) -> list[Tensor]:
-        """Features for the language model, one [K + M, D] per view: M merged tokens in front of or after the K kept
-        ones.
+        """Features for the language model, one [K + M, D] per view.
+
+        The M merged tokens are in front of the K kept ones or after them.
         """
         width = tokens.projected.shape[-1]
         if selection.updated is not None:

@@ -79,7 +79,8 @@ def budgets(encoded: EncodedImages, keep: int, per_image: bool) -> list[list[int
         return [[min(keep, views.tokens.count)] * views.tokens.batch for views in encoded.views]
     split = [[0] * views.tokens.batch for views in encoded.views]
     for image, whole in enumerate(encoded.images):
-        mine = [(g, v) for g, views in enumerate(encoded.views) for v, owner in enumerate(views.owners) if owner == image]
+        owners = [(g, v, owner) for g, views in enumerate(encoded.views) for v, owner in enumerate(views.owners)]
+        mine = [(g, v) for g, v, owner in owners if owner == image]
         mine.sort(key=lambda at: int(encoded.views[at[0]].places[at[1], 0]))  # order of the prompt
         sizes = [encoded.views[g].tokens.count for g, _ in mine]
         total = min(keep, whole.count)

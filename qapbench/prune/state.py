@@ -28,8 +28,8 @@ class ViewState:
         entered: [E] columns at which the view's tokens entered the decoder.
         places: [E] places of these tokens.
         grid: (height, width) of the grid of these tokens, if they form one.
-        left: [n] indices, among the E tokens, of those that are left.
-        made: [n] bool, True for those of them that were made from several tokens.
+        left: [n] indices, among the E tokens, of the tokens that are left.
+        made: [n] bool, True for a token that was made from several.
         budgets: index of the first layer after a stage -> tokens that the stage keeps.
         counts: number of tokens that each layer so far has received.
     """
@@ -56,7 +56,11 @@ class ViewState:
         return self.entered[self.left]
 
     def narrow(self, selection: Selection | None) -> None:
-        """Keep only the tokens that `selection` keeps of those left; none if it is None."""
+        """Keep only the tokens that `selection` keeps; none if it is None.
+
+        Args:
+            selection: a selection from the tokens that are left, as a batch of one.
+        """
         kept = self.left[:0] if selection is None else selection.indices[0]
         self.left, self.made = self.left[kept], self.made[kept]
         if selection is not None and selection.made is not None:

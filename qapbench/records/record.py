@@ -63,7 +63,7 @@ class Unparsed(Part):
     """Answers that no rule of the parser could read.
 
     Attributes:
-        k: number of these answers.
+        k: number of answers that could not be read.
         n: number of questions.
         rate: k / n, or 0 if there are no questions.
     """
@@ -146,8 +146,9 @@ class ReceiptRecord(ReceiptFields):
 
 
 class Environment(BaseModel):
-    """The machine and the settings that made a result. Versions of packages are further fields, named like the
-    packages.
+    """The machine and the settings that made a result.
+
+    Versions of packages are further fields, named like the packages.
 
     Attributes:
         python: version of Python.

@@ -229,7 +229,7 @@ class RunSpec(Strict):
     """
 
     name: str = "run"
-    plugins: list[str] = []  # stands before the fields whose names plugins register
+    plugins: list[str] = []  # validated before the fields that name what plugins register
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     text_tower: str | None = None

@@ -218,10 +218,10 @@ def _at(spec: RunSpec, folder: Path) -> RunSpec:
 def _located(
     problem: Problem, changed: dict[str, tuple[str | int, ...]], lines: Lines, given: tuple[str, ...]
 ) -> Problem:
-    """The problem with the line of the value that caused it, which is in a case, in the matrix, or among the shared
-    fields.
+    """The problem, with the line of the value that caused it.
 
-    A value that was given by `--set` has no line; the message names the key instead.
+    The value is in a case, in the matrix, or among the shared fields. If it was given by `--set`, it has no line, and
+    the message names the key instead.
 
     Args:
         problem: the problem.

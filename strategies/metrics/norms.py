@@ -13,7 +13,7 @@ def l1(tokens: Tensor) -> Tensor:
         tokens: [B, N, D] visual tokens.
 
     Source:
-        QAPruner (arXiv 2604.02816), Table 2.
+        The usual definition of the L1 norm. QAPruner (arXiv 2604.02816), Table 2, compares three norms.
     """
     return tokens.abs().sum(dim=-1)
 
@@ -22,13 +22,12 @@ def l1(tokens: Tensor) -> Tensor:
 def l2(tokens: Tensor) -> Tensor:
     """Compute the L2 norm of each token, s_i = sqrt(sum_d x_id^2): [B, N, D] -> [B, N].
 
-    This is the sensitivity that QAPruner's released code computes.
-
     Args:
         tokens: [B, N, D] visual tokens.
 
     Source:
-        QAPruner (arXiv 2604.02816), Table 2.
+        The usual definition of the L2 norm. QAPruner (arXiv 2604.02816), Table 2, compares three norms. Its
+        released code uses this one as its sensitivity.
     """
     return tokens.norm(dim=-1)
 
@@ -41,6 +40,6 @@ def linf(tokens: Tensor) -> Tensor:
         tokens: [B, N, D] visual tokens.
 
     Source:
-        QAPruner (arXiv 2604.02816), Table 2.
+        The usual definition of the maximum norm. QAPruner (arXiv 2604.02816), Table 2, compares three norms.
     """
     return tokens.abs().amax(dim=-1)

@@ -1,22 +1,28 @@
 """Sensitivity metrics that simulate quantization and measure what a token loses: s_i = ||x_i - Q(x_i)||_2."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
-from qapbench import Bits, GroupSize, metric, quantizers
+from qapbench import Bits, GroupSize, metric
+
+# The classes are imported, not looked up by name: a run's identity follows imports, so an edit of a quantizer makes the
+# results of these metrics stale.
+from qapbench.strategies.quantizers.absmax import AbsMax
+from qapbench.strategies.quantizers.clip import Clip
+from qapbench.strategies.quantizers.groupwise import GroupWise
 
 
-def quantization_error(tokens: Tensor, quantizer: str, **params: object) -> Tensor:
+def quantization_error(tokens: Tensor, quantizer: Callable[[Tensor], Tensor]) -> Tensor:
     """Compute the L2 norm of what quantization takes from each token: [B, N, D] -> [B, N].
 
     Args:
         tokens: [B, N, D] visual tokens.
-        quantizer: name of a registered quantizer.
-        **params: the quantizer's parameters.
+        quantizer: quantizes and dequantizes the tokens: [B, N, D] -> [B, N, D].
     """
-    return (tokens - quantizers.create(quantizer, **params)(tokens)).norm(dim=-1)
+    return (tokens - quantizer(tokens)).norm(dim=-1)
 
 
 @metric("absmax_error")
@@ -30,7 +36,7 @@ def absmax_error(tokens: Tensor, bits: Bits = 4) -> Tensor:
     Source:
         QAPruner (arXiv 2604.02816), Table 2.
     """
-    return quantization_error(tokens, "absmax", bits=bits)
+    return quantization_error(tokens, AbsMax(bits))
 
 
 @metric("clip_error")
@@ -47,7 +53,7 @@ def clip_error(tokens: Tensor, bits: Bits = 4, percentile: Annotated[float, Fiel
     Source:
         QAPruner (arXiv 2604.02816), Table 2.
     """
-    return quantization_error(tokens, "clip", bits=bits, percentile=percentile)
+    return quantization_error(tokens, Clip(bits, percentile))
 
 
 @metric("group_error")
@@ -64,4 +70,4 @@ def group_error(tokens: Tensor, bits: Bits = 4, group_size: GroupSize = 128, sym
     Source:
         QAPruner (arXiv 2604.02816), Table 2.
     """
-    return quantization_error(tokens, "groupwise", bits=bits, group_size=group_size, symmetric=symmetric)
+    return quantization_error(tokens, GroupWise(bits, group_size, symmetric))

@@ -18,7 +18,7 @@ from qapbench.models.families.llava import Llava
 from qapbench.records.record import Record
 from qapbench.records.store import Store
 from qapbench.running import batches
-from qapbench.running import session as session_module
+from qapbench.running import sweep as sweep_module
 from qapbench.running.active_run import ActiveRun
 from qapbench.running.plan import prune_key
 from qapbench.running.planner import Planner
@@ -160,12 +160,12 @@ def test_each_image_goes_through_the_tower_once(spec_of: Spec, tmp_path: Path, m
     _, spilled = sweep(active_runs, tmp_path / "spilled", spill=True)
     assert len(calls) == 2 * IMAGES
     assert not list((tmp_path / "spilled").glob("features-*"))
-    monkeypatch.setattr(session_module, "MEMORY", 0)
+    monkeypatch.setattr(sweep_module, "MEMORY", 0)
     _, again = sweep(active_runs, tmp_path / "nothing")
     assert len(calls) == 5 * IMAGES
     assert answers == spilled == again
     vision = [spec_of(quantize={**W4A4, "scope": ["language", "vision"]}), spec_of(quantize=W4A4), spec_of()]
-    monkeypatch.setattr(session_module, "MEMORY", 1 << 30)
+    monkeypatch.setattr(sweep_module, "MEMORY", 1 << 30)
     calls.clear()
     records, _ = sweep(vision, tmp_path / "vision")
     assert len(calls) == 2 * IMAGES

@@ -1,5 +1,8 @@
 """Each metric and the min-max normalisation against float64."""
 
+import inspect
+from pathlib import Path
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
-from qapbench import metrics, min_max
+from qapbench import metrics, min_max, quantizers
+from qapbench.hashing import code_files
 from qapbench.strategies.metrics.quantization_error import quantization_error
 
 
@@ -89,8 +93,16 @@ def test_combined(x: np.ndarray, bits: int) -> None:
 def test_the_three_errors_are_one(x: np.ndarray) -> None:
     tokens = torch.from_numpy(x)
     for name in ("absmax", "clip"):
-        assert torch.equal(metrics.create(f"{name}_error")(tokens), quantization_error(tokens, name))
-    assert torch.equal(metrics.create("group_error")(tokens), quantization_error(tokens, "groupwise"))
+        assert torch.equal(metrics.create(f"{name}_error")(tokens), quantization_error(tokens, quantizers.create(name)))
+    groups = quantizers.create("groupwise")
+    assert torch.equal(metrics.create("group_error")(tokens), quantization_error(tokens, groups))
+
+
+@pytest.mark.parametrize("name", ["absmax_error", "clip_error", "group_error", "combined"])
+def test_an_edited_quantizer_changes_the_identity_of_its_metrics(name: str) -> None:
+    target = metrics.entry(name).target
+    files = code_files(Path(inspect.getfile(target)), target.__module__)
+    assert {f"qapbench.strategies.quantizers.{module}" for module in ("absmax", "clip", "groupwise")} <= set(files)
 
 
 def test_by_hand() -> None:
