@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
-    "strategies": ("qapbench",),
+    "strategies": ("qapbench", "qapbench.strategies"),
     "specs": ("qapbench",),
     "tasks": ("qapbench.errors", "qapbench.tasking.registry", "qapbench.tasks"),
     "leaderboard": (

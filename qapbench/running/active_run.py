@@ -155,12 +155,10 @@ class Clock:
 
     Attributes:
         active_runs: the runs that share the time of a stage, unless the stage names others.
-        total: stage -> seconds.
     """
 
     def __init__(self) -> None:
         self.active_runs: Sequence[ActiveRun] = ()
-        self.total: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
 
     @contextlib.contextmanager
@@ -179,7 +177,6 @@ class Clock:
             spent = time.perf_counter() - started
             own = spent - self._inner.pop()
             self._inner[-1] += spent
-            self.total[name] += own
             for active in (sharers := self.active_runs if active_runs is None else active_runs):
                 active.seconds[name] += own / len(sharers)
 

@@ -120,10 +120,9 @@ class Session:
         wanted = spec.quantize.calibration if spec.quantize else None
         if wanted is None:
             return None
-        model, processor = self.model(spec)
         key = (find_checkpoint(spec.model).folder, spec.task.model_dump_json(), spec.seed, wanted.model_dump_json())
         if key not in self._samples:
-            self._samples = {key: calibration_samples.samples(self.task(spec), wanted, model, processor)}
+            self._samples = {key: calibration_samples.samples(self.task(spec), wanted, self.model(spec)[1])}
         content, shorten = planned.fingerprints, None
         if not wanted.pruned:  # the pruner has no influence, so all pruners of a sweep share one calibration
             kinds = ("model", "precision", "vision", "family")

@@ -57,13 +57,12 @@ def choose(available: int, spec: CalibrationSpec) -> list[int]:
     return random.Random(spec.seed).sample(range(available), spec.samples)
 
 
-def samples(task: LoadedTask, spec: CalibrationSpec, model: Any, processor: Any) -> CalibrationSamples:
+def samples(task: LoadedTask, spec: CalibrationSpec, processor: Any) -> CalibrationSamples:
     """The calibration samples: each question's prompt and answer in the run's form, with `labels` on the answer.
 
     Args:
         task: the run's task.
         spec: number of samples, seed and source.
-        model: the run's model.
         processor: its processor.
     """
     lm, continuation_tokenizer = AskingLM(processor), ContinuationTokenizer(processor.tokenizer)
