@@ -66,14 +66,14 @@ class Study:
         """
         settings, spec = session.settings, by_letter(self.spec)
         planner = Planner(settings.runs, settings.device)
-        planned = planner.plan(spec)
+        planned, task = planner.plan(spec), planner.task(spec)
         prunes = [prune.model_dump(mode="json") for prune in self.prunes]
         asked = {"sensitivity": [self.sample, self.block, metrics.names(), prunes]}
-        digest = spec.digest(planned.fingerprints, {**planned.task.asked, "study": asked})
+        digest = spec.digest(planned.fingerprints, {**task.asked, "study": asked})
         folder = settings.runs / f"study-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         store = Store(folder, StudyRow)
-        chosen = self._sample(image_questions(planned.task))
+        chosen = self._sample(image_questions(task))
         started = time.perf_counter()
         with store.locked():
             rows = store.read()[: len(chosen)]
@@ -89,13 +89,13 @@ class Study:
                     rows.append(row)
                     session.progress(self.spec.name, len(rows), len(chosen))
             seconds = time.perf_counter() - started
-            about = record_notes(self.spec, planned.task, Receipt())
+            about = record_notes(self.spec, task, Receipt())
             summary = Summary(
                 id=digest,
                 name=self.spec.name,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 model=self.spec.model,
-                task=planned.task.name,
+                task=task.name,
                 quantization=_quantization(self.spec),
                 spec=self.spec.model_dump(mode="json"),
                 questions=len(rows),

@@ -29,7 +29,6 @@ class Planned:
             calibration prunes.
         group: hash of the quantized model, whatever it is asked and however prompts are pruned.
         folder: folder of the run's results.
-        task: the task.
         total: number of questions to answer.
         answered: number of questions that are answered.
         done: whether the record of the complete run is written.
@@ -42,7 +41,6 @@ class Planned:
     text_key: str
     group: str
     folder: Path
-    task: TaskOutline = field(repr=False)
     total: int
     answered: int
     done: bool
@@ -114,7 +112,7 @@ def prune_key(spec: RunSpec) -> PruneKey:
     return digest_json([spec.prune.model_dump(mode="json"), spec.text_tower])
 
 
-def shared_work(plans: Sequence[Planned], missing: Mapping[str, set[int]]) -> Shared:
+def shared_work(plans: Sequence[Planned], tasks: Sequence[TaskOutline], missing: Mapping[str, set[int]]) -> Shared:
     """Count the missing work that runs share. This reads the images of the data.
 
     Args:
@@ -124,14 +122,14 @@ def shared_work(plans: Sequence[Planned], missing: Mapping[str, set[int]]) -> Sh
     text: dict[tuple[str, str, int], int] = {}
     with_image, pictures = 0, set[str]()
     unfinished = [plan for plan in plans if missing.get(plan.id)]
-    for plan in plans:
+    for plan, task in zip(plans, tasks, strict=True):
         for doc in missing.get(plan.id, ()):
-            images = plan.task.images(doc)
+            images = task.images(doc)
             if images:
                 with_image += 1
                 pictures.add(" ".join(map(digest_image, images)))
             else:
-                place = (plan.group, plan.task.name, doc)
+                place = (plan.group, task.name, doc)
                 text[place] = text.get(place, 0) + 1
     asked = sum(len(missing.get(plan.id, ())) for plan in plans)
     return Shared(

@@ -92,7 +92,7 @@ class Planner:
         done = record is not None and not stopped
         answered = task.count if done else len(answers_of(folder).read())
         group = group_key(spec, content)
-        return Planned(spec, run_id, text_key, group, folder, task, task.count, answered, done, stopped, content)
+        return Planned(spec, run_id, text_key, group, folder, task.count, answered, done, stopped, content)
 
     def shared(self, plans: Sequence[Planned]) -> Shared:
         """Count the missing work that these runs share. This reads the images of the data."""
@@ -100,7 +100,7 @@ class Planner:
         for plan in plans:
             have = {answer.doc for answer in answers_of(plan.folder).read()}
             missing[plan.id] = set() if plan.done else set(range(plan.total)) - have
-        return shared_work(plans, missing)
+        return shared_work(plans, [self.task(plan.spec) for plan in plans], missing)
 
     def together(self, spec: RunSpec) -> Hashable:
         """Key of the runs that ask the same questions of the same loaded model."""

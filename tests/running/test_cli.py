@@ -188,7 +188,9 @@ def test_list_show_and_leaderboard(spec_of: Spec, write_spec: Write, tmp_path: P
     assert listed.returncode == 0
     assert "cdpruner" in listed.stdout
     shown = qapbench("show", "metric", "clip_error")
-    assert '"percentile"' in shown.stdout
+    assert shown.returncode == 0
+    for word in ("percentile", "number", "99", "Source"):  # the parameter, its type, its default, the paper
+        assert word in shown.stdout
     wrong = qapbench("show", "metric", "l3")
     assert wrong.returncode == 2
     assert "did you mean 'l1'" in wrong.stderr or "did you mean 'l2'" in wrong.stderr

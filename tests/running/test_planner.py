@@ -59,10 +59,11 @@ def test_a_plan_needs_neither_model_nor_lm_eval(spec_of: Spec, tmp_path: Path, t
 def test_the_task_of_a_plan_is_an_outline(spec_of: Spec, tmp_path: Path) -> None:
     planner = Planner(tmp_path, CPU)
     plan = planner.plan(RunSpec.parse(spec_of()))
-    assert not isinstance(plan.task, LoadedTask)
-    assert plan.task is planner.plan(RunSpec.parse(spec_of(quantize=W4A4))).task, "each task is read once"
-    assert plan.task.ids == [f"q{index}" for index in range(QUESTIONS)]
-    assert [bool(plan.task.images(doc)) for doc in range(4)] == [True, False, True, False]
+    task = planner.task(plan.spec)
+    assert not isinstance(task, LoadedTask)
+    assert task is planner.task(RunSpec.parse(spec_of(quantize=W4A4))), "each task is read once"
+    assert task.ids == [f"q{index}" for index in range(QUESTIONS)]
+    assert [bool(task.images(doc)) for doc in range(4)] == [True, False, True, False]
 
 
 def test_a_plan_says_how_far_its_run_is(spec_of: Spec, tmp_path: Path) -> None:
