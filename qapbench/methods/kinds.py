@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
@@ -263,6 +264,9 @@ def _check_class(base: type, kind: str) -> Callable[[Any], None]:
     def check(target: Any) -> None:
         if not (isinstance(target, type) and issubclass(target, base)):
             raise TypeError(f"a {kind} must be a subclass of qapbench.{base.__name__}, got {target!r}")
+        if inspect.isabstract(target):
+            lacking = ", ".join(sorted(getattr(target, "__abstractmethods__", ())))
+            raise TypeError(f"{target.__name__} is no {kind} yet: it does not define {lacking}")
 
     return check
 

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 from qapbench.errors import Problem, UserError, first_line
+from qapbench.hashing import code_files, digest_files
 
 ENTRY_POINTS = "qapbench.plugins"
 
@@ -56,7 +57,7 @@ def load_plugin_file(path: str | Path) -> None:
     file = Path(path).resolve()
     if not file.is_file():
         raise UserError(f"no such plugin file: {file}")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = digest_files(code_files(file, "plugin"))  # and what it imports beside itself
     if (loaded := _loaded_files.get(file)) is not None:
         if loaded != digest:
             raise UserError(f"plugin {file} changed since this process loaded it; start a new process")

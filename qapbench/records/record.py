@@ -21,6 +21,10 @@ MOST = 20  # largest number of problems that are listed for one file
 Count = Annotated[int, Field(ge=0)]
 
 
+class NewerRecordError(UserError):
+    """A newer qapbench wrote a record."""
+
+
 class Part(BaseModel):
     """Base of the parts of a record. They are frozen, and ignore fields that this version does not know."""
 
@@ -296,7 +300,7 @@ def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(Problem(f"no version of a record: {schema!r}", ("schema",)))
     if schema > SCHEMA:
         message = f"version {schema} was written by a newer qapbench; this one reads up to {SCHEMA}: upgrade qapbench"
-        raise UserError(Problem(message, ("schema",)))
+        raise NewerRecordError(Problem(message, ("schema",)))
     return {**data, "schema": SCHEMA, "tokens": data.get("tokens") or None}
 
 
@@ -344,4 +348,4 @@ def read_record(place: Path) -> Record:
     try:
         return parse_record(data)
     except UserError as error:
-        raise UserError([Problem(f"{path}: {problem}") for problem in error.problems]) from None
+        raise type(error)([Problem(f"{path}: {problem}") for problem in error.problems]) from None

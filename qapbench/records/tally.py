@@ -188,6 +188,8 @@ def _column(name: str, values: list[Any], reason: str) -> Column:
     if not all(isinstance(value, int | float) or hasattr(value, "__float__") for value in values):
         return Column(name, unavailable="not a number per question")
     numbers = [float(value) for value in values]
+    if not all(map(math.isfinite, numbers)):
+        return Column(name, unavailable="not a finite number for every question")
     if all(number in (0.0, 1.0) for number in numbers):
         return Column(name, Tally(int(sum(numbers)), len(numbers)))
     return Column(name, Mean.of(numbers))

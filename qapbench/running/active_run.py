@@ -82,7 +82,8 @@ class ActiveRun:
             first: the first question. Its answer counts only if the receipt that is measured with it is stored too.
         """
         self.have = {answer.place for answer in self.store.read()}
-        if not (self.planned.folder / RECEIPT).exists():
+        stored = _stored_receipt(self.planned.folder / RECEIPT)
+        if stored is None or stored.group != self.planned.group:  # it is measured again, at the cost of one question
             self.have.discard(first.place)
 
     def add(self, answer: Answer) -> None:
@@ -122,12 +123,20 @@ class ActiveRun:
             UserError: the stored receipt is missing or damaged.
         """
         path = self.planned.folder / RECEIPT
-        try:
-            receipt = StoredReceipt.model_validate_json(path.read_text(encoding="utf-8")).receipt
-        except (OSError, ValidationError):
-            raise UserError(f"{path} is damaged: run the same command with --fresh to make this run anew") from None
+        stored = _stored_receipt(path)
+        if stored is None:
+            raise UserError(f"{path} is damaged: run the same command with --fresh to make this run anew")
+        receipt = stored.receipt
         receipt.recount(image for answer in answers for image in answer.images or [])
         return receipt
+
+
+def _stored_receipt(path: Path) -> StoredReceipt | None:
+    """The receipt in a file; None if there is none, or it is damaged."""
+    try:
+        return StoredReceipt.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
 
 
 def earlier_results(runs: Path, group: str) -> dict[str, Result]:
@@ -139,11 +148,8 @@ def earlier_results(runs: Path, group: str) -> dict[str, Result]:
     """
     found: dict[str, Result] = {}
     for path in sorted(runs.glob(f"*/{RECEIPT}")):
-        try:
-            same = StoredReceipt.model_validate_json(path.read_text(encoding="utf-8")).group == group
-        except (OSError, ValidationError):
-            continue
-        if same and ".old" not in path.parent.name:
+        stored = _stored_receipt(path)
+        if stored is not None and stored.group == group and ".old" not in path.parent.name:
             for answer in answers_of(path.parent).read():
                 if answer.key is not None:
                     found[answer.key] = answer.outputs, answer.images or []

@@ -107,7 +107,7 @@ def make_runs(
         NotQuantizedError: a run asks for quantization that never reached a matmul.
     """
     planner = planner or Planner(settings.runs, settings.device)
-    plans = [planner.plan(spec) for spec in specs]
+    plans = [planner.plan(spec, fresh=fresh) for spec in specs]
     todo = {plan.id: plan for plan in plans if fresh or not (plan.done or (fast and plan.stopped))}
     for plan in plans:
         if plan.id not in todo:

@@ -5,6 +5,7 @@ It loads no model, and imports lm-eval only for tasks of lm-eval's own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import Problem, UserError
 from qapbench.models.loading import precision
-from qapbench.records.record import RECORD, read_record
+from qapbench.records.record import RECORD, NewerRecordError, Record, read_record
 from qapbench.records.store import answers_of
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline, calibration_fingerprint
@@ -21,6 +22,8 @@ from qapbench.tasking.tasks import find_outline
 
 from .fingerprints import OF_TEXT, about, fingerprints
 from .plan import Planned, Shared, group_key, shared_work
+
+LOG = logging.getLogger(__name__)
 
 
 class Planner:
@@ -67,16 +70,17 @@ class Planner:
         if problems:
             raise UserError(problems)
 
-    def plan(self, spec: RunSpec, fetch: bool = True) -> Planned:
+    def plan(self, spec: RunSpec, fetch: bool = True, fresh: bool = False) -> Planned:
         """The plan of a run.
 
         Args:
             spec: the run.
             fetch: whether checkpoints may be downloaded.
+            fresh: whether the run will be made anew, whatever its folder holds.
 
         Raises:
-            UserError: the model, the task or the calibration data are not there, or the run's folder holds a record
-                that cannot be read.
+            UserError: the model, the task or the calibration data are not there, or a newer qapbench wrote the record
+                in the run's folder.
         """
         task = self.task(spec)
         wanted = spec.quantize.calibration if spec.quantize else None
@@ -87,7 +91,7 @@ class Planner:
         if wanted is None or not wanted.pruned:
             text_key = spec.model_copy(update={"prune": None}).digest(about(content, OF_TEXT), task.asked)
         folder = self.runs / run_id
-        record = read_record(folder) if (folder / RECORD).exists() else None
+        record = _record(folder, fresh)
         stopped = record is not None and record.stopped is not None
         done = record is not None and not stopped
         answered = task.count if done else len(answers_of(folder).read())
@@ -117,3 +121,24 @@ def _check_local(spec: RunSpec) -> None:
     for name, where in ((spec.model, "model"), (spec.text_tower, "text_tower")):
         if name and (name.count("/") != 1 or Path(name).exists()):
             find_checkpoint(name, where)
+
+
+def _record(folder: Path, fresh: bool) -> Record | None:
+    """The record in a run's folder; None if there is none, or if it will be made anew.
+
+    A damaged record is made anew from the stored answers, of which none is lost.
+
+    Raises:
+        UserError: a newer qapbench wrote it, and it is not going to be set aside.
+    """
+    if not (folder / RECORD).exists():
+        return None
+    try:
+        return read_record(folder)
+    except NewerRecordError as error:
+        if fresh:
+            return None
+        raise UserError(f"{error}, or set the run aside with --fresh") from None
+    except UserError as error:
+        LOG.warning("made anew from the stored answers: %s", error)
+        return None

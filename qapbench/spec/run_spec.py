@@ -44,17 +44,15 @@ def _created(registry: Registry[Any], data: Any, field: str) -> Any:
         return None  # the field's own validation reports the mistake
 
 
-def _checked(model: type[BaseModel], data: Any, field: str) -> None:
-    """Validate a section that will not be used, so that its mistakes are reported all the same.
-
-    Raises:
-        UserError: the section has mistakes.
-    """
+def _is_valid(model: type[BaseModel], data: Any) -> bool:
+    """Whether a section has no mistakes, or is left out."""
+    if data is None or isinstance(data, model):
+        return True
     try:
-        if isinstance(data, dict):
-            model.model_validate(data)
-    except ValidationError as error:
-        raise UserError([problem.under(field) for problem in problems_of(error, model)]) from None
+        model.model_validate(data)
+    except ValidationError:
+        return False
+    return True
 
 
 class Strict(BaseModel):
@@ -118,8 +116,9 @@ class QuantizeSpec(Strict):
         if filled.get("weights") is None and filled.get("activations") is None and method.formats is not None:
             filled |= dict(zip(("weights", "activations"), method.formats, strict=True))
         if not method.calibrates:
-            _checked(CalibrationSpec, filled.get("calibration"), "calibration")
-            filled["calibration"] = None
+            # A section with mistakes stays, so that its validation reports them with all others.
+            if _is_valid(CalibrationSpec, filled.get("calibration")):
+                filled["calibration"] = None
         elif filled.get("calibration") is None:
             filled["calibration"] = CalibrationSpec()
         return filled
@@ -229,7 +228,7 @@ class RunSpec(Strict):
     """
 
     name: str = "run"
-    plugins: list[str] = []  # validated before the fields that name what plugins register
+    plugins: list[str] = []  # loaded by `parse`, before what they register is validated
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     text_tower: str | None = None
@@ -251,16 +250,18 @@ class RunSpec(Strict):
     def _one_seed(cls, data: Any) -> Any:
         """Give the pruner the run's seed if its own seed is None."""
         prune = data.get("prune") if isinstance(data, dict) else None
-        if not isinstance(prune, dict):
-            return data
+        seed = data.get("seed", 0) if isinstance(data, dict) else None
+        if not isinstance(prune, dict | PruneSpec) or isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            return data  # nothing to seed, or the field's own validation reports the mistake
         try:
-            method = parse_item(pruners, prune.get("method"))
+            method = prune.method if isinstance(prune, PruneSpec) else parse_item(pruners, prune.get("method"))
         except UserError:
             return data  # the field's own validation reports the mistake
         if "seed" not in method.params or method.params["seed"] is not None:
             return data
-        seeded = Item(name=method.name, params={**method.params, "seed": data.get("seed", 0)})
-        return {**data, "prune": {**prune, "method": seeded}}
+        update = {"method": Item(name=method.name, params={**method.params, "seed": seed})}
+        seeded = prune.model_copy(update=update) if isinstance(prune, PruneSpec) else {**prune, **update}
+        return {**data, "prune": seeded}
 
     @model_validator(mode="after")
     def _pruned_by_something(self) -> RunSpec:
@@ -280,12 +281,13 @@ class RunSpec(Strict):
             UserError: the spec has mistakes; all of them are listed.
         """
         problems = load_plugin_files(data.get("plugins")) if isinstance(data, dict) else []
+        try:
+            spec = cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError([*problems, *problems_of(error, cls)]) from None
         if problems:
             raise UserError(problems)
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise UserError(problems_of(error, cls)) from None
+        return spec
 
     def canonical(self) -> str:
         """JSON that is equal for equal runs: defaults are filled in, keys are sorted, the label is left out."""

@@ -230,3 +230,25 @@ def test_plugin_that_fails(tmp_path: Path, own_registries: None) -> None:
     text.write_text("hello")
     with pytest.raises(UserError, match=r"must be a Python file"):
         load_plugin_file(text)
+
+
+def test_a_class_that_is_not_finished_is_refused() -> None:
+    with pytest.raises(TypeError, match="Unfinished is no pruner yet: it does not define choose"):
+
+        @pruner("unfinished")
+        @dataclass(frozen=True)
+        class Unfinished(Pruner):
+            """Chooses nothing."""
+
+
+def test_a_plugin_whose_helper_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs is what was hashed: an edited helper would otherwise answer under the new code's id."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "edited_helper.py").write_text("K = 1\n")
+    file = tmp_path / "helped.py"
+    file.write_text("import edited_helper\n")
+    load_plugin_file(file)
+    load_plugin_file(file)
+    (tmp_path / "edited_helper.py").write_text("K = 2\n")
+    with pytest.raises(UserError, match="changed since this process loaded it"):
+        load_plugin_file(file)

@@ -14,8 +14,9 @@ import torch
 from llava_checkpoints import save_clip
 from run_questions import QUESTIONS, row
 
-from qapbench import RunSpec, hashing, metrics
+from qapbench import RunSpec, UserError, hashing, metrics
 from qapbench.hashing import LIBRARIES, digest_code, digest_file
+from qapbench.methods import plugins
 from qapbench.methods.kinds import pruners, ptqs
 from qapbench.running import fingerprints
 from qapbench.running.plan import Planned
@@ -164,7 +165,7 @@ def write_plugin(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
 
 
 def test_the_id_follows_a_plugin_and_what_it_imports(
-    write_plugin: Callable[[Path], Path], plan: Plan, tmp_path: Path
+    write_plugin: Callable[[Path], Path], plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plugin = write_plugin(tmp_path / "mine")
     fields = {"plugins": [str(plugin)], "prune": {**PRUNE, "sensitivity": "helped"}}
@@ -173,6 +174,10 @@ def test_the_id_follows_a_plugin_and_what_it_imports(
     (plugin.parent / "beside.py").write_text("nobody = 'imports me'\n")
     assert plan(**fields).id == before.id
     (plugin.parent / "identity_helper.py").write_text("def power():\n    return 3\n")
+    with pytest.raises(UserError, match="changed since this process loaded it"):
+        plan(**fields)  # what is in memory is the old code
+    monkeypatch.setattr(plugins, "_loaded_files", {})  # as in another process
+    metrics._entries.pop("helped", None)
     after = plan(**fields)
     assert after.id != before.id
     changed = {name for name, value in after.fingerprints.items() if before.fingerprints[name] != value}

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from qapbench import RunSpec, SweepSpec, UserError
-from qapbench.spec.run_spec import Item
+from qapbench.spec.run_spec import Item, PruneSpec, TaskSpec
 from qapbench.spec.sweep_spec import override
 
 FULL: dict[str, Any] = {
@@ -388,3 +388,25 @@ def test_sweeps_refuse_what_would_run_nothing(varying: dict[str, Any], path: str
     with pytest.raises(UserError) as caught:
         SweepSpec.parse({**FULL, **varying})
     assert [".".join(map(str, problem.where)) for problem in caught.value.problems] == [path]
+
+
+def test_the_seed_reaches_a_pruner_that_is_given_as_an_object() -> None:
+    prune = PruneSpec(method="random", keep=3)  # type: ignore[arg-type]
+    spec = RunSpec(model="m", task=TaskSpec(name="scienceqa"), seed=7, prune=prune)
+    assert spec.prune is not None
+    assert spec.prune.method.params == {"seed": 7}
+    with pytest.raises(UserError) as caught:
+        RunSpec.parse({"model": "m", "task": "scienceqa", "seed": "a", "prune": {"method": "random", "keep": 3}})
+    assert [problem.where for problem in caught.value.problems] == [("seed",)]
+
+
+def test_mistakes_in_a_calibration_that_is_not_used_are_told_with_all_others() -> None:
+    quantize = {"method": "rtn", "weights": {"bits": 4}}
+    for calibration in (5, {"samples": "x"}):
+        with pytest.raises(UserError) as caught:
+            RunSpec.parse({"model": "m", "task": "t", "quantize": {**quantize, "calibration": calibration, "zzz": 1}})
+        places = {problem.where[:2] for problem in caught.value.problems}
+        assert places == {("quantize", "calibration"), ("quantize", "zzz")}
+    unused = RunSpec.parse({"model": "m", "task": "t", "quantize": {**quantize, "calibration": {"samples": 4}}})
+    assert unused.quantize is not None
+    assert unused.quantize.calibration is None
