@@ -28,14 +28,19 @@ def load_records(runs: str | Path = "runs") -> list[Record]:
     A record that is damaged, or that a newer qapbench wrote, is left out with a warning that names its file. Results
     that `--fresh` set aside are not read.
     """
-    folders = sorted({path.parent for path in Path(runs).glob(f"*/{RECORD}") if ".old" not in path.parent.name})
+    return [record for _, record in _found(Path(runs))]
+
+
+def _found(runs: Path) -> list[tuple[Path, Record]]:
+    """The readable records below a folder and the folder of each, oldest first."""
+    folders = sorted({path.parent for path in runs.glob(f"*/{RECORD}") if ".old" not in path.parent.name})
     found = []
     for folder in folders:
         try:
-            found.append(read_record(folder))
+            found.append((folder, read_record(folder)))
         except UserError as error:
             LOG.warning("left out: %s", "; ".join(map(str, error.problems[:3])))
-    return sorted(found, key=lambda record: record.created)
+    return sorted(found, key=lambda pair: pair[1].created)
 
 
 def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "question"] = "run") -> pd.DataFrame:
@@ -46,7 +51,7 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
         by: "run" gives one row per run: name, model, quantization, pruner, budget, measured tokens, the accuracy,
             interval and counts of every column, seconds and receipt. "question" gives one row per question of each run:
             run_id, name, id, doc, answer, tokens (kept and merged, summed over its images; None without an image), and
-            one column per score.
+            one column per score. A run whose answers or scores are damaged is left out with a warning.
 
     Raises:
         UserError: `by` is neither of them, or questions are asked for and `runs` is not a folder.
@@ -60,7 +65,13 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
         raise UserError(f"by='{by}': expected 'run' or 'question'")
     if not isinstance(runs, str | Path):
         raise UserError("by='question' reads the stored answers: name the folder of the results")
-    return pd.DataFrame([row for record in load_records(runs) for row in _questions(Path(runs), record)])
+    rows: list[dict[str, Any]] = []
+    for folder, record in _found(Path(runs)):
+        try:
+            rows += _questions(folder, record)
+        except UserError as error:
+            LOG.warning("left out: %s", error)
+    return pd.DataFrame(rows)
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -94,9 +105,8 @@ def _name(item: Any) -> str | None:
     return next(iter(item), None) if isinstance(item, dict) else item
 
 
-def _questions(runs: Path, record: Record) -> Iterator[dict[str, Any]]:
-    """The rows of one run's questions."""
-    folder = runs / record.run_id
+def _questions(folder: Path, record: Record) -> Iterator[dict[str, Any]]:
+    """The rows of the questions of the run in a folder, which its record does not have a say in."""
     answers = {answer.id: answer for answer in answers_of(folder).read()}
     for scored in read_scored_questions(folder):
         answer = answers.get(scored.id)

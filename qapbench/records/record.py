@@ -277,10 +277,15 @@ class Record(Part):
     def __getitem__(self, key: str) -> Any:
         """Deprecated. Records were dictionaries in version 0.1; this works for one more version, with a warning."""
         warnings.warn("a record is typed now: read record.name, not record['name']", DeprecationWarning, stacklevel=2)
-        return self.to_json()[key]
+        return self._as_in_0_1()[key]
+
+    def _as_in_0_1(self) -> dict[str, Any]:
+        """The record as version 0.1 had it: no key without a value, but inside of those every key."""
+        data = self.model_dump(mode="json", by_alias=True)
+        return {key: value for key, value in {**data, "tokens": data["tokens"] or {}}.items() if value is not None}
 
     def __contains__(self, key: object) -> bool:
-        return key in self.to_json()
+        return key in self._as_in_0_1()
 
     def get(self, key: str, default: Any = None) -> Any:
         """Deprecated like `record[key]`, but with a default for a missing key."""

@@ -397,3 +397,15 @@ def test_a_stopped_record_says_so_in_its_name() -> None:
     record: Record = parse_record({**old(), "stopped": why})
     assert record.named("mine").name == "mine (stopped: 6 of 14)"
     assert read_record(OLD).named("mine").name == "mine"
+
+
+def test_one_run_without_scores_keeps_no_other_from_the_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And a record is not believed about where its answers lie: its own folder counts."""
+    source = next((Path(__file__).parent / "schema1").iterdir())
+    for name in ("whole", "torn"):
+        shutil.copytree(source, tmp_path / name)
+    (tmp_path / "torn" / "scored.jsonl").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        table = results(tmp_path, by="question")
+    assert len(table) == len((source / "scored.jsonl").read_text().splitlines())
+    assert "torn" in caplog.text
