@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qapbench.errors import Problem, UserError, first_line, nearest
+from qapbench.hashing import digest_file
 
 if TYPE_CHECKING:
     import datasets
@@ -118,7 +119,7 @@ def read(data: str) -> tuple[list[dict[str, Any]], str]:
     if path:
         _check_columns(_parquet_schema(path), path.name)
         rows, has_image = _read_parquet(path)
-        fingerprint = _sha256(path)
+        fingerprint = digest_file(path)
     else:
         table = _from_hub(data)
         has_image = _has_image(table.data.table.column("image"))
@@ -336,8 +337,3 @@ def _mistake(row: dict[str, Any]) -> tuple[str, str]:
     if answer is None or not 0 <= answer < len(choices):
         return "answer", f"{answer} is not an index of its {len(choices)} choices"
     return "", ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

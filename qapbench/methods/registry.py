@@ -174,7 +174,7 @@ class Registry(Generic[T]):
 def _origin(target: Any) -> str:
     inner = inspect.unwrap(target)
     try:
-        file, line = inspect.getsourcefile(inner), inspect.getsourcelines(inner)[1]
+        file, line = inspect.getsourcefile(inner), inspect.findsource(inner)[1] + 1
     except (OSError, TypeError):
         file, line = None, 0
     return f"{inner.__module__}.{inner.__qualname__} ({file}:{line})"
