@@ -53,7 +53,7 @@ class TaskOutline:
         """Ids of the questions in the order of `docs`: their `pid`, or their index if they have none."""
         return [str(doc.get("pid", index)) for index, doc in zip(range(self.count), self.docs, strict=False)]
 
-    @property
+    @cached_property
     def code(self) -> str:
         """Hash of the task's own files; "" for a task of lm-eval's."""
         return self.source.code() if self.source else ""
