@@ -15,7 +15,7 @@ from qapbench import __version__
 from qapbench.errors import UserError
 
 from . import items, results, running, studies
-from .console import err, watching_assembly
+from .console import collect_rarely, err, watching_assembly
 
 study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.", rich_markup_mode=None)
 app = typer.Typer(
@@ -59,6 +59,7 @@ def main() -> None:
     Mistakes of the user are printed as one readable message, with exit code 2. A run that was not quantized as asked
     exits with code 1, and any other error is a bug that shows its traceback.
     """
+    collect_rarely()
     os.environ.setdefault("TQDM_DISABLE", "1")  # qapbench shows a progress bar of its own
     for noisy in ("transformers", "torchao", "torch.utils._pytree"):  # torchao warns of kernels for other machines
         logging.getLogger(noisy).setLevel(logging.ERROR)

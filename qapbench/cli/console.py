@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,8 @@ from qapbench.progress import assembly_progress
 if TYPE_CHECKING:
     from qapbench.records.record import Record
 
+USUAL = gc.get_threshold()
+RARELY = 200_000  # new objects between two searches for unreachable ones
 WIDE = 200  # characters per line of output that is not printed to a terminal
 # Tables in a pipe or a file may be wide; otherwise the terminal, or COLUMNS, sets the width.
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
@@ -50,6 +54,21 @@ def write_page(records: list[Record], page: Path, title: str, runs: Path) -> Non
     page.parent.mkdir(parents=True, exist_ok=True)
     build(records, page, title=title, runs=runs)
     out.print(f"Leaderboard: {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
+
+
+def collect_rarely() -> None:
+    """Let Python look for unreachable objects only after many new ones, while modules are imported and specs are read.
+
+    Importing torch and the strategies makes some 400,000 objects that stay. By default Python walks all of them again
+    for every few thousand new ones, and once more at exit, which took half a second of `list` and `validate`.
+    """
+    gc.set_threshold(RARELY, *USUAL[1:])
+    atexit.register(gc.freeze)  # Python's last search leaves out what is frozen
+
+
+def collect_as_usual() -> None:
+    """Undo `collect_rarely`, before a model is loaded: unreachable tensors are not to wait for so many objects."""
+    gc.set_threshold(*USUAL)
 
 
 class Progress:

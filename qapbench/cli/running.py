@@ -18,6 +18,7 @@ from .console import (
     RunsOption,
     SetOption,
     SpecArgument,
+    collect_as_usual,
     out,
     print_notes,
     write_page,
@@ -63,6 +64,7 @@ def run(
         for line in planner.shared([plan for _, plan in plans if not isinstance(plan, UserError)]).lines:
             out.print(line, highlight=False)
         return
+    collect_as_usual()
     bars = Progress()
     with bars:
         records = make_runs(specs, settings, fresh, fast, bars.report, planner)

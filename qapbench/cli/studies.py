@@ -11,7 +11,17 @@ from rich.markup import escape
 
 from qapbench.errors import UserError
 
-from .console import DeviceOption, Progress, RemoteOption, RunsOption, SetOption, SpecArgument, out, print_notes
+from .console import (
+    DeviceOption,
+    Progress,
+    RemoteOption,
+    RunsOption,
+    SetOption,
+    SpecArgument,
+    collect_as_usual,
+    out,
+    print_notes,
+)
 
 
 def explain(
@@ -37,6 +47,7 @@ def explain(
         raise UserError(f"--out {picture}: the picture is a .png file")
     settings = Settings(runs, find_device(device), trust_remote_code=trust_remote_code)
     chosen = choose_run(load_spec(spec, changes or (), Planner(runs, settings.device).check), row)
+    collect_as_usual()
     bars = Progress()
     with bars:
         explanation = explain(chosen, sample, Session(settings, bars.report))
@@ -75,6 +86,7 @@ def study_sensitivity(
     studies = studies_of(
         load_spec(spec, changes or (), Planner(runs, settings.device).check), sample, block, batch_size
     )
+    collect_as_usual()
     bars = Progress()
     with bars:
         session = Session(settings, bars.report)

@@ -6,6 +6,7 @@ against them and a YAML file can set them. Items arrive through plugins (see `pl
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -34,15 +35,18 @@ class Entry(Generic[T]):
         name: the name under which a spec finds it.
         target: the function or class that was decorated.
         params: pydantic model of its keyword parameters.
-        origin: "module.qualname (file:line)", for messages about collisions.
         default: whether the framework takes this item if a spec names none.
     """
 
     name: str
     target: Callable[..., Any]
     params: type[Params]
-    origin: str
     default: bool = False
+
+    @functools.cached_property
+    def origin(self) -> str:
+        """Where the target is defined: "module.qualname (file:line)", for messages about collisions."""
+        return _origin(self.target)
 
     @property
     def doc(self) -> str:
@@ -94,17 +98,18 @@ class Registry(Generic[T]):
 
         def decorate(target: Any) -> Any:
             self._check(target)
-            origin = _origin(target)
+            entry = Entry(name, target, params_model(f"{self.kind}:{name}", target, self._positional), default)
             held = self._entries.get(name)
-            if held and not (held.origin == origin or _is_notebook_cell(target)):
+            if held and not (held.origin == entry.origin or _is_notebook_cell(target)):
                 raise UserError(
-                    f"{self.kind} '{name}' is registered twice: by {held.origin} and by {origin}. "
+                    f"{self.kind} '{name}' is registered twice: by {held.origin} and by {entry.origin}. "
                     "Rename one, or import the package under one name only."
                 )
             if default and (other := next((e for e in self._entries.values() if e.default and e.name != name), None)):
-                raise UserError(f"{self.kind}: '{other.name}' ({other.origin}) is the default already, not {origin}")
-            params = params_model(f"{self.kind}:{name}", target, self._positional)
-            self._entries[name] = Entry(name, target, params, origin, default)
+                raise UserError(
+                    f"{self.kind}: '{other.name}' ({other.origin}) is the default already, not {entry.origin}"
+                )
+            self._entries[name] = entry
             return target
 
         return decorate
