@@ -4,8 +4,8 @@
 
 `qapbench --help` is compared to `import typer, rich`, and the commands that load no model to `import torch`, all in one
 run, each in a fresh process. The minimum over the repetitions is printed, since other work on a machine only adds time.
-Every command runs once before it is timed, so that Python has compiled its modules, as it has on a user's second day. The
-compiled modules lie in a folder of this benchmark's own, whatever the environment says of writing them.
+Every command runs once before it is timed, so that Python has compiled its modules, as it has on a user's second day.
+The compiled modules lie in a folder of this benchmark's own, whatever the environment says of writing them.
 """
 
 from __future__ import annotations
