@@ -98,7 +98,8 @@ class Registry(Generic[T]):
 
         def decorate(target: Any) -> Any:
             self._check(target)
-            entry = Entry(name, target, params_model(f"{self.kind}:{name}", target, self._positional), default)
+            params = params_model(f"{self.kind}:{name}", target, self._positional)
+            entry: Entry[T] = Entry(name, target, params, default)
             held = self._entries.get(name)
             if held and not (held.origin == entry.origin or _is_notebook_cell(target)):
                 raise UserError(
