@@ -46,7 +46,6 @@ def run(
     page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,
 ) -> None:
     """Make the runs of a spec that are missing, print the table, write the leaderboard page."""
-    from qapbench.analysis.table import ablation_table
     from qapbench.running.execute import make_runs
     from qapbench.running.planner import Planner
     from qapbench.running.settings import BATCH, Settings, find_device
@@ -64,6 +63,8 @@ def run(
         for line in planner.shared([plan for _, plan in plans if not isinstance(plan, UserError)]).lines:
             out.print(line, highlight=False)
         return
+    from qapbench.analysis.table import ablation_table  # imported here because it takes a second
+
     collect_as_usual()
     bars = Progress()
     with bars:
