@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qapbench.errors import Problem, UserError, first_line
 from qapbench.receipt import Receipt
 from qapbench.records.answer import Answer, ScoredQuestion
 from qapbench.records.record import (
@@ -25,6 +26,7 @@ from qapbench.records.store import write_lines
 from qapbench.records.tally import tally
 from qapbench.tasking.lm import AskingLM
 from qapbench.tasking.questions import Question
+from qapbench.tasking.task_file import TaskFile
 from qapbench.tasking.tasks import LoadedTask, quiet
 
 from .active_run import ActiveRun
@@ -105,27 +107,45 @@ def score(
         processor: the model's processor, whose chat template writes the prompts.
         seed: of few-shot examples.
         docs: the documents that were asked, ascending; None if all were.
+
+    Raises:
+        UserError: a function or a metric of the task fails. The answers stay stored.
     """
     from lm_eval.evaluator import evaluate
 
     lm = AskingLM(processor, answers=answers, docs=docs)
     task.task.set_fewshot_seed(seed=seed)
-    with quiet():
-        # `simple_evaluate` would also describe the machine, which takes seconds and is not used here.
-        results = evaluate(
-            lm,
-            {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
-            limit=None if docs else task.count,
-            samples={task.name: docs} if docs else None,
-            bootstrap_iters=0,
-            apply_chat_template=lm.templated,
-        )
+    try:
+        with quiet():
+            # `simple_evaluate` would also describe the machine, which takes seconds and is not used here.
+            results = evaluate(
+                lm,
+                {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
+                limit=None if docs else task.count,
+                samples={task.name: docs} if docs else None,
+                bootstrap_iters=0,
+                apply_chat_template=lm.templated,
+            )
+    except Exception as error:  # the functions and metrics that a task's YAML names have no common base
+        if not isinstance(task.source, TaskFile):
+            raise
+        what = f"{task.source.path}: scoring fails: {type(error).__name__}: {first_line(error)} (answers are kept)"
+        raise UserError(Problem(what, ("task",))) from error
     (samples,) = results["samples"].values()
     names = [*task.columns, "unparsed"]
     first = {
         sample["doc_id"]: sample for sample in reversed(samples)
     }  # a task with several filters has several samples per document: the first counts
     return [
-        ScoredQuestion(id=task.ids[doc], doc=doc, metrics={name: sample[name] for name in names if name in sample})
+        ScoredQuestion(
+            id=task.ids[doc], doc=doc, metrics={name: _plain(sample[name]) for name in names if name in sample}
+        )
         for doc, sample in sorted(first.items())
     ]
+
+
+def _plain(value: Any) -> Any:
+    """A question's score as JSON can hold it: metrics of lm-eval's may be tuples and arrays, which are summed up later."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -196,7 +196,9 @@ class TaskSpec(Strict):
     """The task that is asked.
 
     Attributes:
-        name: a task of this project, or any task of lm-eval's.
+        name: a task of this project, any task of lm-eval's, or the path of an lm-eval YAML file (.yaml or .yml).
+        include_path: folder of the user's own lm-eval YAML files, in which the name is looked up; None looks it up among
+            the tasks of this project and lm-eval's.
         data: a parquet file, or a hub id; None takes the task's own data.
         limit: number of questions, taken from the front; None asks all.
         prompt: name of a prompt that the task knows; None takes its default.
@@ -205,11 +207,23 @@ class TaskSpec(Strict):
     """
 
     name: str
+    include_path: str | None = None
     data: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     prompt: str | None = None
     parser: str | None = None
     answers: Literal["letter", "generate"] = "letter"
+
+    @property
+    def names_file(self) -> bool:
+        """Whether the name is the path of a YAML file."""
+        return self.name.lower().endswith((".yaml", ".yml"))
+
+    @model_validator(mode="after")
+    def _found_in_one_place(self) -> TaskSpec:
+        if self.names_file and self.include_path is not None:
+            raise ValueError(f"`include_path` is for a task's name, and '{self.name}' is a file; leave one of them out")
+        return self
 
 
 class RunSpec(Strict):
@@ -302,7 +316,8 @@ class RunSpec(Strict):
             task: options of the task with its own defaults filled in; None hashes them as they are written.
         """
         fields = self.model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins", "dtype"})
-        fields["task"].pop("data")
+        for path in ("data", "include_path"):
+            fields["task"].pop(path)
         if fields["quantize"] and fields["quantize"]["calibration"]:
             fields["quantize"]["calibration"].pop("data")
         fields["task"] |= task or {}

@@ -209,10 +209,9 @@ def _at(spec: RunSpec, folder: Path) -> RunSpec:
         folder: folder of the spec file.
     """
     paths = {name: _beside(value, folder) for name in ("model", "text_tower") if (value := getattr(spec, name))}
-    task = spec.task
-    if task.data:
-        task = task.model_copy(update={"data": _beside(task.data, folder)})
-    return spec.model_copy(update={**paths, "task": task})
+    named = ("data", "include_path", *(["name"] if spec.task.names_file else []))
+    own = {name: _beside(value, folder) for name in named if (value := getattr(spec.task, name))}
+    return spec.model_copy(update={**paths, "task": spec.task.model_copy(update=own)})
 
 
 def _located(

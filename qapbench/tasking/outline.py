@@ -14,6 +14,7 @@ from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import CalibrationSpec, TaskSpec
 
 from .registry import LETTER, TaskSource, tasks
+from .task_file import TaskFile
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class TaskOutline:
         fingerprint: hash of the data; the SHA-256 in hexadecimal if they are a file.
         count: number of questions that will be asked, `limit` taken into account.
         letter: whether questions are answered by the most likely option, not by generated text.
-        source: source of a registered task; None for a task of lm-eval's, which the version of lm-eval identifies.
+        source: source of a registered task, or the user's own YAML file of one; None for a task that comes with
+            lm-eval, whose version identifies it.
         stored_parser: name of the parser for outputs that another code base stored; None if there is none.
     """
 
@@ -45,7 +47,7 @@ class TaskOutline:
     fingerprint: str
     count: int
     letter: bool
-    source: TaskSource | None = None
+    source: TaskSource | TaskFile | None = None
     stored_parser: str | None = None
 
     @cached_property
@@ -55,7 +57,7 @@ class TaskOutline:
 
     @cached_property
     def code(self) -> str:
-        """Hash of the task's own files; "" for a task of lm-eval's."""
+        """Hash of the task's own files; "" for a task that comes with lm-eval."""
         return self.source.code() if self.source else ""
 
     def images(self, doc: int) -> Sequence[Any]:

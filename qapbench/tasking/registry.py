@@ -12,25 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qapbench.errors import UserError
 from qapbench.hashing import code_files, digest_files
 from qapbench.methods.registry import Entry, Registry
 
+from .task_yaml import included, read_config
+
 LETTER = "_letter"
 """Suffix of the variant of a task that scores one log-likelihood per option instead of generating text."""
-
-
-class _Reader(yaml.SafeLoader):
-    """YAML's safe loader, which reads lm-eval's `!function module.name` as that text."""
-
-
-def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
-    return str(loader.construct_scalar(node))
-
-
-_Reader.add_constructor("!function", _text)
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,7 @@ class TaskSource:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The task's YAML, merged with the files that it includes. Functions are given by their names."""
-        return _config(self.folder / f"{self.name}.yaml")
+        return read_config(self.folder / f"{self.name}.yaml")
 
     @property
     def columns(self) -> list[str]:
@@ -66,25 +55,10 @@ class TaskSource:
 
     def code(self) -> str:
         """Hash of the task's YAML files, and of the code that reads, prompts and scores it."""
-        files = {f"yaml {path.name}": path for path in _included(self.folder / f"{self.name}.yaml")}
-        if self.has_letters:
-            files |= {f"yaml {path.name}": path for path in _included(self.folder / f"{self.name}{LETTER}.yaml")}
+        names = [self.name, self.name + LETTER] if self.has_letters else [self.name]
+        files = {f"yaml {path.name}": path for name in names for path in included(self.folder / f"{name}.yaml")}
         source = inspect.getsourcefile(inspect.unwrap(self.read))
         return digest_files(files | (code_files(Path(source), self.module) if source else {}))
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """A YAML file, merged over the files that it includes."""
-    data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)  # safe: _Reader makes plain data only
-    below = _config(path.parent / data.pop("include")) if "include" in data else {}
-    metadata = {**(below.get("metadata") or {}), **(data.get("metadata") or {})}
-    return {**below, **data, "metadata": metadata}
-
-
-def _included(path: Path) -> list[Path]:
-    """A YAML file and all files that it includes."""
-    data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)  # safe, as above
-    return [path, *(_included(path.parent / data["include"]) if "include" in data else [])]
 
 
 def _check(target: Any) -> None:

@@ -1,4 +1,4 @@
-"""Finds tasks by name and loads them: registered tasks, and all tasks of lm-eval's."""
+"""Finds tasks by name and loads them: registered tasks, the user's own YAML files, and all tasks of lm-eval's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qapbench.spec.run_spec import TaskSpec
 from .index import TaskIndex, lm_eval_folder, lm_eval_index
 from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, unknown_task
 from .registry import LETTER, tasks
+from .task_file import TaskFile, find_task_file
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -57,14 +58,16 @@ def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
     Raises:
         UserError: as `load_task`.
     """
-    return read_outline(spec, seed) if spec.name in tasks else load_task(spec, seed)
+    own = find_task_file(spec)
+    return read_outline(spec, seed) if own is None and spec.name in tasks else load_task(spec, seed)
 
 
 def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
     """Find a task and read its data.
 
-    Registered tasks come first. Any other name is looked up among lm-eval's tasks, which bring their own data, prompt
-    and way of answering, so a spec that asks for others is refused.
+    A file of the user's own comes first, if the spec names a file or a folder; then come registered tasks. Any other name
+    is looked up among lm-eval's tasks. These and the user's files bring their own data, prompt and way of answering, so
+    a spec that asks for others is refused.
 
     Args:
         spec: the task and its options.
@@ -73,11 +76,14 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
     Raises:
         UserError: there is no such task, it does not have one of the options, or its data cannot be read.
     """
-    if spec.name not in tasks:
-        _refuse_unknown(spec.name)  # before lm-eval is imported, which takes seconds
+    own = find_task_file(spec)
+    registered = own is None and spec.name in tasks
+    if not registered:
+        if own is None:
+            _refuse_unknown(spec.name)  # before lm-eval is imported, which takes seconds
         _refuse_options(spec)
     with quiet():
-        return _load_registered(spec, seed) if spec.name in tasks else _load_from_lm_eval(spec)
+        return _load_registered(spec, seed) if registered else _load_from_lm_eval(spec, own)
 
 
 def _load_registered(spec: TaskSpec, seed: int) -> LoadedTask:
@@ -111,31 +117,37 @@ def _refuse_unknown(name: str) -> None:
         raise unknown_task(name, close or tasks.names())
 
 
-def _load_from_lm_eval(spec: TaskSpec) -> LoadedTask:
+def _load_from_lm_eval(spec: TaskSpec, own: TaskFile | None) -> LoadedTask:
+    """Load a task of lm-eval's, or of a file of the user's."""
+    name = own.name if own else spec.name
+    where = own.path if own else spec.name
     try:
-        task = _only_task(spec.name, _lm_eval_manager(spec.name, lm_eval_index()).load([spec.name])["tasks"])
+        manager = _manager([own.path.parent], {}) if own else _lm_eval_manager(name, lm_eval_index())
+        task = _only_task(name, manager.load([str(own.path) if own else name])["tasks"])
     except UserError:
         raise
-    except Exception as error:  # lm-eval, datasets and the hub have no common base
-        message = f"lm-eval cannot load '{spec.name}': {first_line(error)}"
+    except Exception as error:  # lm-eval, datasets, the hub and the functions of a user's file have no common base
+        message = f"lm-eval cannot load '{where}': {type(error).__name__}: {first_line(error)}"
         raise UserError(Problem(message, ("task", "name"))) from None
     letter = task.OUTPUT_TYPE == "multiple_choice"
     if "answers" in spec.model_fields_set and (spec.answers == "generate") != (task.OUTPUT_TYPE == "generate_until"):
-        message = f"lm-eval's task '{spec.name}' is of the kind {task.OUTPUT_TYPE}; leave `answers` out"
+        message = f"task '{name}' is of the kind {task.OUTPUT_TYPE}; leave `answers` out"
         raise UserError(Problem(message, ("task", "answers")))
     docs, metadata = task.eval_docs, task.get_config("metadata") or {}
     count = min(spec.limit or len(docs), len(docs))
+    asked = {"limit": count, "answers": "letter" if letter else "generate", "prompt": None, "parser": None}
     return LoadedTask(
-        name=spec.name,
+        name=name,
         docs=docs,
         columns=[str(name) for name in task.aggregation() if name != UNPARSED],
         unavailable={},
         embedded=bool(metadata.get("embedded")),
-        asked={"limit": count, "answers": "letter" if letter else "generate", "prompt": None, "parser": None},
+        asked=asked | ({"name": name} if own else {}),  # the name in the spec may be a path
         stand_in="",
         fingerprint=_fingerprint(docs),
         count=count,
         letter=letter,
+        source=own,
         task=task,
     )
 
