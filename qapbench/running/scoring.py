@@ -145,7 +145,7 @@ def score(
 
 
 def _plain(value: Any) -> Any:
-    """A question's score as JSON can hold it: metrics of lm-eval's may be tuples and arrays, which are summed up later."""
+    """A question's score as JSON can hold it: some metrics of lm-eval's give a tuple or an array per question."""
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return value.tolist() if hasattr(value, "tolist") else value

@@ -197,8 +197,8 @@ class TaskSpec(Strict):
 
     Attributes:
         name: a task of this project, any task of lm-eval's, or the path of an lm-eval YAML file (.yaml or .yml).
-        include_path: folder of the user's own lm-eval YAML files, in which the name is looked up; None looks it up among
-            the tasks of this project and lm-eval's.
+        include_path: folder of the user's own lm-eval YAML files, in which the name is looked up; None looks it up
+            among the tasks of this project and lm-eval's.
         data: a parquet file, or a hub id; None takes the task's own data.
         limit: number of questions, taken from the front; None asks all.
         prompt: name of a prompt that the task knows; None takes its default.

@@ -65,9 +65,9 @@ def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
 def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
     """Find a task and read its data.
 
-    A file of the user's own comes first, if the spec names a file or a folder; then come registered tasks. Any other name
-    is looked up among lm-eval's tasks. These and the user's files bring their own data, prompt and way of answering, so
-    a spec that asks for others is refused.
+    A file of the user's own comes first, if the spec names a file or a folder; then come registered tasks. Any other
+    name is looked up among lm-eval's tasks. These and the user's files bring their own data, prompt and way of
+    answering, so a spec that asks for others is refused.
 
     Args:
         spec: the task and its options.
