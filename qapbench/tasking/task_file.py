@@ -31,7 +31,7 @@ class TaskFile:
 
         A module that lies beside no YAML file is an installed package, whose version is not looked at.
         """
-        files = {}
+        files: dict[str, Path] = {}
         for path in included(self.path):
             files[f"yaml {path.name} {len(files)}"] = path
             for function in function_names(read_file(path)):
