@@ -102,12 +102,14 @@ class DecoderPruning:
             The images after pruning; empty until the prompt has left the last layer.
 
         Raises:
-            UserError: there is no text after an image.
+            UserError: tokens of an image are to be dropped, and no text of the prompt follows it.
         """
         for view in view_states:
-            if not len(view.text):
-                raise UserError(f"{self._name} reads the text behind an image, and a prompt has none")
             view.budgets = self._stages(len(view.entered), view.keep)
+            if view.budgets and not len(view.text):
+                raise UserError(
+                    f"{self._name} reads the text behind an image, and a prompt has none (labelled text is an answer)"
+                )
         valid = mask.bool()
         columns = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
         layout = TokenLayout.of(columns, valid)

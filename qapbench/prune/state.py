@@ -68,7 +68,7 @@ class ViewState:
 
 
 def view_states(
-    encoded: EncodedImages, budgets: list[list[int]], spans: list[tuple[int, Tensor]], asked: Tensor
+    encoded: EncodedImages, budgets: list[list[int]], spans: list[tuple[int, Tensor]], asked: list[Tensor]
 ) -> list[ViewState]:
     """Make the states of all views of a call, in the order of their images.
 
@@ -76,14 +76,14 @@ def view_states(
         encoded: the images of the call.
         budgets: tokens that each view keeps, listed like `encoded.views`.
         spans: row and columns of each image's placeholders, from `image_columns`.
-        asked: [B, L] bool, True for the text of the prompt without its answer.
+        asked: for each image, [L] bool, True for the text of its row that the pruner may read.
     """
-    columns = torch.arange(asked.shape[1], device=asked.device)
     found = []
     for views, keeps in zip(encoded.views, budgets, strict=True):
         for image, places, keep in zip(views.owners, views.places, keeps, strict=True):
             row, own = spans[image]
-            text = columns[asked[row] & (columns > own[-1])]
+            text = asked[image].nonzero()[:, 0]
+            text = text[text > own[-1]]
             found.append(ViewState(image, row, keep, text, own[places], places, views.tokens.grid))
     return sorted(found, key=lambda view: view.image)
 
