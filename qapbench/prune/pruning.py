@@ -35,6 +35,7 @@ from .splice import (
     splice,
 )
 from .state import view_states
+from .turns import filled
 
 PER_TOKEN = {"labels": UNLABELLED, "mm_token_type_ids": 0, "token_type_ids": 0}
 """Inputs with one value per token, besides ids, mask and positions -> their padding. The loss skips labels of -100."""
@@ -117,12 +118,17 @@ class Pruning:
         """
         if kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
             raise UserError("pruning needs input_ids with image placeholders; inputs_embeds cannot be pruned")
-        if kwargs.get("past_key_values") is not None:
-            raise UserError("pruning starts at the prompt: call without past_key_values")
+        if filled(kwargs.get("past_key_values")):
+            raise UserError("pruning starts at the prompt: call without past_key_values, or with an empty cache")
         if kwargs.get("attention_mask") is None:
             kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+        if kwargs["attention_mask"].ndim != 2:
+            raise UserError("attention_mask: pruning needs one value for each token, [batch, length]")
         pruned = self.prune(kwargs, self.family.encode_images(kwargs, self.needs), relevance_text)
         ready = {**pruned.inputs, **self.family.encoded(pruned.features)}
+        same = all(torch.equal(ready[name], kwargs[name]) for name in ("input_ids", "attention_mask"))
+        if same and self.family.positions(kwargs) is None:  # nothing was removed: the model counts as it would alone
+            ready["position_ids"] = kwargs.get("position_ids")
         if pruned.inside is None:
             for image in pruned.chosen or ():
                 self.receipt.saw_image(image.available, len(image.indices), image.merged, image.separators)

@@ -44,11 +44,17 @@ def test_an_empty_spec_is_the_hugging_face_path(model: Any, three: dict[str, Any
 
 
 @pytest.mark.parametrize("method", pruners.names())
-def test_keeping_everything_changes_nothing(method: str, model: Any, one: dict[str, Any], processor: Any) -> None:
-    plain, text = logits(model, one), tokens(model, one)
+def test_keeping_everything_changes_nothing(
+    method: str, model: Any, one: dict[str, Any], three: dict[str, Any], processor: Any
+) -> None:
+    """Also of a padded batch, without a mask, and where all of the text is labelled."""
+    bare = {name: value for name, value in one.items() if name != "attention_mask"}
+    labelled = {**one, "labels": one["input_ids"]}
+    calls = (one, three, bare, labelled)
+    plain, text = [logits(model, call) for call in calls], [tokens(model, call) for call in (one, three)]
     with compress(model, prune(method, TOKENS), processor):
-        assert torch.equal(logits(model, one), plain)
-        assert torch.equal(tokens(model, one), text)
+        assert all(torch.equal(logits(model, call), expected) for call, expected in zip(calls, plain, strict=True))
+        assert all(torch.equal(tokens(model, call), found) for call, found in zip((one, three), text, strict=True))
 
 
 @pytest.mark.parametrize("method", pruners.names())
