@@ -44,7 +44,7 @@ def compress(
     accept `relevance_text=[...]`, one question per image, for pruners that compare the image with the question. If it
     is not given, they read the prompt. An answer has no say in which tokens are kept: in a call with `labels`, the
     prompt of an image ends before the first token behind it that has a label other than -100. Without `labels` the
-    whole text is the prompt.
+    whole text is the prompt. What other arguments of the two calls do is listed in docs/pruners.md.
 
     Args:
         model: a Hugging Face model of a supported family.

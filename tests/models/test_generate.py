@@ -9,7 +9,10 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
 
 from qapbench import DecoderPruner, UserError, compress, pruners
-from qapbench.models.family import families
+from qapbench.models.family import families, family_of
+from qapbench.prune.build import build_pruning
+from qapbench.receipt import Receipt
+from qapbench.spec.run_spec import PruneSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INSIDE = [entry.name for entry in pruners if issubclass(entry.target, DecoderPruner)]  # type: ignore[arg-type]
@@ -126,6 +129,25 @@ def test_without_a_cache_every_token_is_pruned(method: str, model: Any, three: d
         assert torch.equal(told(model, three).sequences, cached.sequences)
     model.generation_config.use_cache = True
     assert not torch.equal(torch.stack(told(model, three).logits), torch.stack(cached.logits))
+
+
+@pytest.mark.parametrize("method", INSIDE)
+def test_a_run_on_a_checkpoint_without_a_cache(method: str, model: Any, one: dict[str, Any]) -> None:
+    """Runs open the context of the prompt themselves, and the checkpoint says `use_cache: false`."""
+    family = family_of(model)
+    spec = PruneSpec.model_validate({"method": method, "keep": KEEP})
+    pruning = build_pruning(family, spec, Receipt())
+    pruned = pruning.prune(one, family.encode_images(one, pruning.needs))
+    assert pruned.inside is not None
+    found = []
+    for cached in (True, False):
+        model.generation_config.use_cache = cached
+        with pruned.inside() as images:
+            found.append(told(model, {**pruned.inputs, **family.encoded(pruned.features)}))
+        assert [len(image.indices) + image.merged for image in images()] == [KEEP]
+    with_cache, without = found
+    assert torch.equal(without.sequences, with_cache.sequences)
+    torch.testing.assert_close(torch.stack(without.logits), torch.stack(with_cache.logits), rtol=1e-4, atol=1e-4)
 
 
 @each_side
