@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +67,9 @@ class ShortenedPrompt:
         kwargs = dict(kwargs)
         self._limit(model, kwargs, "max_length", "max_new_tokens")
         self._limit(model, kwargs, "min_length", "min_new_tokens")
-        for name, wrap in (("stopping_criteria", Whole), ("logits_processor", Whole)):
+        for name in ("stopping_criteria", "logits_processor"):
             if kwargs.get(name):
-                kwargs[name] = type(kwargs[name])(self._adapted(one, wrap) for one in kwargs[name])
+                kwargs[name] = type(kwargs[name])(self._adapted(one) for one in kwargs[name])
         if (allowed := kwargs.get("prefix_allowed_tokens_fn")) is not None:
             kwargs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
                 row, torch.cat([self.ids[row].to(ids.device), ids[self.length :]])
@@ -95,13 +94,13 @@ class ShortenedPrompt:
         else:
             kwargs[name] = lowered
 
-    def _adapted(self, one: Any, wrap: Callable[[Any, ShortenedPrompt], Any]) -> Any:
+    def _adapted(self, one: Any) -> Any:
         """A criterion or a processor that judges as it would without pruning.
 
         Those of transformers keep their type, by which `generate` tells them from its defaults.
         """
         if not type(one).__module__.startswith("transformers."):
-            return wrap(one, self)
+            return Whole(one, self)
         counts = {name: value for name in COUNTING if isinstance(value := getattr(one, name, None), int)}
         if not counts:
             return one
@@ -152,10 +151,8 @@ class WholeStreamer:
 
 def option(model: Any, kwargs: dict[str, Any], name: str) -> Any:
     """An option as `generate` takes it: the argument, or that of the generation config, or of the model's own."""
-    for value in (
-        kwargs.get(name),
-        *(getattr(config, name, None) for config in (kwargs.get("generation_config"), model.generation_config)),
-    ):
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    for value in (kwargs.get(name), *(getattr(config, name, None) for config in configs)):
         if value is not None:
             return value
     return None
