@@ -42,12 +42,14 @@ def compress(
     prompt in front of the new tokens, so the usual `out[:, inputs.input_ids.shape[1]:]` holds. The logits of a plain
     forward pass have the length of the shortened sequence. Inputs may be batched, and padded on either side. Both calls
     accept `relevance_text=[...]`, one question per image, for pruners that compare the image with the question. If it
-    is not given, the prompt is decoded with `processor`.
+    is not given, they read the prompt. An answer has no say in which tokens are kept: in a call with `labels`, the
+    prompt of an image ends before the first token behind it that has a label other than -100. Without `labels` the
+    whole text is the prompt. What other arguments of the two calls do is listed in docs/pruners.md.
 
     Args:
         model: a Hugging Face model of a supported family.
         spec: a RunSpec, or a mapping with `quantize`, `prune` or both, written as in a spec file.
-        processor: the model's processor, to decode questions; the tokenizer in the model's folder if None.
+        processor: the model's processor, to read questions; the tokenizer in the model's folder if None.
         text_tower: CLIP checkpoint with the joint embedding space of the model's vision tower: a folder, a hub id, or a
             loaded one.
         calibration: samples for methods that calibrate: `CalibrationSamples`, or a sequence of the model's keyword

@@ -125,7 +125,7 @@ class QuestionReader:
     """Computes the fields of `VisionTokens` that concern the question.
 
     With a text tower, image and question are embedded in its joint space. Without one, both come from the language
-    model: the projected tokens, and the mean embedding of the prompt's tokens.
+    model: the projected tokens, and the mean embedding of the question's tokens.
 
     Args:
         needs: fields that the pruner reads; those outside FIELDS are ignored.
@@ -150,11 +150,17 @@ class QuestionReader:
         """Whether the question is needed as text, and not only as token ids."""
         return self.tower is not None and "text_embeds" in self.needs
 
+    @property
+    def needs_words(self) -> bool:
+        """Whether a question given as text is needed as token ids of the language model, for want of a text tower."""
+        return self.tower is None and "text_embeds" in self.needs
+
     def fields(
         self,
         image: VisionTokens,
         text: str | None,
         prompt: Tensor,
+        given: Tensor | None = None,
         of_image: dict[Hashable, Any] | None = None,
         of_question: dict[Hashable, Any] | None = None,
     ) -> dict[str, Tensor]:
@@ -163,7 +169,9 @@ class QuestionReader:
         Args:
             image: the image's tokens, one row for each of its B views.
             text: the question, for the text tower.
-            prompt: [L] token ids of the prompt without placeholders and padding.
+            prompt: [L] token ids of the prompt without placeholders, padding and answer.
+            given: [L] token ids of a question that is to take the place of the prompt where there is no text tower;
+                None takes the prompt.
             of_image: earlier results for this image, to which new ones are added.
             of_question: earlier results for this image and question, to which new ones are added.
 
@@ -174,7 +182,8 @@ class QuestionReader:
         embedded = memoized(of_question, "prompt_embeds", lambda: self.embed(prompt).unsqueeze(0))
         tower = self.tower
         if tower is None:
-            mean = embedded.mean(dim=1, keepdim=True)
+            words = embedded if given is None else self.embed(given).unsqueeze(0)
+            mean = words.mean(dim=1, keepdim=True)
             found = {"image_embeds": image.projected, "text_embeds": mean, "prompt_embeds": embedded}
         else:
             found = {"prompt_embeds": embedded}

@@ -34,7 +34,7 @@ def build_pruning(
         family: the model.
         spec: the `prune` section.
         receipt: counts kept tokens, and notes fallbacks.
-        processor: decodes the question if a call gives none; the tokenizer in the model's folder if None.
+        processor: reads and writes the question's text; the tokenizer in the model's folder if None.
         tower: text tower that `compress` was given: a loaded one, a folder, or a hub id.
         owner: text tower that the spec names, used if `tower` is None.
         on_images: called with the images of every prompt of a wrapped call, after pruning.
@@ -57,8 +57,6 @@ def build_pruning(
         receipt.fall_back(f"{name}: this model has none, and {spec.method} does without")
     joint = joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
     reader = QuestionReader(frozenset() if inside else pruner.needs, joint, family.model.get_input_embeddings())
-    if reader.needs_text and processor is None:
-        processor = _own_tokenizer(family)
     sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None
     return Pruning(family, spec, pruner, sensitivity, reader, receipt, processor, on_view, on_images)
 
@@ -90,13 +88,3 @@ def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt)
         receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
         return None
     return load_tower(folder, family.clip_width, family.model.device)
-
-
-def _own_tokenizer(family: Family) -> Any:
-    """The tokenizer in the model's folder, which decodes prompts; None if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(family.model.name_or_path)
-    except (OSError, ValueError):
-        return None

@@ -13,9 +13,16 @@ from torch import Tensor
 
 from qapbench.errors import UserError
 
+from .generation import ShortenedPrompt, refuse
 from .pruning import Pruning
+from .turns import CACHES, CachedPrompt, cache_of, filled
 
 VIDEO = "pixel_values_videos"
+READY = {
+    "inputs_embeds": "inputs_embeds, in which images cannot be told from text,",
+    "mm_encoder_outputs": "ready features",
+}
+"""Arguments that may bring images in a form that pruning does not see -> how a message calls them."""
 
 
 class PrunedCalls:
@@ -28,6 +35,7 @@ class PrunedCalls:
     def __init__(self, pruning: Pruning) -> None:
         self.pruning = pruning
         self.family = pruning.family
+        self._generating = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -56,54 +64,134 @@ class PrunedCalls:
         def pruned(*args: Any, relevance_text: list[str] | None = None, **kwargs: Any) -> Any:
             if args:
                 kwargs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-            if not self._has_images(kwargs):
+            if self._generating:  # the prompt is pruned already
                 return forward(**kwargs)
+            if not self._has_images(kwargs):
+                return forward(**self._behind(kwargs))
+            self._check_training()
             with self.pruning.shortened(kwargs, relevance_text) as short:
-                return forward(**short)
+                columns = kwargs["input_ids"].shape[1]
+                if isinstance(kwargs.get("logits_to_keep"), Tensor) and short["input_ids"].shape[1] != columns:
+                    raise UserError("logits_to_keep: give a number, because the columns of a pruned prompt are others")
+                output = forward(**short)
+            self._remember(kwargs, short, cache_of(output))
+            return output
 
         return pruned
 
     def _wrap_generate(self, generate: Any) -> Any:
+        names = list(inspect.signature(generate).parameters)
+
         @functools.wraps(generate)
-        def pruned(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            relevance_text = kwargs.pop("relevance_text", None)
-            if inputs is not None:
+        def pruned(*args: Any, relevance_text: list[str] | None = None, **kwargs: Any) -> Any:
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            if (inputs := kwargs.pop("inputs", None)) is not None:
                 kwargs["input_ids"] = inputs
-            if not self._has_images(kwargs):
-                return generate(None, *args, **kwargs)
-            prompt = kwargs["input_ids"]
-            with self.pruning.shortened(kwargs, relevance_text) as short:
-                removed = prompt.shape[1] - short["input_ids"].shape[1]
-                if short.get("max_length") is not None:  # it counts the prompt, which is shorter now
-                    short["max_length"] -= removed
-                output = generate(None, *args, **short)
-            return _with_prompt(output, prompt, short["input_ids"].shape[1])
+            with self._own_calls():
+                if not self._has_images(kwargs):
+                    return self._turn(generate, kwargs)
+                refuse(self.family.model, kwargs)
+                with self.pruning.shortened(kwargs, relevance_text) as short:
+                    output = self._generated(generate, kwargs["input_ids"], short)
+                given = kwargs.get("past_key_values")
+                self._remember(kwargs, short, cache_of(output) if given is None else given)
+                return output
 
         return pruned
+
+    @contextlib.contextmanager
+    def _own_calls(self) -> Iterator[None]:
+        """While the context is open, `forward` is called by `generate` and left alone."""
+        held, self._generating = self._generating, True
+        try:
+            yield
+        finally:
+            self._generating = held
+
+    def _generated(self, generate: Any, ids: Tensor, short: dict[str, Any]) -> Any:
+        """The output of `generate`, with the caller's own prompt in front of the new tokens.
+
+        Args:
+            generate: the model's own.
+            ids: [B, L] ids of the caller's prompt.
+            short: the keyword arguments with the shortened prompt.
+        """
+        prompt = ShortenedPrompt(ids, short["input_ids"].shape[1])
+        output = generate(**prompt.arguments(self.family.model, short))
+        if isinstance(output, Tensor):
+            return prompt.whole(output)
+        output.sequences = prompt.whole(output.sequences)
+        return output
+
+    def _turn(self, generate: Any, kwargs: dict[str, Any]) -> Any:
+        """`generate` without images: of a text, or of a further turn on the cache of a pruned prompt."""
+        cached, cache = self._cached(kwargs)
+        if cached is None:
+            return generate(**kwargs)
+        refuse(self.family.model, kwargs)
+        if cached.decoder is not None:  # the cache's first layer holds the whole prompt
+            return generate(**kwargs)
+        return self._generated(generate, kwargs["input_ids"], cached.turn(cache, kwargs))
+
+    def _behind(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `forward` without images: of a text, or of new tokens behind a pruned prompt."""
+        cached, cache = self._cached(kwargs)
+        return kwargs if cached is None or cached.decoder is not None else cached.following(cache, kwargs)
+
+    def _cached(self, kwargs: dict[str, Any]) -> tuple[CachedPrompt | None, Any]:
+        """(what is known of the pruned prompt in a call's KV cache, the cache); None if it holds no such prompt."""
+        cache = kwargs.get("past_key_values")
+        cached = CACHES.get(cache) if filled(cache) else None
+        if cached is not None:
+            cached.check(cache, len(kwargs["input_ids"]), self.pruning.decoder)
+        return cached, cache
+
+    def _remember(self, kwargs: dict[str, Any], short: dict[str, Any], cache: Any) -> None:
+        """Note what a KV cache holds of a prompt that was pruned.
+
+        Args:
+            kwargs: the caller's arguments.
+            short: those with the shortened prompt.
+            cache: the cache that the call filled; None if there is none.
+        """
+        if cache is None:
+            return
+        CACHES.pop(cache, None)
+        ids, mask = short["input_ids"], short["attention_mask"]
+        positions = short.get("position_ids")
+        if positions is None and self.pruning.decoder is None:
+            return  # nothing was removed
+        if positions is None:
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        counted = positions.ndim == 2 and self.pruning.spec.positions != "keep"
+        CACHES[cache] = CachedPrompt(kwargs["input_ids"], ids, mask, positions, counted, self.pruning.decoder)
+
+    def _check_training(self) -> None:
+        """Refuse training of the vision tower or the projector, whose gradients end at the selection.
+
+        Raises:
+            UserError: one of their weights would be trained.
+        """
+        if not (self.family.model.training and torch.is_grad_enabled()):
+            return
+        parts = (self.family.parts[name] for name in ("vision", "projector"))
+        if any(weight.requires_grad for part in parts for weight in part.parameters()):
+            raise UserError(
+                "model: no gradient passes through pruning to the vision tower and the projector; freeze both with "
+                "`requires_grad_(False)`, or call `model.eval()`"
+            )
 
     def _has_images(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call brings images.
 
         Raises:
-            UserError: it brings videos.
+            UserError: it brings videos, or images in a form that cannot be pruned.
         """
         if kwargs.get(VIDEO) is not None:
             raise UserError(f"{VIDEO}: videos cannot be pruned, only images")
+        for name in READY:
+            if kwargs.get(name) is not None:
+                raise UserError(
+                    f"{name}: {READY[name]} cannot be pruned; give input_ids with image placeholders, and pixel_values"
+                )
         return kwargs.get(self.family.image_inputs[0]) is not None
-
-
-def _with_prompt(output: Any, prompt: Tensor, cut: int) -> Any:
-    """The output of `generate` with the caller's own prompt in front of the new tokens.
-
-    Args:
-        output: sequences, or an output object that holds them.
-        prompt: [B, L] ids of the caller's prompt.
-        cut: length of the shortened prompt.
-    """
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    repeats = sequences.shape[0] // prompt.shape[0]
-    whole = torch.cat([prompt.repeat_interleave(repeats, dim=0), sequences[:, cut:]], dim=1)
-    if isinstance(output, Tensor):
-        return whole
-    output.sequences = whole
-    return output

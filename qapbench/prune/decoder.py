@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,6 +59,7 @@ class DecoderPruning:
         self.on_view = on_view
         self._installed = False
         self._announced: DecoderState | None = None  # the prompt that the next call brings
+        self._pristine: DecoderState | None = None  # the open prompt before any call
         self._now: DecoderState | None = None  # the prompt that is passing through the layers
         self._passed: WeakKeyDictionary[Any, DecoderState] = WeakKeyDictionary()  # KV cache -> prompt that filled it
         self._projected: dict[nn.Module, Tensor] = {}  # query and key projections before a drop -> their outputs
@@ -102,23 +104,25 @@ class DecoderPruning:
             The images after pruning; empty until the prompt has left the last layer.
 
         Raises:
-            UserError: there is no text after an image.
+            UserError: tokens of an image are to be dropped, and no text of the prompt follows it.
         """
         for view in view_states:
-            if not len(view.text):
-                raise UserError(f"{self._name} reads the text behind an image, and a prompt has none")
             view.budgets = self._stages(len(view.entered), view.keep)
+            if view.budgets and not len(view.text):
+                raise UserError(
+                    f"{self._name} reads the text behind an image, and a prompt has none (labelled text is an answer)"
+                )
         valid = mask.bool()
         columns = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
         layout = TokenLayout.of(columns, valid)
-        state = DecoderState(view_states, images, [layout] * len(self.layers))
-        self._announced = state
+        self._pristine = DecoderState(view_states, images, [layout] * len(self.layers))
+        self._announced = state = replace(self._pristine)
         try:
             yield state.kept
             if self._announced is not None:
                 raise RuntimeError(f"{self._name}: the prompt never reached the decoder's layers")
         finally:
-            self._announced = self._now = None
+            self._announced = self._pristine = self._now = None
             self._projected.clear()
 
     def _stages(self, count: int, keep: int) -> dict[int, int]:
@@ -146,8 +150,10 @@ class DecoderPruning:
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             past = kwargs.get("past_key_values")
+            if index == 0 and self._announced is None and past is None and self._pristine is not None:
+                self._announced = replace(self._pristine, again=True)  # without a cache every token passes each time
             if self._announced is not None:
-                self._begin(args[0], past)
+                self._begin(layer, args[0], past)
             state = self._now
             if state is None:
                 return self._decode(index, args, kwargs)
@@ -162,19 +168,27 @@ class DecoderPruning:
 
         return hook
 
-    def _begin(self, hidden: Tensor, past: Any) -> None:
+    def _begin(self, layer: nn.Module, hidden: Tensor, past: Any) -> None:
         """Take up the announced prompt, which has reached the first layer.
 
         Args:
+            layer: the first layer.
             hidden: [B, L, D] hidden states.
             past: the KV cache, or None.
+
+        Raises:
+            UserError: the layers are called in a way under which they cannot have different lengths.
         """
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise UserError(f"{self._name}: gradient checkpointing runs layers again, when tokens are dropped already")
         if getattr(past, "is_compileable", False):
             raise UserError(f"{self._name}: layers of different lengths need a dynamic KV cache, not a static one")
         state, self._announced = self._announced, None
         self._now = state
         if state is None:
             return
+        if hidden.shape[1] < state.layouts[0].columns.shape[1]:
+            raise UserError(f"{self._name}: the prompt has to pass in one piece; leave out prefill_chunk_size")
         state.enter(*hidden.shape[:2])
         if past is not None:
             self._passed[past] = state
@@ -188,7 +202,8 @@ class DecoderPruning:
         if state is None or state.whole(index):
             return None
         batch, fresh = args[0].shape[:2]
-        layout, prompt = state.layouts[index], state.layouts[0].columns.shape[1]
+        # Candidates that came with the prompt may have been taken back since: what follows it is counted anew.
+        layout, prompt = state.layouts[index].ahead_of(state.tail), state.layouts[0].columns.shape[1] - state.tail
         new = past.get_seq_length(index) - layout.columns.shape[1] + fresh
         keys = layout.repeated(batch // len(layout.columns)).behind(prompt, new)
         return args, {**kwargs, "attention_mask": cut_mask(kwargs.get("attention_mask"), keys, fresh, self._flash)}
@@ -212,7 +227,8 @@ class DecoderPruning:
         state, self._now = self._now, None
         if state is None:
             return None
-        self._report(state)
+        if not state.again:
+            self._report(state)
         state.embedded = None
         if not state.stages:
             return None
@@ -266,13 +282,14 @@ class DecoderPruning:
         """The selection of one view before a layer."""
         tokens = self._tokens(state, index, view, hidden, rotary)
         sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
-        relevance = self.pruner.relevance(tokens) if self.on_view else None
+        on_view = None if state.again else self.on_view
+        relevance = self.pruner.relevance(tokens) if on_view else None
         selection = self.pruner.select(tokens, view.budgets[index], sensitivity, self.fusion, relevance)
         if selection.merged is not None or (selection.updated is not None and selection.space != "projected"):
             raise RuntimeError(f"{self._name}: what is merged inside the decoder needs a place: use `updated`")
-        if self.on_view is not None:
+        if on_view is not None:
             count, scores = len(view.entered), (relevance, sensitivity)
-            self.on_view(PruningView.of(view.image, count, view.left, view.grid, scores, selection, layer=index))
+            on_view(PruningView.of(view.image, count, view.left, view.grid, scores, selection, layer=index))
         return selection
 
     def _tokens(

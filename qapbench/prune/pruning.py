@@ -23,6 +23,7 @@ from qapbench.spec.run_spec import PruneSpec
 
 from .decoder import DecoderPruning
 from .prompt import Memo, PrunedPrompt, PruningView
+from .question import UNLABELLED, asked_text
 from .splice import (
     Part,
     PrunedImage,
@@ -34,8 +35,9 @@ from .splice import (
     splice,
 )
 from .state import view_states
+from .turns import filled
 
-PER_TOKEN = {"labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}
+PER_TOKEN = {"labels": UNLABELLED, "mm_token_type_ids": 0, "token_type_ids": 0}
 """Inputs with one value per token, besides ids, mask and positions -> their padding. The loss skips labels of -100."""
 
 
@@ -53,7 +55,7 @@ class Pruning:
         sensitivity: the metric that it names; None if it names none.
         reader: adds the fields of `VisionTokens` that depend on the question.
         receipt: counts kept tokens, and notes fallbacks.
-        processor: decodes the question from the prompt if no `relevance_text` is given.
+        processor: reads and writes the question's text; None stands for the tokenizer in the model's folder.
         on_view: called with the scores and the selection of every view.
         on_images: called with the images of every prompt of a wrapped call, after pruning.
     """
@@ -87,7 +89,7 @@ class Pruning:
 
         Args:
             kwargs: the model's keyword arguments.
-            relevance_text: one question per image; None decodes the prompt.
+            relevance_text: one question per image; None reads the prompt.
 
         Raises:
             UserError: the pruner works inside the decoder, whose blocks calibration runs one by one.
@@ -109,19 +111,24 @@ class Pruning:
 
         Args:
             kwargs: the model's keyword arguments.
-            relevance_text: one question per image; None decodes the prompt.
+            relevance_text: one question per image; None reads the prompt.
 
         Raises:
             UserError: the call is not a prompt of token ids, or as `prune`.
         """
         if kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
             raise UserError("pruning needs input_ids with image placeholders; inputs_embeds cannot be pruned")
-        if kwargs.get("past_key_values") is not None:
-            raise UserError("pruning starts at the prompt: call without past_key_values")
+        if filled(kwargs.get("past_key_values")):
+            raise UserError("pruning starts at the prompt: call without past_key_values, or with an empty cache")
         if kwargs.get("attention_mask") is None:
             kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+        if kwargs["attention_mask"].ndim != 2:
+            raise UserError("attention_mask: pruning needs one value for each token, [batch, length]")
         pruned = self.prune(kwargs, self.family.encode_images(kwargs, self.needs), relevance_text)
         ready = {**pruned.inputs, **self.family.encoded(pruned.features)}
+        same = all(torch.equal(ready[name], kwargs[name]) for name in ("input_ids", "attention_mask"))
+        if same and self.family.positions(kwargs) is None:  # nothing was removed: the model counts as it would alone
+            ready["position_ids"] = kwargs.get("position_ids")
         if pruned.inside is None:
             for image in pruned.chosen or ():
                 self.receipt.saw_image(image.available, len(image.indices), image.merged, image.separators)
@@ -151,7 +158,7 @@ class Pruning:
         Args:
             prompt: the model's keyword arguments, with an attention mask. Its pixels are not used.
             encoded: its images, with at least the fields of `needs`.
-            relevance_text: one question per image; None decodes the prompt.
+            relevance_text: one question per image; None reads the prompt.
             memo: results for these images and this prompt that several selections share.
 
         Raises:
@@ -161,10 +168,11 @@ class Pruning:
         ids, mask = prompt["input_ids"], prompt["attention_mask"]
         placeholders = ids == self.family.image_token
         spans = image_columns(placeholders, [len(image.features) for image in encoded.images])
+        asked = asked_text(mask.bool() & ~placeholders, prompt.get("labels"), spans)
         if self.decoder:
-            return self._prune_inside(self.decoder, prompt, encoded, spans, mask.bool() & ~placeholders)
-        rows = [row for row, _ in spans]
-        parts = self._select(encoded, ids, mask, placeholders, rows, relevance_text, Memo() if memo is None else memo)
+            return self._prune_inside(self.decoder, prompt, encoded, spans, asked)
+        questions = [ids[row, text] for (row, _), text in zip(spans, asked, strict=True)]
+        parts = self._select(encoded, questions, relevance_text, Memo() if memo is None else memo)
         images = [splice(image, own) for image, own in zip(encoded.images, parts, strict=True)]
         if self.spec.positions == "keep" and any(image.merged for image in images):
             raise UserError(
@@ -180,7 +188,7 @@ class Pruning:
         prompt: dict[str, Any],
         encoded: EncodedImages,
         spans: list[tuple[int, Tensor]],
-        text: Tensor,
+        asked: list[Tensor],
     ) -> PrunedPrompt:
         """The whole prompt, with a context in which the decoder drops its tokens.
 
@@ -189,16 +197,14 @@ class Pruning:
             prompt: the model's keyword arguments.
             encoded: its images.
             spans: row and columns of each image's placeholders.
-            text: [B, L] bool, True for text.
+            asked: for each image, the text that the pruner may read, from `asked_text`.
         """
         mask = prompt["attention_mask"]
-        if prompt.get("labels") is not None:  # the pruner must not read the answer
-            text = text & ((prompt["labels"] != PER_TOKEN["labels"]).cumsum(dim=1) == 0)
         keeps = self._budgets(encoded)
 
         @contextlib.contextmanager
         def inside() -> Iterator[Callable[[], list[PrunedImage]]]:
-            states = view_states(encoded, keeps, spans, text)
+            states = view_states(encoded, keeps, spans, asked)
             with decoder.installed(), decoder.prompt(states, mask, encoded.images) as kept:
                 yield lambda: kept
 
@@ -223,18 +229,21 @@ class Pruning:
     def _select(
         self,
         encoded: EncodedImages,
-        ids: Tensor,
-        mask: Tensor,
-        placeholders: Tensor,
-        rows: list[int],
+        questions: list[Tensor],
         relevance_text: list[str] | None,
         memo: Memo,
     ) -> list[list[Part]]:
-        """For every image, its views after their selections."""
-        if relevance_text is not None and len(relevance_text) != len(rows):
-            raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(rows)} images")
-        parts: list[list[Part]] = [[] for _ in rows]
-        words = mask.bool() & ~placeholders
+        """For every image, its views after their selections.
+
+        Args:
+            encoded: the images.
+            questions: for each image, token ids [L] of the text that the pruner may read.
+            relevance_text: one question per image; None reads `questions`.
+            memo: results that several selections share.
+        """
+        if relevance_text is not None and len(relevance_text) != len(questions):
+            raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(questions)} images")
+        parts: list[list[Part]] = [[] for _ in questions]
         for index, (views, keeps) in enumerate(zip(encoded.views, self._budgets(encoded), strict=True)):
             # Neighbouring views with one budget form a batch; if the pruner reads the question, of one image only.
             by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
@@ -246,35 +255,47 @@ class Pruning:
                 image = views.owners[span[0]]
                 text = relevance_text[image] if relevance_text else None
                 key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower))
-                asked = ids[rows[image]], words[rows[image]]
-                make = functools.partial(self._tokens, views, slice(span[0], span[-1] + 1), *asked, text, mine)
-                tokens = memoized(mine.question, key, make)
-                selection = self._choose(tokens, keep, mine, [views.owners[view] for view in span])
+                batch = slice(span[0], span[-1] + 1)
+                if keep == views.tokens.count and self.on_view is None:  # whatever the question is
+                    tokens = views.tokens[batch]
+                    selection = Selection.everything(tokens)
+                else:
+                    make = functools.partial(self._tokens, views, batch, questions[image], text, mine)
+                    tokens = memoized(mine.question, key, make)
+                    selection = self._choose(tokens, keep, mine, [views.owners[view] for view in span])
                 features = self._features(tokens, selection)
                 for view, made, kept in zip(span, features, selection.indices, strict=True):
                     places = views.places[view]
                     parts[views.owners[view]].append(Part(made, places[kept], places, selection.front))
         return parts
 
-    def _tokens(
-        self, views: Views, span: slice, ids: Tensor, words: Tensor, text: str | None, memo: Memo
-    ) -> VisionTokens:
+    def _tokens(self, views: Views, span: slice, question: Tensor, text: str | None, memo: Memo) -> VisionTokens:
         """The fields of some views that the pruner reads. Pruners that read the same fields share them.
 
         Args:
             views: views of equal size.
             span: which of them.
-            ids: [L] the prompt.
-            words: [L] bool, True for its text.
-            text: the question; None decodes the text of the prompt.
+            question: [L] token ids of the text that the pruner may read.
+            text: the question in words that the caller gave; None reads `question`.
             memo: results for these views.
+
+        Raises:
+            UserError: there is no question.
         """
         tokens = views.tokens[span].only(self.needs)
         if not self.reader.needs:
             return tokens
-        prompt = ids[words]
-        text = self._decode(prompt) if text is None else text
-        asked: dict[str, Any] = self.reader.fields(tokens, text, prompt, memo.image, memo.question)
+        if text is None and not len(question):
+            raise UserError(
+                f"{self.spec.method} compares an image with the question, and the prompt has none: leave the "
+                "question's `labels` at -100, or pass `relevance_text=`"
+            )
+        given = None
+        if text is None and self.reader.needs_text:
+            text = self._decode(question)
+        elif text is not None and self.reader.needs_words:
+            given = self._spelled(text)
+        asked: dict[str, Any] = self.reader.fields(tokens, text, question, given, memo.image, memo.question)
         return dataclasses.replace(tokens, **asked)
 
     def _budgets(self, encoded: EncodedImages) -> list[list[int]]:
@@ -308,10 +329,34 @@ class Pruning:
                 self.on_view(PruningView.of(owner, tokens.count, every, tokens.grid, scores, selection, row))
         return selection
 
-    def _decode(self, prompt: Tensor) -> str | None:
-        """The text of a prompt's tokens; None if there is no tokenizer."""
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return None if tokenizer is None else tokenizer.decode(prompt, skip_special_tokens=True)
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        """The tokenizer of the processor, or else of the model's folder; None if there is neither."""
+        from transformers import AutoTokenizer
+
+        if self.processor is not None:
+            return getattr(self.processor, "tokenizer", self.processor)
+        try:
+            return AutoTokenizer.from_pretrained(self.family.model.name_or_path)
+        except (OSError, ValueError):
+            return None
+
+    def _decode(self, question: Tensor) -> str | None:
+        """The text of token ids [L]; None if there is no tokenizer."""
+        return None if self._tokenizer is None else self._tokenizer.decode(question, skip_special_tokens=True)
+
+    def _spelled(self, text: str) -> Tensor:
+        """The language model's token ids [L] of a text, none of them special.
+
+        Raises:
+            UserError: there is no tokenizer, or no token.
+        """
+        if self._tokenizer is None:
+            raise UserError("relevance_text: this model has no CLIP text tower; `compress` a processor to tokenize it")
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if not ids:
+            raise UserError("relevance_text: a text is empty")
+        return torch.tensor(ids, device=self.family.model.device)
 
     def _features(self, tokens: VisionTokens, selection: Selection) -> list[Tensor]:
         """Features for the language model, one [K + M, D] per view.

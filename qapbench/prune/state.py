@@ -68,7 +68,7 @@ class ViewState:
 
 
 def view_states(
-    encoded: EncodedImages, budgets: list[list[int]], spans: list[tuple[int, Tensor]], asked: Tensor
+    encoded: EncodedImages, budgets: list[list[int]], spans: list[tuple[int, Tensor]], asked: list[Tensor]
 ) -> list[ViewState]:
     """Make the states of all views of a call, in the order of their images.
 
@@ -76,14 +76,14 @@ def view_states(
         encoded: the images of the call.
         budgets: tokens that each view keeps, listed like `encoded.views`.
         spans: row and columns of each image's placeholders, from `image_columns`.
-        asked: [B, L] bool, True for the text of the prompt without its answer.
+        asked: for each image, [L] bool, True for the text of its row that the pruner may read.
     """
-    columns = torch.arange(asked.shape[1], device=asked.device)
     found = []
     for views, keeps in zip(encoded.views, budgets, strict=True):
         for image, places, keep in zip(views.owners, views.places, keeps, strict=True):
             row, own = spans[image]
-            text = columns[asked[row] & (columns > own[-1])]
+            text = asked[image].nonzero()[:, 0]
+            text = text[text > own[-1]]
             found.append(ViewState(image, row, keep, text, own[places], places, views.tokens.grid))
     return sorted(found, key=lambda view: view.image)
 
@@ -98,6 +98,8 @@ class DecoderState:
         layouts: the columns of the prompt that each layer holds.
         embedded: [B, L, D] hidden states with which the prompt entered; None if the pruner does not read them.
         times: number of copies of each row in the batch (beams).
+        tail: number of columns behind the prompt with which the call came.
+        again: whether the prompt passes another time, without a KV cache. It is then neither counted nor shown.
         kept: the result for each image; filled when the prompt leaves the last layer.
     """
 
@@ -106,6 +108,8 @@ class DecoderState:
     layouts: list[TokenLayout]
     embedded: Tensor | None = None
     times: int = 1
+    tail: int = 0
+    again: bool = False
     kept: list[PrunedImage] = field(default_factory=list)
 
     def enter(self, batch: int, length: int) -> None:
@@ -122,8 +126,9 @@ class DecoderState:
         self.times = batch // len(base.columns)
         if self.times > 1:
             base = base.repeated(self.times)
-        if length > prompt:
-            base = base.behind(prompt, length - prompt)
+        self.tail = length - prompt
+        if self.tail:
+            base = base.behind(prompt, self.tail)
         self.layouts = [base] * len(self.layouts)
         self.view_states = [
             replace(view, row=view.row * self.times + copy, counts=[])

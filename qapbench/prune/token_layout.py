@@ -54,6 +54,10 @@ class TokenLayout:
         columns, valid = (x.repeat_interleave(times, dim=0) for x in (self.columns, self.valid))
         return TokenLayout(columns, valid, self.full)
 
+    def ahead_of(self, tail: int) -> TokenLayout:
+        """Without the last `tail` columns, which hold tokens in every row."""
+        return TokenLayout(self.columns[:, :-tail], self.valid[:, :-tail], self.full) if tail else self
+
     def behind(self, prompt: int, new: int) -> TokenLayout:
         """Append `new` columns that follow a prompt of `prompt` columns."""
         fresh = torch.arange(prompt, prompt + new, device=self.columns.device).expand(len(self.columns), -1)

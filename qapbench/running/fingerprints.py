@@ -68,7 +68,8 @@ def fingerprints(
         found[f"task {task.name}"] = task.code
     if needs_tower(spec):
         tower, reason = find_tower(spec.text_tower, str(folder), default_tower(config), fetch)
-        found["text_tower"] = digest_tree(tower) if tower else f"none: {reason}"
+        # Without a tower the language model embeds the question's own words.
+        found["text_tower"] = digest_tree(tower) if tower else f"none, own words: {reason}"
     return {**found, **library_versions()}
 
 

@@ -68,9 +68,8 @@ class PromptEncoder:
                 self._latest = question.pictures, self.family.encode_images(inputs, self.needs), {}
         _, encoded, of_image = self._latest
         memo = Memo(image=of_image)
-        texts = [question.relevance_text] * len(question.images)
         with self.stage("choose"):
-            return {key: self._pruned(key, inputs, encoded, texts, memo) for key in prune_keys}
+            return {key: self._pruned(key, inputs, encoded, question, memo) for key in prune_keys}
 
     def inputs(self, question: Question, prompt: str) -> dict[str, Any]:
         """The model's keyword arguments for a prompt of the question, on the model's device, with an attention mask."""
@@ -79,12 +78,16 @@ class PromptEncoder:
         return {"attention_mask": torch.ones_like(placed["input_ids"]), **placed}
 
     def _pruned(
-        self, key: PruneKey, inputs: dict[str, Any], encoded: EncodedImages, texts: list[str], memo: Memo
+        self, key: PruneKey, inputs: dict[str, Any], encoded: EncodedImages, question: Question, memo: Memo
     ) -> PrunedPrompt:
         dense = unpruned(inputs, encoded, self.family)
         if key is None:
             return dense
-        pruned = self.prunings[key].prune(inputs, encoded, texts, memo)
+        pruning = self.prunings[key]
+        # A text tower needs a text. Without one, a question without words of its own is read as the prompt's tokens.
+        text = question.relevance_text if pruning.reader.needs_text else question.own_words
+        texts = None if text is None else [text] * len(question.images)
+        pruned = pruning.prune(inputs, encoded, texts, memo)
         if pruned.inside is not None:
             return pruned
         same = len(pruned.features) == len(dense.features) and all(map(torch.equal, pruned.features, dense.features))

@@ -73,6 +73,11 @@ class Question:
         return self.first.doc.get("relevance_text") or self.prompt
 
     @property
+    def own_words(self) -> str | None:
+        """The question in the task's own words; None if the task gives none."""
+        return self.first.doc.get("relevance_text") or None
+
+    @property
     def stratum(self) -> tuple[str, ...]:
         """The stratum of a question for subsets: whether it has an image, its subject and its grade."""
         return (str(bool(self.images)), *(str(self.first.doc.get(name, "")) for name in STRATA))

@@ -1,12 +1,13 @@
 """`compress` around a LLaVA: what it must not change, and what it must."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from llava_checkpoints import THREE, TOKENS, batch_of, picture, save_clip
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from qapbench import UserError, compress, pruners
 from qapbench.models import family_of
@@ -43,11 +44,17 @@ def test_an_empty_spec_is_the_hugging_face_path(model: Any, three: dict[str, Any
 
 
 @pytest.mark.parametrize("method", pruners.names())
-def test_keeping_everything_changes_nothing(method: str, model: Any, one: dict[str, Any], processor: Any) -> None:
-    plain, text = logits(model, one), tokens(model, one)
+def test_keeping_everything_changes_nothing(
+    method: str, model: Any, one: dict[str, Any], three: dict[str, Any], processor: Any
+) -> None:
+    """Also of a padded batch, without a mask, and where all of the text is labelled."""
+    bare = {name: value for name, value in one.items() if name != "attention_mask"}
+    labelled = {**one, "labels": one["input_ids"]}
+    calls = (one, three, bare, labelled)
+    plain, text = [logits(model, call) for call in calls], [tokens(model, call) for call in (one, three)]
     with compress(model, prune(method, TOKENS), processor):
-        assert torch.equal(logits(model, one), plain)
-        assert torch.equal(tokens(model, one), text)
+        assert all(torch.equal(logits(model, call), expected) for call, expected in zip(calls, plain, strict=True))
+        assert all(torch.equal(tokens(model, call), found) for call, found in zip((one, three), text, strict=True))
 
 
 @pytest.mark.parametrize("method", pruners.names())
@@ -333,3 +340,29 @@ def test_without_a_text_tower_relevance_falls_back_and_says_so(tmp_path: Path, o
     with compress(model, prune("attention")) as receipt:
         logits(model, one)
     assert receipt.fallbacks == []
+
+
+@pytest.mark.parametrize("method", ["cdpruner", "trim"])
+def test_without_a_text_tower_the_given_question_is_read(method: str, tmp_path: Path, one: dict[str, Any]) -> None:
+    """The question's words are embedded by the language model, in place of the prompt's."""
+    from llava_checkpoints import save_llava
+
+    model = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path / "bare")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bare")
+    question = "Where does the red fox live? tree <image> </s>"
+    words = tokenizer(question, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert not set(words) & set(tokenizer.all_special_ids)
+    with torch.no_grad():
+        pruner, seen = pruners.create(method), family_of(model).see(one["pixel_values"], frozenset({"patches"}))
+        text = model.get_input_embeddings()(torch.tensor([words])).mean(dim=1, keepdim=True)
+        asked = dataclasses.replace(seen, image_embeds=seen.projected, text_embeds=text)
+        expected = pruner.select(asked, 5).indices[0]
+    kept: list[list[PrunedImage]] = []
+    with compress(model, prune(method), on_images=kept.append):
+        logits(model, one)
+        logits(model, one, relevance_text=[question])
+        with pytest.raises(UserError, match="relevance_text: a text is empty"):
+            logits(model, one, relevance_text=[""])
+    (prompt,), (given,) = kept
+    assert given.indices.tolist() == expected.tolist()
+    assert given.indices.tolist() != prompt.indices.tolist()

@@ -99,8 +99,10 @@ def test_an_empty_spec_is_the_hugging_face_path(loaded: Loaded) -> None:
 @pytest.mark.parametrize("method", pruners.names())
 def test_keeping_everything_changes_nothing(method: str, loaded: Loaded) -> None:
     """Also what pruners see is complete: their tokens, put together again, are the model's own."""
-    inputs = loaded.one
-    plain, text = logits(loaded.model, inputs), written(loaded.model, inputs)
+    inputs, mixed = loaded.one, loaded.mixed
+    plain, text, batch = logits(loaded.model, inputs), written(loaded.model, inputs), logits(loaded.model, mixed)
+    with compress(loaded.model, prune(method, 10_000, per="image")):
+        assert torch.equal(logits(loaded.model, mixed), batch)
     with compress(loaded.model, prune(method, 10_000, per="image")) as receipt:
         assert torch.equal(logits(loaded.model, inputs), plain)
         assert torch.equal(written(loaded.model, inputs), text)

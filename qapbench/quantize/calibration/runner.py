@@ -260,11 +260,11 @@ class Calibration:
             return self._placed(sample), None
         inputs = {key: self._placed(value) for key, value in sample.items()}
         text = inputs.pop("relevance_text", None)
-        if not labels:
-            inputs.pop("labels", None)
         if self.shorten is not None and self.family is not None and inputs.get(self.family.image_inputs[0]) is not None:
             with torch.no_grad():
-                inputs = self.shorten(inputs, text)
+                inputs = self.shorten(inputs, text)  # reads the labels: the answer has no say in what is kept
+        if not labels:
+            inputs.pop("labels", None)
         return inputs, tokens_of(inputs, self.family.image_token) if self.family else None
 
     def _placed(self, value: Any) -> Any:
