@@ -77,7 +77,8 @@ def test_other_modes_are_what_transformers_makes_of_them(mode: str) -> None:
 
 
 def test_every_unreadable_picture_is_named_at_once(tmp_path: Path) -> None:
-    images = [png("red"), b"no picture", png("blue")[:60], file_of(Image.fromarray(GREY.astype(np.float32)), "TIFF")]
+    floats = file_of(Image.fromarray(GREY.astype(np.float32)), "TIFF")
+    images = [png("red"), b"no picture", file_of(coloured())[:3000], floats]
     path = tmp_path / "data.parquet"
     pd.DataFrame([row(f"q{index}", image=picture(data)) for index, data in enumerate(images)]).to_parquet(path)
     spec = RunSpec.parse({"model": "given", "task": {"name": "scienceqa", "data": str(path)}})
