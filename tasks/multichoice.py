@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from qapbench.errors import Problem, UserError, nearest
+from qapbench.tasking.text import quoted
 
 from .rows import LazyImage, read
 
@@ -258,13 +259,13 @@ def _documents(
     """Turn rows into documents, which also hold the prompt and what is needed to score an answer."""
     docs = []
     for row in rows:
-        body = form.body(row).replace(IMAGE, "").strip()
+        body = form.body(row).strip()
         letters = list(string.ascii_uppercase[: len(row["choices"])])
         image = f"{IMAGE}\n" if row["image"] is not None else ""
         docs.append(
             {
                 **row,
-                "text": f"{image}{body}{form.instruction}",
+                "text": f"{image}{quoted([body], [IMAGE])[0]}{form.instruction}",
                 "relevance_text": body,
                 "letters": letters,
                 "letter": letters[row["answer"]],

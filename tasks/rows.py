@@ -66,18 +66,25 @@ class LazyImage:
             raise UserError(Problem(f"{self}: cannot read {path}: {error.strerror}", WHERE)) from None
 
     def load(self) -> Image.Image:
-        """Decode the image to RGB.
+        """Decode the image to RGB, upright; see `qapbench.tasking.images.as_rgb`.
 
         Raises:
             UserError: if the bytes cannot be read, or are not an image.
         """
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
+
+        from qapbench.tasking.images import UnreadablePictureError, as_rgb
 
         try:
             with Image.open(io.BytesIO(self.encoded())) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(Problem(f"{self}: not a readable picture ({error})", WHERE)) from None
+                return as_rgb(image)
+        except UnreadablePictureError as error:
+            message = error.problems[0].message
+        except UnidentifiedImageError:  # its message holds a memory address
+            message = "not a readable picture (no known format)"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            message = f"not a readable picture ({first_line(error)})"
+        raise UnreadablePictureError(Problem(f"{self}: {message}", WHERE))
 
     def digest(self) -> str:
         """SHA-256 of the encoded bytes, in hexadecimal. Equal files have equal digests."""

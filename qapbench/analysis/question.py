@@ -17,6 +17,7 @@ from qapbench.tasking.images import decoded
 from qapbench.tasking.lm import MARK
 from qapbench.tasking.outline import TaskOutline
 from qapbench.tasking.questions import ContinuationTokenizer, Question
+from qapbench.tasking.text import unquoted
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def find_questions(session: Session, spec: RunSpec, names: Sequence[str]) -> lis
     for name in names:
         check_question(task, name)
     by_id = {question.id: question for question in session.questions(spec)}
-    continuations = ContinuationTokenizer(session.model(spec)[1].tokenizer)
+    continuations = ContinuationTokenizer(session.model(spec)[1])
     return [_letters(by_id[name], task, continuations) for name in names]
 
 
@@ -110,5 +111,5 @@ def _letters(question: Question, task: TaskOutline, continuations: ContinuationT
     if any(len(ids) != 1 for ids in spelled):
         raise UserError(Problem("the tokenizer spells an option's letter as several tokens", ("model",)))
     doc = task.docs[question.place[1]]
-    text = str(doc.get("text") or question.prompt).replace(MARK, "").strip()
+    text = unquoted(str(doc.get("text") or question.prompt).replace(MARK, "")).strip()
     return LetterQuestion(question, text, list(doc["letters"]), [ids[0] for ids in spelled], doc["letter"])

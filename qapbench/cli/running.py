@@ -79,13 +79,20 @@ def run(
     write_page(records, target, Path(spec).stem, runs)
 
 
-def validate(spec: SpecArgument, changes: SetOption = None) -> None:
+def validate(
+    spec: SpecArgument,
+    changes: SetOption = None,
+    check_data: Annotated[bool, typer.Option("--check-data", help="Also decode every picture of the data.")] = False,
+) -> None:
     """Check a spec, its task, data and local model, and list its runs."""
     from qapbench.running.planner import Planner
     from qapbench.running.settings import find_device
     from qapbench.spec.spec_file import load_spec
 
-    specs = load_spec(spec, changes or (), Planner(Path("runs"), find_device(None)).check)
+    planner = Planner(Path("runs"), find_device(None))
+    specs = load_spec(spec, changes or (), planner.check)
+    if check_data:
+        planner.check_data(specs)
     for one in specs:
         out.print(escape(f"{one.name}: {one.model} on {one.task.name}"), highlight=False)
     out.print(f"{len(specs)} run(s), all valid")

@@ -71,7 +71,9 @@ class TextTower:
         length and cut into segments. Only the last segment holds the end token at which CLIP pools; the others are
         pooled at their first token.
         """
-        ids = self.tokenizer(text, return_tensors="pt", truncation=False, verbose=False).input_ids[0]
+        # Without `split_special_tokens`, an end token that the question spells would move the place that is pooled.
+        options = {"truncation": False, "verbose": False, "split_special_tokens": True}
+        ids = self.tokenizer(text, return_tensors="pt", **options).input_ids[0]
         segments = -(-len(ids) // self.length)
         padded = ids.new_zeros(segments * self.length)
         padded[: len(ids)] = ids

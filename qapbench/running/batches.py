@@ -74,7 +74,7 @@ class BatchRunner:
         self.family = family
         self.model = family.model
         self.tokenizer = processor.tokenizer
-        self.continuations = ContinuationTokenizer(processor.tokenizer)
+        self.continuations = ContinuationTokenizer(processor)
         self.batch_size = batch_size
         self.seed = seed
         width = getattr(self.model.config.get_text_config(), "intermediate_size", None)

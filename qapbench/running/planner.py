@@ -6,7 +6,7 @@ It loads no model, and imports lm-eval only for tasks of lm-eval's own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from qapbench.models.loading import precision
 from qapbench.records.record import RECORD, NewerRecordError, Record, read_record
 from qapbench.records.store import answers_of
 from qapbench.spec.run_spec import RunSpec
+from qapbench.tasking.images import check_pictures
 from qapbench.tasking.outline import TaskOutline, calibration_fingerprint
 from qapbench.tasking.tasks import find_outline
 
@@ -69,6 +70,22 @@ class Planner:
                 problems += error.problems
         if problems:
             raise UserError(problems)
+
+    def check_data(self, specs: Iterable[RunSpec]) -> None:
+        """Decode every picture that the runs ask about.
+
+        Raises:
+            UserError: some cannot be decoded; all are named, each once.
+        """
+        tasks = {id(task): task for task in map(self.task, specs)}.values()
+        problems: dict[str, Problem] = {}
+        for task in tasks:
+            try:
+                check_pictures((name, task.images(doc)) for doc, name in enumerate(task.ids))
+            except UserError as error:
+                problems |= {str(problem): problem for problem in error.problems}
+        if problems:
+            raise UserError(problems.values())
 
     def plan(self, spec: RunSpec, fetch: bool = True, fresh: bool = False) -> Planned:
         """The plan of a run.

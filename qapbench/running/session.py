@@ -84,7 +84,9 @@ class Session:
         folder = find_checkpoint(spec.model).folder
         key = (folder, spec.task.model_dump_json(), spec.seed)
         if key not in self._questions:
-            self._questions = {key: ask(self.task(spec), AskingLM(self.processor(spec), str(folder)), spec.seed)}
+            task = self.task(spec)
+            lm = AskingLM(self.processor(spec), str(folder), images=task.has_images)
+            self._questions = {key: ask(task, lm, spec.seed)}
         return self._questions[key]
 
     def pruning(self, spec: RunSpec, on_view: Callable[[PruningView], None] | None = None) -> Pruning | None:

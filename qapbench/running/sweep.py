@@ -21,6 +21,7 @@ from qapbench.prune.pruning import Pruning
 from qapbench.receipt import ImageTokens, Receipt
 from qapbench.records.answer import Answer
 from qapbench.spec.run_spec import RunSpec
+from qapbench.tasking.images import UnreadablePictureError, check_pictures
 from qapbench.tasking.questions import Question
 
 from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results, worker_of
@@ -223,7 +224,11 @@ class Sweep:
             lacking = dict.fromkeys(active.prune_key for active in (*now, *then) if active.prune_key not in prompts)
             if any(active.prune_key in lacking for active in now):
                 self.clock.active_runs = [*now, *then]
-                prompts |= encoder.encode(question, text, lacking)
+                try:
+                    prompts |= encoder.encode(question, text, lacking)
+                except UnreadablePictureError:
+                    check_pictures((one.id, one.images) for one in self.questions)  # names all of them
+                    raise
                 self.clock.active_runs = runs
             # A prompt that is pruned inside the decoder has no features of its own to keep.
             keys = dict.fromkeys(active.prune_key for active in then)

@@ -16,6 +16,7 @@ from qapbench.spec.run_spec import CalibrationSpec
 from .lm import AskingLM
 from .questions import ContinuationTokenizer, processor_inputs
 from .tasks import LoadedTask, quiet
+from .text import unquoted
 
 WHERE = ("quantize", "calibration")
 
@@ -65,7 +66,8 @@ def samples(task: LoadedTask, spec: CalibrationSpec, processor: Any) -> Calibrat
         spec: number of samples, seed and source.
         processor: its processor.
     """
-    lm, continuation_tokenizer = AskingLM(processor), ContinuationTokenizer(processor.tokenizer)
+    lm = AskingLM(processor, images=task.has_images)
+    continuation_tokenizer = ContinuationTokenizer(processor)
     made = [_sample(lm, continuation_tokenizer, task, doc) for doc in documents(task, spec)]
     images = sum(1 for sample in made if any(key.startswith("pixel_values") for key in sample))
     where = spec.data or f"{task.name}, its own calibration questions"
@@ -77,8 +79,8 @@ def _sample(
 ) -> dict[str, Any]:
     """The keyword arguments of one document: its prompt, its answer, and its images."""
     template = lm.apply_chat_template if lm.templated else None
-    prompt = task.task.fewshot_context(doc, num_fewshot=0, apply_chat_template=lm.templated, chat_template=template)
-    images = task.task.doc_to_image(doc) or []
+    context = task.task.fewshot_context(doc, num_fewshot=0, apply_chat_template=lm.templated, chat_template=template)
+    prompt, images = lm.as_prompt(context), task.task.doc_to_image(doc) or []
     inputs = processor_inputs(lm.processor, prompt, images)
     answer = torch.tensor([continuation_tokenizer.spell(prompt, _answer(task, doc))])
     labels = torch.full_like(inputs["input_ids"], PER_TOKEN["labels"])
@@ -88,7 +90,7 @@ def _sample(
     for key in PER_TOKEN.keys() & inputs.keys() - {"labels"}:
         inputs[key] = torch.cat([inputs[key], torch.full_like(answer, PER_TOKEN[key])], dim=1)
     if images:
-        inputs["relevance_text"] = [doc.get("relevance_text") or prompt] * len(images)
+        inputs["relevance_text"] = [doc.get("relevance_text") or unquoted(prompt)] * len(images)
     return inputs
 
 

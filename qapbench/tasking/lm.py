@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -10,6 +11,8 @@ from lm_eval.api.model import LM
 
 from qapbench.errors import UserError
 from qapbench.records.answer import Answer
+
+from .text import quoted, special_tokens
 
 MARK = "<image>"  # lm-eval's mark of an image in a text, independent of the model's placeholder
 
@@ -25,18 +28,25 @@ class AskingLM(LM):
         name: name of the model, for lm-eval's cache of requests.
         answers: stored answers of one run.
         docs: numbers of the documents that are asked, ascending, if these are not all. lm-eval numbers them from 0.
+        images: whether the task has images. Otherwise `<image>` is text like any other.
     """
 
     MULTIMODAL = True
 
     def __init__(
-        self, processor: Any, name: str = "", answers: Iterable[Answer] = (), docs: list[int] | None = None
+        self,
+        processor: Any,
+        name: str = "",
+        answers: Iterable[Answer] = (),
+        docs: list[int] | None = None,
+        images: bool = True,
     ) -> None:
         super().__init__()
         self.processor = processor
         self.name = name
         self.outputs = {answer.place: answer.outputs for answer in answers}
         self.docs = docs
+        self.images = images
 
     @property
     def tokenizer_name(self) -> str:
@@ -50,8 +60,23 @@ class AskingLM(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages as a prompt, by the processor's template. Images become its image items."""
-        messages = [{"role": turn["role"], "content": content_items(turn["content"])} for turn in chat_history]
+        messages = [
+            {"role": turn["role"], "content": content_items(turn["content"], self.special, self.images)}
+            for turn in chat_history
+        ]
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def special(self) -> frozenset[str]:
+        """The spellings that must not come of a text."""
+        return special_tokens(self.processor)
+
+    def as_prompt(self, context: str) -> str:
+        """A context of lm-eval's as a prompt. Without a chat template it is text, whose marks become placeholders."""
+        if self.templated:
+            return context
+        parts = context.split(MARK) if self.images else [context]
+        return str(self.processor.image_token).join(quoted(parts, self.special))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """The stored (log-likelihood, is greedy) of each continuation."""
@@ -87,11 +112,17 @@ def refuse(requests: Iterable[Instance]) -> None:
         raise UserError("task: perplexity tasks (loglikelihood_rolling) are not supported")
 
 
-def content_items(text: str) -> list[dict[str, str]]:
-    """The items of a message: its texts, and an image item at each place that lm-eval marks by `<image>`."""
+def content_items(text: str, special: Iterable[str] = (), images: bool = True) -> list[dict[str, str]]:
+    """The items of a message: its texts, and an image item at each place that lm-eval marks by `<image>`.
+
+    Args:
+        text: the message.
+        special: spellings of special tokens, which are marked as text where the texts spell them.
+        images: whether `<image>` is a mark. Otherwise the message is a single text.
+    """
     items: list[dict[str, str]] = []
-    for index, part in enumerate(text.split(MARK)):
+    first, *rest = text.split(MARK) if images else [text]
+    for index, part in enumerate(quoted([first, *(part.removeprefix("\n") for part in rest)], special)):
         items += [{"type": "image"}] if index else []
-        part = part.removeprefix("\n") if index else part
         items += [{"type": "text", "text": part}] if part else []
     return items

@@ -14,6 +14,7 @@ from qapbench.errors import UserError
 from .images import decoded, digest_image
 from .lm import AskingLM, refuse
 from .tasks import LoadedTask, quiet
+from .text import literally, quote_last, quoted, special_tokens, unquoted
 
 TAIL = 32  # characters at the end of a prompt that can affect the tokens of its continuation
 STRATA = ("subject", "grade")  # fields of a document that define its stratum
@@ -70,7 +71,7 @@ class Question:
 
         It is the question in the task's own words, or else the whole prompt.
         """
-        return self.first.doc.get("relevance_text") or self.prompt
+        return self.first.doc.get("relevance_text") or unquoted(self.prompt)
 
     @property
     def own_words(self) -> str | None:
@@ -113,6 +114,8 @@ def ask(task: LoadedTask, lm: AskingLM, seed: int) -> list[Question]:
             chat_template=lm.apply_chat_template,
             tokenizer_name=lm.tokenizer_name if lm.templated else "",
         )
+    for request in task.task.instances:
+        request.arguments = (lm.as_prompt(request.args[0]), *request.args[1:])
     return in_order([request for request in task.task.instances for _ in range(request.repeats)])
 
 
@@ -133,10 +136,15 @@ def in_order(requests: list[Instance]) -> list[Question]:
 
 
 class ContinuationTokenizer:
-    """Tokenizes continuations of prompts."""
+    """Tokenizes continuations of prompts. No special token comes of a continuation.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    Args:
+        processor: the model's processor.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.special = special_tokens(processor)
         self._spelled: dict[tuple[str, str], list[int]] = {}
 
     def spell(self, prompt: str, continuation: str) -> list[int]:
@@ -151,8 +159,8 @@ class ContinuationTokenizer:
         tail = prompt[-TAIL:]
         key = (tail, glue + continuation)
         if key not in self._spelled:
-            before = self.tokenizer(tail, add_special_tokens=False).input_ids
-            after = self.tokenizer(tail + glue + continuation, add_special_tokens=False).input_ids
+            whole = "".join(quoted([tail, glue + continuation], self.special, fixed=len(tail)))
+            before, after = (self._ids(text) for text in (tail, whole))
             if after[: len(before)] != before or len(after) == len(before):
                 raise UserError(
                     f"task: the tokenizer merges {continuation!r} with the end of the prompt, so letters cannot be "
@@ -161,21 +169,27 @@ class ContinuationTokenizer:
             self._spelled[key] = after[len(before) :]
         return self._spelled[key]
 
+    def _ids(self, text: str) -> list[int]:
+        processor, spelled = literally(self.processor, text)
+        return processor.tokenizer(spelled, add_special_tokens=False).input_ids
+
 
 def processor_inputs(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]:
     """The model's keyword arguments for one prompt and its images.
 
-    If there are no images, the placeholder's spelling in the prompt is text of the question, and is altered so that the
-    tokenizer treats it as text.
+    The token ids are those of `apply_chat_template(tokenize=True)`: if the template writes the token that begins a
+    sequence, the tokenizer adds none. Placeholders beyond the number of images are text of the question.
 
     Args:
         processor: the model's processor.
-        prompt: text with a placeholder for each image.
+        prompt: text with a placeholder for each image, as `AskingLM` writes it.
         images: the images.
     """
-    if not images:
-        mark = processor.image_token
-        prompt = prompt.replace(mark, f"< {mark[1:]}")
+    if prompt.count(processor.image_token) > len(images):
+        prompt = quote_last(prompt, processor.image_token, len(images))
+    bos = processor.tokenizer.bos_token
+    options = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
+    processor, prompt = literally(processor, prompt)
     pictures = [decoded(image) for image in images]
     # A nested list marks the images of one prompt: OneVision cuts an image into tiles only if its prompt has no other.
-    return dict(processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt"))
+    return dict(processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt", **options))

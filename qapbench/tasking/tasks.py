@@ -38,13 +38,18 @@ class LoadedTask(TaskOutline):
 
     task: Any = None  # always given: it has a default only because fields of the outline have some
 
+    @property
+    def has_images(self) -> bool:
+        """Whether documents of this task may have images, which `<image>` marks in their text."""
+        return bool(getattr(self.task, "MULTIMODAL", False))
+
     def images(self, doc: int) -> Sequence[Any]:
         """Images of a document, not decoded.
 
         Args:
             doc: number of the document.
         """
-        images = self.task.doc_to_image(self.docs[doc]) if getattr(self.task, "MULTIMODAL", False) else None
+        images = self.task.doc_to_image(self.docs[doc]) if self.has_images else None
         return (images if isinstance(images, list) else [images]) if images else []
 
 

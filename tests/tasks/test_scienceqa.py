@@ -19,6 +19,7 @@ from question_files import ROWS, load, picture, png, row
 from qapbench import UserError
 from qapbench.tasking.registry import own_tasks
 from qapbench.tasking.tasks import LoadedTask, quiet
+from qapbench.tasking.text import unquoted
 from qapbench.tasks import multichoice
 from qapbench.tasks.multichoice import COLUMNS, LazyImage
 
@@ -126,7 +127,9 @@ def test_qcm(write: Any, prompt: str, parser: str) -> None:
 
 def test_image_marks_in_a_question_do_not_multiply(write: Any) -> None:
     docs = load(write([row("1", question="What is <image>?", image=picture(png("red")))])).docs
-    assert docs[0]["text"].count("<image>") == 1
+    assert docs[0]["text"].count("<image>") == 1  # the one of the question is marked as text
+    assert unquoted(docs[0]["text"]).count("<image>") == 2
+    assert "What is <image>?" in docs[0]["relevance_text"]
 
 
 # -- columns --
