@@ -40,7 +40,8 @@ def fake_quantize(
     run from -(2^(b-1) - 1) to 2^(b-1) - 1; asymmetric levels cover the range [min(x, 0), max(x, 0)] with 2^b levels and
     have an integer zero point, as in integer kernels, compressed-tensors and torchao. `Levels` describes the other
     conventions. Ties are rounded to the even level. A group whose values are all equal is reproduced exactly. A group
-    with a NaN or an infinity becomes NaN as a whole; finite values stay finite. Gradients pass through the rounding unchanged (straight-through estimator).
+    with a NaN or an infinity becomes NaN as a whole; finite values stay finite. Gradients pass through the rounding
+    unchanged (straight-through estimator).
 
     If the environment variable QAPBENCH_COMPILE is "1", torch.compile fuses the computation into one pass with
     bit-identical results. Compilation needs a C++ compiler.

@@ -12,7 +12,7 @@ from qapbench.errors import UserError
 
 EngineName = Literal["local", "ray"]
 BATCH = 8  # questions answered together by default
-DEVICES = ("cpu", "cuda", "mps", "xpu")
+DEVICES = ("cpu", "cuda", "xpu")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ def find_device(name: str | None) -> torch.device:
     """The device with that name. If None: a GPU, if there is one, otherwise the CPU.
 
     Raises:
-        UserError: this machine has no such device.
+        UserError: this machine has no such device, or it is "mps".
     """
+    if (name or "").partition(":")[0] == "mps":
+        raise UserError("device: mps has no float64, in which qapbench computes where last bits decide; use cpu")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in DEVICES:

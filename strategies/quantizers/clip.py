@@ -15,8 +15,8 @@ from qapbench import Bits, fake_quantize, quantizer
 class Clip:
     """Clip each token at a percentile of its own absolute values, then quantize it like `absmax`: [..., D] -> [..., D].
 
-    The percentile is over the channels of the token and interpolated linearly. A token with a NaN or an infinity becomes
-    NaN as a whole, as in `absmax`.
+    The percentile is over the channels of the token and interpolated linearly. A token with a NaN or an
+    infinity becomes NaN as a whole, as in `absmax`.
 
     Attributes:
         bits: bits per value. QAPruner quantizes to 4.
