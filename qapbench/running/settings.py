@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from qapbench.errors import UserError
+from qapbench.memory import check_device
 
 EngineName = Literal["local", "ray"]
 BATCH = 8  # questions answered together by default
@@ -53,8 +54,7 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         UserError: this machine has no such device, or it is "mps".
     """
-    if (name or "").partition(":")[0] == "mps":
-        raise UserError("device: mps has no float64, in which qapbench computes where last bits decide; use cpu")
+    check_device((name or "").partition(":")[0])
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in DEVICES:
