@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import UserError
+from .memory import check_device
 from .methods.kinds import ptqs
 from .methods.quantization import LinearPlan, TokenActivation
 from .models import Family, family_of
@@ -60,11 +61,12 @@ def compress(
         The receipt, which fills while the model runs.
 
     Raises:
-        UserError: the spec does not fit this model.
+        UserError: the spec does not fit this model, or the model is on Apple's "mps".
     """
     quantize, prune = _sections(spec)
     owner = spec.text_tower if isinstance(spec, RunSpec) else None
     family = family_of(model)
+    check_device(family.model.device.type)
     receipt = Receipt()
     with contextlib.ExitStack() as stack:
         # Calibration may prune as runs do, but its prompts must not be counted in the receipt.

@@ -1,10 +1,22 @@
-"""Peak memory of this process, as the operating system and the GPU report it."""
+"""Peak memory of this process, as the operating system and the GPU report it, and which devices can compute."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
+
+from qapbench.errors import UserError
+
+
+def check_device(kind: str) -> None:
+    """Check that everything can be computed on this kind of device, such as "cuda".
+
+    Raises:
+        UserError: it is Apple's "mps".
+    """
+    if kind == "mps":
+        raise UserError("device: mps has no float64, in which qapbench computes where last bits decide; use cpu")
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -14,11 +14,15 @@ from torch import Tensor
 
 from qapbench.errors import first_line
 
-Divisor = Literal["qmax", "half"]
+Divisor = Literal["qmax", "half", "full"]
 ZeroPoint = Literal["in_range", "clamped", "free"]
 
 # Values quantized at a time on a CPU: few enough to stay in its cache, enough that the cost of the calls is negligible.
 BLOCK = 2**19
+SMALLEST = torch.finfo(torch.float32).tiny  # smallest scale of a range
+LARGEST = torch.finfo(
+    torch.bfloat16
+).max  # largest value of a level: also bfloat16, which ends before float32, holds it
 COMPILE = "QAPBENCH_COMPILE"  # environment variable; "1" compiles fake quantization
 
 
@@ -35,8 +39,9 @@ def fake_quantize(
     The arithmetic is float32. With the default conventions, symmetric levels have the scale absmax / (2^(b-1) - 1) and
     run from -(2^(b-1) - 1) to 2^(b-1) - 1; asymmetric levels cover the range [min(x, 0), max(x, 0)] with 2^b levels and
     have an integer zero point, as in integer kernels, compressed-tensors and torchao. `Levels` describes the other
-    conventions. Ties are rounded to the even level. A group whose values are all equal is reproduced exactly. Gradients
-    pass through the rounding unchanged (straight-through estimator).
+    conventions. Ties are rounded to the even level. A group whose values are all equal is reproduced exactly. A group
+    with a NaN or an infinity becomes NaN as a whole; finite values stay finite. Gradients pass through the rounding
+    unchanged (straight-through estimator).
 
     If the environment variable QAPBENCH_COMPILE is "1", torch.compile fuses the computation into one pass with
     bit-identical results. Compilation needs a C++ compiler.
@@ -73,8 +78,10 @@ class Levels:
         bits: number of bits, at least 2.
         symmetric: whether the zero point is 0.
         divisor: convention for a symmetric scale. "qmax": the scale is absmax / (2^(b-1) - 1), so the largest value is
-            a level and the lowest level stays unused (SmoothQuant, MBQ, MQuant, LLM.int8()). "half": the scale is
+            a level and the lowest level stays unused (SmoothQuant, MBQ, LLM.int8()). "half": the scale is
             absmax / (2^(b-1) - 1/2) and the levels are -2^(b-1) to 2^(b-1) - 1 (GPTQ, compressed-tensors, torchao).
+            "full": the levels are the same, and the scale is max(-min / 2^(b-1), max / (2^(b-1) - 1)), so that both
+            ends of the range are covered (MQuant).
         zero_point: convention for asymmetric levels. "in_range": the range is widened to contain zero, so that zero is
             a level. "clamped": the range is [min, max] and the zero point is clamped to the levels, which cuts off
             groups whose values all have the same sign (AWQ, MBQ). "free": the range is [min, max] and the zero point
@@ -94,11 +101,19 @@ class Levels:
             return 0, 2 * half - 1
         return (1 - half if self.divisor == "qmax" else -half), half - 1
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """How many scales the lower and the upper end of a symmetric range are away from zero."""
+        half = 2 ** (self.bits - 1)
+        return {"qmax": (half - 1, half - 1), "half": (half - 0.5, half - 0.5), "full": (half, half - 1)}[self.divisor]
+
     def grid(self, low: Tensor, high: Tensor) -> Grid:
         """Compute scales and zero points for the ranges [low, high].
 
         A range that contains a single value (low == high) gets that value's magnitude as its scale, so the value is
-        reproduced exactly. Gradients pass through the rounding of the zero point unchanged.
+        reproduced exactly. No other scale is below the smallest normal number of float32, because below it scales would
+        themselves be coarse. A range with an infinite or NaN end makes NaN of every value. Gradients pass through the
+        rounding of the zero point unchanged.
 
         Args:
             low: lowest value of each range, float32 of any shape.
@@ -110,14 +125,16 @@ class Levels:
         lowest, highest = self.span
         floor, ceiling = low, high
         if self.symmetric:
-            scale = torch.maximum(-low, high) / (highest + (0.5 if self.divisor == "half" else 0))
+            below, above = self.reach
+            scale = torch.maximum(-low / below, high / above)
         else:
             if self.zero_point == "in_range":
                 floor, ceiling = low.clamp(max=0), high.clamp(min=0)
-            scale = (ceiling - floor) / highest
-        scale = torch.where(low == high, low.abs(), scale)
-        # A range of zeros, or so small that its scale underflows: dividing by 1 gives zeros instead of NaNs.
-        scale = scale.masked_fill(scale == 0, 1)
+            width = ceiling - floor
+            # Where the width of the range overflows, its parts do not.
+            scale = torch.where(width.isinf(), ceiling / highest - floor / highest, width / highest)
+        scale = torch.where(low == high, low.abs(), scale.clamp(min=SMALLEST))
+        scale = scale.masked_fill(scale == 0, 1)  # a range of zeros: dividing by 1 gives zeros instead of NaNs
         if self.symmetric:
             return Grid(scale, torch.zeros_like(scale), lowest, highest)
         zero = -round_through(floor / scale)
@@ -133,6 +150,8 @@ class Levels:
             high: highest value of each range.
             grid: the grid of these ranges.
         """
+        if bool((grid.scale > LARGEST / 2 ** (self.bits + 1)).any()):
+            return True  # levels may lie beyond the largest number
         if self.symmetric:
             return self.divisor == "half"
         above = torch.div(high, grid.scale).round_().add_(grid.zero).gt(grid.highest).any()
@@ -178,13 +197,22 @@ class Grid(NamedTuple):
         """
         return format.levels.of(x)
 
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest level, less the zero point, in scales. Where their value would overflow, that is the end.
+
+        Returns:
+            Two tensors of the shape of `scale`.
+        """
+        most = LARGEST / self.scale
+        return torch.maximum(self.lowest - self.zero, -most), torch.minimum(self.highest - self.zero, most)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize x.
 
         The result holds the value of the nearest level, in x's dtype. Gradients pass through the rounding unchanged.
         """
-        rounded = round_through(x.float() / self.scale)
-        clamped = rounded.clamp(self.lowest - self.zero, self.highest - self.zero)
+        clamped = round_through(x.float() / self.scale).clamp(*self.ends)
         return _finite(clamped * self.scale, x.dtype).to(x.dtype)
 
 
@@ -244,7 +272,7 @@ def _eager(x: Tensor, levels: Levels, out: Tensor) -> None:
     """
     rows = max(1, BLOCK // max(1, x.shape[1] * x.shape[2]))
     own = x.dtype == torch.float32
-    scratch = None if own else torch.empty(min(rows, len(x)), *x.shape[1:])
+    scratch = None if own else torch.empty(min(rows, len(x)), *x.shape[1:], dtype=torch.float32)
     for block, target in zip(x.split(rows), out.split(rows), strict=True):
         values = block if scratch is None else scratch[: len(block)].copy_(block)
         low, high = _ends(values)
@@ -252,8 +280,8 @@ def _eager(x: Tensor, levels: Levels, out: Tensor) -> None:
         work = torch.div(values, grid.scale, out=target if own else values).round_()
         # Ranges rarely reach past their levels, and testing their ends is cheaper than two passes over all values.
         if levels.reaches_past(low, high, grid):
-            torch.minimum(work, grid.highest - grid.zero, out=work)
-            torch.maximum(work, grid.lowest - grid.zero, out=work)
+            lowest, highest = grid.ends
+            torch.maximum(torch.minimum(work, highest, out=work), lowest, out=work)
         work.mul_(grid.scale)
         if not own:
             target.copy_(_finite(work, x.dtype))
@@ -262,7 +290,7 @@ def _eager(x: Tensor, levels: Levels, out: Tensor) -> None:
 @functools.cache
 def _compiled() -> Callable[[Tensor, Levels, Tensor], None] | None:
     """Compile `_whole`, once per process. Returns None, after one warning, if torch.compile fails here."""
-    probe = torch.zeros(2, 2, 128)
+    probe = torch.zeros(2, 2, 128, dtype=torch.float32)
     try:
         compiled: Callable[[Tensor, Levels, Tensor], None] = torch.compile(_whole)
         compiled(probe, Levels(4), torch.empty_like(probe))

@@ -155,7 +155,7 @@ class Pruner(abc.ABC):
             return fused
         if ready:
             return next(iter(ready.values()))
-        return torch.ones(tokens.projected.shape[:2], device=tokens.projected.device)
+        return torch.ones(tokens.projected.shape[:2], device=tokens.projected.device, dtype=torch.float32)
 
     def _checked(self, chosen: Selection, tokens: VisionTokens, keep: int) -> Selection:
         """Sort the indices of a selection, or raise a RuntimeError that names the method and its mistake."""

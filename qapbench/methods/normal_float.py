@@ -60,7 +60,7 @@ def normal_float(w: Tensor, block: int = 64, double: bool = True) -> Tensor:
 
 def nf4_levels() -> Tensor:
     """The 16 levels of NF4 in ascending order from -1 to 1: 8 positive quantiles, 7 negative ones, and zero."""
-    return torch.tensor(NF4)
+    return torch.tensor(NF4, dtype=torch.float32)
 
 
 def double_quantize(scales: Tensor) -> Tensor:

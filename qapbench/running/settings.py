@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 
 from qapbench.errors import UserError
+from qapbench.memory import check_device
 
 EngineName = Literal["local", "ray"]
 BATCH = 8  # questions answered together by default
-DEVICES = ("cpu", "cuda", "mps", "xpu")
+DEVICES = ("cpu", "cuda", "xpu")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def find_device(name: str | None) -> torch.device:
     """The device with that name. If None: a GPU, if there is one, otherwise the CPU.
 
     Raises:
-        UserError: this machine has no such device.
+        UserError: this machine has no such device, or it is "mps".
     """
+    check_device((name or "").partition(":")[0])
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in DEVICES:

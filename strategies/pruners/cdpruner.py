@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from qapbench import Pruner, Selection, VisionTokens, pruner
 
-from .dpp import greedy_map, greedy_map_lazy
+from .dpp import greedy_map, greedy_map_lazy, unit
 
 
 @pruner("cdpruner")
@@ -42,7 +42,10 @@ class CDPruner(Pruner):
         return cosine if self.relevance_sign == "positive" else -cosine
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
-        if tokens.projected.device.type == "cpu":
-            return Selection(greedy_map_lazy(tokens.projected, scores, keep))
-        features = normalize(tokens.projected.float(), dim=-1)
-        return Selection(greedy_map(features @ features.mT, scores, keep))
+        features = tokens.projected
+        if features.is_cuda:
+            directions = unit(features)
+            return Selection(greedy_map(directions @ directions.mT, scores, keep))
+        # Other devices may have no float64, which the selection is computed in.
+        indices = greedy_map_lazy(features.cpu(), scores.cpu(), keep)
+        return Selection(indices.to(features.device))

@@ -28,7 +28,7 @@ class DivPrune(Pruner):
     """
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
-        return torch.ones(tokens.projected.shape[:2], device=tokens.projected.device)
+        return torch.ones(tokens.projected.shape[:2], device=tokens.projected.device, dtype=torch.float32)
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         features = normalize(tokens.projected.float(), dim=-1)

@@ -2,11 +2,20 @@
 
 The kernel is K_ij = q_i S_ij q_j, where S is the cosine similarity of the features and q the quality of the tokens. The
 gain of a token is q_i^2 times the squared length of the part of its unit vector that lies outside the span of the
-chosen tokens (its residual). Quality does not enter the recursion in this form, so a quality of zero does no harm. Ties
-go to the lower index. Tokens without a residual are taken in the order of their quality.
+chosen tokens (its residual). Quality does not enter the recursion in this form, so a quality of zero does no harm.
+Equal gains go to the lower index. Tokens without a residual are taken once no other is left, in the order of their
+quality.
 
 There are two implementations that give the same answer. `greedy_map` takes the whole cosine matrix of a batch and is
-meant for a GPU. `greedy_map_lazy` computes only the parts of that matrix that it needs and is meant for a CPU.
+meant for a GPU. `greedy_map_lazy` computes only the parts of that matrix that it needs and is meant for a CPU. They add
+in different orders, so in float32 they would choose differently wherever the last bits decide, and past the rank of the
+features they always do. Both compute in float64 and round to what the input can tell. With k tokens chosen, the
+smallest of whose residuals was m, an error of the input grows by up to a factor of about 1 + k / m:
+
+- Features are float32 numbers. A residual of less than eps32^2 (1 + k / m) may be nothing but their rounding and counts
+  as zero. (The square is there because a residual is a squared length.)
+- Residuals within 8 eps64 (1 + k / m) of each other may differ by the rounding of the computation alone: gains that are
+  closer than that are equal.
 """
 
 from __future__ import annotations
@@ -15,47 +24,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RANK_TOLERANCE = 1e-6  # float32 cannot tell a smaller squared residual of a unit vector from zero
+FEATURES = torch.finfo(torch.float32).eps ** 2  # squared relative precision of the features
+ROUNDING = 8 * torch.finfo(torch.float64).eps  # of a cosine, and of a step of the recursion
 BLOCK = 64  # tokens by which the lazy implementation widens its view: enough for an efficient matmul
 ROWS = 32  # rows of the cosine matrix that it computes at a time
-SLACK = 1 + 1e-5  # in float32, the squared norm of a unit vector exceeds one by less than this
+
+
+def unit(features: Tensor) -> Tensor:
+    """Scale vectors [..., D] of any length to length one, in float64. Vectors of zeros stay as they are."""
+    vectors = features.double()
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(norm > 0, norm, 1)
 
 
 def greedy_map(cosine: Tensor, quality: Tensor, keep: int) -> Tensor:
     """Choose tokens of all images at the same time.
 
     Args:
-        cosine: [B, N, N] cosine similarities.
+        cosine: [B, N, N] cosine similarities: `u @ u.mT` for u = `unit(features)`.
         quality: [B, N], not negative.
         keep: number of tokens to choose per image.
 
     Returns:
         [B, keep] distinct indices, in the order of choice.
     """
+    precision = max(FEATURES, torch.finfo(cosine.dtype).eps)  # of float32 cosines no more can be told
+    cosine, quality = cosine.double(), quality.double()
     batch, count = quality.shape
     rows = torch.arange(batch, device=quality.device)
     weight = quality * quality
     # Exactly one, or zero for a vector of zeros, so that rounding does not decide between equal tokens.
-    residual = (cosine.diagonal(dim1=-2, dim2=-1) > 0.5).to(quality.dtype)
+    residual = (cosine.diagonal(dim1=-2, dim2=-1) > 0.5).double()
     basis = cosine.new_zeros(batch, keep, count)
     order = torch.empty(batch, keep, dtype=torch.long, device=quality.device)
-    # Gain of a token without residual: below every other gain, which is at least 0, and ordered by quality.
-    spent = quality - quality.amax(dim=-1, keepdim=True) - 1
+    rank, least = cosine.new_zeros(batch, 1), cosine.new_ones(batch, 1)
     for step in range(keep):
-        gain = torch.where(residual > RANK_TOLERANCE, weight * residual, spent)
-        chosen = gain.argmax(dim=-1)
+        growth = 1 + rank / least
+        spans, error = residual > precision * growth, ROUNDING * growth
+        bound = torch.where(spans, weight * (residual - error), -torch.inf).amax(dim=-1, keepdim=True)
+        gains = spans & (weight * (residual + error) >= bound)
+        best = torch.where(spans.any(dim=-1, keepdim=True), gains, quality == quality.amax(dim=-1, keepdim=True))
+        chosen = best.int().argmax(dim=-1)  # the first of equal ones
         order[:, step] = chosen
+        left, adds = residual[rows, chosen].unsqueeze(1), spans[rows, chosen].unsqueeze(1)
         if step + 1 < keep:
             past = basis[:, :step]
             row = cosine[rows, chosen] - (past[rows, :, chosen].unsqueeze(1) @ past).squeeze(1)
-            left = residual[rows, chosen]
             # A token without residual adds no direction to the span.
-            scale = torch.where(left > RANK_TOLERANCE, left.rsqrt(), 0)
-            row = row * scale.unsqueeze(1)
-            basis[:, step] = row
+            basis[:, step] = row = torch.where(adds, row * left.rsqrt(), 0)
             residual = residual - row * row
-        residual[rows, chosen] = 0
-        spent[rows, chosen] = -torch.inf
+        rank, least = rank + adds, torch.where(adds, torch.minimum(least, left), least)
+        residual[rows, chosen] = quality[rows, chosen] = -1
     return order
 
 
@@ -75,8 +94,7 @@ def greedy_map_lazy(features: Tensor, quality: Tensor, keep: int) -> Tensor:
     Returns:
         [B, keep] distinct indices, in the order of choice.
     """
-    images = [LazyGreedy(*image, keep).run() for image in zip(features.float(), quality.float(), strict=True)]
-    return torch.stack(images)
+    return torch.stack([LazyGreedy(*image, keep).run() for image in zip(features, quality, strict=True)])
 
 
 class LazyGreedy:
@@ -97,57 +115,65 @@ class LazyGreedy:
         self.ranked = quality.argsort(descending=True, stable=True)
         self.places = self.ranked.numpy()
         self.features, self.keep, self.count, self.seen = features, keep, count, 0
-        self.quality = quality[self.ranked].numpy()
-        self.weight = self.quality * self.quality
-        self.unit, self.held_unit = torch.empty(count, width), torch.empty(count, width)
-        self.cosine = np.empty((count, count), np.float32)  # rows are filled as they are computed
+        self.weight = np.square(quality[self.ranked].double().numpy())
+        self.vectors = torch.empty(count, width, dtype=torch.float64)
+        self.held_vectors = torch.empty_like(self.vectors)
+        self.inverse, self.scale = np.empty(count), np.empty(count)  # one over the norms, of tokens and of held rows
+        self.cosine = np.empty((count, count))  # rows are filled as they are computed
         self.held = 0
         self.slot = np.full(count, -1)  # which row of `cosine` is a token's; -1: not computed yet
-        self.basis = np.empty((keep, count), np.float32)
-        self.residual, self.gain = np.empty(count, np.float32), np.empty(count, np.float32)
-        self.spent = self.quality - self.quality[0] - 1  # gain of a token without residual, as in `greedy_map`
+        self.basis = np.empty((keep, count))
+        self.residual, self.gain = np.empty(count), np.empty(count)
+        self.growth = 1.0
         self.chosen: list[int] = []
+        self.least = 1.0
 
     def run(self) -> Tensor:
         """Choose the tokens. Returns [keep] distinct indices, in the order of choice."""
-        bound = [*(self.weight * np.float32(SLACK)).tolist(), -np.inf]
         self._widen()
         while len(self.chosen) < self.keep:
-            token, best = self._best()
-            if best <= bound[self.seen]:
+            token, bound = self._best()
+            if self.seen < self.count and bound <= self.weight[self.seen] * (1 + ROUNDING * self.growth):
                 self._widen()
+            elif token is None:  # nothing is left outside the span: the others follow in the order of their quality
+                rest = np.delete(np.arange(self.count), self.chosen)
+                self.chosen += rest[: self.keep - len(self.chosen)].tolist()
             else:
                 self._choose(token)
         return self.ranked[self.chosen]
 
-    def _best(self) -> tuple[int, float]:
-        """Find the token with the largest gain. Of equal ones it is the first in the image. Returns it and its gain."""
-        gain, residual = self.gain[: self.seen], self.residual[: self.seen]
-        np.multiply(self.weight[: self.seen], residual, out=gain)
-        np.copyto(gain, self.spent[: self.seen], where=residual <= RANK_TOLERANCE)
-        token = int(gain.argmax())
-        best = gain[token]
-        equal = (gain == best).nonzero()[0]
-        if len(equal) > 1:
-            token = int(equal[self.places[equal].argmin()])
-        return token, float(best)
+    def _best(self) -> tuple[int | None, float]:
+        """Find the token with the largest gain. Of equal ones it is the first in the image.
+
+        Returns:
+            The token, and the least that its gain can be. None and -infinity if no token has a residual.
+        """
+        gain, residual, weight = self.gain[: self.seen], self.residual[: self.seen], self.weight[: self.seen]
+        error = ROUNDING * self.growth
+        spans = residual > FEATURES * self.growth
+        np.multiply(weight, residual, out=gain)
+        gain[~spans] = -np.inf
+        weighed = weight * error
+        bound = (gain - weighed).max()
+        equal = ((gain + weighed >= bound) & spans).nonzero()[0]
+        if not len(equal):
+            return None, -np.inf
+        return int(equal[self.places[equal].argmin()]), float(bound)
 
     def _choose(self, token: int) -> None:
         """Add a token to those chosen and take its direction out of all residuals."""
         step, seen, basis, left = len(self.chosen), self.seen, self.basis, self.residual[token]
         self.chosen.append(token)
-        if left > RANK_TOLERANCE:
-            if self.slot[token] < 0:
-                self._hold(token)
-            row = self.cosine[self.slot[token], :seen] - basis[:step, token] @ basis[:step, :seen]
-            row *= left**-0.5
-            basis[step, :seen] = row
-            row *= row
-            self.residual[:seen] -= row
-        else:  # the chosen tokens span all others, so the remaining ones are taken in the order of their quality
-            basis[step] = 0
-        self.residual[token] = 0
-        self.spent[token] = -np.inf
+        if self.slot[token] < 0:
+            self._hold(token)
+        row = self.cosine[self.slot[token], :seen] - basis[:step, token] @ basis[:step, :seen]
+        row *= left**-0.5
+        basis[step, :seen] = row
+        row *= row
+        self.residual[:seen] -= row
+        self.residual[token] = -1  # chosen
+        self.least = min(self.least, left)
+        self.growth = 1 + len(self.chosen) / self.least
 
     def _hold(self, token: int) -> None:
         """Compute the cosines of a token, and of the tokens that come next by gain, with all tokens considered."""
@@ -158,24 +184,29 @@ class LazyGreedy:
         new = np.argpartition(-gain, number - 1)[:number]
         self.slot[new] = np.arange(start, start + number)
         self.held += number
-        held = torch.index_select(self.unit, 0, torch.from_numpy(new), out=self.held_unit[start : start + number])
-        self.cosine[start : start + number, :seen] = (held @ self.unit[:seen].T).numpy()
+        torch.index_select(self.vectors, 0, torch.from_numpy(new), out=self.held_vectors[start : start + number])
+        self.scale[start : start + number] = self.inverse[new]
+        self._compare(slice(start, start + number), slice(seen))
 
     def _widen(self) -> None:
         """Consider the next block of tokens: compute its cosines with the rows held, and its residuals."""
-        from scipy.linalg import solve_triangular  # imported here so that listing the registry does not load scipy
-
         start, stop = self.seen, min(self.seen + BLOCK, self.count)
         self.seen = stop
-        unit = torch.index_select(self.features, 0, self.ranked[start:stop], out=self.unit[start:stop])
-        norm = torch.linalg.vector_norm(unit, dim=1)
-        unit /= norm.clamp(min=1e-12).unsqueeze(1)
-        residual = (norm > 0).float().numpy()  # exactly one, so that rounding does not decide between equal tokens
+        new = self.vectors[start:stop].copy_(self.features[self.ranked[start:stop]])
+        norm = torch.linalg.vector_norm(new, dim=1).numpy()
+        residual = (norm > 0).astype(float)  # exactly one, so that rounding does not decide between equal tokens
+        self.inverse[start:stop] = 1 / np.where(norm > 0, norm, 1)
         if self.chosen:
-            self.cosine[: self.held, start:stop] = (self.held_unit[: self.held] @ unit.T).numpy()
+            self._compare(slice(self.held), slice(start, stop))
             span = self.basis[: len(self.chosen)]
-            lower = np.ascontiguousarray(span[:, self.chosen].T)
-            rows = self.cosine[self.slot[self.chosen], start:stop]
-            span[:, start:stop] = solve_triangular(lower, rows, lower=True, check_finite=False)
+            lower = torch.from_numpy(np.ascontiguousarray(span[:, self.chosen].T))
+            rows = torch.from_numpy(self.cosine[self.slot[self.chosen], start:stop])
+            span[:, start:stop] = torch.linalg.solve_triangular(lower, rows, upper=False).numpy()
             residual -= np.square(span[:, start:stop]).sum(axis=0)
         self.residual[start:stop] = residual
+
+    def _compare(self, held: slice, tokens: slice) -> None:
+        """Fill in the cosines of some held rows with some tokens."""
+        product = (self.held_vectors[held] @ self.vectors[tokens].T).numpy()
+        np.multiply(product, self.scale[held, None], out=product)
+        np.multiply(product, self.inverse[tokens], out=self.cosine[held, tokens])

@@ -30,7 +30,9 @@ class Random(Pruner):
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
         ids = tokens.image_ids or ("",) * tokens.batch
-        rows = [torch.rand(tokens.count, generator=_generator(self.seed or 0, image)) for image in ids]
+        rows = [
+            torch.rand(tokens.count, dtype=torch.float32, generator=_generator(self.seed or 0, image)) for image in ids
+        ]
         return torch.stack(rows).to(tokens.projected.device)
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:

@@ -117,7 +117,7 @@ def inverse_root(gram: Tensor, damping: float) -> Tensor:
     Raises:
         ArithmeticError: no damping tried makes the sum positive definite, which means that `gram` is not finite.
     """
-    identity = torch.eye(len(gram), device=gram.device)
+    identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     damp = damping * gram.diagonal().mean()
     for _ in range(8):
         lower, failed = torch.linalg.cholesky_ex(gram + damp * identity)

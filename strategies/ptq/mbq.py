@@ -32,7 +32,9 @@ class MBQ(CalibratedPTQ):
     """Scale input channels as AWQ does, with the errors of visual tokens weighted by their gradients.
 
     The scales tried are AWQ's, s = mean|x|^r / sqrt(max * min) for 20 exponents r. The one with the least sum of
-    |error| over text tokens plus ratio times the sum of |error| over visual tokens is taken. The error is that of the
+    |error| over the tokens of the answer plus ratio times the sum of |error| over visual tokens is taken. Tokens of the
+    question and the system prompt do not count, as in the released code. (Outside the language model, and for samples
+    without labels, all tokens that are not visual do.) The error is that of the
     smallest module that contains the linears which read the same input, with weights and activations rounded as in the
     run.
 
@@ -45,7 +47,8 @@ class MBQ(CalibratedPTQ):
     128 with `zero_point: clamped`. Weights are not clipped.
 
     Source:
-        MBQ (Li et al., CVPR 2025), eq. 7 for the ratio.
+        MBQ (Li et al., CVPR 2025), eq. 7 for the ratio. What counts as text is that of the released code (thu-nics/MBQ
+        at a4d460d, March 2025).
     """
 
     def calibrate(
@@ -124,7 +127,7 @@ def search(
         block: the smallest module that contains the linears, with its inputs.
         linears: linears that read the same input, by name.
         mean: [in] mean absolute value of each channel of that input.
-        ratio: weight of the errors of visual tokens, relative to text tokens.
+        ratio: weight of the errors of visual tokens, relative to tokens of the answer.
         weights: format of the weights; None leaves them as they are.
         activations: format of the activations; None leaves them as they are.
     """
@@ -134,7 +137,7 @@ def search(
         plan = LinearPlan(weights, activations, Scaling(scale))
         with installed_all(linears, plan, lambda: block.current[0]):
             error = sum(
-                weighed(output.float() - plain.to(output).float(), *one.masks(output), ratio)
+                weighed(output.float() - plain.to(output).float(), one.masks(output)[0], one.answer(output), ratio)
                 for one, output, plain in zip(block.passes, block.outputs(), wanted, strict=True)
             )
         if error < least:
@@ -142,14 +145,14 @@ def search(
     return best
 
 
-def weighed(error: Tensor, vision: Tensor, valid: Tensor, ratio: float) -> float:
-    """Sum the absolute errors over valid tokens, with visual tokens weighted by `ratio`.
+def weighed(error: Tensor, vision: Tensor, answer: Tensor, ratio: float) -> float:
+    """Sum the absolute errors over the tokens of the answer, and over visual tokens times `ratio`.
 
     Args:
         error: [..., D].
         vision: True for visual tokens, one value for each row of `error`.
-        valid: True for tokens that are not padding, in the same shape.
+        answer: True for tokens of the answer, in the same shape.
         ratio: weight of visual tokens.
     """
     size = error.abs().sum(dim=-1).flatten()
-    return float((size * valid * torch.where(vision, ratio, 1.0)).sum())
+    return float((size * (ratio * vision + answer.to(size))).sum())

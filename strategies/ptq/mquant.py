@@ -1,7 +1,7 @@
 """MQuant: rotated inputs, and static activation scales for visual and text tokens apart."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -17,6 +17,7 @@ from qapbench import (
     Fraction,
     Gram,
     Grid,
+    Levels,
     LinearPlan,
     Rotation,
     TokenActivation,
@@ -27,8 +28,7 @@ from qapbench import (
 
 from .gptq import GPTQ
 
-SHRINK = 80  # steps into which a weight's range is divided in the search for the best share of it
-LEAST = 0.2  # smallest share of the range that is tried, exclusive
+SHARES = tuple(1 - step / 100 for step in range(80))  # shares of a weight's range that are tried, as in GPTQ's code
 NORM = 2.4  # exponent of the error in that search, as in GPTQ's code
 
 
@@ -38,7 +38,11 @@ class MQuant(CalibratedPTQ):
     """Rotate inputs, round weights by GPTQ in clipped ranges, and give visual and other tokens static scales.
 
     The input becomes R x, where R is a Hadamard transform with random signs, and the weight W R^T. The range of each
-    group of weights is shrunk to the share of it with the least sum of |error|^2.4.
+    group of weights is shrunk to the share of it, 1, 0.99, ..., 0.21, with the least sum of |error|^2.4.
+
+    Symmetric levels are all 2^b, from -2^(b-1) to 2^(b-1) - 1 (`divisor: full`, which a format without a `divisor` of
+    its own takes here). A weight's range is symmetric, [-p max|w|, p max|w|], so its scale is p max|w| / (2^(b-1) - 1).
+    The static scale of an activation is max(|min| / 2^(b-1), max / (2^(b-1) - 1)).
 
     Modality-specific static quantization (MSQ, section 3.2): each linear has one activation range for visual tokens and
     one for all others, both from calibration. A modality that calibration never showed takes the other's range.
@@ -60,14 +64,18 @@ class MQuant(CalibratedPTQ):
         seed: seed of the random R. Linears of the same input width have the same R.
 
     Source:
-        MQuant (Yu et al., ACM MM 2025), sections 3.2 and 3.3.
+        MQuant (Yu et al., ACM MM 2025), sections 3.2 and 3.3. Levels, scales and the search are those of the released
+        code (StiphyJay/MQuant at 7b3e819, August 2025).
     """
 
     rounding: Literal["gptq", "rtn"] = "gptq"
     damping: Fraction = 0.01
     seed: Annotated[int, Field(ge=0)] = 0
 
-    formats = (Format(bits=4, symmetric=True), Format(bits=8, symmetric=True, granularity="tensor"))
+    formats = (
+        Format(bits=4, symmetric=True, divisor="full"),
+        Format(bits=8, symmetric=True, granularity="tensor", divisor="full"),
+    )
     activation_granularities = ("tensor",)
 
     def calibrate(
@@ -169,7 +177,7 @@ class ByModality(TokenActivation):
     """
 
     def __init__(self, format: Format, vision: Tensor, text: Tensor) -> None:
-        self.grids = [format.levels.grid(*(end.reshape(1) for end in ends)) for ends in (vision, text)]
+        self.grids = [levels_of(format).grid(*(end.reshape(1) for end in ends)) for ends in (vision, text)]
 
     def __call__(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
         visual, other = (self._on(x.device, grid)(x) for grid in self.grids)
@@ -179,12 +187,20 @@ class ByModality(TokenActivation):
         return grid._replace(scale=grid.scale.to(device), zero=grid.zero.to(device))
 
 
+def levels_of(format: Format) -> Levels:
+    """Convention by which a range becomes levels: that of the format, with all 2^b levels if it is symmetric."""
+    return replace(format.levels, divisor="full") if format.divisor == "qmax" else format.levels
+
+
 def clipped(w: Tensor, format: Format) -> Grid:
     """Find the levels of each row of w [out, G]: its range, shrunk to the share with the least sum of |error|^2.4."""
+    levels = levels_of(format)
     low, high = w.amin(dim=1, keepdim=True), w.amax(dim=1, keepdim=True)
+    if format.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
-    for step in range(int(SHRINK * (1 - LEAST))):
-        share = 1 - step / SHRINK
-        error = (format.levels.grid(low * share, high * share)(w) - w).abs().pow(NORM).sum(dim=1, keepdim=True)
+    for share in SHARES:
+        error = (levels.grid(low * share, high * share)(w) - w).abs().pow(NORM).sum(dim=1, keepdim=True)
         best, least = torch.where(error < least, share, best), torch.minimum(error, least)
-    return format.levels.grid(low * best, high * best)
+    return levels.grid(low * best, high * best)

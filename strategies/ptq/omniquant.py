@@ -138,7 +138,9 @@ class Learner:
     def _clip(self, linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter]:
         size = (self.weights.group_size if self.weights else None) or linear.in_features
         shape = (linear.out_features, -(-linear.in_features // size))
-        high, low = (nn.Parameter(torch.full(shape, CLIP, device=linear.weight.device)) for _ in range(2))
+        high, low = (
+            nn.Parameter(torch.full(shape, CLIP, device=linear.weight.device, dtype=torch.float32)) for _ in range(2)
+        )
         return high, low
 
     def fit(self, wanted: list[Tensor], epochs: int, lwc_lr: float, let_lr: float) -> None:

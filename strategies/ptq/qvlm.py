@@ -1,8 +1,10 @@
 """Q-VLM as its authors released it: NF4 weights, and 4-bit activations with one range per channel."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from statistics import fmean
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -25,8 +27,10 @@ from qapbench import (
 
 NF4 = Format(bits=4, group_size=64)
 CHANNEL = Format(bits=4, granularity="channel", zero_point="free")
+FIXED = 37.0  # threshold of the first release's gate
 SHARES = 7  # number of shares of a static range that are tried: 1.0, 0.9, ..., 0.4
 EPSILON = 1e-7  # keeps the logarithm of the entropy finite
+OFFSET = 1e-5  # keeps quotient and logarithm of the discrepancy finite
 
 
 @ptq("qvlm")
@@ -40,17 +44,22 @@ class QVLM(CalibratedPTQ):
 
     Calibration goes block by block, with the activations of earlier blocks quantized. The paper's entropy-based
     partition of the model is only a gate in the released code, and so it is here. A sample updates the range of a
-    linear in three cases: it is the first sample; the block is one of every `period`; the input of the linear before
-    had a high entropy on this sample. After that, of the shares 1.0, 0.9 to 0.4 of a range the one with the least mean
-    |error|^0.5 is taken.
+    linear in three cases: it is the first sample; the block is one of every `period`; the value of the linear before
+    was high on this sample. With `gate: running`, that value is the entropy of the quantized input of a block's first
+    linear and wherever the width of the inputs changes (in LLaMA: of the query and the down projection), and elsewhere
+    the discrepancy (DED) between this input and the one before; it is high if it reaches the mean of the values of all
+    linears before on this sample. With `gate: fixed`, it is always the entropy, and high from `entropy`. After that, of
+    the shares 1.0, 0.9 to 0.4 of a range the one with the least mean |error|^0.5 is taken.
 
     One thing differs from the released code, in which a batch has one range. Here each sample has its own, and padding
     does not enter it.
 
     Attributes:
-        entropy: entropy of the input of the linear before from which a sample updates a range. It is the mean over
-            channels of -sum a log a, where a is |x| with each channel at unit length over the tokens. The release has
-            37.
+        gate: how it is decided whether a sample updates a range. "running" is the code as released since 17 December
+            2024 (6ceab64), which the authors of QAPruner ran too; "fixed" is the first release, of 10 October 2024.
+        entropy: for `gate: fixed`, entropy from which a sample updates the range of the next linear. It is the mean
+            over channels of -sum a log a, where a is |x| with each channel at unit length over the tokens. The first
+            release has 37.
         period: number of blocks from one that updates its ranges on every sample to the next, starting with the first
             block. The release has 3.
         searched: number of samples, the last ones with an image, on which the shares of a range are compared.
@@ -59,7 +68,8 @@ class QVLM(CalibratedPTQ):
         Q-VLM (Wang et al., NeurIPS 2024), as in the released code (ChangyuanWang17/QVLM).
     """
 
-    entropy: float = 37.0
+    gate: Literal["running", "fixed"] = "running"
+    entropy: float = FIXED
     period: Annotated[int, Field(ge=1)] = 3
     searched: Annotated[int, Field(ge=1)] = 2
 
@@ -67,6 +77,8 @@ class QVLM(CalibratedPTQ):
     activation_granularities = ("channel",)
 
     def check(self, weights: Format | None, activations: Format | None) -> None:
+        if self.gate == "running" and self.entropy != FIXED:
+            raise UserError("qvlm: `entropy` is the threshold of `gate: fixed`; set that too, or leave `entropy` out")
         for side, asked, made in (("weights", weights, NF4), ("activations", activations, CHANNEL)):
             if asked not in (None, made):
                 raise UserError(f"qvlm is one pair of formats by definition: leave {side} out (here {made})")
@@ -80,9 +92,11 @@ class QVLM(CalibratedPTQ):
     ) -> CalibrationResult:
         if activations is None:
             return {name: {} for name in linears}
-        gate = Gate(self.entropy, self.period)
+        gates: dict[str, Gate] = {}  # one for each list of layers
 
         def find(block: Block) -> CalibrationResult:
+            layers = block.name.rpartition(".")[0]
+            gate = gates.setdefault(layers, Gate(self.entropy if self.gate == "fixed" else None, self.period))
             gate.block += 1
             static = [name for group in block.groups() if group.norm for name in group.linears]
             with_images = [i for i, one in enumerate(block.passes) if one.tokens is None or one.tokens.vision.any()]
@@ -127,20 +141,36 @@ class Gate:
     """Decides whether a sample updates the range of a linear.
 
     Attributes:
-        entropy: entropy of the latest linear's input from which a sample does.
+        threshold: entropy of the latest linear's input from which a sample does; None for the mean of the values.
         period: number of blocks from one in which all samples do to the next.
         block: number of the current block, counted from 1.
-        entropies: entropy of the latest linear's quantized input, by sample.
+        values: by sample, the values of all linears so far. NaN is left out, as in the release.
+        latest: by sample, the value of the latest linear. NaN opens nothing.
+        before: the input that was noted last, and the block and the sample that it was of.
     """
 
-    entropy: float
+    threshold: float | None
     period: int
     block: int = 0
-    entropies: dict[int, float] = field(default_factory=dict)
+    values: dict[int, list[float]] = field(default_factory=dict)
+    latest: dict[int, float] = field(default_factory=dict)
+    before: tuple[tuple[int, int], Tensor] | None = None
 
     def opens(self, sample: int) -> bool:
         """Whether the sample of this index updates the range. The first one always does."""
-        return sample == 0 or (self.block - 1) % self.period == 0 or self.entropies.get(sample, 0.0) >= self.entropy
+        if sample == 0 or (self.block - 1) % self.period == 0:
+            return True
+        values = self.values.get(sample)
+        return bool(values) and self.latest[sample] >= (fmean(values) if self.threshold is None else self.threshold)
+
+    def note(self, sample: int, x: Tensor) -> None:
+        """Take in the quantized input [T, in] of the linear that was decided upon last."""
+        place, before = (self.block, sample), self.before
+        follows = before is not None and before[0] == place and before[1].shape == x.shape
+        value = discrepancy(before[1], x) if before and follows and self.threshold is None else entropy(x)
+        self.before, self.latest[sample] = (place, x), value
+        if not math.isnan(value):
+            self.values.setdefault(sample, []).append(value)
 
 
 class StaticRange:
@@ -170,7 +200,7 @@ class StaticRange:
         if self.gate.opens(self.sample):
             low, high = CHANNEL.range(x)
             self.low, self.high = torch.minimum(self.low, low[0]), torch.maximum(self.high, high[0])
-        self.gate.entropies[self.sample] = entropy(CHANNEL.levels.grid(self.low, self.high)(x.float()))
+        self.gate.note(self.sample, CHANNEL.levels.grid(self.low, self.high)(x.float()))
         if self.sample in self.searched:
             self.rows.append(x.to("cpu"))
         self.sample += 1
@@ -194,3 +224,19 @@ def entropy(x: Tensor) -> float:
     """
     a = normalize(x.abs(), dim=0)
     return float(-(a * (a + EPSILON).log()).sum(dim=0).mean())
+
+
+def discrepancy(before: Tensor, x: Tensor) -> float:
+    """Compute the discrepancy (DED) of the quantized inputs of two linears: the mean over channels of -sum j log c.
+
+    With p and q = |x| of the first and the second input, each channel at unit sum over the tokens, j is p q and c is
+    q / p, each at unit sum again. NaN if the two have no token in common that is not zero, in any channel.
+
+    Args:
+        before: [T, in].
+        x: [T, in].
+    """
+    p, q = (normalize(values.abs(), p=1, dim=0) for values in (before, x))
+    joint, conditional = p * q, q / (p + OFFSET)
+    joint, conditional = joint / joint.sum(dim=0), conditional / conditional.sum(dim=0)
+    return float(-(joint * (conditional + OFFSET).log()).sum(dim=0).mean())

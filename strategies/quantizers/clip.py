@@ -15,7 +15,8 @@ from qapbench import Bits, fake_quantize, quantizer
 class Clip:
     """Clip each token at a percentile of its own absolute values, then quantize it like `absmax`: [..., D] -> [..., D].
 
-    The percentile is over the channels of the token and interpolated linearly.
+    The percentile is over the channels of the token and interpolated linearly. A token with a NaN or an
+    infinity becomes NaN as a whole, as in `absmax`.
 
     Attributes:
         bits: bits per value. QAPruner quantizes to 4.
@@ -31,4 +32,5 @@ class Clip:
     def __call__(self, x: Tensor) -> Tensor:
         values = x.float()
         bound = torch.quantile(values.abs(), self.percentile / 100, dim=-1, keepdim=True)
+        bound = bound.where(values.isfinite().all(dim=-1, keepdim=True), torch.nan)  # an infinity must not be clipped
         return fake_quantize(values.clamp(-bound, bound), self.bits, symmetric=True).to(x.dtype)

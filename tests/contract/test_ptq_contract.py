@@ -138,3 +138,22 @@ def test_nothing_asked_nothing_planned(name: str) -> None:
     for entry in plan(name, small_model(), None, None).values():
         assert entry.weight is None
         assert entry.activation is None
+
+
+@pytest.mark.parametrize("name", [name for name in ptqs.names() if ptqs.create(name).calibrates])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(name: str, bad: float) -> None:
+    """One sentence with the linear, whether it comes with a sample, from inside the model, or in a weight."""
+    samples = [torch.randn(5, 96, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    given = [samples[0], samples[1].clone(), samples[2]]
+    given[1][2, 7] = bad
+    inside, weight = small_model().requires_grad_(False), small_model().requires_grad_(False)
+    inside[0].bias[3] = bad
+    weight[2].weight[1, 1] = bad
+    for model, data, message in (
+        (small_model(), given, "the input of 0 has 1 of 480 values that are not finite"),
+        (inside, samples, r"the input of 2 has \d+ of 200 values that are not finite"),
+        (weight, samples, "the weight of 2 has 1 of 960 values that are not finite"),
+    ):
+        with pytest.raises(UserError, match=f"^calibration: {message}; try a wider dtype[^.]*$"):
+            method(name).prepare(model, linears_of(model), *made_by(name), data)

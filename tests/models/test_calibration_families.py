@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from qapbench import Block, CalibrationResult, CalibrationSamples, Gram, compress
+from qapbench import Block, CalibrationResult, CalibrationSamples, Gram, UserError, compress
 from qapbench.models.family import families, family_of
 from qapbench.quantize.calibration import Calibration
 
@@ -78,3 +78,37 @@ def test_gptq_on_every_part(model_type: str) -> None:
     assert torch.isfinite(out).all()
     assert all(line.planned for line in receipt.linears if line.calls)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@each_family
+def test_answers_are_told_from_questions(model_type: str) -> None:
+    """In every block of the language model, for samples with an image and without; nowhere else."""
+    model, inputs = tiny(model_type)
+    family = family_of(model)
+    samples = [inputs, text_of(inputs, family.image_token)]
+    for sample in samples:
+        sample["labels"] = torch.full_like(sample["input_ids"], -100)
+        sample["labels"][:, -2:] = sample["input_ids"][:, -2:]
+    blocks = 0
+
+    def find(block: Block) -> CalibrationResult:
+        nonlocal blocks
+        language = any(name in family.linears(["language"]) for name in block.linears)
+        blocks += language
+        for one, sample in zip(block.passes, samples, strict=False):
+            if language:
+                x = torch.zeros(*sample["input_ids"].shape, 1)
+                assert torch.equal(one.answer(x), (sample["labels"] != -100).flatten())
+            else:
+                assert one.labelled is None
+        return {}
+
+    Calibration(model, CalibrationSamples(samples), family).block_by_block(family.linears(SCOPE), find)
+    assert blocks
+
+
+def test_a_model_on_mps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny("llava")
+    monkeypatch.setattr(type(model), "device", torch.device("mps"))
+    with pytest.raises(UserError, match=r"^device: mps has no float64"), compress(model, {}):
+        pass

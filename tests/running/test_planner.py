@@ -26,6 +26,12 @@ CPU = find_device("cpu")
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
 
 
+@pytest.mark.parametrize("name", ["mps", "mps:0"])
+def test_mps_is_refused_with_one_sentence(name: str) -> None:
+    with pytest.raises(UserError, match=r"^device: mps has no float64, [^.]*; use cpu$"):
+        find_device(name)
+
+
 def test_a_plan_needs_neither_model_nor_lm_eval(spec_of: Spec, tmp_path: Path, tiny_model: Path) -> None:
     """The weights cannot even be loaded; calibration and a text tower are asked for."""
     broken = shutil.copytree(tiny_model, tmp_path / "broken")

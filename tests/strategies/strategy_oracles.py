@@ -102,6 +102,52 @@ def greedy_log_det(kernel: Array, keep: int) -> list[tuple[int, float, float]]:
     return steps
 
 
+def follow_greedy(rows: Array, quality: Array, order: list[int]) -> int:
+    """Check the steps of a greedy MAP against residuals found anew by an SVD of the chosen directions.
+
+    A step is judged up to what float32 rows can tell. A token whose residual is too small for that must come after all
+    whose residual is plain, and of such tokens that come one behind the other the better one first.
+
+    Args:
+        rows: [N, D] features.
+        quality: [N].
+        order: the tokens in the order of choice.
+
+    Returns:
+        Number of steps that could be judged.
+    """
+    size = np.linalg.norm(rows, axis=1, keepdims=True)
+    directions = rows / np.where(size > 0, size, 1)
+    spanned = False
+    for step, token in enumerate(order):
+        rest = [other for other in range(len(rows)) if other not in order[:step]]
+        if spanned:  # nothing is left but quality
+            assert token == max(rest, key=lambda other: (quality[other], -other))
+            continue
+        chosen = directions[order[:step]]
+        _, values, right = np.linalg.svd(chosen, full_matrices=False)
+        basis = right[values > 1e-6]
+        weakest = values.min(initial=1.0)
+        residual = np.square(directions - directions @ basis.T @ basis).sum(axis=1)
+        unclear = 1e-12 * (1 + step / max(weakest, 1e-9) ** 2)
+        if unclear > 1e-4:
+            return step  # rounded features say nothing more about this step, nor about what follows
+        gain, error = quality**2 * residual, quality**2 * 1e-12
+        if residual[rest].max() > unclear:
+            assert residual[token] > unclear / 1e4
+            assert gain[token] + error[token] >= max(
+                gain[other] - error[other] for other in rest if residual[other] > unclear
+            )
+            exact = [other for other in rest if gain[other] == gain[token] and residual[other] == residual[token]]
+            assert step or token == exact[0], "the first of equal tokens"
+        elif residual[rest].max() < unclear / 1e4 or len(basis) == rows.shape[1]:
+            spanned = True
+            assert token == max(rest, key=lambda other: (quality[other], -other))
+        else:
+            return step
+    return len(order)
+
+
 def unit(rows: Array) -> Array:
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 

@@ -1,5 +1,7 @@
 """The fake-quantization core against float64, and the properties that any uniform quantizer has."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
-from qapbench import fake_quantize, quantizers
+from qapbench import Format, fake_quantize, quantizers
 
 BITS = st.integers(2, 8)
 values = hnp.arrays(
@@ -134,3 +136,61 @@ def test_extremes(symmetric: bool) -> None:
     huge = torch.tensor([65504.0, -65504.0, 1.0], dtype=torch.float16)
     for x in (tiny, huge, torch.tensor([1e-45, -1e-45, 0.0])):
         assert torch.isfinite(fake_quantize(x, 4, symmetric=symmetric)).all()
+
+
+CONVENTIONS = [
+    *({"symmetric": True, "divisor": divisor} for divisor in ("qmax", "half", "full")),
+    *({"zero_point": zero_point} for zero_point in ("in_range", "clamped", "free")),
+]
+each_convention = pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda each: "-".join(map(str, each.values())))
+EXTREMES = {
+    "largest": [3e38, -3e38, 1e38, 0.0],
+    "end of float32": [3.4028234e38, -3.4028234e38, 1.0, -2e38],
+    "positive": [3e38, 2.9e38, 1e38, 2e38],
+    "negative": [-3e38, -2.9e38, -1e38, -2e38],
+    "denormal": [1e-44, -3e-44, 7e-45, 0.0],
+    "barely normal": [1.2e-38, -3e-38, 2e-38, 5e-39],
+}
+
+
+@each_convention
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_ends_of_float32(convention: dict[str, Any], case: str, bits: int) -> None:
+    """Finite values stay finite and near their level. Scales end at the smallest normal number."""
+    x = torch.tensor([EXTREMES[case]])
+    out = fake_quantize(x, bits, **convention)
+    assert torch.equal(out, Format(bits=bits, **convention).levels.of(x)(x)), "the fixed grid"
+    assert torch.isfinite(out).all()
+    half = x.clamp(-3.38e38, 3.38e38).bfloat16()  # it ends a little before float32
+    assert torch.isfinite(fake_quantize(half, bits, **convention)).all()
+    if convention.get("zero_point") == "clamped" and case in ("positive", "negative"):
+        return  # this convention cuts such groups off
+    low, high = float(x.double().min()), float(x.double().max())
+    if convention.get("zero_point") == "in_range":
+        low, high = min(low, 0), max(high, 0)
+    scale = (max(-low, high) / (2 ** (bits - 1) - 1)) if "symmetric" in convention else (high - low) / (2**bits - 1)
+    assert float((out.double() - x.double()).abs().max()) <= max(0.51 * scale, 0.5 * 2.0**-126)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@each_convention
+def test_a_group_that_is_not_finite_is_nan(convention: dict[str, Any], bad: float) -> None:
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    x[1, 3] = bad
+    out = fake_quantize(x, 4, 8, **convention)
+    assert out[1, :8].isnan().all()
+    x[1, 3] = 0.0
+    for rows in (slice(0, 1), slice(2, 3)):
+        assert torch.equal(out[rows], fake_quantize(x, 4, 8, **convention)[rows])
+    assert torch.equal(out[1, 8:], fake_quantize(x, 4, 8, **convention)[1, 8:])
+
+
+@pytest.mark.parametrize("name", quantizers.names())
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_no_quantizer_makes_a_number_of_what_is_not_finite(name: str, bad: float) -> None:
+    x = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    x[1, 3] = bad
+    out = quantizers.create(name)(x)
+    assert out[1, 3].isnan()
+    assert out[0].isfinite().all()

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import strategy_oracles as oracle
 import torch
-from hypothesis import given
-from torch.nn.functional import normalize
+from hypothesis import given, settings
+from torch import Tensor
 
 from qapbench import VisionTokens, pruners
-from qapbench.strategies.pruners import dpp
-from qapbench.strategies.pruners.dpp import greedy_map, greedy_map_lazy
+from qapbench.strategies.pruners import cdpruner, dpp
+from qapbench.strategies.pruners.dpp import greedy_map, greedy_map_lazy, unit
 
 each_way = pytest.mark.parametrize("way", ["whole", "lazy"])
 
@@ -36,11 +36,15 @@ def kernels(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return rows, quality
 
 
+def whole(features: Tensor, quality: Tensor, keep: int) -> Tensor:
+    """The way of a GPU."""
+    directions = unit(features)
+    return greedy_map(directions @ directions.mT, quality, keep)
+
+
 def our_order(rows: np.ndarray, quality: np.ndarray, keep: int, way: str) -> list[int]:
-    unit, score = torch.from_numpy(rows).float()[None], torch.from_numpy(quality).float()[None]
-    return (greedy_map_lazy(unit, score, keep) if way == "lazy" else greedy_map(unit @ unit.mT, score, keep))[
-        0
-    ].tolist()
+    features, score = torch.from_numpy(rows).float()[None], torch.from_numpy(quality).float()[None]
+    return (greedy_map_lazy if way == "lazy" else whole)(features, score, keep)[0].tolist()
 
 
 @each_way
@@ -156,8 +160,7 @@ def test_constant_relevance() -> None:
     tokens = images()
     even = VisionTokens(tokens.projected, image_embeds=torch.ones(2, 8, 6), text_embeds=torch.ones(2, 3, 6))
     got = pruners.create("cdpruner").select(even, 5).indices
-    unit = normalize(tokens.projected, dim=-1)
-    wanted = greedy_map(unit @ unit.mT, torch.ones(2, 8), 5).sort(dim=-1).values
+    wanted = whole(tokens.projected, torch.ones(2, 8), 5).sort(dim=-1).values
     assert torch.equal(got, wanted)
 
 
@@ -174,27 +177,96 @@ def test_past_the_rank_through_select() -> None:
         assert all(len(set(row)) == keep for row in indices.tolist())
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from(["spread", "constant", "alike"]))
-def test_both_ways_agree(seed: int, width: int, kind: str) -> None:
-    """On small whole numbers, where float32 is exact enough that only real ties are ties: also past the rank."""
-    rng = np.random.default_rng(seed)
-    rows = torch.from_numpy(rng.integers(-3, 4, size=(2, 30, width))).float()
-    if kind == "alike":
-        rows = rows[:, rng.integers(0, 6, size=30)]
-    quality = torch.from_numpy(rng.integers(1, 9, size=(2, 30)) / 8).float()
-    if kind == "constant":
-        quality = torch.ones(2, 30)
-    unit = normalize(rows, dim=-1)
-    whole = greedy_map((unit.double() @ unit.double().mT), quality.double(), 29)
-    lazy = greedy_map_lazy(rows, quality, 29)
-    assert torch.equal(lazy.sort(dim=-1).values.diff(dim=-1) > 0, torch.ones(2, 28, dtype=torch.bool))
-    for image in range(2):
-        kernel = (unit[image].double() @ unit[image].double().mT).numpy()
-        scaled = quality[image, :, None].double().numpy() * kernel * quality[image, None].double().numpy()
-        for step, (token, log_gain, lead) in enumerate(oracle.greedy_log_det(scaled, 12)):
-            if lead < 1e-4 or np.exp(log_gain) < 1e-3:
-                break
-            assert token == whole[image, step] == lazy[image, step]
+KINDS = [
+    "plain",
+    "whole numbers",
+    "copies",
+    "scaled copies",
+    "low rank",
+    "decaying",
+    "bfloat16",
+    "equal angles",
+    "extreme",
+]
+
+
+@st.composite
+def images_of_any_kind(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Features [1, N, D] in float32 and qualities [1, N], with ties, copies, and fewer directions than tokens."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    count, width = draw(st.integers(2, 60)), draw(st.integers(1, 48))
+    rows = rng.normal(size=(count, width))
+    match draw(st.sampled_from(KINDS)):
+        case "whole numbers":
+            rows = rng.integers(-2, 3, size=(count, width)).astype(float)
+        case "copies":
+            rows = rows[rng.integers(0, max(count // 4, 1), size=count)]
+        case "scaled copies":
+            rows = rows[rng.integers(0, max(count // 4, 1), size=count)] * rng.integers(1, 6, size=(count, 1))
+        case "low rank":
+            rows = rng.normal(size=(count, 3)) @ rng.normal(size=(3, width))
+        case "decaying":
+            rows = rows * 10 ** -np.linspace(0, 8, width) @ rng.normal(size=(width, width))
+        case "bfloat16":
+            rows = (
+                torch.from_numpy(rng.normal(size=(count, 3)) @ rng.normal(size=(3, width))).bfloat16().double().numpy()
+            )
+        case "equal angles":
+            rows = np.eye(count) + 0.3
+        case "extreme":
+            rows = rows * 10.0 ** rng.integers(-30, 36, size=(count, 1))
+    quality = draw(st.sampled_from([rng.random(count), np.ones(count), rng.integers(1, 4, size=count) / 4]))
+    if draw(st.booleans()):  # differences of one last bit count too
+        quality = np.nextafter(quality.astype(np.float32), np.float32(2) * rng.integers(0, 2, size=count))
+    return torch.from_numpy(rows).float()[None], torch.from_numpy(np.asarray(quality)).float()[None]
+
+
+@settings(max_examples=150)
+@given(images_of_any_kind(), st.data())
+def test_both_ways_are_the_greedy_map(case: tuple[Tensor, Tensor], data: st.DataObject) -> None:
+    """The two ways choose the same tokens in the same order, which is that of a float64 oracle wherever it leads."""
+    features, quality = case
+    keep = data.draw(st.integers(1, quality.shape[1]))
+    order = whole(features, quality, keep)
+    assert torch.equal(order, greedy_map_lazy(features, quality, keep))
+    assert len(set(order[0].tolist())) == keep
+    rows, q = features[0].double().numpy(), quality[0].double().numpy()
+    assert oracle.follow_greedy(rows, q, order[0].tolist()) >= 1
+
+
+def test_the_two_ways_agree_past_the_rank() -> None:
+    """A size at which float32 chose different tokens: 128 of 576 in 64 dimensions."""
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        features, quality = torch.randn(1, 576, 64, generator=draw), torch.rand(1, 576, generator=draw)
+        order = greedy_map_lazy(features, quality, 128)
+        assert torch.equal(order, whole(features, quality, 128))
+        later = [token for token in quality[0].argsort(descending=True).tolist() if token not in order[0, :64].tolist()]
+        assert order[0, 64:].tolist() == later[:64], "the rank is used up: by quality"
+
+
+@each_way
+def test_past_the_rank_the_last_bit_of_a_quality_counts(way: str) -> None:
+    half = np.float32(0.5)
+    quality = np.array([half, np.nextafter(half, np.float32(1)), 1.0, half])
+    assert our_order(np.ones((4, 2)), quality, 4, way) == [2, 1, 0, 3]
+
+
+@each_way
+@pytest.mark.parametrize("size", [1e-43, 1e-30, 1e-13, 1e30, 1e38])
+def test_only_the_direction_of_features_counts(way: str, size: float) -> None:
+    """Also where their squares underflow or overflow in float32; only a vector of zeros has none."""
+    rows = np.eye(3) * np.array([size, 1.0, size])[:, None]
+    assert our_order(np.vstack([np.zeros((1, 3)), rows]), np.array([1.0, 0.3, 0.2, 0.9]), 4, way) == [3, 1, 2, 0]
+
+
+def test_where_a_device_has_no_float64_the_cpu_selects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of CUDA takes the whole matrix, to the same answer."""
+    tokens, pruner = images(count=30), pruners.create("cdpruner")
+    lazily = pruner.select(tokens, 14).indices
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(cdpruner, "greedy_map_lazy", None)
+    assert torch.equal(pruner.select(tokens, 14).indices, lazily)
 
 
 def test_what_is_not_read_is_not_computed() -> None:

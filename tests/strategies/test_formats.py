@@ -16,6 +16,7 @@ from qapbench.methods import affine
 CONVENTIONS: list[dict[str, Any]] = [
     {"symmetric": True},
     {"symmetric": True, "divisor": "half"},
+    {"symmetric": True, "divisor": "full"},
     {"zero_point": "in_range"},
     {"zero_point": "clamped"},
     {"zero_point": "free"},
@@ -28,7 +29,10 @@ def oracle(
     """One range, in float64, from the formulas: (values, distance from a rounding boundary in levels)."""
     low, high, half = float(x.min()), float(x.max()), 2 ** (bits - 1)
     if symmetric:
-        scale = max(-low, high) / (half - 1 if divisor == "qmax" else half - 0.5)
+        below, above = {"qmax": (half - 1, half - 1), "half": (half - 0.5, half - 0.5), "full": (half, half - 1)}[
+            divisor
+        ]
+        scale = max(-low / below, high / above)
         least, most, zero = (1 - half if divisor == "qmax" else -half), half - 1, 0.0
     else:
         if zero_point == "in_range":

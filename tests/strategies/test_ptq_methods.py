@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qapbench import Calibration, Format, Gradient, LinearPlan, Rotation, Tokens, UserError, ptqs
+from qapbench import Block, Calibration, Format, Gradient, LinearPlan, Rotation, Tokens, UserError, ptqs
 from qapbench.methods.quantization import TokenActivation
+from qapbench.quantize.calibration.blocks import Pass
 from qapbench.spec.run_spec import QuantizeSpec
 from qapbench.strategies.ptq import mbq, mquant, omniquant, quip, qvlm
 
@@ -221,17 +222,75 @@ def test_static_ranges_are_static_until_decoding() -> None:
     assert act(torch.full((1, 1, 5), 7.0), later).max() > 6.5
 
 
-def test_the_gate_and_the_search() -> None:
-    gate = qvlm.Gate(entropy=37, period=3)
-    opened = []
-    for gate.block in range(1, 6):
-        opened.append(gate.opens(1))
-    assert opened == [True, False, False, True, False]
-    gate.entropies[1] = 40
-    assert gate.opens(1)
-    assert gate.opens(0)
+def gate_oracle(inputs: list[list[list[np.ndarray]]], threshold: float | None, period: int) -> list[list[list[bool]]]:
+    """Whether each sample updates each range, transcribed from the released code's formulas in float64.
+
+    Args:
+        inputs: by block, linear and sample, the quantized input [T, in].
+        threshold: of the first release; None for the second.
+        period: of blocks that update always.
+    """
+    opened: list[list[list[bool]]] = [[[] for _ in block] for block in inputs]
+    for sample in range(len(inputs[0][0])):
+        history: list[float] = []
+        last = 0.0
+        previous = np.zeros((0, 0))
+        for number, block in enumerate(inputs, start=1):
+            for place, linear in enumerate(block):
+                limit = (np.mean(history) if history else np.nan) if threshold is None else threshold
+                opened[number - 1][place].append(bool(sample == 0 or number % period == 1 % period or last >= limit))
+                x = np.abs(linear[sample])
+                if threshold is not None or place == 0 or previous.shape != x.shape:
+                    a = x / np.maximum(np.linalg.norm(x, axis=0), 1e-12)
+                    last = float(np.mean(-np.sum(a * np.log(a + 1e-7), axis=0)))
+                else:
+                    p, q = (v / np.maximum(v.sum(axis=0), 1e-12) for v in (previous, x))
+                    joint, conditional = p * q, q / (p + 1e-5)
+                    with np.errstate(invalid="ignore"):
+                        joint, conditional = joint / joint.sum(axis=0), conditional / conditional.sum(axis=0)
+                    last = float(np.mean(-np.sum(joint * np.log(conditional + 1e-5), axis=0)))
+                previous = x
+                if not np.isnan(last):
+                    history.append(last)
+    return opened
+
+
+@pytest.mark.parametrize("threshold", [None, 2.5])
+@pytest.mark.parametrize("dead", [False, True])
+def test_the_gate_is_that_of_the_release(threshold: float | None, dead: bool) -> None:
+    """Seven linears of a block, of two widths as in LLaMA, of which three read one input. Some channels may be zero."""
+    draw = np.random.default_rng(0)
+    inputs = []
+    for _ in range(5):
+        shared = [draw.normal(size=(12, 6)) * 4.0 ** draw.normal(size=(12, 1)) for _ in range(3)]
+        others = [
+            [draw.normal(size=(12, w)) * 4.0 ** draw.normal(size=(12, 1)) for _ in range(3)] for w in (6, 6, 6, 9)
+        ]
+        inputs.append([shared, shared, [x * 1.1 for x in shared], *others])
+    if dead:
+        inputs[1][3][1][:, 2] = 0
+    gate = qvlm.Gate(threshold, period=3)
+    opened: list[list[list[bool]]] = []
+    for gate.block, block in enumerate(inputs, start=1):
+        opened.append([[] for _ in block])
+        for sample in range(3):
+            for place, linear in enumerate(block):
+                opened[-1][place].append(gate.opens(sample))
+                gate.note(sample, torch.from_numpy(linear[sample]).float())
+    assert opened == gate_oracle(inputs, threshold, 3)
+    decided = [one for number in (1, 2, 4) for linear in opened[number] for one in linear[1:]]
+    assert set(decided) == {True, False}, sorted(v for values in gate.values.values() for v in values)
+
+
+def test_entropy_belongs_to_the_fixed_gate() -> None:
+    ptqs.create("qvlm", gate="fixed", entropy=30.0).check(None, None)
+    with pytest.raises(UserError, match="`entropy` is the threshold of `gate: fixed`"):
+        ptqs.create("qvlm", entropy=30.0).check(None, None)
+
+
+def test_the_search_for_a_share() -> None:
     x = random(50, 6)
-    gate = qvlm.Gate(entropy=0, period=1)
+    gate = qvlm.Gate(threshold=0, period=1)
     seen = qvlm.StaticRange(gate, [0])
     seen(x, torch.zeros(50, dtype=torch.bool))
     best = seen.best()
@@ -251,12 +310,46 @@ def test_the_gate_and_the_search() -> None:
 # -- MBQ --
 
 
-def test_vision_counts_by_the_ratio() -> None:
+def test_vision_counts_by_the_ratio_and_the_question_not() -> None:
     error = random(1, 5, 4)
-    vision, valid = torch.tensor([1, 1, 0, 0, 0]).bool(), torch.tensor([1, 1, 1, 1, 0]).bool()
+    vision, answer = torch.tensor([1, 1, 0, 0, 0]).bool(), torch.tensor([0, 0, 0, 1, 0]).bool()
     size = error[0].abs().double().numpy()
-    wanted = 2.5 * size[:2].sum() + size[2:4].sum()
-    assert mbq.weighed(error, vision, valid, 2.5) == pytest.approx(wanted, rel=1e-5)
+    wanted = 2.5 * size[:2].sum() + size[3:4].sum()
+    assert mbq.weighed(error, vision, answer, 2.5) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 3.0])
+def test_the_scale_is_the_releases(ratio: float) -> None:
+    """Symmetric weights and tokens; the error over answer and visual tokens alone, transcribed in float64."""
+    torch.manual_seed(1)
+    linear, format = nn.Linear(24, 10, bias=False), Format(bits=4, symmetric=True)
+    x = random(2, 20, 24) * torch.logspace(-1, 1, 24)
+    x[:, :12] = x[:, :12].flip(-1)  # the question and the image want other scales than the answer
+    vision, answer = torch.zeros(2, 1, 20, dtype=torch.bool)
+    vision[:, 6:12], answer[:, 15:] = True, True
+    tokens = Tokens(vision, torch.ones_like(vision))
+    passes = [Pass((one[None],), {}, tokens, labelled=answer) for one in x]
+    mean = x.flatten(0, 1).abs().mean(dim=0)
+
+    def round_rows(v: np.ndarray) -> np.ndarray:
+        scale = np.abs(v).max(axis=1, keepdims=True) / 7
+        return np.round(v / scale) * scale
+
+    w, rows = linear.weight.detach().double().numpy(), x.double().numpy()
+    counted = ratio * vision[0].double().numpy() + answer[0].double().numpy()
+    errors, scales, everything = [], [], []
+    for step in range(20):
+        scale = np.maximum(mean.double().numpy() ** (step / 20), 1e-4)
+        scale /= np.sqrt(scale.max() * scale.min())
+        off = np.stack([round_rows(one / scale) @ round_rows(w * scale).T - one @ w.T for one in rows])
+        errors.append((np.abs(off).sum(axis=2) * counted).sum())
+        everything.append((np.abs(off).sum(axis=2) * np.where(vision[0], ratio, 1)).sum())
+        scales.append(scale)
+    block = Block("", linear, {"": linear}, passes)
+    found = mbq.search(block, {"": linear}, mean, ratio, format, format)
+    np.testing.assert_allclose(found.numpy(), scales[int(np.argmin(errors))], rtol=1e-4)
+    if ratio < 1:
+        assert np.argmin(everything) != np.argmin(errors), "counting the question would change nothing here"
 
 
 def test_the_ratio_is_that_of_the_sublayers_end() -> None:
@@ -283,13 +376,52 @@ def test_mbq_beats_rounding() -> None:
 # -- MQuant --
 
 
-def test_clipped_range_is_the_best_of_its_grid() -> None:
-    w, format = random(4, 64) ** 3, Format(bits=4, symmetric=True)
-    got = mquant.clipped(w, format)
-    for row, scale in zip(w.double().numpy(), got.scale[:, 0].double().numpy(), strict=True):
-        scales = [np.abs(row).max() * (1 - step / 80) / 7 for step in range(64)]
-        errors = [(np.abs(np.clip(np.round(row / s), -7, 7) * s - row) ** 2.4).sum() for s in scales]
-        assert scale == pytest.approx(scales[int(np.argmin(errors))], rel=1e-5)
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_clipped_range_is_the_releases(bits: int, symmetric: bool) -> None:
+    """80 shares, 1 to 0.21; all 2^b levels. Transcribed in float64; some rows reach the lowest."""
+    w, half = random(12, 64) ** 3, 2 ** (bits - 1)
+    w[:4] *= -w[:4].sign() * torch.tensor([1.0, 0.2]).repeat(32)
+    grid = mquant.clipped(w, Format(bits=bits, symmetric=symmetric))
+    got = grid(w).double().numpy()
+    chosen = set()
+    for row, scale, values in zip(w.double().numpy(), grid.scale[:, 0].double().numpy(), got, strict=True):
+        best, least = None, np.inf
+        for index in range(80):
+            share = 1 - index / 100
+            low, high = share * min(row.min(), 0), share * max(row.max(), 0)
+            if symmetric:
+                s, zero, lowest = max(-low, high) / (half - 1), 0.0, -half
+            else:
+                s, lowest = (high - low) / (2 * half - 1), 0
+                zero = np.round(-low / s)
+            q = (np.clip(np.round(row / s) + zero, lowest, lowest + 2 * half - 1) - zero) * s
+            error = (np.abs(q - row) ** 2.4).sum()
+            if error < least:
+                best, least = (s, q, index), error
+        assert best is not None
+        assert scale == pytest.approx(best[0], rel=1e-5)
+        np.testing.assert_allclose(values, best[1], atol=1e-5)
+        chosen.add(best[2])
+    assert len(chosen) > 2, "hardly clipped"
+    assert len(mquant.SHARES) == 80
+    if symmetric:
+        assert (grid(w) / grid.scale).round().min() == -half, "the lowest level is never used"
+
+
+@pytest.mark.parametrize("ends", [(-3.0, 2.0), (-2.0, 3.0), (0.5, 3.0), (-3.0, -0.5), (-1.28, 1.27)])
+def test_static_scales_are_the_releases(ends: tuple[float, float]) -> None:
+    """max(|min| / 128, max / 127) with the levels -128 to 127, the range widened to zero."""
+    for format in (mquant.MQuant.formats[1], Format(bits=8, symmetric=True, granularity="tensor")):
+        act = mquant.ByModality(format, torch.tensor(ends), torch.tensor([-9.0, 9.0]))
+        x = torch.linspace(-4, 4, 301).view(1, -1, 1)
+        tokens = Tokens(torch.ones(1, 301, dtype=torch.bool), torch.ones(1, 301, dtype=torch.bool))
+        scale = max(-min(ends[0], 0) / 128, max(ends[1], 0) / 127)
+        steps = x.double().numpy() / scale
+        clear = np.abs(steps - np.floor(steps) - 0.5) > 1e-4
+        np.testing.assert_allclose(
+            act(x, tokens).numpy()[clear], (np.clip(np.round(steps), -128, 127) * scale)[clear], atol=1e-5
+        )
 
 
 def test_static_scales_are_those_of_the_modality() -> None:
@@ -305,9 +437,9 @@ def test_static_scales_are_those_of_the_modality() -> None:
     assert torch.equal(found["text"], torch.stack([turned[4:].min(), turned[4:].max()]))
     act: TokenActivation = mquant.ByModality(format, found["vision"], found["text"])
     out = act(turned[None], Tokens(vision[None], torch.ones(1, 10, dtype=torch.bool)))
-    scale = float(turned[4:].abs().max()) / 127
+    scale = max(-float(turned[4:].min()) / 128, float(turned[4:].max()) / 127)
     assert float((out[0, 4:] - turned[4:]).abs().max()) <= scale / 2 + 1e-6
-    assert act(turned[None]).abs().max() <= turned[4:].abs().max() + 1e-5, "of no known modality: text"
+    assert act(turned[None]).abs().max() <= turned[4:].abs().max() + scale, "of no known modality: text"
 
 
 def test_rotation_helps_static_scales_and_feedback_helps_rounding() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
+from qapbench.errors import UserError
 from qapbench.methods.quantization import Tokens
 
 from .observers import Observer
@@ -29,18 +30,33 @@ class Pass:
         kwargs: keyword arguments.
         tokens: what is known of the prompt's tokens; None outside the language model.
         all_vision: whether all tokens are visual if `tokens` says nothing about them; otherwise all are text.
+        labelled: [B, L] bool, True for the tokens of the answer; None outside the language model, and for a sample
+            without labels.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tokens: Tokens | None = None
     all_vision: bool = False
+    labelled: Tensor | None = None
 
     def fed(self, hidden: Tensor) -> Pass:
         """The same call with other hidden states."""
         if self.args:
             return replace(self, args=(hidden, *self.args[1:]))
         return replace(self, kwargs={**self.kwargs, HIDDEN: hidden})
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Tell which tokens of an input x [..., in] belong to the answer.
+
+        Returns:
+            [T] bool, where T is the product of the leading dimensions of x. If the sample has no labels or they have
+            another shape, all tokens count that are valid and not visual.
+        """
+        if self.labelled is not None and self.labelled.shape == x.shape[:-1]:
+            return self.labelled.flatten().to(x.device)
+        vision, valid = self.masks(x)
+        return valid & ~vision
 
     def masks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tell which tokens of an input x [..., in] are visual and which are valid.
@@ -147,7 +163,7 @@ class Block:
         for one in self.passes:
             with contextlib.suppress(Reached), catching([module], module) as caught:
                 self.run(one)
-            found += [Pass(*call, one.tokens, one.all_vision) for call in caught[0]]
+            found += [Pass(*call, one.tokens, one.all_vision, one.labelled) for call in caught[0]]
         members = {key: linear for key, linear in self.linears.items() if f"{key}.".startswith(f"{name}.")}
         return Block(name, module, members, found, self.current)
 
@@ -267,6 +283,9 @@ def observed(
 
     Yields:
         (the observers by the name of their linear, a list whose entry 0 the caller sets to the call in progress).
+
+    Raises:
+        UserError: an input of a linear is not finite, at a token that is not padding.
     """
     observers: dict[str, T] = {}
     at: list[Pass] = [Pass((), {})]
@@ -277,7 +296,10 @@ def observed(
                 observers[name] = make(linear)
             vision, valid = at[0].masks(args[0])
             x = args[0].detach().flatten(0, -2)
-            observers[name](*((x, vision) if valid.all() else (x[valid], vision[valid])))
+            if not valid.all():
+                x, vision = x[valid], vision[valid]
+            check_finite(x, f"the input of {name}")
+            observers[name](x, vision)
 
         return hook
 
@@ -287,6 +309,18 @@ def observed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Check that calibration has only numbers to work with.
+
+    Raises:
+        UserError: some values of x are NaN or infinite.
+    """
+    bad = x.numel() - int(x.isfinite().sum())
+    if bad:
+        message = f"calibration: {what} has {bad} of {x.numel()} values that are not finite"
+        raise UserError(f"{message}; try a wider dtype, or look for NaN in the checkpoint and the samples")
 
 
 def first(output: Any) -> Tensor:

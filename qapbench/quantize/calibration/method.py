@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qapbench.hashing import digest_code
 from qapbench.methods.quantization import PTQ, Format, LinearPlan
 
+from .blocks import check_finite
 from .runner import Calibration
 from .samples import CalibrationResult
 
@@ -67,10 +68,15 @@ class CalibratedPTQ(PTQ):
         """Calibrate, unless a cached result fits, and make the plans; see `PTQ.prepare`.
 
         Without formats nothing is calibrated.
+
+        Raises:
+            UserError: the method does not support the formats, or a weight or an input of a linear is not finite.
         """
         if weights is None and activations is None:
             return dict.fromkeys(linears, LinearPlan())
         self.check(weights, activations)
+        for name, linear in linears.items():
+            check_finite(linear.weight, f"the weight of {name}")
         runner = Calibration.over(model, calibration, type(self).__name__.lower())
         found = runner.cached(
             lambda: self._identity(linears, weights, activations),

@@ -114,7 +114,7 @@ class Calibration:
         with observed(language, make) as (observers, at), observed(visual, make) as (observers_visual, at_visual):
             at_visual[0] = Pass((), {}, all_vision=True)
             for index, sample in enumerate(self.source.samples):
-                inputs, tokens = self._inputs(sample)
+                inputs, tokens, _ = self._inputs(sample)
                 at[0] = Pass((), {}, tokens)
                 self._forward(inputs)
                 self.source.report("calibrating", index + 1, len(self))
@@ -203,12 +203,12 @@ class Calibration:
             for index, sample in enumerate(self.source.samples):
                 if "labels" not in sample:
                     raise UserError("calibration: this method needs samples with `labels` (the answers' token ids)")
-                inputs, tokens = self._inputs(sample, labels=True)
-                answer = (inputs["labels"] != IGNORED_LABEL).flatten()
+                inputs, tokens, labels = self._inputs(sample)
+                answer = (labels != IGNORED_LABEL).flatten()
                 vision = torch.zeros_like(answer) if tokens is None else tokens.vision.flatten()
                 masks[:] = [vision, ~vision, answer]
                 with torch.enable_grad():
-                    loss = self.model(**inputs, use_cache=False).loss
+                    loss = self.model(**inputs, labels=labels, use_cache=False).loss
                     torch.autograd.grad(loss, leaf)  # runs the hooks without accumulating gradients in parameters
                 self.source.report("calibrating, gradients", index + 1, len(self))
         return {
@@ -254,18 +254,21 @@ class Calibration:
 
     # -- the model --
 
-    def _inputs(self, sample: Any, labels: bool = False) -> tuple[Any, Tokens | None]:
-        """(a sample on the model's device and pruned if `shorten` is set, what is known of its tokens)."""
+    def _inputs(self, sample: Any) -> tuple[Any, Tokens | None, Any]:
+        """Put a sample on the model's device, pruned if `shorten` is set.
+
+        Returns:
+            (its inputs without labels, what is known of its tokens, its labels or None).
+        """
         if not isinstance(sample, Mapping):
-            return self._placed(sample), None
+            return self._placed(sample), None, None
         inputs = {key: self._placed(value) for key, value in sample.items()}
         text = inputs.pop("relevance_text", None)
         if self.shorten is not None and self.family is not None and inputs.get(self.family.image_inputs[0]) is not None:
             with torch.no_grad():
                 inputs = self.shorten(inputs, text)  # reads the labels: the answer has no say in what is kept
-        if not labels:
-            inputs.pop("labels", None)
-        return inputs, tokens_of(inputs, self.family.image_token) if self.family else None
+        labels = inputs.pop("labels", None)
+        return inputs, tokens_of(inputs, self.family.image_token) if self.family else None, labels
 
     def _placed(self, value: Any) -> Any:
         """Move a tensor to the model's device, and floating point values to its dtype.
@@ -296,11 +299,15 @@ class Calibration:
         passes: list[list[Pass]] = [[] for _ in chain]
         for index, sample in enumerate(self.source.samples):
             tokens: Tokens | None = None
+            labels: Tensor | None = None
             with contextlib.suppress(Reached), catching(chain, stop) as caught:
-                inputs, tokens = self._inputs(sample)  # pruning runs the vision tower here, so its calls are caught too
+                inputs, tokens, labels = self._inputs(
+                    sample
+                )  # pruning runs the vision tower here, so its calls are caught too
                 self._forward(inputs)
+            labelled = labels != IGNORED_LABEL if labels is not None and language else None
             for one, calls in zip(passes, caught, strict=True):
-                one += [Pass(*call, tokens if language else None, not language) for call in calls]
+                one += [Pass(*call, tokens if language else None, not language, labelled) for call in calls]
             self.source.report("calibrating, inputs", index + 1, len(self))
         return passes
 
