@@ -160,7 +160,7 @@ class Gate:
         """Whether the sample of this index updates the range. The first one always does."""
         if sample == 0 or (self.block - 1) % self.period == 0:
             return True
-        values = self.values.get(sample)
+        values = self.values.get(sample, [])
         return bool(values) and self.latest[sample] >= (fmean(values) if self.threshold is None else self.threshold)
 
     def note(self, sample: int, x: Tensor) -> None:
