@@ -275,7 +275,7 @@ class Pruning:
         prompt = ids[words]
         text = self._decode(prompt) if text is None else text
         asked: dict[str, Any] = self.reader.fields(tokens, text, prompt, memo.image, memo.question)
-        return dataclasses.replace(tokens, **asked)
+        return dataclasses.replace(tokens, relevance_sign=self.reader.sign.value, **asked)
 
     def _budgets(self, encoded: EncodedImages) -> list[list[int]]:
         """Number of tokens that each view keeps, listed like `encoded.views`."""

@@ -16,6 +16,7 @@ from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower, families
 from qapbench.models.loading import precision, read_config
 from qapbench.models.relevance import QuestionReader, find_tower
+from qapbench.models.relevance_sign import WITHOUT_TOWER, tower_sign
 from qapbench.spec.items import created
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
@@ -69,6 +70,7 @@ def fingerprints(
     if needs_tower(spec):
         tower, reason = find_tower(spec.text_tower, str(folder), default_tower(config), fetch)
         found["text_tower"] = digest_tree(tower) if tower else f"none: {reason}"
+        found["text_tower sign"] = (tower_sign(tower) if tower else WITHOUT_TOWER).value
     return {**found, **library_versions()}
 
 
