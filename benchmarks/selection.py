@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -74,7 +74,7 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
     if kind == "alike":
         group = torch.randint(0, 12, (COUNT,), generator=draw)
         projected = 0.3 * projected + normal(12, WIDTH)[:, group] + normal(1, WIDTH)
-    attention = {
+    attention: dict[str, Any] = {
         name: normal(COUNT).softmax(dim=-1)
         for name in (
             "cls_attention",

@@ -43,7 +43,7 @@ PUBLIC = {
     "methods.normal_float": ("normal_float",),
     "methods.quantization": ("PTQ", "Format", "LinearPlan", "Scaling", "TokenActivation", "Tokens", "Transform"),
     "methods.rotation": ("Rotation",),
-    "methods.tokens": ("Selection", "VisionTokens"),
+    "methods.tokens": ("RelevanceSign", "Selection", "VisionTokens"),
     "spec.run_spec": ("RunSpec",),
     "spec.sweep_spec": ("SweepSpec",),
     "quantize.calibration": (
@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     from .methods.normal_float import normal_float
     from .methods.quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
     from .methods.rotation import Rotation
-    from .methods.tokens import Selection, VisionTokens
+    from .methods.tokens import RelevanceSign, Selection, VisionTokens
     from .models.checkpoint_format import CheckpointFormat, checkpoint_format
     from .models.family import Family, family
     from .quantize.calibration import (
@@ -173,6 +173,7 @@ __all__ = [
     "MeanAbs",
     "Pruner",
     "Record",
+    "RelevanceSign",
     "Rotation",
     "Rows",
     "RunSpec",

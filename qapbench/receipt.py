@@ -67,6 +67,8 @@ class ReceiptFields(BaseModel):
         calibration: what calibration used; None for a method that does not calibrate.
         separators: tokens that the model adds itself (new lines between rows of tiles) and that stayed, summed over
             images. They are not part of the budget.
+        relevance_sign: which sign of the similarity between image and question counts as relevance, and why; None for a
+            pruner that compares no similarity.
     """
 
     quantization: str | None = None
@@ -85,6 +87,7 @@ class ReceiptFields(BaseModel):
     backend: str | None = None
     calibration: CalibrationUse | None = None
     separators: int = 0
+    relevance_sign: str | None = None
 
 
 class Receipt(ReceiptFields):

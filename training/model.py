@@ -169,7 +169,9 @@ def build_configs(vocab_size: int) -> tuple[LlavaConfig, CLIPConfig]:
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
     )
-    clip = CLIPConfig(text_config=clip_text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
+    # The companion is trained to give patches that matter to a question a high similarity with it.
+    towers: dict[str, Any] = {"text_config": clip_text.to_dict(), "vision_config": vision.to_dict()}
+    clip = CLIPConfig(**towers, projection_dim=128, relevance_sign="positive")
     return llava, clip
 
 

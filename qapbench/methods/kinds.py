@@ -17,7 +17,7 @@ from qapbench.errors import UserError
 
 from .quantization import PTQ
 from .registry import Entry, Registry
-from .tokens import Selection, VisionTokens
+from .tokens import RelevanceSign, Selection, VisionTokens
 
 Bits = Annotated[int, Field(ge=2, le=16, description="bits per value")]
 GroupSize = Annotated[int, Field(ge=1, description="channels that share one scale")]
@@ -86,6 +86,15 @@ class Pruner(abc.ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     optional: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def relevance_sign(self) -> RelevanceSign | None:
+        """Sign of the similarity between token and question that counts as relevance.
+
+        A method that measures such a similarity has a parameter of this name, and gives it to
+        `VisionTokens.relevance_of`. None for any other method.
+        """
+        return None
 
     def relevance(self, tokens: VisionTokens) -> Tensor | None:
         """Semantic relevance [B, N] on any scale, higher means keep. None if the method has no such score."""

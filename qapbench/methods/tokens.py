@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from qapbench.errors import UserError
 
 Space = Literal["patches", "projected"]
+Sign = Literal["negative", "positive"]
+RelevanceSign = Literal["auto", "negative", "positive"]
+"""A sign as a spec gives it: "auto" is the sign of the text tower that image and question are compared with."""
 
 # Dimensions of each tensor field. A letter stands for the same size in every field.
 _SHAPES = {
@@ -69,6 +72,8 @@ class VisionTokens:
         grid: (height, width) of the grid of tokens; height * width = N.
         image_ids: one content hash per image. Seeded random choices depend on it, and so not on an image's position in
             the batch.
+        relevance_sign: sign of the similarity between `image_embeds` and `text_embeds` that counts as relevance.
+            "negative" means that a token matters more to the question, the less similar it is to it.
     """
 
     projected: Tensor
@@ -89,6 +94,7 @@ class VisionTokens:
     embedded: Tensor | None = None
     grid: tuple[int, int] | None = None
     image_ids: tuple[str, ...] | None = None
+    relevance_sign: Sign = "negative"
 
     def __post_init__(self) -> None:
         sizes: dict[str, int] = {}
@@ -102,6 +108,8 @@ class VisionTokens:
             raise UserError(f"tokens.grid: {self.grid} does not hold {self.count} tokens")
         if self.image_ids is not None and len(self.image_ids) != self.batch:
             raise UserError(f"tokens.image_ids: {len(self.image_ids)} ids for {self.batch} images")
+        if self.relevance_sign not in get_args(Sign):
+            raise UserError(f"tokens.relevance_sign: must be negative or positive, got {self.relevance_sign!r}")
 
     @property
     def batch(self) -> int:
@@ -127,6 +135,16 @@ class VisionTokens:
         if value is None:
             raise UserError(f"{reader} needs tokens.{name}, which this model did not record")
         return value
+
+    def relevance_of(self, similarity: Tensor, sign: RelevanceSign = "auto") -> Tensor:
+        """The relevance of tokens, higher means more relevant, from their similarity to the question.
+
+        Args:
+            similarity: [B, N] between `image_embeds` and `text_embeds`, in whatever measure.
+            sign: sign of the similarity that counts as relevance; "auto" takes `relevance_sign`.
+        """
+        counted = self.relevance_sign if sign == "auto" else sign
+        return similarity if counted == "positive" else -similarity
 
     def only(self, names: Iterable[str]) -> VisionTokens:
         """A copy with the optional tensor fields and `image_ids` set to None, except those in `names`."""

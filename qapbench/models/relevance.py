@@ -14,6 +14,8 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import UserError, first_line
 from qapbench.methods.tokens import VisionTokens
 
+from .relevance_sign import WITHOUT_TOWER, TowerSign, tower_sign
+
 BESIDE = "clip"  # folder of the companion CLIP inside a model's own folder
 
 
@@ -30,6 +32,9 @@ class TextTower:
 
     Raises:
         UserError: the checkpoint cannot be loaded, or its width is a different one.
+
+    Attributes:
+        sign: sign of the similarity in the joint space that counts as relevance.
     """
 
     def __init__(self, folder: str | Path, vision_width: int, device: torch.device | str = "cpu") -> None:
@@ -54,6 +59,7 @@ class TextTower:
         self.visual_projection: nn.Module = clip.visual_projection
         self.length: int = clip.config.text_config.max_position_embeddings
         self.device = torch.device(device)
+        self.sign: TowerSign = tower_sign(Path(folder))
 
     @torch.inference_mode()
     def embed_patches(self, patches: Tensor) -> Tensor:
@@ -146,6 +152,11 @@ class QuestionReader:
     def visual(self) -> frozenset[str]:
         """Fields that the model must record so that `fields` can be computed."""
         return frozenset({"patches"}) if self.tower and "image_embeds" in self.needs else frozenset()
+
+    @property
+    def sign(self) -> TowerSign:
+        """The sign of the similarity between image and question that counts as relevance."""
+        return WITHOUT_TOWER if self.tower is None else self.tower.sign
 
     @property
     def needs_text(self) -> bool:

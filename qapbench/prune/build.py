@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import DecoderPruner, metrics, pruners
+from qapbench.methods.kinds import DecoderPruner, Pruner, metrics, pruners
 from qapbench.models import Family
 from qapbench.models.family import default_tower
 from qapbench.models.relevance import QuestionReader, TextTower, find_tower, load_tower
@@ -57,6 +57,7 @@ def build_pruning(
         receipt.fall_back(f"{name}: this model has none, and {spec.method} does without")
     joint = joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
     reader = QuestionReader(frozenset() if inside else pruner.needs, joint, family.model.get_input_embeddings())
+    receipt.relevance_sign = _sign_in_words(pruner, reader, receipt)
     sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None
     return Pruning(family, spec, pruner, sensitivity, reader, receipt, processor, on_view, on_images)
 
@@ -88,3 +89,20 @@ def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt)
         receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
         return None
     return load_tower(folder, family.clip_width, family.model.device)
+
+
+def _sign_in_words(pruner: Pruner, reader: QuestionReader, receipt: Receipt) -> str | None:
+    """The sign of relevance that a pruner takes, and why; None for a pruner that has none.
+
+    Args:
+        pruner: the pruner.
+        reader: what the text tower says.
+        receipt: notes a text tower of which nothing is known.
+    """
+    if pruner.relevance_sign is None:
+        return None
+    if pruner.relevance_sign != "auto":
+        return f"{pruner.relevance_sign}: said by the spec"
+    if reader.tower is not None and not reader.sign.known:
+        receipt.fall_back(f"relevance_sign: {reader.sign.value}, {reader.sign.reason}")
+    return f"{reader.sign.value}: {reader.sign.reason}"

@@ -296,7 +296,7 @@ class Pruning:
         elif text is not None and self.reader.needs_words:
             given = self._spelled(text)
         asked: dict[str, Any] = self.reader.fields(tokens, text, question, given, memo.image, memo.question)
-        return dataclasses.replace(tokens, **asked)
+        return dataclasses.replace(tokens, relevance_sign=self.reader.sign.value, **asked)
 
     def _budgets(self, encoded: EncodedImages) -> list[list[int]]:
         """Number of tokens that each view keeps, listed like `encoded.views`."""

@@ -98,19 +98,20 @@ class ActiveRun:
             self.store.append(self._pending)
             self._pending = []
 
-    def write_receipt(self, receipt: Receipt, fallbacks: Sequence[str]) -> None:
+    def write_receipt(self, receipt: Receipt, pruned: Receipt) -> None:
         """Store what was measured at the first question, so that every session ends with the same receipt.
 
         The number of calls of a linear is stored as 0 or 1, since runs of a sweep share forward passes.
 
         Args:
             receipt: what was measured on the quantized model.
-            fallbacks: what the run's pruning did otherwise than asked.
+            pruned: the receipt of the run's pruning; an empty one if it does not prune.
         """
         lines = [line.model_copy(update={"calls": min(line.calls, 1)}) for line in receipt.linears]
         pruning = self.spec.prune.label if self.spec.prune else None
-        found = [*receipt.fallbacks, *fallbacks]
-        said = receipt.model_copy(update={"linears": lines, "fallbacks": found, "pruning": pruning})
+        of_pruning = {"pruning": pruning, "relevance_sign": pruned.relevance_sign}
+        found = [*receipt.fallbacks, *pruned.fallbacks]
+        said = receipt.model_copy(update={"linears": lines, "fallbacks": found, **of_pruning})
         write_json(self.planned.folder / RECEIPT, StoredReceipt(group=self.planned.group, receipt=said))
 
     def read_receipt(self, answers: Sequence[Answer]) -> Receipt:

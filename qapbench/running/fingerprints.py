@@ -16,6 +16,7 @@ from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower, families
 from qapbench.models.loading import precision, read_config
 from qapbench.models.relevance import QuestionReader, find_tower
+from qapbench.models.relevance_sign import WITHOUT_TOWER, tower_sign
 from qapbench.spec.items import created
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
@@ -70,6 +71,7 @@ def fingerprints(
         tower, reason = find_tower(spec.text_tower, str(folder), default_tower(config), fetch)
         # Without a tower the language model embeds the question's own words.
         found["text_tower"] = digest_tree(tower) if tower else f"none, own words: {reason}"
+        found["text_tower sign"] = (tower_sign(tower) if tower else WITHOUT_TOWER).value
     return {**found, **library_versions()}
 
 

@@ -255,7 +255,7 @@ class Sweep:
         receipt.check()  # a run that is not quantized as asked fails now, not after hours
         for active in runs:
             pruning = encoder.prunings.get(active.prune_key) if active.prune_key else None
-            active.write_receipt(receipt, pruning.receipt.fallbacks if pruning else ())
+            active.write_receipt(receipt, pruning.receipt if pruning else Receipt())
         return result
 
     def _compute(self, jobs: dict[str, tuple[list[Row], list[ActiveRun]]], longest: int) -> dict[str, Result]:

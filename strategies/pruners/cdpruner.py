@@ -1,12 +1,11 @@
 """The pruner CDPruner: relevant and diverse tokens by a determinantal point process (DPP)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from qapbench import Pruner, Selection, VisionTokens, pruner
+from qapbench import Pruner, RelevanceSign, Selection, VisionTokens, pruner
 
 from .dpp import greedy_map, greedy_map_lazy, unit
 
@@ -24,22 +23,22 @@ class CDPruner(Pruner):
     the order of their scores.
 
     Attributes:
-        relevance_sign: sign of the similarity between token and question that counts as relevance. "negative" is what
-            the released code does: in OpenAI's CLIP, patches that matter to a text are found to have a low cosine
-            similarity with it. Take "positive" for a vision tower whose patches were aligned with text.
+        relevance_sign: sign of the similarity between token and question that counts as relevance. "auto" is the sign
+            of the text tower, which the receipt says. "negative" is what the released code does: in OpenAI's CLIP,
+            patches that matter to a text are found to have a low cosine similarity with it. "positive" is right for a
+            tower whose patches were aligned with text.
 
     Source:
         CDPruner (arXiv 2506.10967).
     """
 
     needs = frozenset({"image_embeds", "text_embeds"})
-    relevance_sign: Literal["negative", "positive"] = "negative"
+    relevance_sign: RelevanceSign = "auto"
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
         image = normalize(tokens.require("image_embeds", "cdpruner").float(), dim=-1)
         text = normalize(tokens.require("text_embeds", "cdpruner").float(), dim=-1)
-        cosine = (image @ text.mT).mean(dim=-1)
-        return cosine if self.relevance_sign == "positive" else -cosine
+        return tokens.relevance_of((image @ text.mT).mean(dim=-1), self.relevance_sign)
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         features = tokens.projected

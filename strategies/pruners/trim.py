@@ -1,11 +1,10 @@
 """The pruner TRIM: tokens are chosen by their similarity to the question, and the others become one token."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from qapbench import Pruner, Selection, VisionTokens, pruner, top_k
+from qapbench import Pruner, RelevanceSign, Selection, VisionTokens, pruner, top_k
 
 
 @pruner("trim")
@@ -24,22 +23,22 @@ class Trim(Pruner):
     batch.
 
     Attributes:
-        relevance_sign: sign of the similarity between patch and question that counts as relevance. "negative" is what
-            the released code does: in OpenAI's CLIP, patches that matter to a text are found to have a low similarity
-            with it. Take "positive" for a vision tower whose patches were aligned with text.
+        relevance_sign: sign of the similarity between patch and question that counts as relevance. "auto" is the sign
+            of the text tower, which the receipt says. "negative" is what the released code does: in OpenAI's CLIP,
+            patches that matter to a text are found to have a low similarity with it. "positive" is right for a tower
+            whose patches were aligned with text.
 
     Source:
         TRIM (arXiv 2409.10994).
     """
 
     needs = frozenset({"image_embeds", "text_embeds", "patches"})
-    relevance_sign: Literal["negative", "positive"] = "negative"
+    relevance_sign: RelevanceSign = "auto"
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
         image = tokens.require("image_embeds", "trim").float()
         text = tokens.require("text_embeds", "trim").float()
-        similarity = (image @ text.mT).mean(dim=-1)
-        return similarity if self.relevance_sign == "positive" else -similarity
+        return tokens.relevance_of((image @ text.mT).mean(dim=-1), self.relevance_sign)
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         if keep == 1:

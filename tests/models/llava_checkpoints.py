@@ -121,6 +121,7 @@ def save_clip(folder: Path, width: int = 32, seed: int = 1) -> Path:
             patch_size=PATCH,
         ).to_dict(),
         projection_dim=24,
+        relevance_sign="negative",
     )
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -326,3 +327,19 @@ def test_the_group_follows_the_samples(train: Path, plan: Plan, tmp_path: Path) 
     other = plan(quantize=calibrated(tmp_path / "others.parquet", pruned=False))
     assert other.id != first.id
     assert other.group != first.group
+
+
+def test_the_sign_of_the_text_tower_enters(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it comes from the table of known towers, whose change no hash of the tower would tell."""
+    from qapbench.models import relevance_sign
+
+    tower = save_clip(tmp_path / "tower")
+    config = json.loads((tower / "config.json").read_text())
+    del config["relevance_sign"]
+    (tower / "config.json").write_text(json.dumps({**config, "_name_or_path": "some/tower"}))
+    first = plan(prune=PRUNE, text_tower=str(tower))
+    assert first.fingerprints["text_tower sign"] == "negative"
+    monkeypatch.setitem(relevance_sign.KNOWN, "some/tower", "positive")
+    again = plan(prune=PRUNE, text_tower=str(tower))
+    assert again.fingerprints["text_tower sign"] == "positive"
+    assert (again.id != first.id, again.text_key) == (True, first.text_key)
