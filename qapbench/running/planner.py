@@ -38,6 +38,7 @@ class Planner:
         self.runs = runs
         self.device = device
         self._tasks: dict[Hashable, TaskOutline] = {}
+        self._checked: set[str] = set()
 
     def task(self, spec: RunSpec) -> TaskOutline:
         """The outline of the run's task. Each task is read once.
@@ -60,15 +61,28 @@ class Planner:
         Raises:
             UserError: something is not there.
         """
-        checks: dict[str, Callable[[], object]] = {"task": lambda: self.task(spec), "model": lambda: _check_local(spec)}
+        checks: dict[str, Callable[[], object]] = {"task": lambda: self._check_task(spec), "model": lambda: _check_local(spec)}
         problems: list[Problem] = []
         for field in fields:
             try:
                 checks[field]()
             except UserError as error:
                 problems += error.problems
+            except OSError as error:  # a folder that may not be entered, for example
+                problems.append(Problem(f"{error.filename}: {error.strerror}", (field,)))
         if problems:
             raise UserError(problems)
+
+    def _check_task(self, spec: RunSpec) -> None:
+        """Check that the task and its data are there. Neither the seed nor the limit of the questions matters for it.
+
+        Raises:
+            UserError: they are not.
+        """
+        key = spec.task.model_copy(update={"limit": None}).model_dump_json()
+        if key not in self._checked:
+            self.task(spec)
+            self._checked.add(key)
 
     def plan(self, spec: RunSpec, fetch: bool = True, fresh: bool = False) -> Planned:
         """The plan of a run.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from qapbench.errors import Problem, UserError, nearest
 from qapbench.methods.plugins import load_plugin_files
 
 from .run_spec import RunSpec
 from .sweep_spec import SweepSpec, override
+from .text import shown, unfit
+from .yaml_reader import Lines, read_value, read_yaml
 
-Lines = dict[tuple[str | int, ...], int]
-"""Path of a key or item in a YAML file -> its line, counted from 1."""
 SHIPPED = Path(__file__).parents[1] / "specs"  # their place in an installed wheel
 
 
@@ -107,77 +106,27 @@ def find_spec(source: str | Path) -> Path:
         UserError: there is neither.
     """
     path = Path(source)
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError, ValueError):  # too long, or no path at all
+        if path.is_file():
+            return path
     folders = [SHIPPED, Path(__file__).parents[2] / "specs"]
     shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
     if str(source) in shipped:
         return shipped[str(source)]
-    raise UserError(f"no spec file '{source}'; {nearest(str(source), shipped)}")
-
-
-def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """Read a YAML mapping, and the line of every key and item in it.
-
-    Raises:
-        UserError: the file is not valid YAML or not a mapping, or it gives a key twice.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)  # safe: _Loader makes JSON's types only
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(Problem(f"not valid YAML: {what}", (path.name,), mark.line + 1 if mark else None)) from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path.name}: a spec is a mapping (`model: ...`), got {type(data).__name__}")
-    lines: Lines = {}
-    problems: list[Problem] = []
-    try:
-        _walk(node, (), lines, problems)
-    except RecursionError:
-        raise UserError(f"{path.name}: an alias contains itself") from None
-    if problems:
-        raise UserError(problems)
-    return data, lines
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader without dates. JSON has no type for them, so `2026-11-22` stays text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, problems: list[Problem]) -> None:
-    """Collect the line of every key and item below a node, and a problem for each key that is given twice."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            below = (*path, key.value)
-            line = key.start_mark.line + 1
-            if below in lines:
-                problems.append(Problem(f"given twice, first in line {lines[below]}", below, line))
-            lines[below] = line
-            _walk(value, below, lines, problems)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[(*path, index)] = value.start_mark.line + 1
-            _walk(value, (*path, index), lines, problems)
+    raise UserError(f"no spec file {shown(str(source))}; {nearest(str(source), shipped)}")
 
 
 def _parse_change(text: str) -> tuple[str, Any]:
     """Key and value of a `--set` argument."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {text}: expected dotted.key=value")
+        raise UserError(f"--set {shown(text)}: expected dotted.key=value")
+    if why := unfit(key):
+        raise UserError(f"--set {shown(key)}: the key {why}")
     try:
-        return key, yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {key}: '{value}' is not a YAML value") from None
+        return key, read_value(value)
+    except UserError as error:
+        raise UserError([Problem(f"--set {shown(key)}: {problem}") for problem in error.problems]) from None
 
 
 def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Problem]]:
@@ -198,7 +147,10 @@ def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], l
 def _beside(name: str, folder: Path) -> str:
     """Resolve a path in a spec file: relative to the file if that exists, otherwise to the working directory."""
     beside = folder / name
-    return str(beside) if beside.exists() else name
+    try:
+        return str(beside) if beside.exists() else name
+    except (OSError, ValueError):  # too long, not to be entered, or no path at all: looking it up will say so
+        return name
 
 
 def _at(spec: RunSpec, folder: Path) -> RunSpec:
@@ -237,7 +189,7 @@ def _located(
     if set_by and all(root is None for root, _ in roots):
         return replace(problem, message=f"{problem.message} (from --set {set_by})")
     for root, size in [*((root, size) for root, size in roots if root is not None), ((), 0)]:
-        for end in range(len(where), max(size, 1) - 1, -1):
+        for end in range(len(where), size - 1, -1):
             path = (*root, *where[size:end])
             if path in lines:
                 return replace(problem, line=lines[path])
