@@ -110,7 +110,7 @@ class Planner:
         done = record is not None and not stopped
         answered = task.count if done else len(answers_of(folder).read())
         group = group_key(spec, content)
-        return Planned(spec, run_id, text_key, group, folder, task.count, answered, done, stopped, content)
+        return Planned(spec, run_id, text_key, group, folder, task.count, answered, done, stopped, content, fresh)
 
     def shared(self, plans: Sequence[Planned]) -> Shared:
         """Count the missing work that these runs share. This reads the images of the data."""
