@@ -57,7 +57,7 @@ def run(
         raise UserError(f"--out {target}: the page is an .html file")
     settings = Settings(runs, find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
     planner = Planner(runs, settings.device)
-    specs = load_spec(spec, changes or (), planner.check)
+    specs = load_spec(spec, changes or (), planner.check, lambda sentence: print_notes([sentence]))
     if dry_run:
         plans = _plans(specs, planner)
         out.print(_plan_table(plans))
@@ -84,7 +84,8 @@ def validate(spec: SpecArgument, changes: SetOption = None) -> None:
     from qapbench.running.settings import find_device
     from qapbench.spec.spec_file import load_spec
 
-    specs = load_spec(spec, changes or (), Planner(Path("runs"), find_device(None)).check)
+    check = Planner(Path("runs"), find_device(None)).check
+    specs = load_spec(spec, changes or (), check, lambda sentence: print_notes([sentence]))
     for one in specs:
         out.print(escape(f"{one.name}: {one.model} on {one.task.name}"), highlight=False)
     out.print(f"{len(specs)} run(s), all valid")

@@ -61,7 +61,10 @@ class Planner:
         Raises:
             UserError: something is not there.
         """
-        checks: dict[str, Callable[[], object]] = {"task": lambda: self._check_task(spec), "model": lambda: _check_local(spec)}
+        checks: dict[str, Callable[[], object]] = {
+            "task": lambda: self._check_task(spec),
+            "model": lambda: _check_local(spec),
+        }
         problems: list[Problem] = []
         for field in fields:
             try:

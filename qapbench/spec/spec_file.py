@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Sequence
+import itertools
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,13 +28,20 @@ class Check(Protocol):
     def __call__(self, spec: RunSpec, fields: Collection[str] = ..., /) -> None: ...
 
 
-def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | None = None) -> list[RunSpec]:
+def load_spec(
+    source: str | Path,
+    changes: Sequence[str] = (),
+    check: Check | None = None,
+    say: Callable[[str], object] = lambda sentence: None,
+) -> list[RunSpec]:
     """Read and validate the runs of a spec file. A file without `matrix` or `cases` is one run.
 
     Args:
         source: a path, or the name of a shipped spec ("quickstart").
-        changes: strings `dotted.key=value`, where the value is YAML. They change the fields that all runs share.
+        changes: strings `dotted.key=value`, where the value is YAML. They change the fields that all runs share, and
+            replace axes of the matrix over the same key. A case that sets the key itself keeps its own value.
         check: checks each run further, for example whether its task and model exist, and raises UserError.
+        say: called with a sentence for each axis that is replaced, and each case that keeps its own value.
 
     Raises:
         UserError: the file has mistakes. All of them are listed, each with its line.
@@ -40,8 +49,11 @@ def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | No
     path = find_spec(source)
     data, lines = read_yaml(path)
     given = dict(map(_parse_change, changes))
-    data = override(data, given)
     locate = functools.partial(_located, lines=lines, given=tuple(given))
+    try:
+        data = _changed(data, given, say)
+    except UserError as error:
+        raise UserError([locate(problem, {}) for problem in error.problems]) from None
     data, problems = _load_plugins(data, path.resolve().parent)
     problems = [locate(problem, {}) for problem in problems]
     runs: list[RunSpec] = []
@@ -109,11 +121,25 @@ def find_spec(source: str | Path) -> Path:
     with contextlib.suppress(OSError, ValueError):  # too long, or no path at all
         if path.is_file():
             return path
-    folders = [SHIPPED, Path(__file__).parents[2] / "specs"]
-    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    shipped = shipped_specs()
     if str(source) in shipped:
         return shipped[str(source)]
     raise UserError(f"no spec file {shown(str(source))}; {nearest(str(source), shipped)}")
+
+
+def shipped_specs() -> dict[str, Path]:
+    """The specs that come with qapbench: name -> file."""
+    folders = [SHIPPED, Path(__file__).parents[2] / "specs"]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def about_spec(file: Path) -> str:
+    """What a spec file is for: the first sentence of the comment at its top; "" if it has none."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    comment = " ".join(
+        line.removeprefix("#").strip() for line in itertools.takewhile(lambda x: x.startswith("#"), lines)
+    )
+    return re.split(r"(?<=\.)\s+(?=[A-Z])|\s+(?=qapbench run )", comment)[0]
 
 
 def _parse_change(text: str) -> tuple[str, Any]:
@@ -127,6 +153,48 @@ def _parse_change(text: str) -> tuple[str, Any]:
         return key, read_value(value)
     except UserError as error:
         raise UserError([Problem(f"--set {shown(key)}: {problem}") for problem in error.problems]) from None
+
+
+def _changed(data: dict[str, Any], given: dict[str, Any], say: Callable[[str], object]) -> dict[str, Any]:
+    """The data with the changes of `--set`, so that none of them is undone in silence by what varies.
+
+    Args:
+        data: plain data of a spec file.
+        given: dotted key -> value.
+        say: called with what a reader of the command would not expect.
+
+    Raises:
+        UserError: a change would reach no run.
+    """
+    changed = override(data, given)
+    problems = []
+    for key in given:
+        matrix, cases = changed.get("matrix"), changed.get("cases")
+        for axis in list(matrix) if isinstance(matrix, dict) else ():
+            if axis == key or axis.startswith(f"{key}."):
+                del matrix[axis]
+                say(f"--set {key} replaces the axis {axis} of the matrix")
+            elif key.startswith(f"{axis}."):
+                message = (
+                    f"the matrix sets {axis} as a whole, which undoes --set {key}; change the matrix, or set {axis}"
+                )
+                problems.append(Problem(message, ("matrix", axis)))
+        if matrix == {}:
+            del changed["matrix"]
+        own = [
+            label
+            for label, case in (cases.items() if isinstance(cases, dict) else ())
+            if isinstance(case, dict) and any(other == key or key.startswith(f"{other}.") for other in case)
+        ]
+        names = ", ".join(shown(label) for label in own)
+        if own and len(own) == len(cases):
+            message = f"--set {key} would change no run: every case sets it, or a section that it is in, itself"
+            problems.append(Problem(message, ("cases",)))
+        elif own:
+            say(f"--set {key} does not reach cases that set it, or a section that it is in, themselves: {names}")
+    if problems:
+        raise UserError(problems)
+    return changed
 
 
 def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Problem]]:

@@ -236,7 +236,6 @@ def test_the_tower_beside_the_weights_and_its_hash(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "\n")
     from qapbench.hashing import digest_tree
 
-    digest_tree.cache_clear()
     assert fingerprints(spec, outline, CPU, fetch=False)["vision tower"] != before["vision tower"]
 
 
@@ -283,6 +282,5 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
         load(folder)
     command = str(caught.value).partition('python -c "')[2].rpartition('"')[0]
     subprocess.run([sys.executable, "-c", command], cwd=folder, check=True, timeout=120)
-    find_checkpoint.cache_clear()
     model, _ = load(folder)
     assert torch.equal(model.model.language_model.norm.weight, weights["model.norm.weight"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qapbench import RunSpec, UserError
-from qapbench.spec.spec_file import load_spec
+from qapbench.spec.spec_file import about_spec, load_spec, shipped_specs
 
 BASE = "model: diagram-llava\ntask: diagramqa\n"
 PRUNED = f"{BASE}prune: {{method: cdpruner, keep: 32, sensitivity: combined, fusion: {{convex: {{semantic: 0.7}}}}}}\n"
@@ -62,7 +62,11 @@ UNREADABLE: list[tuple[str, str | bytes, str]] = [
     ("nobody", "text_tower: ~nosuchuser/x", "line 3: text_tower: there is no home folder of that user"),
     ("dots", f"cases: {{a: {{? {'x.' * 5000}y : 1}}}}", "line 3: cases.a: the key has 10001 characters"),
     ("many dots", f"cases: {{a: {{? {'x.' * 500}y : 1}}}}", "a dotted key of more than 16 parts"),
-    ("grid", "matrix:\n" + "".join(f"  seed{n}: [1, 2, 3]\n" for n in range(80)), "line 3: matrix: more than 10^9 runs"),
+    (
+        "grid",
+        "matrix:\n" + "".join(f"  seed{n}: [1, 2, 3]\n" for n in range(80)),
+        "line 3: matrix: more than 10^9 runs",
+    ),
 ]
 
 
@@ -129,3 +133,37 @@ def test_values_from_python_are_refused_alike() -> None:
     with pytest.raises(UserError, match="finite number"):
         fusion = {"convex": {"semantic": float("nan")}}
         RunSpec.parse({**plain, "prune": {"method": "cdpruner", "keep": 3, "sensitivity": "l2", "fusion": fusion}})
+
+
+def test_set_replaces_an_axis_of_the_matrix_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(PRUNED + "matrix: {prune.keep: [64, 32], seed: [0, 1]}\ncases: {a: {}, b: {seed: 3}}\n")
+    said: list[str] = []
+    runs = load_spec(path, ["prune.keep=16"], say=said.append)
+    assert [run.prune and run.prune.keep for run in runs] == [16] * 4
+    assert [run.name for run in runs][:2] == ["a seed=0", "a seed=1"]
+    assert said == ["--set prune.keep replaces the axis prune.keep of the matrix"]
+    assert [run.prune for run in load(tmp_path, PRUNED + "matrix: {prune.keep: [64, 32]}\n", "prune=null")] == [None]
+
+
+def test_set_never_fails_to_change_anything_in_silence(tmp_path: Path) -> None:
+    methods = "matrix: {prune.method: [random, cdpruner]}\n"
+    told = refused(tmp_path, PRUNED + methods, "prune.method.cdpruner.relevance_sign=positive")
+    assert told[0].startswith("line 4: matrix.prune.method: the matrix sets prune.method as a whole, which undoes")
+    own = "cases: {a: {prune.keep: 3}, b: {prune: null}}\n"
+    told = refused(tmp_path, PRUNED + own, "prune.keep=16")
+    assert told[0].startswith("line 4: cases: --set prune.keep would change no run")
+    path = tmp_path / "spec.yaml"
+    path.write_text(PRUNED + "cases: {a: {prune.keep: 3}, b: {}}\n")
+    said: list[str] = []
+    runs = load_spec(path, ["prune.keep=16"], say=said.append)
+    assert [run.prune and run.prune.keep for run in runs] == [3, 16]
+    assert said == ["--set prune.keep does not reach cases that set it, or a section that it is in, themselves: 'a'"]
+
+
+def test_every_shipped_spec_says_what_it_is_for() -> None:
+    about = {name: about_spec(file) for name, file in shipped_specs().items()}
+    assert {"quickstart", "table1", "table2", "scienceqa"} <= about.keys()
+    for name, text in about.items():
+        assert 20 < len(text) < 250, (name, text)
+        assert text[-1] in ".:?", (name, text)
