@@ -2,11 +2,11 @@
 
     python -m benchmarks.fuzz_specs --count 10000 --seed 0 [--only 17]
 
-Every spec is a shipped one with mistakes put into its structure (keys dropped, swapped, doubled, values retyped, nested,
-made huge or replaced by wrong Unicode), or into its bytes; some come with `--set` arguments and broken plugins. Half of
-them are read in one long-lived process, the other half each in a process of its own, which has imported the modules and
-read nothing. A spec may be valid or be refused. What must not be: a traceback, a message without field and line, or more
-than 5 seconds. Specs are the same for the same seed; `--only` shows one of them, and how it ends.
+Every spec is a shipped one with mistakes put into its structure (keys dropped, swapped, doubled, values retyped,
+nested, made huge or replaced by wrong Unicode), or into its bytes; some come with `--set` arguments and broken plugins.
+Half of them are read in one long-lived process, the other half each in a process of its own, which has imported the
+modules and read nothing. A spec may be valid or be refused. What must not be: a traceback, a message without field and
+line, or more than 5 seconds. Specs are the same for the same seed; `--only` shows one of them, and how it ends.
 """
 
 from __future__ import annotations

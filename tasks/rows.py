@@ -66,14 +66,14 @@ class LazyImage:
         try:
             path = (folder / cell["path"]).resolve()
             if not path.is_relative_to(folder.resolve()):
-                message = f"{self}: the path {ascii(cell['path'])} leads out of the data's folder {folder}"
+                message = f"{self}: the path {cell['path']!a} leads out of the data's folder {folder}"
                 raise UserError(Problem(message, WHERE))
             return path.read_bytes()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links; no path at all
             if isinstance(error, UserError):
                 raise
             why = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(Problem(f"{self}: cannot read {ascii(cell['path'])}: {why}", WHERE)) from None
+            raise UserError(Problem(f"{self}: cannot read {cell['path']!a}: {why}", WHERE)) from None
 
     def load(self) -> Image.Image:
         """Decode the image to RGB.

@@ -234,7 +234,6 @@ def test_the_tower_beside_the_weights_and_its_hash(tmp_path: Path) -> None:
     file = folder / "clip" / "preprocessor_config.json"
     file.write_text(file.read_text().replace("bicubic", "bicubic "))
     file.write_text(file.read_text() + "\n")
-    from qapbench.hashing import digest_tree
 
     assert fingerprints(spec, outline, CPU, fetch=False)["vision tower"] != before["vision tower"]
 
@@ -271,8 +270,6 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     """The command of the message, run as it stands, makes a folder that loads."""
     import subprocess
     import sys
-
-    from qapbench.checkpoints.find import find_checkpoint
 
     folder, weights = save_original(tmp_path, "1.5")
     for shard in folder.glob("*.safetensors"):
