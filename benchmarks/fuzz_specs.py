@@ -397,7 +397,8 @@ def endings(seed: int, indices: range | list[int], folder: Path, fresh: bool) ->
         folder: a folder for files.
         fresh: whether each is read in a process of its own.
     """
-    import torch  # here, so that every fork has it  # noqa: F401
+    import datasets  # noqa: F401  # here, so that every fork has them
+    import torch  # noqa: F401
 
     from qapbench.methods.plugins import load_plugins
     from qapbench.running.planner import Planner  # noqa: F401

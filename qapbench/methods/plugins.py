@@ -43,8 +43,7 @@ def load_plugins() -> None:
     # The built-in ones come first, so that a plugin which takes one of their names is the one that fails.
     for point in sorted(points, key=lambda point: not point.value.startswith("qapbench.")):
         try:
-            with _whole_or_not_at_all():
-                point.load()
+            point.load()
         except (Exception, SystemExit) as error:
             _broken[point.name] = described(error, _file_of(point.value.partition(":")[0]))
             warnings.warn(f"plugin '{point.name}' ({point.value}) {_broken[point.name]}", BrokenPluginWarning, 2)

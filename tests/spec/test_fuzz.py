@@ -15,16 +15,17 @@ from qapbench.spec.spec_file import load_spec
 
 def test_a_sample_of_the_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    metrics.names()  # what is built in is loaded before the entries are copied
     monkeypatch.setattr(metrics, "_entries", dict(metrics._entries))
     monkeypatch.setattr(plugins, "_loaded_files", {})
     before = signal.getsignal(signal.SIGALRM)
     try:
-        found = endings(7, range(60), tmp_path, fresh=False)
+        found = endings(7, range(40), tmp_path, fresh=False)
     finally:
         signal.signal(signal.SIGALRM, before)
     # How long one takes depends on what else the machine does: the campaign itself asks for that.
     assert {ending.kind for ending in found} <= {"valid", "refused", "slow"}
-    assert sum(ending.kind == "refused" for ending in found) > 30
+    assert sum(ending.kind == "refused" for ending in found) > 20
 
 
 def test_specs_are_the_same_for_the_same_seed() -> None:
@@ -33,6 +34,7 @@ def test_specs_are_the_same_for_the_same_seed() -> None:
 
 
 def test_a_broken_plugin_breaks_only_specs_that_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics.names()  # what is built in is loaded before the entries are copied
     monkeypatch.setattr(metrics, "_entries", dict(metrics._entries))
     monkeypatch.setattr(plugins, "_loaded_files", {})
     good = "from qapbench import metric\n\n@metric('of_{0}')\ndef of_{0}(tokens):\n    return tokens.mean(dim=-1)\n"
