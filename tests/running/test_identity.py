@@ -342,7 +342,7 @@ def test_fresh_answers_anew_where_a_sibling_has_the_answers(spec_of: Spec, tmp_p
     assert shared.timing.computed < alone.timing.computed
     (anew,) = run(second, runs, fresh=True)
     assert anew.timing.computed == alone.timing.computed
-    assert anew.results == shared.results
+    assert anew.scores == shared.scores
 
 
 def test_a_checkpoint_that_changes_in_place_is_another_one_in_the_same_process(
