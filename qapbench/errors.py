@@ -21,9 +21,16 @@ class Problem:
         return replace(self, where=(*prefix, *self.where))
 
     def __str__(self) -> str:
-        place = ".".join(str(part) for part in self.where)
+        place = ".".join(_part(part) for part in self.where)
         head = f"line {self.line}: " if self.line else ""
         return f"{head}{place}: {self.message}" if place else f"{head}{self.message}"
+
+
+def _part(part: str | int, width: int = 60) -> str:
+    """A part of a place: shortened, escaped where it cannot be printed, and in quotes where there is nothing to see."""
+    text = str(part)
+    text = text if len(text) <= width else f"{text[: width - 1]}…"
+    return text if text.strip() and text.isprintable() else ascii(text)
 
 
 @dataclass

@@ -40,13 +40,26 @@ def digest_file(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-@functools.lru_cache(maxsize=64)
 def digest_tree(folder: Path) -> str:
-    """SHA-256 over every file that a checkpoint folder is loaded from. Computed once per process and folder."""
-    files = sorted({file for pattern in CHECKPOINT_FILES for file in folder.rglob(pattern)})
+    """SHA-256 over every file that a checkpoint folder is loaded from. Computed once per process and content."""
+    return _digest_tree(folder, state_of_tree(folder))
+
+
+def state_of_tree(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time of the last change, and size of every file that a checkpoint folder is loaded from.
+
+    Nothing is read, so it is cheap to ask before anything that was kept of the folder is used again.
+    """
+    files = {file for pattern in CHECKPOINT_FILES for file in folder.rglob(pattern)}
+    states = [(str(file.relative_to(folder)), file.stat()) for file in sorted(files)]
+    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_tree(folder: Path, states: tuple[tuple[str, int, int], ...]) -> str:
     total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.relative_to(folder)}\0{digest_file(file)}\0".encode())
+    for name, _, _ in states:
+        total.update(f"{name}\0{digest_file(folder / name)}\0".encode())
     return total.hexdigest()
 
 
@@ -135,7 +148,8 @@ def code_files(file: Path, module: str) -> dict[str, Path]:
         if name in found:
             continue
         found[name] = path
-        for imported in _imports(path, name):
+        state = path.stat()
+        for imported in _imports(path, name, (state.st_mtime_ns, state.st_size)):
             own = _in_package(imported, package) if package else {} if alone else _beside(imported, file.parent)
             # qapbench's own `__init__` only re-exports, and `_imports` follows what it re-exports by name.
             waiting += [(n, p) for n, p in (own | _in_package(imported, "qapbench")).items() if n != "qapbench"]
@@ -143,11 +157,23 @@ def code_files(file: Path, module: str) -> dict[str, Path]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _imports(file: Path, module: str) -> tuple[str, ...]:
-    """Dotted names of the modules (or of names in modules) that a file's import statements name."""
+def _imports(file: Path, module: str, state: tuple[int, int]) -> tuple[str, ...]:
+    """Dotted names of the modules (or of names in modules) that a file's import statements name.
+
+    A file that is no Python code names none: running it fails, and says why.
+
+    Args:
+        file: the source file.
+        module: its dotted name.
+        state: time of its last change, and size; results are kept as long as they stay the same.
+    """
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     names: list[str] = []
-    for node in _statements(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ()
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -54,16 +54,26 @@ class LazyImage:
         """Read the bytes of the image file (PNG, JPEG or another format).
 
         Raises:
-            UserError: if the data changed or are gone, or if the row names an image file that cannot be read.
+            UserError: if the data changed or are gone, or if the row names an image file that cannot be read, or that
+                does not lie in the data's folder, links followed: data of others must not read files of the user.
         """
         cell = _pictures(self.data, self.stamp).cell(self.row)
         if cell["bytes"] is not None:
             return cell["bytes"]
-        path = Path(self.data).parent / cell["path"]
+        if not self.stamp:
+            raise UserError(Problem(f"{self}: the row holds only the path of an image, and no image", WHERE))
+        folder = Path(self.data).parent
         try:
+            path = (folder / cell["path"]).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                message = f"{self}: the path {cell['path']!a} leads out of the data's folder {folder}"
+                raise UserError(Problem(message, WHERE))
             return path.read_bytes()
-        except OSError as error:
-            raise UserError(Problem(f"{self}: cannot read {path}: {error.strerror}", WHERE)) from None
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; no path at all
+            if isinstance(error, UserError):
+                raise
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(Problem(f"{self}: cannot read {cell['path']!a}: {why}", WHERE)) from None
 
     def load(self) -> Image.Image:
         """Decode the image to RGB, upright; see `qapbench.tasking.images.as_rgb`.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qapbench.errors import Problem, UserError
+from qapbench.hashing import digest_code
 from qapbench.methods.kinds import metrics
 from qapbench.models import family_of
 from qapbench.prune.prompt import PruningView
@@ -23,6 +24,7 @@ from qapbench.receipt import Receipt
 from qapbench.records.store import Store, write_json
 from qapbench.running.batches import BatchRunner
 from qapbench.running.environment import environment
+from qapbench.running.fingerprints import OF_PRUNING, about
 from qapbench.running.notes import notes as record_notes
 from qapbench.running.plan import Planned, prune_key
 from qapbench.running.planner import Planner
@@ -69,7 +71,8 @@ class Study:
         planned, task = planner.plan(spec), planner.task(spec)
         prunes = [prune.model_dump(mode="json") for prune in self.prunes]
         asked = {"sensitivity": [self.sample, self.block, metrics.names(), prunes]}
-        digest = spec.digest(planned.fingerprints, {**task.asked, "study": asked})
+        content = self._content(planner, planned)
+        digest = spec.digest(content, {**task.asked, "study": asked})
         folder = settings.runs / f"study-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         store = Store(folder, StudyRow)
@@ -105,13 +108,21 @@ class Study:
                 changed=float(np.mean([np.mean(row.changed) for row in rows])),
                 targets=TARGETS,
                 predictors=summarize(rows, self.spec.seed),
-                fingerprints=planned.fingerprints,
+                fingerprints=content,
                 environment=environment(settings.device),
                 timing={"seconds": round(seconds, 3), "questions": fresh},
                 notes=list(dict.fromkeys([*about, *(note for row in rows for note in row.notes)])),
             )
             write_json(folder / STUDY, summary)
         return summary
+
+    def _content(self, planner: Planner, planned: Planned) -> dict[str, str]:
+        """Content hashes of everything that the study reads: the run's, those of the pruners, and of every metric."""
+        content = dict(planned.fingerprints)
+        for prune in self.prunes:
+            pruned = planner.plan(planned.spec.model_copy(update={"prune": prune}))
+            content |= about(pruned.fingerprints, OF_PRUNING)
+        return content | {f"metric {entry.name}": digest_code(entry.target) for entry in metrics}
 
     def _sample(self, ids: Sequence[str]) -> list[str]:
         """Ids of the questions to ask, drawn by the spec's seed."""

@@ -51,7 +51,6 @@ def is_embedded(name: str) -> bool:
     return name in embedded_names()
 
 
-@functools.lru_cache(maxsize=64)
 def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Checkpoint:
     """Locate a checkpoint: an embedded model, a checkpoint folder, or a hub id (from the local cache, else downloaded).
 
@@ -71,7 +70,10 @@ def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Chec
 
             folder = assemble(folder, field)
         return Checkpoint(folder, embedded=True)
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(Problem(f"'{name}': there is no home folder of that user", (field,))) from None
     if not folder.is_dir():
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise UserError(
@@ -85,6 +87,7 @@ def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Chec
     return Checkpoint(folder)
 
 
+@functools.lru_cache(maxsize=64)
 def _from_hub(name: str, field: str, fetch: bool) -> Path:
     """Folder of a hub id in the local cache, downloaded first if `fetch` allows it."""
     from huggingface_hub import HfApi, constants, snapshot_download

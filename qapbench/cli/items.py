@@ -19,13 +19,16 @@ READABLE = 120  # characters of a line of prose, where the console is wider
 
 
 def list_items(
-    kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ...")] = None,
+    kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ..., or specs")] = None,
     matrix: Annotated[bool, typer.Option(help="Run every pruner on a tiny model of every family.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List what is registered; with --matrix, which pruner runs on which model family."""
+    """List what is registered, or the shipped specs; with --matrix, which pruner runs on which model family."""
     if matrix:
         _list_matrix(as_json)
+        return
+    if kind in ("spec", "specs"):
+        _list_specs(as_json)
         return
     if as_json:
         items = [registry.describe(name) for registry in _registries(kind) for name in registry.names()]
@@ -41,6 +44,22 @@ def list_items(
             params = ", ".join(key if field.is_required() else f"{key}={field.default!r}" for key, field in fields)
             table.add_row(escape(entry.name), escape(params), escape(entry.doc.partition("\n")[0]))
         out.print(table)
+
+
+def _list_specs(as_json: bool) -> None:
+    """List the shipped specs, which `run` and `validate` take by name."""
+    from qapbench.spec.spec_file import about_spec, shipped_specs
+
+    about = {name: about_spec(file) for name, file in sorted(shipped_specs().items())}
+    if as_json:
+        typer.echo(json.dumps([{"kind": "spec", "name": name, "doc": doc} for name, doc in about.items()]))
+        return
+    table = Table(title="spec", title_justify="left")
+    table.add_column("name", style="bold")
+    table.add_column("what it is")
+    for name, doc in about.items():
+        table.add_row(escape(name), escape(doc))
+    out.print(table)
 
 
 def _list_matrix(as_json: bool) -> None:
@@ -119,5 +138,5 @@ def _registries(kind: str | None) -> list[Any]:
         return list(KINDS.values())
     name = kind if kind in KINDS else kind.removesuffix("s")
     if name not in KINDS:
-        raise UserError(f"no kind '{kind}'; {nearest(kind, KINDS)}")
+        raise UserError(f"no kind '{kind}'; {nearest(kind, [*KINDS, 'specs'])}")
     return [KINDS[name]]

@@ -56,7 +56,7 @@ def run(
         raise UserError(f"--out {target}: the page is an .html file")
     settings = Settings(runs, find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
     planner = Planner(runs, settings.device)
-    specs = load_spec(spec, changes or (), planner.check)
+    specs = load_spec(spec, changes or (), planner.check, lambda sentence: print_notes([sentence]))
     if dry_run:
         plans = _plans(specs, planner)
         out.print(_plan_table(plans))
@@ -90,7 +90,7 @@ def validate(
     from qapbench.spec.spec_file import load_spec
 
     planner = Planner(Path("runs"), find_device(None))
-    specs = load_spec(spec, changes or (), planner.check)
+    specs = load_spec(spec, changes or (), planner.check, lambda sentence: print_notes([sentence]))
     if check_data:
         planner.check_data(specs)
     for one in specs:

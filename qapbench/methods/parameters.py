@@ -14,7 +14,7 @@ from qapbench.errors import Problem, UserError, nearest
 class Params(BaseModel):
     """Base of the generated parameter models: strict types, nothing unknown, defaults validated too."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def params_model(title: str, target: Any, positional: int | None) -> type[Params]:
@@ -66,7 +66,10 @@ def problems_of(error: ValidationError, model: type[BaseModel], owner: str = "")
 
 
 def _short(value: Any, width: int = 60) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; nested without end
+        text = f"a {type(value).__name__}"
     return text if len(text) <= width else text[: width - 1] + "…"
 
 

@@ -5,6 +5,7 @@ The built-in strategies, model families, checkpoint formats and tasks arrive thr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -13,6 +14,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qapbench.errors import Problem, UserError, first_line
@@ -22,6 +24,8 @@ ENTRY_POINTS = "qapbench.plugins"
 
 _broken: dict[str, str] = {}
 _loaded_files: dict[Path, str] = {}
+_undo: list[Callable[[], None]] = []
+"""Takes back what was registered since a plugin's import began, the latest last."""
 
 
 class BrokenPluginWarning(UserWarning):
@@ -35,12 +39,31 @@ def load_plugins() -> None:
     A plugin that fails to import is warned of by name, with the file and line where it failed, and leaves all others
     working: `broken_plugins` remembers it, so that a lookup of an unknown name can mention it.
     """
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    # The built-in ones come first, so that a plugin which takes one of their names is the one that fails.
+    for point in sorted(points, key=lambda point: not point.value.startswith("qapbench.")):
         try:
             point.load()
         except (Exception, SystemExit) as error:
             _broken[point.name] = described(error, _file_of(point.value.partition(":")[0]))
             warnings.warn(f"plugin '{point.name}' ({point.value}) {_broken[point.name]}", BrokenPluginWarning, 2)
+
+
+def note_registration(undo: Callable[[], None]) -> None:
+    """Remember how to take back a registration, in case that the plugin which makes it fails further down."""
+    _undo.append(undo)
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all() -> Iterator[None]:
+    """Take back what a plugin registered if it fails: other specs are not to find half of it."""
+    before = len(_undo)
+    try:
+        yield
+    except BaseException:
+        while len(_undo) > before:
+            _undo.pop()()
+        raise
 
 
 def broken_plugins() -> dict[str, str]:
@@ -54,8 +77,12 @@ def load_plugin_file(path: str | Path) -> None:
     Raises:
         UserError: it is not there, fails, or changed since it was run (what it registered is the old code).
     """
-    file = Path(path).resolve()
-    if not file.is_file():
+    try:
+        file = Path(path).resolve()
+        found = file.is_file()
+    except (OSError, ValueError):  # too long, not to be entered, or no path at all
+        file, found = Path(ascii(str(path))[:300]), False
+    if not found:
         raise UserError(f"no such plugin file: {file}")
     digest = digest_files(code_files(file, "plugin"))  # and what it imports beside itself
     if (loaded := _loaded_files.get(file)) is not None:
@@ -72,10 +99,13 @@ def load_plugin_file(path: str | Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _whole_or_not_at_all():
+            spec.loader.exec_module(module)
     except UserError:
+        del sys.modules[name]
         raise
     except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise UserError(f"plugin {file} {described(error, str(file))}") from error
     _loaded_files[file] = digest
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from qapbench.errors import UserError, nearest
 
 from .parameters import Params, params_model, problems_of
-from .plugins import broken_plugins, load_plugins
+from .plugins import broken_plugins, load_plugins, note_registration
 
 if TYPE_CHECKING:
     from .docstrings import Documentation
@@ -111,9 +111,17 @@ class Registry(Generic[T]):
                     f"{self.kind}: '{other.name}' ({other.origin}) is the default already, not {entry.origin}"
                 )
             self._entries[name] = entry
+            note_registration(lambda: self._restore(name, held))
             return target
 
         return decorate
+
+    def _restore(self, name: str, held: Entry[T] | None) -> None:
+        """Put back what was registered under a name before; nothing if None."""
+        if held is None:
+            self._entries.pop(name, None)
+        else:
+            self._entries[name] = held
 
     def names(self) -> list[str]:
         load_plugins()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import UserError, first_line
+from qapbench.hashing import state_of_tree
 from qapbench.methods.tokens import VisionTokens
 
 from .relevance_sign import WITHOUT_TOWER, TowerSign, tower_sign
@@ -87,11 +88,10 @@ class TextTower:
         return self.text_projection(out.pooler_output).unsqueeze(0)
 
 
-@functools.lru_cache(maxsize=64)
 def find_tower(
     named: str | None, model_folder: str, default: str | None, fetch: bool = True
 ) -> tuple[Path | None, str]:
-    """Find the companion CLIP of a model. Looked up once per process and arguments.
+    """Find the companion CLIP of a model.
 
     The first of these is taken: the checkpoint named; the folder `clip/` in the model's own folder; the hub checkpoint
     whose vision tower the model took over. If there is none, relevance falls back on the language model's embeddings.
@@ -114,18 +114,29 @@ def find_tower(
         return Path(model_folder) / BESIDE, ""
     if default is None:
         return None, "no CLIP text tower is known for this model"
+    return _default_tower(default, fetch)
+
+
+@functools.lru_cache(maxsize=64)
+def _default_tower(default: str, fetch: bool) -> tuple[Path | None, str]:
+    """The result of `find_tower` for a hub id. An unreachable hub is asked once per process."""
     try:
         return find_checkpoint(default, "text_tower", fetch).folder, ""
     except UserError as error:
         return None, str(error)
 
 
-@functools.lru_cache(maxsize=2)
 def load_tower(folder: Path, vision_width: int, device: torch.device) -> TextTower:
     """Load a text tower.
 
-    A process that asks for the same tower again gets the same object (the latest two are kept).
+    A process that asks for the same tower again gets the same object, unless its files changed (the latest two are
+    kept).
     """
+    return _loaded_tower(folder, state_of_tree(folder), vision_width, device)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded_tower(folder: Path, state: object, vision_width: int, device: torch.device) -> TextTower:
     return TextTower(folder, vision_width, device)
 
 

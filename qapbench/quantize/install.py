@@ -19,10 +19,11 @@ TokenContext = Callable[[], Tokens | None]
 
 @dataclasses.dataclass
 class _Quantized:
-    """A quantized input, and the ids of the layers that read it so far."""
+    """A quantized input, what tells whether the input is still as it was, and the layers that read it so far (ids)."""
 
     format: Format
     value: Tensor
+    state: int | Tensor
     readers: set[int]
 
 
@@ -40,13 +41,22 @@ class SharedInputs:
         """The quantized input: as an earlier reader left it, or made now."""
         held: _Quantized | None = self._held.get(x)
         # A second read by the same layer means the buffer was refilled; recompute.
-        if held is not None and held.format is format and id(reader) not in held.readers:
+        if held is not None and held.format is format and id(reader) not in held.readers and _is_as(x, held.state):
             held.readers.add(id(reader))
             return held.value
         new = make()
         if new is not x and not new.requires_grad:
-            self._held[x] = _Quantized(format, new, {id(reader)})
+            self._held[x] = _Quantized(format, new, _state(x), {id(reader)})
         return new
+
+
+def _state(x: Tensor) -> int | Tensor:
+    """What tells later whether a tensor was changed in place: its version, or a copy, as inference has no versions."""
+    return x.clone() if x.is_inference() else x._version
+
+
+def _is_as(x: Tensor, state: int | Tensor) -> bool:
+    return torch.equal(x, state) if isinstance(state, Tensor) else x._version == state
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ class Planned:
         done: whether the record of the complete run is written.
         stopped: whether a record is written that ends after a part of the questions (`--fast`).
         fingerprints: content hashes of what the run reads.
+        fresh: whether every question is answered anew, also where another run has an answer of the same key.
     """
 
     spec: RunSpec
@@ -46,6 +47,7 @@ class Planned:
     done: bool
     stopped: bool = False
     fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
+    fresh: bool = False
 
     @property
     def state(self) -> Literal["done", "stopped", "begun", "new"]:

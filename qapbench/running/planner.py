@@ -39,6 +39,7 @@ class Planner:
         self.runs = runs
         self.device = device
         self._tasks: dict[Hashable, TaskOutline] = {}
+        self._checked: set[str] = set()
 
     def task(self, spec: RunSpec) -> TaskOutline:
         """The outline of the run's task. Each task is read once.
@@ -61,13 +62,18 @@ class Planner:
         Raises:
             UserError: something is not there.
         """
-        checks: dict[str, Callable[[], object]] = {"task": lambda: self.task(spec), "model": lambda: _check_local(spec)}
+        checks: dict[str, Callable[[], object]] = {
+            "task": lambda: self._check_task(spec),
+            "model": lambda: _check_local(spec),
+        }
         problems: list[Problem] = []
         for field in fields:
             try:
                 checks[field]()
             except UserError as error:
                 problems += error.problems
+            except OSError as error:  # a folder that may not be entered, for example
+                problems.append(Problem(f"{error.filename}: {error.strerror}", (field,)))
         if problems:
             raise UserError(problems)
 
@@ -86,6 +92,17 @@ class Planner:
                 problems |= {str(problem): problem for problem in error.problems}
         if problems:
             raise UserError(problems.values())
+
+    def _check_task(self, spec: RunSpec) -> None:
+        """Check that the task and its data are there. Neither the seed nor the limit of the questions matters for it.
+
+        Raises:
+            UserError: they are not.
+        """
+        key = spec.task.model_copy(update={"limit": None}).model_dump_json()
+        if key not in self._checked:
+            self.task(spec)
+            self._checked.add(key)
 
     def plan(self, spec: RunSpec, fetch: bool = True, fresh: bool = False) -> Planned:
         """The plan of a run.
@@ -113,7 +130,7 @@ class Planner:
         done = record is not None and not stopped
         answered = task.count if done else len(answers_of(folder).read())
         group = group_key(spec, content)
-        return Planned(spec, run_id, text_key, group, folder, task.count, answered, done, stopped, content)
+        return Planned(spec, run_id, text_key, group, folder, task.count, answered, done, stopped, content, fresh)
 
     def shared(self, plans: Sequence[Planned]) -> Shared:
         """Count the missing work that these runs share. This reads the images of the data."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.compression import compress
+from qapbench.hashing import state_of_tree
 from qapbench.models import family_of
 from qapbench.models.loading import load_model, load_processor, precision
 from qapbench.progress import ProgressCallback, silent
@@ -55,7 +56,8 @@ class Session:
             UserError: the checkpoint cannot be loaded.
         """
         device = self.settings.device
-        key = (find_checkpoint(spec.model).folder, precision(spec, device))
+        folder = find_checkpoint(spec.model).folder
+        key = (folder, state_of_tree(folder), precision(spec, device))
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             self._loaded = (key, *load_model(spec, device, self.settings.trust_remote_code))

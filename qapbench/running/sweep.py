@@ -135,7 +135,7 @@ class Sweep:
         """
         self.clock.active_runs = runs
         group = runs[0].planned.group
-        known = earlier_results(self.session.settings.runs, group)
+        known = {} if runs[0].planned.fresh else earlier_results(self.session.settings.runs, group)
         before = _vision_side(self.family)
         with contextlib.ExitStack() as stack:
             with self.clock.stage("quantize"):

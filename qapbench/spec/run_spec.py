@@ -24,6 +24,7 @@ from qapbench.methods.registry import Registry
 
 from .backend import Backend, check_backend
 from .items import FusionItem, Item, MetricItem, PrunerItem, PTQItem, created, parse_item
+from .text import NameOrPath
 
 Scope = Literal["language", "projector", "vision"]
 
@@ -58,7 +59,7 @@ def _is_valid(model: type[BaseModel], data: Any) -> bool:
 class Strict(BaseModel):
     """Base of specs: unknown fields are refused, values are not converted, and instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class CalibrationSpec(Strict):
@@ -75,7 +76,7 @@ class CalibrationSpec(Strict):
     samples: Annotated[int, Field(ge=1, le=4096)] = 128
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pruned: bool = False
-    data: str | None = None
+    data: NameOrPath | None = None
 
 
 class QuantizeSpec(Strict):
@@ -206,12 +207,12 @@ class TaskSpec(Strict):
         answers: "letter" takes the most likely option letter from one prefill; "generate" generates text and parses it.
     """
 
-    name: str
-    include_path: str | None = None
-    data: str | None = None
+    name: NameOrPath
+    include_path: NameOrPath | None = None
+    data: NameOrPath | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
-    prompt: str | None = None
-    parser: str | None = None
+    prompt: NameOrPath | None = None
+    parser: NameOrPath | None = None
     answers: Literal["letter", "generate"] = "letter"
 
     @property
@@ -242,10 +243,10 @@ class RunSpec(Strict):
     """
 
     name: str = "run"
-    plugins: list[str] = []  # loaded by `parse`, before what they register is validated
-    model: str
+    plugins: list[NameOrPath] = []  # loaded by `parse`, before what they register is validated
+    model: NameOrPath
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    text_tower: str | None = None
+    text_tower: NameOrPath | None = None
     task: TaskSpec
     quantize: QuantizeSpec | None = None
     prune: PruneSpec | None = None

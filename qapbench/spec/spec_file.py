@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Collection, Sequence
+import itertools
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
-
-import yaml
 
 from qapbench.errors import Problem, UserError, nearest
 from qapbench.methods.plugins import load_plugin_files
 
 from .run_spec import RunSpec
 from .sweep_spec import SweepSpec, override
+from .text import shown, unfit
+from .yaml_reader import Lines, read_value, read_yaml
 
-Lines = dict[tuple[str | int, ...], int]
-"""Path of a key or item in a YAML file -> its line, counted from 1."""
 SHIPPED = Path(__file__).parents[1] / "specs"  # their place in an installed wheel
 
 
@@ -27,13 +28,20 @@ class Check(Protocol):
     def __call__(self, spec: RunSpec, fields: Collection[str] = ..., /) -> None: ...
 
 
-def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | None = None) -> list[RunSpec]:
+def load_spec(
+    source: str | Path,
+    changes: Sequence[str] = (),
+    check: Check | None = None,
+    say: Callable[[str], object] = lambda sentence: None,
+) -> list[RunSpec]:
     """Read and validate the runs of a spec file. A file without `matrix` or `cases` is one run.
 
     Args:
         source: a path, or the name of a shipped spec ("quickstart").
-        changes: strings `dotted.key=value`, where the value is YAML. They change the fields that all runs share.
+        changes: strings `dotted.key=value`, where the value is YAML. They change the fields that all runs share, and
+            replace axes of the matrix over the same key. A case that sets the key itself keeps its own value.
         check: checks each run further, for example whether its task and model exist, and raises UserError.
+        say: called with a sentence for each axis that is replaced, and each case that keeps its own value.
 
     Raises:
         UserError: the file has mistakes. All of them are listed, each with its line.
@@ -41,8 +49,11 @@ def load_spec(source: str | Path, changes: Sequence[str] = (), check: Check | No
     path = find_spec(source)
     data, lines = read_yaml(path)
     given = dict(map(_parse_change, changes))
-    data = override(data, given)
     locate = functools.partial(_located, lines=lines, given=tuple(given))
+    try:
+        data = _changed(data, given, say)
+    except UserError as error:
+        raise UserError([locate(problem, {}) for problem in error.problems]) from None
     data, problems = _load_plugins(data, path.resolve().parent)
     problems = [locate(problem, {}) for problem in problems]
     runs: list[RunSpec] = []
@@ -107,77 +118,83 @@ def find_spec(source: str | Path) -> Path:
         UserError: there is neither.
     """
     path = Path(source)
-    if path.is_file():
-        return path
-    folders = [SHIPPED, Path(__file__).parents[2] / "specs"]
-    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    with contextlib.suppress(OSError, ValueError):  # too long, or no path at all
+        if path.is_file():
+            return path
+    shipped = shipped_specs()
     if str(source) in shipped:
         return shipped[str(source)]
-    raise UserError(f"no spec file '{source}'; {nearest(str(source), shipped)}")
+    raise UserError(f"no spec file {shown(str(source))}; {nearest(str(source), shipped)}")
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """Read a YAML mapping, and the line of every key and item in it.
-
-    Raises:
-        UserError: the file is not valid YAML or not a mapping, or it gives a key twice.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)  # safe: _Loader makes JSON's types only
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(Problem(f"not valid YAML: {what}", (path.name,), mark.line + 1 if mark else None)) from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path.name}: a spec is a mapping (`model: ...`), got {type(data).__name__}")
-    lines: Lines = {}
-    problems: list[Problem] = []
-    try:
-        _walk(node, (), lines, problems)
-    except RecursionError:
-        raise UserError(f"{path.name}: an alias contains itself") from None
-    if problems:
-        raise UserError(problems)
-    return data, lines
+def shipped_specs() -> dict[str, Path]:
+    """The specs that come with qapbench: name -> file."""
+    folders = [SHIPPED, Path(__file__).parents[2] / "specs"]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader without dates. JSON has no type for them, so `2026-11-22` stays text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _walk(node: Any, path: tuple[str | int, ...], lines: Lines, problems: list[Problem]) -> None:
-    """Collect the line of every key and item below a node, and a problem for each key that is given twice."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            below = (*path, key.value)
-            line = key.start_mark.line + 1
-            if below in lines:
-                problems.append(Problem(f"given twice, first in line {lines[below]}", below, line))
-            lines[below] = line
-            _walk(value, below, lines, problems)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[(*path, index)] = value.start_mark.line + 1
-            _walk(value, (*path, index), lines, problems)
+def about_spec(file: Path) -> str:
+    """What a spec file is for: the first sentence of the comment at its top; "" if it has none."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    comment = " ".join(
+        line.removeprefix("#").strip() for line in itertools.takewhile(lambda x: x.startswith("#"), lines)
+    )
+    return re.split(r"(?<=\.)\s+(?=[A-Z])|\s+(?=qapbench run )", comment)[0]
 
 
 def _parse_change(text: str) -> tuple[str, Any]:
     """Key and value of a `--set` argument."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {text}: expected dotted.key=value")
+        raise UserError(f"--set {shown(text)}: expected dotted.key=value")
+    if why := unfit(key):
+        raise UserError(f"--set {shown(key)}: the key {why}")
     try:
-        return key, yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {key}: '{value}' is not a YAML value") from None
+        return key, read_value(value)
+    except UserError as error:
+        raise UserError([Problem(f"--set {shown(key)}: {problem}") for problem in error.problems]) from None
+
+
+def _changed(data: dict[str, Any], given: dict[str, Any], say: Callable[[str], object]) -> dict[str, Any]:
+    """The data with the changes of `--set`, so that none of them is undone in silence by what varies.
+
+    Args:
+        data: plain data of a spec file.
+        given: dotted key -> value.
+        say: called with what a reader of the command would not expect.
+
+    Raises:
+        UserError: a change would reach no run.
+    """
+    changed = override(data, given)
+    problems = []
+    for key in given:
+        matrix, cases = changed.get("matrix"), changed.get("cases")
+        for axis in list(matrix) if isinstance(matrix, dict) else ():
+            if axis == key or axis.startswith(f"{key}."):
+                del matrix[axis]
+                say(f"--set {key} replaces the axis {axis} of the matrix")
+            elif key.startswith(f"{axis}."):
+                message = (
+                    f"the matrix sets {axis} as a whole, which undoes --set {key}; change the matrix, or set {axis}"
+                )
+                problems.append(Problem(message, ("matrix", axis)))
+        if matrix == {}:
+            del changed["matrix"]
+        own = [
+            label
+            for label, case in (cases.items() if isinstance(cases, dict) else ())
+            if isinstance(case, dict) and any(other == key or key.startswith(f"{other}.") for other in case)
+        ]
+        names = ", ".join(shown(label) for label in own)
+        if own and len(own) == len(cases):
+            message = f"--set {key} would change no run: every case sets it, or a section that it is in, itself"
+            problems.append(Problem(message, ("cases",)))
+        elif own:
+            say(f"--set {key} does not reach cases that set it, or a section that it is in, themselves: {names}")
+    if problems:
+        raise UserError(problems)
+    return changed
 
 
 def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Problem]]:
@@ -198,7 +215,10 @@ def _load_plugins(data: dict[str, Any], folder: Path) -> tuple[dict[str, Any], l
 def _beside(name: str, folder: Path) -> str:
     """Resolve a path in a spec file: relative to the file if that exists, otherwise to the working directory."""
     beside = folder / name
-    return str(beside) if beside.exists() else name
+    try:
+        return str(beside) if beside.exists() else name
+    except (OSError, ValueError):  # too long, not to be entered, or no path at all: looking it up will say so
+        return name
 
 
 def _at(spec: RunSpec, folder: Path) -> RunSpec:
@@ -236,7 +256,7 @@ def _located(
     if set_by and all(root is None for root, _ in roots):
         return replace(problem, message=f"{problem.message} (from --set {set_by})")
     for root, size in [*((root, size) for root, size in roots if root is not None), ((), 0)]:
-        for end in range(len(where), max(size, 1) - 1, -1):
+        for end in range(len(where), size - 1, -1):
             path = (*root, *where[size:end])
             if path in lines:
                 return replace(problem, line=lines[path])

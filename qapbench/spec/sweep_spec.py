@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -13,6 +14,10 @@ from qapbench.errors import Problem, UserError
 from qapbench.methods.parameters import problems_of
 
 from .run_spec import Strict
+
+RUNS = 2000  # of one file
+PARTS = 16  # of a dotted key
+SENSITIVITY, FUSION = "prune.sensitivity", "prune.fusion"
 
 
 class SweepSpec(Strict):
@@ -57,10 +62,18 @@ class SweepSpec(Strict):
             sweep = cls.model_validate(data)
             varied: list[tuple[str, ...]] = [("matrix", key) for key in sweep.matrix]
             varied += [("cases", label, key) for label, changes in sweep.cases.items() for key in changes]
-            if wrong := [where for where in varied if where[-1].split(".")[0] == "plugins"]:
-                raise UserError(
-                    [Problem("plugins belong to the whole file, not to some of its runs", w) for w in wrong]
-                )
+            problems = []
+            for where in varied:
+                if where[-1].split(".")[0] == "plugins":
+                    problems.append(Problem("plugins belong to the whole file, not to some of its runs", where))
+                elif where[-1].count(".") >= PARTS:
+                    problems.append(Problem(f"a dotted key of more than {PARTS} parts", where))
+            count = math.prod(map(len, sweep.matrix.values())) * max(len(sweep.cases), 1)
+            if count > RUNS:
+                message = f"{count if count < 10**9 else 'more than 10^9'} runs, of which a file can have {RUNS}"
+                problems.append(Problem(message, ("matrix",) if sweep.matrix else ("cases",)))
+            if problems:
+                raise UserError(problems)
             return sweep
         except ValidationError as error:
             raise UserError(problems_of(error, cls)) from None
@@ -110,13 +123,16 @@ def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A copy of `data` with dotted keys set.
 
     A key below a name opens it: with `prune.method.seed`, `method: random` becomes `method: {random: {}}`, and a task
-    becomes `{name: NAME}`.
+    becomes `{name: NAME}`. A sensitivity that is removed takes the fusion along, unless the changes name one: there is
+    nothing left to fuse.
 
     Args:
         data: plain data of a spec.
         changes: dotted key -> value; None removes the key.
     """
-    out = json.loads(json.dumps(data))
+    if changes.get(SENSITIVITY, "kept") is None and not any(key.startswith(FUSION) for key in changes):
+        changes = {**changes, FUSION: None}
+    out = _copied(data)
     for key, value in changes.items():
         *path, last = key.split(".")
         if value is None and not _reaches(out, path):
@@ -133,6 +149,13 @@ def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             node[last] = value
     return out
+
+
+def _copied(value: Any) -> Any:
+    """A copy of plain data. What is no mapping and no list is shared, since nothing changes it."""
+    if isinstance(value, dict):
+        return {key: _copied(below) for key, below in value.items()}
+    return [_copied(below) for below in value] if isinstance(value, list) else value
 
 
 def _reaches(data: Any, path: list[str]) -> bool:

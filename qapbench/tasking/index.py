@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -41,6 +42,7 @@ def lm_eval_folder() -> Path:
     return Path(next(iter(places))) / "tasks"
 
 
+@functools.cache
 def lm_eval_index() -> TaskIndex:
     """The index, from the user's cache folder. On first use of a version of lm-eval it is made and written there."""
     version = importlib.metadata.version("lm-eval")

@@ -63,9 +63,7 @@ def embedded(tmp_path: Path, parts: Path, gguf_file: Path, monkeypatch: pytest.M
     monkeypatch.setattr(find, "EMBEDDED", folder.parent)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [str(gguf_file.parent.parent), *sys.path])
-    find.find_checkpoint.cache_clear()
     yield folder
-    find.find_checkpoint.cache_clear()
 
 
 def test_weights_and_tokenizer_are_those_of_transformers(gguf_file: Path) -> None:
@@ -161,14 +159,12 @@ def test_the_chat_template_is_the_files_own(embedded: Path) -> None:
 
 def test_the_second_use_takes_what_is_there(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = find.find_checkpoint("tiny-llava").folder
-    find.find_checkpoint.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(assembly, "build", lambda *_: pytest.fail("built again"))
         assert find.find_checkpoint("tiny-llava").folder == folder
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing half-made stays
     # Other parts make another folder; the first stays as it is.
     (embedded / "status.txt").write_text("trained")
-    find.find_checkpoint.cache_clear()
     assert find.find_checkpoint("tiny-llava").folder != folder
     assert not assembly.broken_file(folder)
 
@@ -179,7 +175,6 @@ def test_a_broken_cache_is_detected_and_made_anew(embedded: Path, caplog: pytest
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert assembly.broken_file(folder) == "model.safetensors"
-    find.find_checkpoint.cache_clear()
     assert find.find_checkpoint("tiny-llava").folder == folder
     assert file.read_bytes() == whole
     assert "model.safetensors is not what was written" in caplog.text
@@ -201,7 +196,6 @@ def test_what_is_missing_is_named(embedded: Path) -> None:
     recipe = json.loads((embedded / "assembly.json").read_text())
 
     def message() -> str:
-        find.find_checkpoint.cache_clear()
         with pytest.raises(UserError) as caught:
             find.find_checkpoint("tiny-llava")
         return str(caught.value)

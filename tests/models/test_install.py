@@ -93,3 +93,14 @@ def test_without_shared_inputs_nothing_is_shared() -> None:
     with torch.no_grad(), installed(one, plan, shared=SharedInputs()), installed(two, plan, shared=SharedInputs()):
         one(x), two(x)
     assert Counted.calls == 4
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_change_in_place_between_two_readers_is_noticed(pair: tuple[nn.Linear, nn.Linear], inference: bool) -> None:
+    one, two = pair
+    with torch.inference_mode() if inference else torch.no_grad():
+        x = torch.randn(2, 16)
+        one(x)
+        x[0, 3] += 2
+        assert torch.equal(two(x), nn.functional.linear(FORMAT(x), two.weight, two.bias))
+    assert Counted.calls == 2

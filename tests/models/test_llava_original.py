@@ -234,9 +234,7 @@ def test_the_tower_beside_the_weights_and_its_hash(tmp_path: Path) -> None:
     file = folder / "clip" / "preprocessor_config.json"
     file.write_text(file.read_text().replace("bicubic", "bicubic "))
     file.write_text(file.read_text() + "\n")
-    from qapbench.hashing import digest_tree
 
-    digest_tree.cache_clear()
     assert fingerprints(spec, outline, CPU, fetch=False)["vision tower"] != before["vision tower"]
 
 
@@ -273,8 +271,6 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    from qapbench.checkpoints.find import find_checkpoint
-
     folder, weights = save_original(tmp_path, "1.5")
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
@@ -283,6 +279,5 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
         load(folder)
     command = str(caught.value).partition('python -c "')[2].rpartition('"')[0]
     subprocess.run([sys.executable, "-c", command], cwd=folder, check=True, timeout=120)
-    find_checkpoint.cache_clear()
     model, _ = load(folder)
     assert torch.equal(model.model.language_model.norm.weight, weights["model.norm.weight"])

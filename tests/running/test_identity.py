@@ -15,10 +15,12 @@ import torch
 from llava_checkpoints import save_clip
 from run_questions import QUESTIONS, row
 
-from qapbench import RunSpec, UserError, hashing, metrics
+from qapbench import RunSpec, UserError, hashing, metrics, run
+from qapbench.analysis.sensitivity import studies_of
 from qapbench.hashing import LIBRARIES, digest_code, digest_file
 from qapbench.methods import plugins
 from qapbench.methods.kinds import pruners, ptqs
+from qapbench.models.relevance import find_tower, load_tower
 from qapbench.running import fingerprints
 from qapbench.running.plan import Planned
 from qapbench.running.planner import Planner
@@ -343,3 +345,65 @@ def test_the_sign_of_the_text_tower_enters(plan: Plan, tmp_path: Path, monkeypat
     again = plan(prune=PRUNE, text_tower=str(tower))
     assert again.fingerprints["text_tower sign"] == "positive"
     assert (again.id != first.id, again.text_key) == (True, first.text_key)
+
+
+# -- what a process keeps --
+
+
+def test_fresh_answers_anew_where_a_sibling_has_the_answers(spec_of: Spec, tmp_path: Path) -> None:
+    """Two pruners that keep everything choose equal tokens, so the second run can take the answers of the first."""
+    first, second = (RunSpec.parse(spec_of(prune={"method": name, "keep": 16})) for name in ("random", "attention"))
+    runs = tmp_path / "runs"
+    (alone,) = run(first, runs)
+    (shared,) = run(second, runs)
+    assert shared.timing.computed < alone.timing.computed
+    (anew,) = run(second, runs, fresh=True)
+    assert anew.timing.computed == alone.timing.computed
+    assert anew.scores == shared.scores
+
+
+def test_a_checkpoint_that_changes_in_place_is_another_one_in_the_same_process(
+    plan: Plan, tmp_path: Path, tiny_model: Path
+) -> None:
+    model, clip = (
+        shutil.copytree(tiny_model, tmp_path / "model"),
+        shutil.copytree(tiny_model / "clip", tmp_path / "clip"),
+    )
+    fields = {"model": str(model), "text_tower": str(clip), "prune": PRUNE}
+    before, tower = plan(**fields), load_tower(clip, 32, torch.device("cpu"))
+    assert plan(**fields).id == before.id
+    assert load_tower(clip, 32, torch.device("cpu")) is tower
+    save_clip(clip, seed=7)
+    after = plan(**fields)
+    assert after.id != before.id
+    assert after.fingerprints["model"] == before.fingerprints["model"]
+    assert load_tower(clip, 32, torch.device("cpu")) is not tower
+    (model / "generation_config.json").write_text('{"max_length": 77}')
+    assert plan(**fields).fingerprints["model"] != before.fingerprints["model"]
+
+
+def test_a_tower_that_is_put_beside_a_model_is_found_in_the_same_process(tmp_path: Path, tiny_model: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(model / "clip")
+    assert find_tower(None, str(model), None)[0] is None
+    shutil.copytree(tiny_model / "clip", model / "clip")
+    assert find_tower(None, str(model), None)[0] == model / "clip"
+
+
+def test_the_id_of_a_study_follows_the_code_of_metrics_and_pruners(
+    spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (study,) = studies_of([RunSpec.parse(spec_of(quantize=W4A4, prune=PRUNE))], sample=2)
+
+    def content() -> dict[str, str]:
+        planner = Planner(tmp_path / "runs", torch.device("cpu"))
+        return study._content(planner, planner.plan(study.spec))
+
+    before = content()
+    for file, changed in (
+        ("strategies/metrics/norms.py", {"metric l1", "metric l2", "metric linf"}),
+        ("strategies/pruners/dpp.py", {"pruner cdpruner"}),
+    ):
+        with monkeypatch.context() as patch:
+            change(patch, file)
+            assert {name for name, value in content().items() if before[name] != value} == changed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from question_files import ROWS, TEXT, load, row
+from question_files import ROWS, TEXT, load, picture, png, row
 
 from qapbench import UserError
 from qapbench.spec.run_spec import TaskSpec
@@ -129,3 +129,23 @@ def test_tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_task(TaskSpec(name="summs"))
     with pytest.raises(UserError, match=r"task.name: 'arithmetic' is a group of tasks; name one of them"):
         load_task(TaskSpec(name="arithmetic"))
+
+
+def test_a_path_in_the_data_reads_nothing_outside_of_their_folder(write: Any, tmp_path: Path) -> None:
+    data = Path(write([{**ROWS[0], "image": picture(None, "inside.png")}]))
+    outside = tmp_path.parent / f"{tmp_path.name}-secret.png"
+    outside.write_bytes(png("red"))
+    (data.parent / "link.png").symlink_to(outside)
+    (data.parent / "inside.png").write_bytes(png("blue"))
+    absolute = str(data.parent / "inside.png")
+    for path in ("inside.png", "./x/../inside.png", absolute):
+        (doc,) = load(write([{**ROWS[0], "image": picture(None, path)}])).docs
+        assert doc["image"].encoded() == png("blue")
+    for path in (str(outside), f"../{outside.name}", "link.png", "/etc/passwd", "a/../../../etc/passwd"):
+        (doc,) = load(write([{**ROWS[0], "image": picture(None, path)}])).docs
+        with pytest.raises(UserError, match="leads out of the data's folder"):
+            doc["image"].encoded()
+    for path in ("a\0b", "none.png", "x" * 5000):
+        (doc,) = load(write([{**ROWS[0], "image": picture(None, path)}])).docs
+        with pytest.raises(UserError, match="cannot read"):
+            doc["image"].encoded()

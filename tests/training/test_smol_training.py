@@ -217,9 +217,7 @@ def recipe(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(find, "EMBEDDED", folder.parent)
     monkeypatch.setattr(sys, "path", [str(base.parent.parent), *sys.path])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    find.find_checkpoint.cache_clear()
     yield folder
-    find.find_checkpoint.cache_clear()
 
 
 def test_one_command_trains_resumes_and_exports_what_is_assembled(
