@@ -22,7 +22,7 @@ from .export import csv_text, json_text, page_data, percent, plain, script_json,
 from .flips import Flips, find_flips
 from .paper import paper_rows, reference
 from .ranking import REFERENCES, compared, scored_runs
-from .rows import Row, clean, column_names, from_record, mapping, stand_in_notes, text
+from .rows import Row, clean, column_names, from_record, is_clean, mapping, stand_in_notes, text
 from .studies import read_studies
 
 LOG = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def build(
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in (
         (out.with_suffix(".csv"), csv_text(rows, columns)),
-        (out.with_suffix(".json"), json_text(rows)),
+        (out.with_suffix(".json"), json_text(data["rows"])),
         (out, page),
     ):
         path.write_text(content, encoding="utf-8", newline="\n")
@@ -90,6 +90,9 @@ def valid_records(records: Sequence[Record | Mapping[str, Any]]) -> list[Record]
     """The records, typed and with clean texts. Those that are not valid are left out with a warning."""
     found = []
     for record in records:
+        if isinstance(record, Record) and is_clean(record.to_json()):
+            found.append(record)
+            continue
         data = clean(record.to_json() if isinstance(record, Record) else record)
         try:
             found.append(parse_record(data))
