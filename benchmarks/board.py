@@ -3,9 +3,9 @@
     python -m benchmarks.board [--runs 500] [--questions 300] [--keep FOLDER]
 
 The runs are made up, on questions of diagramqa, and as large as real ones: their receipts list the 224 linears of a 7B
-model, and half of the answers hold the kept tokens of an image of 576. They are written to a temporary folder, or to the
-folder that `--keep` names, where a second call finds them again. The build itself runs in a process of its own,
-whose peak resident memory is reported together with what the imports alone take.
+model, and most answers hold the kept tokens of an image of 576. They are written to a temporary folder, or to the one
+that `--keep` names, where a second call finds them again. The build itself runs in a process of its own, whose peak
+resident memory is reported together with what the imports alone take.
 """
 
 from __future__ import annotations

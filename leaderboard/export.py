@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from qapbench.records.record import Record
+from qapbench.visible import HIDDEN, json_visible, visible
 
 from .flips import Flips
 from .ranking import REFERENCES
@@ -91,7 +92,8 @@ def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    """The value, with an apostrophe in front if a spreadsheet would read it as a formula."""
+    """The value with hidden characters escaped, and an apostrophe in front if a spreadsheet would read a formula."""
+    value = visible(value) if isinstance(value, str) else value
     starts = isinstance(value, str) and value.startswith(FORMULA_STARTS)
     return f"'{value}" if starts and not _NUMBER.fullmatch(value) else value
 
@@ -102,13 +104,22 @@ def json_text(rows: Sequence[dict[str, Any]]) -> str:
     Args:
         rows: the rows as plain data.
     """
-    return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_visible(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def script_json(data: Any) -> str:
     """The data as JSON that may stand inside <script>: it cannot end the element or open a comment."""
     dumped = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return dumped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def all_visible(data: Any) -> Any:
+    """JSON data with hidden characters escaped in every text and key."""
+    if isinstance(data, str):
+        return visible(data)
+    if isinstance(data, dict):
+        return {visible(key) if isinstance(key, str) else key: all_visible(item) for key, item in data.items()}
+    return [all_visible(item) for item in data] if isinstance(data, list) else data
 
 
 def page_data(
@@ -162,7 +173,10 @@ def spec_yaml(spec: Any) -> str:
     """The spec as YAML that reads back to equal data."""
     if spec is None:
         return ""
-    return yaml.dump(spec, Dumper=DUMPER, sort_keys=False, allow_unicode=True, width=100)
+    written = yaml.dump(spec, Dumper=DUMPER, sort_keys=False, allow_unicode=True, width=100)
+    if HIDDEN.search(written):  # YAML has escapes for them only where it escapes all that is not ASCII
+        written = yaml.dump(spec, Dumper=DUMPER, sort_keys=False, width=100)
+    return written
 
 
 def _columnar(items: Sequence[Any]) -> dict[str, Any]:
