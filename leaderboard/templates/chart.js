@@ -54,6 +54,7 @@ function baseLayout(id, height) {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       hoverlabel: { align: "left", font: { family: style.fontFamily } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: GREY, activecolor: style.color },
       hovermode: "closest",
       showlegend: true,
       legend: narrow ? { orientation: "h", y: -0.28, font: { size: 12 } } : { x: 1.02, y: 1 },
