@@ -99,8 +99,7 @@ def comparison_table(comparison: Comparison, width: int = 200) -> Table:
         show_lines=narrow,
     )
     if narrow:
-        rows = [[*row[:2], *("\n".join(row[at : at + 2]) for at in range(2, len(row), 2))] for row in rows]
-        heads = [*heads[:2], *("\n".join(heads[at : at + 2]) for at in range(2, len(heads), 2))]
+        heads, *rows = [["\n".join(cells[at : at + 2]) for at in range(0, len(cells), 2)] for cells in (heads, *rows)]
     table.add_column(heads[0], overflow="fold")
     for name in heads[1:]:
         table.add_column(name, justify="right", no_wrap=True)

@@ -18,6 +18,7 @@ from leaderboard_runs import KEEP, QUESTIONS, TOKENS, write_questions, write_run
 
 from qapbench.leaderboard import build
 from qapbench.records.load import load_records
+from qapbench.visible import visible
 
 RECORDS = ablation(12)
 HOSTILE = ablation(6) + hostile()
@@ -202,7 +203,7 @@ def test_hostile_records_stay_text(show: Show, pages: dict[str, Path]) -> None:
     assert visible_rows(page) == len(HOSTILE)
     assert page.locator(f"#table tr[data-row='6'] td:nth-child({column(page, 'Model')})").text_content() == IMG
     dialog = open_row(page, 6)
-    assert dialog.locator("h2").text_content() == SCRIPT_END + IMG
+    assert dialog.locator("h2").text_content() == visible(SCRIPT_END + IMG)
     dialog.locator("details summary").click()
     dialog.locator("details tbody tr").last.wait_for()
     assert IMG in dialog.locator("details tbody").text_content()
@@ -532,11 +533,11 @@ def test_hostile_questions_answers_and_studies_stay_text(show: Show, pages: dict
     page = show(pages["attacked"])
     page.locator("#flip-row").select_option(index=1)
     card = page.locator("#flips .flip").first
-    assert card.locator(".asked").text_content().startswith(SCRIPT_END)
+    assert card.locator(".asked").text_content().startswith(visible(SCRIPT_END))
     assert IMG in card.locator(".choices").text_content()
     assert IMG in card.locator(".id").text_content()
-    assert SCRIPT_END in page.locator("#study-text").text_content()
-    assert SCRIPT_END + IMG in page.locator("#study-table").text_content()
+    assert visible(SCRIPT_END) in page.locator("#study-text").text_content()
+    assert visible(SCRIPT_END + IMG) in page.locator("#study-table").text_content()
     assert any("</script>" in text for text in page.locator("#study-chart text").all_text_contents())
     open_row(page, row_named(page, "l2"))
     assert page.locator("img").count() == 0
