@@ -41,7 +41,7 @@ class Watched:
 def here(url: str, page: str) -> bool:
     """Whether a request stays on this machine: the page, the CSV and JSON beside it, or what the page made itself."""
     beside = {page, *(f"{page.removesuffix('.html')}.{kind}" for kind in ("csv", "json"))}
-    return url.partition("#")[0] in beside or url.startswith(("data:", "blob:file:"))
+    return url.partition("#")[0] in beside or url.startswith(("data:", "blob:"))
 
 
 def absent(what: str) -> None:
