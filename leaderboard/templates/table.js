@@ -69,7 +69,7 @@ function offer() {
     if (!data.rows.some((row) => listed(row) && chosen(select, row))) select.value = "";
     const values = new Set(data.rows.filter((row) => listed(row) && others.every((other) => chosen(other, row))).map((row) => row[key]));
     const kept = choices.get(select).filter((option) =>
-      option.value === "" || option.selected || values.has(option.dataset.value));
+      option.value === "" || option.value === select.value || values.has(option.dataset.value));
     if (kept.length !== select.options.length || kept.some((option, i) => option !== select.options[i])) {
       const value = select.value;
       select.replaceChildren(...kept);
