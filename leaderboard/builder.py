@@ -17,13 +17,15 @@ from markupsafe import Markup
 
 from qapbench import UserError
 from qapbench.records.record import Record, parse_record
+from qapbench.visible import visible
 
-from .export import csv_text, json_text, page_data, percent, plain, script_json, signed
+from .export import all_visible, csv_text, json_text, page_data, percent, plain, script_json, signed
 from .flips import Flips, find_flips
 from .paper import paper_rows, reference
 from .ranking import REFERENCES, compared, scored_runs
-from .rows import Row, clean, column_names, from_record, mapping, stand_in_notes, text
+from .rows import Row, clean, column_names, from_record, is_clean, mapping, stand_in_notes, text
 from .studies import read_studies
+from .unfinished import Unfinished, unfinished_runs
 
 LOG = logging.getLogger(__name__)
 TITLE = "qapbench leaderboard"
@@ -75,11 +77,11 @@ def build(
     flips = find_flips(own, scored)
     studies = read_studies(folder) if folder else []
     data = page_data(rows, cleaned, columns, flips, studies)
-    page = _render(title, cleaned, rows, columns, flips, data)
+    page = _render(title, cleaned, rows, columns, flips, unfinished_runs(folder) if folder else [], data)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in (
         (out.with_suffix(".csv"), csv_text(rows, columns)),
-        (out.with_suffix(".json"), json_text(rows)),
+        (out.with_suffix(".json"), json_text(data["rows"])),
         (out, page),
     ):
         path.write_text(content, encoding="utf-8", newline="\n")
@@ -90,6 +92,9 @@ def valid_records(records: Sequence[Record | Mapping[str, Any]]) -> list[Record]
     """The records, typed and with clean texts. Those that are not valid are left out with a warning."""
     found = []
     for record in records:
+        if isinstance(record, Record) and is_clean(record.to_json()):
+            found.append(record)
+            continue
         data = clean(record.to_json() if isinstance(record, Record) else record)
         try:
             found.append(parse_record(data))
@@ -105,6 +110,7 @@ def _render(
     rows: Sequence[Row],
     columns: Sequence[str],
     flips: Flips,
+    unfinished: Sequence[Unfinished],
     data: dict[str, Any],
 ) -> str:
     """The page as HTML.
@@ -115,6 +121,7 @@ def _render(
         rows: rows of the records, then those of the paper.
         columns: names of the score columns.
         flips: questions whose answers changed.
+        unfinished: runs that have no row yet.
         data: what the page's script reads.
     """
     own = [row for row in rows if row.kind == "run"]
@@ -141,12 +148,13 @@ def _render(
         newest=max((row.created for row in own), default=""),
         moved=[row for row in own if row.moved],
         flips=flips,
+        unfinished=unfinished,
         studies=data["studies"],
         paper=reference(),
         style=Markup(_asset("templates", "style.css")),
         scripts={name: Markup(script) for name, script in scripts.items()},
         script_hashes=[_csp_hash(script) for script in scripts.values()],
-        data=Markup(script_json(data)),
+        data=Markup(script_json(all_visible(data))),
     )
 
 
@@ -168,6 +176,7 @@ def _environment() -> Environment:
         loader=PackageLoader(__package__, "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

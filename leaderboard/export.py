@@ -7,12 +7,12 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import yaml
 
 from qapbench.records.record import Record
+from qapbench.visible import HIDDEN, json_visible, visible
 
 from .flips import Flips
 from .ranking import REFERENCES
@@ -23,6 +23,8 @@ FIELDS += ["tokens", "tokens_min", "tokens_max", "kept", "merged", "available"]
 VERSUS = ["name", "difference", "low", "high", "p", "q", "gained", "lost"]
 LAST_FIELDS = ["moved", "receipt", "fallbacks", "run_id", "created", "stand_in"]
 _NUMBER = re.compile(r"-\d+(\.\d+)?")
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""libyaml's writer where PyYAML was built with it, which is several times as fast."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -90,20 +92,34 @@ def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    """The value, with an apostrophe in front if a spreadsheet would read it as a formula."""
+    """The value with hidden characters escaped, and an apostrophe in front if a spreadsheet would read a formula."""
+    value = visible(value) if isinstance(value, str) else value
     starts = isinstance(value, str) and value.startswith(FORMULA_STARTS)
     return f"'{value}" if starts and not _NUMBER.fullmatch(value) else value
 
 
-def json_text(rows: Iterable[Row]) -> str:
-    """The rows with all their fields as JSON; accuracies are fractions."""
-    return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def json_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows with all their fields as JSON; accuracies are fractions.
+
+    Args:
+        rows: the rows as plain data.
+    """
+    return json_visible(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def script_json(data: Any) -> str:
     """The data as JSON that may stand inside <script>: it cannot end the element or open a comment."""
     dumped = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return dumped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def all_visible(data: Any) -> Any:
+    """JSON data with hidden characters escaped in every text and key."""
+    if isinstance(data, str):
+        return visible(data)
+    if isinstance(data, dict):
+        return {visible(key) if isinstance(key, str) else key: all_visible(item) for key, item in data.items()}
+    return [all_visible(item) for item in data] if isinstance(data, list) else data
 
 
 def page_data(
@@ -125,13 +141,17 @@ def page_data(
         studies: summaries of studies.
     """
     pool: dict[str, int] = {}
+    numbers: dict[int, int] = {}
     details = []
     for record in records:
-        table = _columnar([line.model_dump(mode="json") for line in record.receipt.linears])
+        lines = record.receipt.linears
+        if id(lines) not in numbers:  # records that were read together share equal lists
+            table = _columnar([line.model_dump(mode="json") for line in lines])
+            numbers[id(lines)] = pool.setdefault(json.dumps(table), len(pool))
         details.append(
             {
                 "yaml": spec_yaml(record.spec),
-                "linears": pool.setdefault(json.dumps(table), len(pool)),
+                "linears": numbers[id(lines)],
                 "fallbacks": record.receipt.fallbacks,
                 "notes": record.notes,
                 "environment": _flat(record.environment.model_dump(mode="json", exclude_none=True)),
@@ -141,17 +161,22 @@ def page_data(
         )
     return {
         "columns": list(columns),
-        "rows": [asdict(row) for row in rows],
+        "rows": [row.to_json() for row in rows],
         "details": details,
         "linears": [json.loads(table) for table in pool],
-        "flips": asdict(flips),
+        "flips": vars(flips),
         "studies": list(studies),
     }
 
 
 def spec_yaml(spec: Any) -> str:
     """The spec as YAML that reads back to equal data."""
-    return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=100) if spec is not None else ""
+    if spec is None:
+        return ""
+    written = yaml.dump(spec, Dumper=DUMPER, sort_keys=False, allow_unicode=True, width=100)
+    if HIDDEN.search(written):  # YAML has escapes for them only where it escapes all that is not ASCII
+        written = yaml.dump(spec, Dumper=DUMPER, sort_keys=False, width=100)
+    return written
 
 
 def _columnar(items: Sequence[Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ data that the record names, if they are on this machine and unchanged. The page 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,27 +66,28 @@ def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
         return found
     sources = _Sources(found.missing)
     often = Counter(q for _, _, directions in pairs.values() for ids in directions.values() for q in ids)
-    stored: dict[str, dict[str, Answer]] = {}
+    wanted: defaultdict[str, set[str]] = defaultdict(set)  # run id -> questions whose answers are drawn
     for index, (one, other, directions) in pairs.items():
-        answers = [stored.setdefault(run.record.run_id, run.answers()) for run in (one, other)]
         drawn: dict[str, Any] = {"against": one.name}
         for direction, ids in directions.items():
             # Questions with images come first, then those that many rows flip, since the page holds each only once.
-            ids = sorted(ids, key=lambda q: (not _images(answers[1], q), -often[q], q))
-            drawn[direction] = {"count": len(ids), "shown": []}
-            for question in ids[:EACH]:
-                key = sources.add(other, question, found.questions)
-                if key:
-                    sides = [_side(side.get(question), found.questions[key]["square"]) for side in answers]
-                    drawn[direction]["shown"].append({"question": key, "sides": sides})
+            ids = sorted(ids, key=lambda q: (not sources.has_image(other, q), -often[q], q))
+            shown = [(question, sources.add(other, question, found.questions)) for question in ids[:EACH]]
+            shown = [(question, key) for question, key in shown if key]
+            drawn[direction] = {"count": len(ids), "shown": shown}
+            for run in (one, other):
+                wanted[run.record.run_id] |= {question for question, _ in shown}
         found.rows[index] = drawn
+    runs = {run.record.run_id: run for pair in pairs.values() for run in pair[:2]}
+    answers = {run_id: runs[run_id].answers(questions) for run_id, questions in wanted.items()}
+    for index, drawn in found.rows.items():
+        both = [answers[run.record.run_id] for run in pairs[index][:2]]
+        for direction in pairs[index][2]:
+            drawn[direction]["shown"] = [
+                {"question": key, "sides": [_side(side.get(q), found.questions[key]["square"]) for side in both]}
+                for q, key in drawn[direction]["shown"]
+            ]
     return found
-
-
-def _images(answers: dict[str, Answer], question: str) -> list[ImageTokens]:
-    """Token counts of the images of a question."""
-    answer = answers.get(question)
-    return (answer.images if answer else None) or []
 
 
 def _side(answer: Answer | None, square: bool) -> dict[str, Any]:
@@ -118,6 +119,16 @@ class _Sources:
         self._missing = missing
         self._tasks: dict[str, tuple[TaskOutline, dict[str, int]] | None] = {}
         self._processors: dict[str, dict[str, Any] | None] = {}
+
+    def has_image(self, run: Scored, question: str) -> bool:
+        """Whether a question has an image; False if its task is not available.
+
+        Args:
+            run: a run that answered it.
+            question: its id.
+        """
+        source = self._task(run.record)
+        return source is not None and question in source[1] and bool(source[0].images(source[1][question]))
 
     def add(self, run: Scored, question: str, questions: dict[str, dict[str, Any]]) -> str | None:
         """Add a question, unless it is there already or the page is full.

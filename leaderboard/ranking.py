@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qapbench import UserError
-from qapbench.analysis.paired import Scored, read_scored
+from qapbench.analysis.paired import Scored, read_rows
 from qapbench.analysis.ranking import Against, Ranking, rankings
 from qapbench.records.record import Record
 
@@ -30,11 +31,12 @@ def scored_runs(records: Sequence[Record], runs: Path | None) -> list[Scored | N
         runs: folder of the runs; None reads nothing.
     """
     found: list[Scored | None] = []
+    shared: dict[Any, dict[str, float]] = {}
     for record in records:
         scored = None
         if runs and re.fullmatch(r"[0-9a-f]{8,64}", record.run_id):
             with contextlib.suppress(UserError):
-                scored = Scored(record, read_scored(runs / record.run_id).rows, runs / record.run_id)
+                scored = Scored(record, read_rows(runs / record.run_id, shared), runs / record.run_id)
         found.append(scored if scored and scored.columns else None)
     return found
 

@@ -5,6 +5,7 @@ A record may come from a stranger, so the page escapes every text in it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -124,6 +125,12 @@ class Row:
     against: dict[str, Versus] = field(default_factory=dict)
     moved: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        """The row as plain data."""
+        cells = {name: vars(score) for name, score in self.cells.items()}
+        against = {kind: vars(versus) for kind, versus in self.against.items()}
+        return {**vars(self), "cells": cells, "unparsed": vars(self.unparsed), "against": against}
+
     @property
     def position(self) -> float | None:
         """Tokens at which the chart draws the row: those measured, else the budget, else those before pruning."""
@@ -149,6 +156,15 @@ def clean(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
     return clean(str(value))
+
+
+def is_clean(data: dict[str, Any]) -> bool:
+    """Whether `clean` would change nothing in this JSON data with string keys."""
+    try:
+        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:  # a number that is not finite, or a lone surrogate
+        return False
+    return True
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ ALLOWED = {
         "qapbench.records",
         "qapbench.spec",
         "qapbench.tasking",
+        "qapbench.visible",
     ),
 }
 

@@ -49,11 +49,12 @@ function baseLayout(id, height) {
     axis: { gridcolor: style.borderTopColor, zeroline: false, automargin: true },
     layout: {
       height,
-      margin: { l: 14, r: 16, t: 20, b: 22 },
+      margin: { l: 14, r: 16, t: narrow ? 20 : 36, b: 22 }, // the toolbar lies above the plot
       font: { family: style.fontFamily, size: 13, color: style.color },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       hoverlabel: { align: "left", font: { family: style.fontFamily } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: GREY, activecolor: style.color },
       hovermode: "closest",
       showlegend: true,
       legend: narrow ? { orientation: "h", y: -0.28, font: { size: 12 } } : { x: 1.02, y: 1 },
@@ -62,10 +63,32 @@ function baseLayout(id, height) {
   };
 }
 
-/** A figure as tall as its layout says, whatever it was before. */
+/** The buttons of a chart's toolbar. Plotly's own list has one that sends the chart to its makers' server. */
+const TOOLS = [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]];
+const CLICKABLE = ["chart", "metrics"]; // a click on a point of these opens its run
+
+/** Hide a chart that has nothing to draw; the line below it says why. True if there is something. */
+function showChart(id, any) {
+  byId(id).hidden = !any;
+  return any;
+}
+
+/** A figure as tall as its layout says, whatever it was before. Where fingers draw, it has no toolbar and no zoom box. */
 function plot(id, traces, layout) {
-  byId(id).style.height = `${layout.height}px`;
-  window.Plotly.react(id, traces, layout, { displaylogo: false, responsive: true });
+  const chart = byId(id);
+  const pointer = !matchMedia("(hover: none)").matches && chart.clientWidth >= 640;
+  chart.style.height = `${layout.height}px`;
+  window.Plotly.react(id, traces, { ...layout, dragmode: pointer ? "zoom" : false }, {
+    displaylogo: false, responsive: true, displayModeBar: pointer ? "hover" : false,
+    modeBarButtons: TOOLS, showSendToCloud: false, plotlyServerURL: "",
+  });
+  if (CLICKABLE.includes(id) && !chart.dataset.clickable) {
+    chart.dataset.clickable = "yes";
+    chart.on("plotly_click", (event) => {
+      const index = event.points[0].customdata;
+      if (typeof index === "number") openDetails(index);
+    });
+  }
 }
 
 let visibleRows = data.rows;
@@ -85,11 +108,5 @@ function startPlotly() {
 }
 
 function startCharts() {
-  for (const id of ["chart", "metrics"]) {
-    byId(id).on("plotly_click", (event) => {
-      const index = event.points[0].customdata;
-      if (typeof index === "number") openDetails(index);
-    });
-  }
   byId("column").addEventListener("change", drawFigures);
 }

@@ -36,6 +36,7 @@ function drawHeat() {
     return cell;
   })));
   byId("heat").replaceChildren(make("thead", "", head), make("tbody", "", ...body));
+  byId("heat").parentElement.hidden = !rows.length;
   const left = visibleRows.length - rows.length;
   byId("heated").textContent = rows.length
     ? plural(rows.length, "row") + (left ? `; ${left} without ${mode === "accuracy" ? "these columns" : "a dense reference"}.` : ".")

@@ -55,14 +55,14 @@ function metricTraces(column) {
 function drawMetrics() {
   const column = byId("column").value;
   const { traces, metrics, drawn } = metricTraces(column);
+  byId("metricked").textContent = metrics.length ? drawn : "No row of the table has a sensitivity metric.";
+  if (!showChart("metrics", metrics.length > 0)) return;
   const { layout, axis, narrow } = baseLayout("metrics", 420);
   layout.xaxis = {
     ...axis, tickvals: metrics.map((_, i) => i), ticktext: metrics.map((name) => chartText(name, 28)),
-    range: [-0.5, Math.max(metrics.length, 1) - 0.5], tickangle: narrow || metrics.length > 10 ? -40 : 0,
+    range: [-0.5, metrics.length - 0.5], tickangle: narrow || metrics.length > 10 ? -40 : 0,
   };
   layout.yaxis = { ...axis, title: { text: narrow ? "" : `${chartText(column)} accuracy, %` } };
   layout.legend = { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: narrow ? 12 : 13 } };
-  if (!metrics.length) layout.yaxis.range = [0, 100];
-  byId("metricked").textContent = metrics.length ? drawn : "No row of the table has a sensitivity metric.";
   plot("metrics", traces, layout);
 }

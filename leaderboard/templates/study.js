@@ -47,6 +47,7 @@ function drawStudy() {
     make("ul", "", ...Object.entries(study.targets).map(([name, meaning]) =>
       make("li", "", `${{ answer: "Answer, quantized", error: "Error of what stays", full: "Answer, full precision" }[name] ?? name}: ${meaning}.`))));
   byId("study-table").replaceChildren(studyTable(study));
+  if (!showChart("study-chart", study.predictors.length > 0)) return;
   const traces = studyTraces(study);
   const { layout, axis } = baseLayout("study-chart", 90 + 40 * Math.max(study.predictors.length, 4));
   const names = traces[0]?.meta ?? [];

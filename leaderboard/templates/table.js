@@ -56,13 +56,31 @@ for (const chip of chips) {
 
 const facets = [...document.querySelectorAll("select[data-facet]")];
 
-function fits(row) {
-  if (row.kind === "paper" && !byId("paper").checked) return false;
-  return facets.every((select) =>
-    select.value === "" || row[select.dataset.facet] === select.selectedOptions[0].dataset.value);
+const choices = new Map(facets.map((select) => [select, [...select.options]]));
+const listed = (row) => row.kind === "run" || byId("paper").checked;
+const chosen = (select, row) => select.value === "" || row[select.dataset.facet] === select.selectedOptions[0].dataset.value;
+const fits = (row) => listed(row) && facets.every((select) => chosen(select, row));
+
+/** Let each filter offer what the rows have that fit all other filters; one without a choice is hidden. */
+function offer() {
+  for (const select of facets) {
+    const key = select.dataset.facet;
+    const others = facets.filter((other) => other !== select);
+    if (!data.rows.some((row) => listed(row) && chosen(select, row))) select.value = "";
+    const values = new Set(data.rows.filter((row) => listed(row) && others.every((other) => chosen(other, row))).map((row) => row[key]));
+    const kept = choices.get(select).filter((option) =>
+      option.value === "" || option.value === select.value || values.has(option.dataset.value));
+    if (kept.length !== select.options.length || kept.some((option, i) => option !== select.options[i])) {
+      const value = select.value;
+      select.replaceChildren(...kept);
+      select.value = value;
+    }
+    select.parentElement.hidden = kept.length < 3 && select.value === "";
+  }
 }
 
 function refresh() {
+  offer();
   showColumns();
   table.search(byId("search").value).draw();
   visibleRows = table.rows({ search: "applied" }).nodes().toArray().map((node) => data.rows[node.dataset.row]);

@@ -111,16 +111,13 @@ function tokenTraces(rows, column, withPaper) {
 function drawTokens() {
   const column = byId("column").value;
   const { traces, drawn } = tokenTraces(visibleRows, column, byId("paper").checked);
+  const hidden = visibleRows.length - drawn;
+  byId("charted").textContent = `${drawn} rows drawn`
+    + (hidden ? `; ${hidden} without ${column} or tokens.` : ".");
+  if (!showChart("chart", drawn > 0)) return;
   const { layout, axis, narrow } = baseLayout("chart", 460);
   layout.xaxis = { ...axis, type: "log", tickvals: TICKS, ticktext: TICKS.map(String), title: { text: "Vision tokens" } };
   layout.yaxis = { ...axis, title: { text: narrow ? "" : `${chartText(column)} accuracy, %` } };
   if (narrow) layout.height = Math.min(760, 460 + 18 * Math.max(0, traces.length - 5));
-  if (!drawn) { // nothing to find a range from
-    layout.xaxis.range = [Math.log10(4), Math.log10(1024)];
-    layout.yaxis.range = [0, 100];
-  }
-  const hidden = visibleRows.length - drawn;
-  byId("charted").textContent = `${drawn} rows drawn`
-    + (hidden ? `; ${hidden} without ${column} or tokens.` : ".");
   plot("chart", traces, layout);
 }

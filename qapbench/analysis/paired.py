@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +47,19 @@ class Scored:
         """Names of the columns that count right answers, in the order of the table."""
         return [column.name for column in self.record.scores.columns if column.k is not None]
 
-    def answers(self) -> dict[str, Answer]:
-        """The stored answers by question id; empty if the run has no folder or no stored answers."""
-        return {answer.id: answer for answer in answers_of(self.folder).read()} if self.folder else {}
+    def answers(self, questions: Iterable[str] | None = None) -> dict[str, Answer]:
+        """The stored answers by question id; empty if the run has no folder or no stored answers.
+
+        Args:
+            questions: ids of the questions whose answers are wanted, which spares parsing the others; all if None.
+        """
+        if self.folder is None:
+            return {}
+        store = answers_of(self.folder)
+        if questions is None:
+            return {answer.id: answer for answer in store.read()}
+        wanted = set(questions)
+        return {answer.id: answer for answer in store.mentioning(wanted) if answer.id in wanted}
 
 
 @dataclass(frozen=True)
@@ -144,8 +156,25 @@ def read_scored(folder: Path) -> Scored:
     Raises:
         UserError: one of the two files is missing or damaged.
     """
-    rows = {scored.id: dict(scored.metrics) for scored in read_scored_questions(folder)}
-    return Scored(read_record(folder), rows, folder)
+    return Scored(read_record(folder), read_rows(folder), folder)
+
+
+def read_rows(folder: Path, shared: dict[Any, dict[str, float]] | None = None) -> dict[str, dict[str, float]]:
+    """Read the scores of every question in a run's folder: question id -> column -> score.
+
+    Args:
+        folder: the run's folder.
+        shared: scores of other runs, of which equal ones are used again. Many runs then take little memory, since a
+            question has one of a few dozen different scores.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    shared = {} if shared is None else shared
+    return {
+        sys.intern(scored.id): shared.setdefault(repr(scored.metrics), scored.metrics)
+        for scored in read_scored_questions(folder)
+    }
 
 
 def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
@@ -195,12 +224,19 @@ def paired_difference(column: str, pair: np.ndarray, seed: int = 0) -> Differenc
     """
     n = len(pair)
     gained, lost = int((~pair[:, 0] & pair[:, 1]).sum()), int((pair[:, 0] & ~pair[:, 1]).sum())
+    low, high = _bootstrap(n, gained, lost, seed)
+    first, second = (int(side.sum()) for side in pair.T)
+    p = float(mcnemar(gained, lost))
+    return Difference(column, n, first, second, gained, lost, low, high, p)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bootstrap(n: int, gained: int, lost: int, seed: int) -> tuple[float, float]:
+    """The 95 % interval of (gained - lost) / n, by bootstrap over n questions."""
     # To resample n questions is to draw the counts (gained, lost, same) from a multinomial: exact, and cheaper.
     draws = np.random.default_rng(seed).multinomial(n, [gained / n, lost / n, 1 - (gained + lost) / n], BOOTSTRAP)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [0.025, 0.975])
-    first, second = (int(side.sum()) for side in pair.T)
-    p = float(mcnemar(gained, lost))
-    return Difference(column, n, first, second, gained, lost, float(low), float(high), p)
+    return float(low), float(high)
 
 
 def mcnemar(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:

@@ -74,10 +74,11 @@ def rankings(runs: Sequence[Scored | None]) -> list[Ranking]:
         order = sorted(questions)
         right = np.array([[bool(_at(runs, i).rows[q].get(overall)) for q in order] for i in members])
         ranks = paired_ranks(right)
+        references = _references([_at(runs, i).record for i in members])
         for place, index in enumerate(members):
             against = {
                 kind: Against(members[other], paired_difference(overall, np.stack([right[other], right[place]], 1)))
-                for kind, other in _references(place, [_at(runs, i).record for i in members]).items()
+                for kind, other in references[place].items()
             }
             # A group of one, such as a row that `--fast` stopped on questions of its own, has no rank.
             found[index] = Ranking(ranks[place] if len(members) > 1 else None, len(members), against)
@@ -163,27 +164,42 @@ def _at(runs: Sequence[Scored | None], index: int) -> Scored:
     return run
 
 
-def _references(place: int, records: Sequence[Record]) -> dict[Kind, int]:
-    """Indices of a record's references among the records; the newest if several match."""
-    prune = records[place].spec.get("prune")
+def _references(records: Sequence[Record]) -> list[dict[Kind, int]]:
+    """For each record, the indices of its references among the records; the newest if several match."""
+    settings = [_settings(record) for record in records]
+    newest: dict[tuple[str, str], int] = {}
+    for index in sorted(range(len(records)), key=lambda i: records[i].created, reverse=True):
+        newest.setdefault((settings[index], _json(records[index].spec.get("prune"))), index)
+    return [_references_of(record, own, newest) for record, own in zip(records, settings, strict=True)]
+
+
+def _references_of(record: Record, settings: str, newest: dict[tuple[str, str], int]) -> dict[Kind, int]:
+    """The references of one record.
+
+    Args:
+        record: the record.
+        settings: what its references have in common with it.
+        newest: settings and pruning -> index of the newest record that has them.
+    """
+    prune = record.spec.get("prune")
     if not isinstance(prune, dict):
         return {}
     wanted: dict[Kind, Any] = {"dense": None}
     if prune.get("sensitivity") is not None:
         wanted["semantic"] = {**prune, "sensitivity": None, "fusion": None}
-    found: dict[Kind, int] = {}
-    for kind, pruning in wanted.items():
-        key = _key(records[place], pruning)
-        same = [i for i, other in enumerate(records) if i != place and _key(other, other.spec.get("prune")) == key]
-        if same:
-            found[kind] = max(same, key=lambda i: records[i].created)
-    return found
+    found = {kind: newest.get((settings, _json(pruning))) for kind, pruning in wanted.items()}
+    return {kind: index for kind, index in found.items() if index is not None}
 
 
-def _key(record: Record, prune: Any) -> str:
-    """What two rows must have in common to be compared, if the first of them were pruned as `prune` says."""
+def _settings(record: Record) -> str:
+    """What two rows must have in common besides the pruning, to be compared."""
     spec, content = record.spec, record.fingerprints
     read = {k: v for k, v in content.items() if k in ("model", "data", "precision") or k.startswith("ptq ")}
     task = spec.get("task")
     asked = [isinstance(task, dict) and task.get(name) for name in ("answers", "prompt", "parser")]
-    return json.dumps([read, asked, spec.get("quantize"), spec.get("seed"), prune], sort_keys=True, default=str)
+    return _json([read, asked, spec.get("quantize"), spec.get("seed")])
+
+
+def _json(value: Any) -> str:
+    """The value as text that is equal for equal values."""
+    return json.dumps(value, sort_keys=True, default=str)

@@ -11,7 +11,7 @@ from rich.table import Table
 from qapbench.records.answer import Answer
 from qapbench.records.record import Record
 
-from .paired import Comparison
+from .paired import Comparison, Difference
 from .study import Correlation, Summary
 
 NAME, TOKENS, COLUMN, INTERVAL = (
@@ -20,6 +20,8 @@ NAME, TOKENS, COLUMN, INTERVAL = (
     9,
     20,
 )  # widths in characters: name of the run, tokens, one accuracy, interval and n
+
+COMPARED = ("column", "n", "first", "second", "difference", "95 % interval", "gained", "lost", "p", "q")
 
 
 def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
@@ -78,32 +80,48 @@ def scores_table(scores: dict[str, Any]) -> Table:
     return table
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """A table with one row per column: both accuracies, paired difference with its interval, flips, p and q."""
+def comparison_table(comparison: Comparison, width: int = 200) -> Table:
+    """A table with one row per column: both accuracies, paired difference with its interval, flips, p and q.
+
+    Args:
+        comparison: the comparison of two runs.
+        width: characters per line. If one line per row does not fit, pairs of numbers stand on two lines.
+    """
+    rows = [_comparison_row(row) for row in comparison.differences]
+    heads = [*COMPARED]
+    narrow = sum(max(map(len, cells)) + 3 for cells in zip(heads, *rows, strict=True)) + 1 > width
     table = Table(
         title=escape(f"{comparison.second} against {comparison.first}"),
         title_justify="left",
         caption_justify="left",
         caption="paired by question: points, bootstrap 95 % interval, exact McNemar p, "
         "q by Benjamini-Hochberg over the columns",
+        show_lines=narrow,
     )
-    table.add_column("column")
-    for name in ("n", "first", "second", "difference", "95 % interval", "gained", "lost", "p", "q"):
+    if narrow:
+        heads, *rows = [["\n".join(cells[at : at + 2]) for at in range(0, len(cells), 2)] for cells in (heads, *rows)]
+    table.add_column(heads[0], overflow="fold")
+    for name in heads[1:]:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in comparison.differences:
-        table.add_row(
-            escape(row.column),
-            str(row.n),
-            f"{100 * row.first / row.n:.2f}",
-            f"{100 * row.second / row.n:.2f}",
-            f"{100 * row.difference:+.2f}",
-            f"{100 * row.low:+.2f} … {100 * row.high:+.2f}",
-            str(row.gained),
-            str(row.lost),
-            f"{row.p:.3g}",
-            f"{row.q:.3g}",
-        )
+    for row in rows:
+        table.add_row(escape(row[0]), *row[1:])
     return table
+
+
+def _comparison_row(row: Difference) -> list[str]:
+    """The cells of one column of the task, as COMPARED names them."""
+    return [
+        row.column,
+        str(row.n),
+        f"{100 * row.first / row.n:.2f}",
+        f"{100 * row.second / row.n:.2f}",
+        f"{100 * row.difference:+.2f}",
+        f"{100 * row.low:+.2f} … {100 * row.high:+.2f}",
+        str(row.gained),
+        str(row.lost),
+        f"{row.p:.3g}",
+        f"{row.q:.3g}",
+    ]
 
 
 def flips_table(comparison: Comparison, answers: Sequence[Mapping[str, Answer]], limit: int) -> Table:

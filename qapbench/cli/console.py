@@ -14,18 +14,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
+from qapbench.bars import Bars
 from qapbench.progress import assembly_progress
+from qapbench.visible import visible
 
 if TYPE_CHECKING:
     from qapbench.records.record import Record
+
+
+class VisibleConsole(Console):
+    """A console on which no text of a spec, a record or a model moves the cursor or turns the writing direction."""
+
+    def render_str(self, text: str, **more: Any) -> Text:
+        return super().render_str(visible(text), **more)
+
 
 USUAL = gc.get_threshold()
 RARELY = 200_000  # new objects between two searches for unreachable ones
 WIDE = 200  # characters per line of output that is not printed to a terminal
 # Tables in a pipe or a file may be wide; otherwise the terminal, or COLUMNS, sets the width.
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
-err = Console(stderr=True)
+out = VisibleConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+err = VisibleConsole(stderr=True)
 
 SpecArgument = Annotated[str, typer.Argument(help="A spec file, or the name of a shipped spec (quickstart).")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key.")]
@@ -71,39 +82,15 @@ def collect_as_usual() -> None:
     gc.set_threshold(*USUAL)
 
 
-class Progress:
-    """A progress bar per run, with its rate and the time left.
-
-    Bars go to standard error, so that tables on standard output can be piped.
-    """
+class Progress(Bars):
+    """The bars of a command, on standard error, so that tables on standard output can be piped."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=err)
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> None:
-        self.bar.start()
-
-    def report(self, name: str, done: int, total: int) -> None:
-        """Show how far a run is; its first report adds a bar.
-
-        Args:
-            name: label of the bar.
-            done: questions answered.
-            total: questions in all.
-        """
-        if name not in self.tasks:
-            self.tasks[name] = self.bar.add_task(escape(name), total=total, completed=done, rate="")
-        task = self.tasks[name]
-        speed = self.bar.tasks[self.bar.task_ids.index(task)].speed
-        self.bar.update(task, completed=done, rate=f"{speed:.1f}/s" if speed else "")
+        super().__init__(err)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Stop the bars. If the user interrupted the work, say that the same command continues it."""
-        self.bar.stop()
+        super().__exit__(kind, *rest)
         if kind is KeyboardInterrupt:
             err.print("stopped; the same command goes on from here", highlight=False)
             raise typer.Exit(130) from None

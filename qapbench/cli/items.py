@@ -36,8 +36,8 @@ def list_items(
         return
     for registry in _registries(kind):
         table = Table(title=registry.kind, title_justify="left")
-        table.add_column("name", style="bold")
-        table.add_column("parameters")
+        table.add_column("name", style="bold", overflow="fold")
+        table.add_column("parameters", overflow="fold")
         table.add_column("what it is")
         for entry in registry:
             fields = entry.params.model_fields.items()

@@ -52,7 +52,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps({**comparison.to_json(), "notes": paired.caveats(one, other)}))
     else:
-        out.print(comparison_table(comparison))
+        out.print(comparison_table(comparison, out.width))
         if flips and (comparison.gained or comparison.lost):
             out.print(flips_table(comparison, [one.answers(), other.answers()], flips))
         print_notes(paired.caveats(one, other))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from qapbench.errors import UserError
+from qapbench.receipt import LinearReceipt
 
 from .answer import ScoredQuestion
 from .record import RECORD, SCORED, Record, read_record
@@ -35,12 +36,26 @@ def _found(runs: Path) -> list[tuple[Path, Record]]:
     """The readable records below a folder and the folder of each, oldest first."""
     folders = sorted({path.parent for path in runs.glob(f"*/{RECORD}") if ".old" not in path.parent.name})
     found = []
+    shared: dict[str, list[LinearReceipt]] = {}
     for folder in folders:
         try:
-            found.append((folder, read_record(folder)))
+            found.append((folder, _sharing(read_record(folder), shared)))
         except UserError as error:
             LOG.warning("left out: %s", "; ".join(map(str, error.problems[:3])))
     return sorted(found, key=lambda pair: pair[1].created)
+
+
+def _sharing(record: Record, shared: dict[str, list[LinearReceipt]]) -> Record:
+    """The record, with the list of linears of an earlier one if they are equal.
+
+    The list makes up most of a record, and the runs of one quantized model have the same.
+
+    Args:
+        record: the record.
+        shared: lists by their JSON, to which this record's is added.
+    """
+    linears = shared.setdefault(record.receipt.model_dump_json(include={"linears"}), record.receipt.linears)
+    return record.model_copy(update={"receipt": record.receipt.model_copy(update={"linears": linears})})
 
 
 def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "question"] = "run") -> pd.DataFrame:

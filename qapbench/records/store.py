@@ -82,6 +82,15 @@ class Store(Generic[L]):
             lines.append(line)
         return lines
 
+    def mentioning(self, words: Iterable[str]) -> list[L]:
+        """The complete lines that hold one of these texts as a JSON string. No other line is parsed."""
+        if not self.path.exists():
+            return []
+        spelled = [json.dumps(word).encode() for word in words]
+        texts = self.path.read_bytes().splitlines(keepends=True)
+        found = (self._parsed(text) for text in texts if any(word in text for word in spelled))
+        return [line for line in found if line is not None]
+
     def _parsed(self, text: bytes) -> L | None:
         """The line, or None if it is torn or cannot be read."""
         if not text.endswith(b"\n"):

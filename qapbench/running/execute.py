@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qapbench.bars import shown
 from qapbench.progress import ProgressCallback, silent
 from qapbench.records.record import RECORD, Record, read_record
 from qapbench.records.store import answers_of, set_aside, write_json
@@ -18,6 +19,7 @@ from qapbench.spec.sweep_spec import SweepSpec
 
 from .plan import Planned
 from .planner import Planner
+from .quiet import no_foreign_bars
 from .settings import BATCH, EngineName, Settings, find_device
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def run(
     engine: EngineName = "local",
     spill: bool = False,
     trust_remote_code: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = True,
     report: ProgressCallback | None = None,
 ) -> list[Record]:
     """Make the runs that are missing, and return the record of each run in order.
@@ -56,7 +58,8 @@ def run(
         engine: where workers run. So far only processes of this machine; "ray" is refused.
         spill: keep image features for later quantizers in a memory-mapped file below `runs`.
         trust_remote_code: let a checkpoint run its own Python code.
-        progress: called with (run name, questions answered, questions in all).
+        progress: True shows bars in a terminal and a line in a notebook, and nothing elsewhere; False shows nothing. A
+            function is called with (run name, questions answered, questions in all) instead.
         report: the name of `progress` in version 0.1.
 
     Raises:
@@ -68,7 +71,12 @@ def run(
 
         warnings.warn("run(report=...) is now run(progress=...); report goes in 0.3", DeprecationWarning, stacklevel=2)
     settings = Settings(Path(runs), find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
-    return make_runs(as_specs(spec), settings, fresh, fast, progress or report or silent)
+    specs = as_specs(spec)
+    with no_foreign_bars(), contextlib.ExitStack() as stack:
+        told = report or progress or silent
+        if told is True:
+            told = stack.enter_context(shown())
+        return make_runs(specs, settings, fresh, fast, told)
 
 
 def as_specs(spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec]) -> list[RunSpec]:

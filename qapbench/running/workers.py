@@ -14,6 +14,7 @@ from qapbench.tasking.questions import Question
 
 from .active_run import ActiveRun
 from .plan import Planned
+from .quiet import no_foreign_bars
 from .session import Session
 from .settings import Settings
 from .sweep import answer_runs
@@ -140,7 +141,8 @@ def work(order: Order) -> Done:
         load_plugin_file(plugin)
     torch.set_num_threads(order.threads)
     active_runs = [ActiveRun(plan) for plan in order.plans]
-    peak = answer_runs(Session(order.settings), active_runs, order.docs, order.share)
+    with no_foreign_bars():
+        peak = answer_runs(Session(order.settings), active_runs, order.docs, order.share)
     costs = {active.planned.id: Cost(active.answered, active.computed, dict(active.seconds)) for active in active_runs}
     return costs, peak
 

@@ -38,6 +38,12 @@ class Watched:
         return getattr(self.page, name)
 
 
+def here(url: str, page: str) -> bool:
+    """Whether a request stays on this machine: the page, the CSV and JSON beside it, or what the page made itself."""
+    beside = {page, *(f"{page.removesuffix('.html')}.{kind}" for kind in ("csv", "json"))}
+    return url.partition("#")[0] in beside or url.startswith(("data:", "blob:"))
+
+
 def absent(what: str) -> None:
     """Without a browser the page is not tested: that is fine on a laptop and a failure in CI."""
     if os.environ.get("CI"):
@@ -67,8 +73,9 @@ def show(browser: Any) -> Iterator[Callable[..., Watched]]:
     """Open a page of this file; at the end of the test it must have had no error and made no request."""
     pages: list[Watched] = []
 
-    def opened(path: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> Watched:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    def opened(path: Path, width: int = 1280, height: int = 900, scheme: str = "light", touch: bool = False) -> Watched:
+        size = {"width": width, "height": height}
+        context = browser.new_context(viewport=size, color_scheme=scheme, has_touch=touch, is_mobile=touch)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         watched = Watched(context.new_page(), path.resolve().as_uri())
         pages.append(watched)
@@ -76,7 +83,8 @@ def show(browser: Any) -> Iterator[Callable[..., Watched]]:
         watched.page.on("console", lambda message: note(f"console {message.type}: {message.text}"))
         watched.page.on("pageerror", lambda error: note(f"error: {error}"))
         watched.page.on("dialog", lambda dialog: (note(f"dialog: {dialog.message}"), dialog.dismiss()))
-        watched.page.on("request", lambda request: request.url == watched.url or note(f"request: {request.url[:200]}"))
+        context.on("page", lambda popup: popup == watched.page or note(f"popup: {popup.url[:200]}"))
+        context.on("request", lambda request: here(request.url, watched.url) or note(f"request: {request.url[:200]}"))
         watched.page.goto(watched.url)
         watched.settled()
         return watched

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from leaderboard_records import IMG, SCRIPT_END, ablation, damaged, hostile
-from leaderboard_runs import KEEP, TOKENS, write_questions, write_runs, write_study
+from leaderboard_runs import KEEP, QUESTIONS, TOKENS, write_questions, write_runs, write_study
 
 from qapbench.leaderboard import build
 from qapbench.records.load import load_records
+from qapbench.visible import visible
 
 RECORDS = ablation(12)
 HOSTILE = ablation(6) + hostile()
@@ -202,7 +203,7 @@ def test_hostile_records_stay_text(show: Show, pages: dict[str, Path]) -> None:
     assert visible_rows(page) == len(HOSTILE)
     assert page.locator(f"#table tr[data-row='6'] td:nth-child({column(page, 'Model')})").text_content() == IMG
     dialog = open_row(page, 6)
-    assert dialog.locator("h2").text_content() == SCRIPT_END + IMG
+    assert dialog.locator("h2").text_content() == visible(SCRIPT_END + IMG)
     dialog.locator("details summary").click()
     dialog.locator("details tbody tr").last.wait_for()
     assert IMG in dialog.locator("details tbody").text_content()
@@ -293,6 +294,123 @@ def traces(page: Any, chart: str) -> dict[str, Any]:
     page.settled()
     found = page.locator(f"#{chart}").evaluate("gd => gd.data.map(t => ({name: t.name, x: t.x, y: t.y, meta: t.meta}))")
     return {trace["name"]: trace for trace in found}
+
+
+@pytest.mark.parametrize(("width", "height", "touch"), [(1280, 800, False), (390, 844, True)])
+def test_no_button_and_no_link_reaches_a_host(
+    show: Show, pages: dict[str, Path], width: int, height: int, touch: bool
+) -> None:
+    """Everything that can be clicked is clicked; `show` notes each request and each popup."""
+    page = show(pages["whole"], width=width, height=height, touch=touch)
+    for kind in ("csv", "json"):
+        assert page.locator(f"#{kind}").get_attribute("href") == f"whole.{kind}"
+    for select in page.locator("main select:visible").all():
+        select.select_option(index=select.locator("option").count() - 1)
+        page.settled()
+    page.locator("#reset").click()
+    tools = page.locator(".modebar-btn")
+    page.settled()
+    assert tools.count() == (0 if touch else 18)  # six on each of three charts
+    for chart in page.locator(".chart:visible").all():
+        chart.scroll_into_view_if_needed()
+        chart.hover()
+        for tool in chart.locator(".modebar-btn").all():
+            tool.click()
+        for name in chart.locator(".legendtoggle").all():
+            name.click(force=True)
+    for selector in ("main summary", "header button", "main .tools button", ".chip", "nav a", "#table th[data-key]"):
+        for element in page.locator(f"{selector}:visible").all():
+            element.click()
+            page.settled()
+    if touch:
+        page.locator("[data-columns=Compression]").click()
+    for index in range(page.locator("#table .open").count()):
+        page.locator("#table .open").nth(index).click()
+        dialog = page.locator("dialog[open]")
+        for element in dialog.locator("summary, .yaml button").all():
+            element.click()
+        dialog.locator(".bar button").click()
+    links = page.locator("a:visible").evaluate_all("links => links.map(link => link.href)")
+    assert links
+    assert {link.partition(":")[0] for link in links} == {"file"}
+    assert "plot.ly" not in page.locator("body").inner_html().replace(page.locator("#plotly").inner_html(), "")
+    assert page.url.startswith("file:")
+
+
+def test_filters_offer_what_the_rows_have(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["plain"])
+
+    def offered(facet: str) -> set[str]:
+        select = page.locator(f"select[data-facet={facet}] option")
+        return set(select.all_text_contents()) - {"all"}
+
+    rows = [row for row in json.loads(pages["plain"].with_suffix(".json").read_text("utf-8")) if row["kind"] == "run"]
+    assert offered("pruner") == {row["pruner"] for row in rows}
+    assert not page.locator("select[data-facet=model]").is_visible() or len(offered("model")) > 1
+    page.locator("#paper").check()
+    page.settled()
+    assert any("LLaVA" in name for name in offered("model"))
+    page.locator("#paper").uncheck()
+    page.locator("select[data-facet=pruner]").select_option(label="visionzip")
+    page.settled()
+    assert offered("sensitivity") <= {row["sensitivity"] for row in rows if row["pruner"] == "visionzip"}
+    page.locator("#reset").click()
+    page.settled()
+    assert offered("sensitivity") <= {row["sensitivity"] for row in rows}
+
+
+def test_a_chart_with_nothing_to_draw_is_left_out(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["empty"])
+    assert page.locator(".chart:visible").count() == 0
+    assert "No row of the table" in page.locator("#metricked").text_content()
+    page.locator("#paper").check()
+    page.settled()
+    assert page.locator("#chart").is_visible()
+    page = show(pages["plain"])
+    page.locator("#search").fill("no such row")
+    page.settled()
+    assert page.locator(".chart:visible").count() == 0
+    page.locator("#reset").click()
+    page.settled()
+    assert page.locator("#chart").is_visible()
+    page.locator("#chart .point").first.wait_for()
+
+
+def test_unfinished_runs_are_listed_with_their_counts(tmp_path: Path, show: Show) -> None:
+    runs = tmp_path / "runs"
+    records = write_runs(runs, write_questions(tmp_path / "test.parquet"), ["full", "dense"])
+    begun = runs / records[1].run_id
+    (begun / "spec.json").write_text(json.dumps({**records[1].spec, "name": "begun \u202e"}))
+    (begun / "record.json").unlink()
+    lines = (begun / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (begun / "answers.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:9])
+    (runs / "0123456789abcdef").mkdir()
+    (runs / "0123456789abcdef" / "spec.json").write_text("{")
+    page = show(build(load_records(runs), tmp_path / "board.html", runs=runs))
+    assert page.locator("#unfinished li").all_text_contents() == [
+        "0123456789abcdef: 0 answered",
+        f"begun \\u202e: 7 of {QUESTIONS} answered",
+    ]
+    assert visible_rows(page) == 1
+
+
+def test_hidden_characters_are_shown_escaped(show: Show, tmp_path: Path) -> None:
+    name = "a\x1b[31m\x00b\u202ec\u2066d\u200be \N{FAMILY}\u200d"
+    shown = "a\\x1b[31m\\x00b\\u202ec\\u2066d\\u200be \N{FAMILY}\u200d"
+    record = {**ablation(1)[0], "name": name}
+    record["receipt"] = {"summary": name, "fallbacks": [name]}
+    record["spec"] = {**record["spec"], "model": name}
+    page = show(build([record], tmp_path / "board.html", title=name))
+    assert page.title() == shown
+    dialog = open_row(page, 0)
+    assert dialog.locator("h2").text_content() == shown
+    assert yaml.safe_load(dialog.locator(".yaml code").text_content()) == record["spec"]
+    assert page.locator("#table .open").text_content() == shown
+    data = (tmp_path / "board.json").read_text("utf-8")
+    assert json.loads(data)[0]["name"] == name
+    for text in (page.content(), data, (tmp_path / "board.csv").read_text("utf-8")):
+        assert not set(text) & set("\x00\x1b\u202e\u2066\u200b")
+    assert shown in (tmp_path / "board.csv").read_text("utf-8")
 
 
 def test_column_groups_are_shown_and_hidden(show: Show, pages: dict[str, Path]) -> None:
@@ -410,11 +528,11 @@ def test_hostile_questions_answers_and_studies_stay_text(show: Show, pages: dict
     page = show(pages["attacked"])
     page.locator("#flip-row").select_option(index=1)
     card = page.locator("#flips .flip").first
-    assert card.locator(".asked").text_content().startswith(SCRIPT_END)
+    assert card.locator(".asked").text_content().startswith(visible(SCRIPT_END))
     assert IMG in card.locator(".choices").text_content()
     assert IMG in card.locator(".id").text_content()
-    assert SCRIPT_END in page.locator("#study-text").text_content()
-    assert SCRIPT_END + IMG in page.locator("#study-table").text_content()
+    assert visible(SCRIPT_END) in page.locator("#study-text").text_content()
+    assert visible(SCRIPT_END + IMG) in page.locator("#study-table").text_content()
     assert any("</script>" in text for text in page.locator("#study-chart text").all_text_contents())
     open_row(page, row_named(page, "l2"))
     assert page.locator("img").count() == 0
