@@ -73,10 +73,10 @@ def run(
     settings = Settings(Path(runs), find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
     specs = as_specs(spec)
     with no_foreign_bars(), contextlib.ExitStack() as stack:
-        told = report or progress or silent
+        told = report or progress
         if told is True:
             told = stack.enter_context(shown())
-        return make_runs(specs, settings, fresh, fast, told)
+        return make_runs(specs, settings, fresh, fast, told or silent)
 
 
 def as_specs(spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec]) -> list[RunSpec]:

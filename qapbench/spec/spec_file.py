@@ -169,8 +169,9 @@ def _changed(data: dict[str, Any], given: dict[str, Any], say: Callable[[str], o
     changed = override(data, given)
     problems = []
     for key in given:
-        matrix, cases = changed.get("matrix"), changed.get("cases")
-        for axis in list(matrix) if isinstance(matrix, dict) else ():
+        matrix = found if isinstance(found := changed.get("matrix"), dict) else {}
+        cases = found if isinstance(found := changed.get("cases"), dict) else {}
+        for axis in list(matrix):
             if axis == key or axis.startswith(f"{key}."):
                 del matrix[axis]
                 say(f"--set {key} replaces the axis {axis} of the matrix")
@@ -179,11 +180,11 @@ def _changed(data: dict[str, Any], given: dict[str, Any], say: Callable[[str], o
                     f"the matrix sets {axis} as a whole, which undoes --set {key}; change the matrix, or set {axis}"
                 )
                 problems.append(Problem(message, ("matrix", axis)))
-        if matrix == {}:
+        if changed.get("matrix") == {}:
             del changed["matrix"]
         own = [
             label
-            for label, case in (cases.items() if isinstance(cases, dict) else ())
+            for label, case in cases.items()
             if isinstance(case, dict) and any(other == key or key.startswith(f"{other}.") for other in case)
         ]
         names = ", ".join(shown(label) for label in own)
