@@ -68,7 +68,7 @@ def run_matrix() -> Iterator[CompatibilityResult]:
             yield _run(name, pruner, model, inputs)
 
 
-def run_ptq_matrix(names: Iterable[str] | None = None) -> Iterator[CompatibilityResult]:
+def run_ptq_matrix(names: Iterable[str] | None = None, new_tokens: int = 2) -> Iterator[CompatibilityResult]:
     """Run every registered pruner under every quantization method on every model family and yield one result each.
 
     A method runs with its own formats or, if it has none, with the first of a few that it makes; if it makes
@@ -76,6 +76,7 @@ def run_ptq_matrix(names: Iterable[str] | None = None) -> Iterator[Compatibility
 
     Args:
         names: the model families; None for all.
+        new_tokens: how many tokens each answer has.
     """
     for name in families.names() if names is None else names:
         model, inputs = _tiny(name)
@@ -85,7 +86,7 @@ def run_ptq_matrix(names: Iterable[str] | None = None) -> Iterator[Compatibility
             samples = CalibrationSamples([{**inputs, "labels": labels}], cache=Path(kept))
             for ptq in ptqs.names():
                 for weights, activations in _formats(ptqs.create(ptq)):
-                    yield from _run_quantized(name, ptq, weights, activations, model, inputs, samples)
+                    yield from _run_quantized(name, ptq, weights, activations, model, inputs, samples, new_tokens)
 
 
 def _tiny(family: str) -> tuple[Any, dict[str, Any]]:
@@ -130,6 +131,7 @@ def _run_quantized(
     model: Any,
     inputs: dict[str, Any],
     samples: CalibrationSamples,
+    new_tokens: int,
 ) -> Iterator[CompatibilityResult]:
     """Quantize the model once, as a sweep does, and run every pruner on it."""
     formats = {"weights": weights, "activations": activations}
@@ -152,7 +154,7 @@ def _run_quantized(
                 with compress(model, {"prune": {"method": pruner, "keep": KEEP}}) as receipt:
                     out = model.generate(
                         **inputs,
-                        max_new_tokens=2,
+                        max_new_tokens=new_tokens,
                         do_sample=False,
                         eos_token_id=None,
                         output_logits=True,
