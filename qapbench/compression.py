@@ -22,7 +22,8 @@ from .prune.pruning import Pruning
 from .prune.splice import PrunedImage
 from .quantize import backends
 from .quantize.calibration import Calibration, CalibrationSamples
-from .quantize.install import SharedInputs, installed, watching
+from .quantize.call_tokens import TokenContext, nothing_known, watching
+from .quantize.install import SharedInputs, installed
 from .quantize.receipts import LinearReceipt, measured_bits
 from .receipt import Receipt
 from .spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
@@ -113,11 +114,13 @@ def _quantized(
     if runner is not None:
         receipt.calibration = runner.used
     with contextlib.ExitStack() as stack:
-        needs_tokens = any(plan.needs_tokens for plan in plans.values())
-        context = stack.enter_context(watching(family.core, family.image_token)) if needs_tokens else lambda: None
+        told: TokenContext = nothing_known
+        if any(plan.needs_tokens for name, plan in plans.items() if parts[name] == "language"):
+            told = stack.enter_context(watching(family.core, family.image_token))
         shared = SharedInputs()
         for name, linear in linears.items():
             plan = plans.get(name)
+            plan = plan.to(linear.weight.device) if plan else None
             if plan is None:
                 receipt.fall_back(f"{name}: left in full precision by {spec.method}")
             shape = (linear.out_features, linear.in_features)
@@ -127,7 +130,7 @@ def _quantized(
             if plan is not None and on_kernel:
                 stack.enter_context(backends.int8_linear(linear, plan, line))
             elif plan is not None:
-                tokens = context if parts[name] == "language" else lambda: None
+                tokens = told if parts[name] == "language" else nothing_known
                 stack.enter_context(installed(linear, plan, tokens, shared=shared))
             if not on_kernel:
                 line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
@@ -174,15 +177,18 @@ def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> 
         spec: the quantize section.
         plan: the linear's plan; None if the method leaves it alone.
     """
+    activation = plan.activation if plan and isinstance(plan.activation, TokenActivation) else None
 
     def probe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if not line.calls:
-            exact = plan.activation.exact if plan and isinstance(plan.activation, TokenActivation) else None
+            exact = activation.exact if activation else None
             x = args[0]
             if exact is not None:
                 line.activation_exact = float(exact.expand(x.shape).float().mean())
                 x = x.masked_fill(exact, 0)
             line.activation_bits, line.activation_levels = measured_bits(x, spec.activations)
+        if activation:
+            activation.exact = None  # it may be as large as the input, and every linear would keep one
         line.calls += 1
 
     return probe

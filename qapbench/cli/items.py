@@ -20,12 +20,17 @@ READABLE = 120  # characters of a line of prose, where the console is wider
 
 def list_items(
     kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ..., or specs")] = None,
-    matrix: Annotated[bool, typer.Option(help="Run every pruner on a tiny model of every family.")] = False,
+    matrix: Annotated[
+        bool, typer.Option(help="Run every pruner on tiny models; with KIND ptq, quantized too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List what is registered, or the shipped specs; with --matrix, which pruner runs on which model family."""
+    """List what is registered, or the shipped specs; with --matrix, which pruner runs on which model family.
+
+    `list --matrix ptq` runs every pruner under every quantization method, one table per family.
+    """
     if matrix:
-        _list_matrix(as_json)
+        _list_matrix(kind, as_json)
         return
     if kind in ("spec", "specs"):
         _list_specs(as_json)
@@ -62,31 +67,55 @@ def _list_specs(as_json: bool) -> None:
     out.print(table)
 
 
-def _list_matrix(as_json: bool) -> None:
-    from qapbench.analysis.compatibility import run_matrix
+def _list_matrix(kind: str | None, as_json: bool) -> None:
+    chosen = None if kind is None else _registries(kind)[0].kind
+    if chosen not in (None, "pruner", "ptq"):
+        raise UserError(f"--matrix: there is a matrix of pruners and one of ptq, none of {chosen}")
+    from qapbench.analysis import compatibility
 
     logging.getLogger("transformers").setLevel(logging.CRITICAL)  # what it warns of is in the table
-    cells = list(run_matrix())
+    cells = list(compatibility.run_ptq_matrix() if chosen == "ptq" else compatibility.run_matrix())
     if as_json:
         typer.echo(json.dumps([cell.to_json() for cell in cells]))
         return
-    found = {(cell.pruner, cell.family): cell for cell in cells}
-    families = list(dict.fromkeys(cell.family for cell in cells))
-    table = Table(title="pruner x model family, as found by running", title_justify="left")
-    for column in ("pruner", *families):
-        table.add_column(column)
     marks: dict[str, int] = {}
-    for pruner in dict.fromkeys(cell.pruner for cell in cells):
-        row = []
-        for family in families:
-            cell = found[pruner, family]
-            said = [cell.reason] if cell.reason else cell.notes
-            numbers = "".join(f" [{marks.setdefault(text, len(marks) + 1)}]" for text in said)
-            row.append(escape(f"{cell.outcome}{numbers}"))
-        table.add_row(pruner, *row)
-    out.print(table)
+    if chosen == "ptq":
+        for family in dict.fromkeys(cell.family for cell in cells):
+            own = {(_method(cell), cell.pruner): cell for cell in cells if cell.family == family}
+            _print_matrix(f"ptq x pruner on {family}, as found by running", "ptq", own, marks)
+    else:
+        title = "pruner x model family, as found by running"
+        _print_matrix(title, "pruner", {(cell.pruner, cell.family): cell for cell in cells}, marks)
     for text, number in marks.items():
         out.print(escape(f"[{number}] {text}"), soft_wrap=True, highlight=False)
+
+
+def _method(cell: Any) -> str:
+    """A quantization method and the format of its activations, as a row of the matrix is called."""
+    return f"{cell.ptq}, {cell.activations}" if cell.activations else str(cell.ptq)
+
+
+def _print_matrix(title: str, corner: str, cells: dict[tuple[str, str], Any], marks: dict[str, int]) -> None:
+    """Print one table of outcomes.
+
+    Args:
+        title: above the table.
+        corner: what the rows are.
+        cells: outcome by (row, column).
+        marks: numbers of the reasons and notes so far; new ones are added.
+    """
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(column for _, column in cells))
+    for column in (corner, *columns):
+        table.add_column(column)
+    for row in dict.fromkeys(row for row, _ in cells):
+        shown = []
+        for cell in (cells[row, column] for column in columns):
+            said = [cell.reason] if cell.reason else cell.notes
+            numbers = "".join(f" [{marks.setdefault(text, len(marks) + 1)}]" for text in said)
+            shown.append(escape(f"{cell.outcome}{numbers}"))
+        table.add_row(row, *shown)
+    out.print(table)
 
 
 def show(kind: str, name: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import abc
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -122,7 +125,8 @@ class TokenActivation(abc.ABC):
 
     Attributes:
         exact: bool, broadcastable to the latest input: True for elements that were passed on in full precision; None if
-            there are none. The receipt measures the bits of the other elements and states the fraction of these.
+            there are none. The receipt measures the bits of the other elements and states the fraction of these. It is
+            set to None once it has been read.
     """
 
     exact: Tensor | None = None
@@ -221,6 +225,15 @@ class LinearPlan:
             new = self.activation(new)
         return new.to(x.dtype)
 
+    def to(self, device: torch.device) -> LinearPlan:
+        """The same plan with the tensors that every forward pass reads on `device`: those of activation and transform.
+
+        What `weight` reads stays where it is, because it is called once. Without a tensor elsewhere, the parts of the
+        plan are the same objects.
+        """
+        placed = {name: _placed(getattr(self, name), device) for name in ("activation", "transform")}
+        return dataclasses.replace(self, **placed)
+
     @property
     def needs_tokens(self) -> bool:
         """Whether the activation depends on what is known of the tokens: on padding, modality or prefill."""
@@ -231,6 +244,28 @@ class LinearPlan:
     def changes_input(self) -> bool:
         """Whether the matmul gets another input than the linear was given."""
         return self.activation is not None or self.transform is not None
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """A copy of a value with all tensors inside it on `device`; the value itself if none is elsewhere."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        items = [_placed(item, device) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, type) or not (
+        isinstance(value, Transform | TokenActivation) or dataclasses.is_dataclass(value)
+    ):
+        return value
+    held = vars(value)
+    moved = {name: _placed(inner, device) for name, inner in held.items()}
+    if all(moved[name] is held[name] for name in held):
+        return value
+    copied = copy.copy(value)
+    vars(copied).update(moved)
+    return copied
 
 
 class PTQ(abc.ABC):

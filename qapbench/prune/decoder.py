@@ -22,6 +22,7 @@ from qapbench.methods.kinds import DecoderPruner, Fusion, Metric
 from qapbench.methods.tokens import Selection, VisionTokens
 from qapbench.models.encoded import EncodedImage
 from qapbench.models.layers import DecoderLayers
+from qapbench.quantize.call_tokens import watch_of
 from qapbench.receipt import Receipt
 
 from .prompt import PruningView
@@ -34,6 +35,7 @@ class DecoderPruning:
     """Hooks on a decoder's layers that let a pruner drop tokens between them.
 
     Args:
+        core: the module that takes the `input_ids` of every call; quantizers may ask which tokens its layers hold.
         layers: the decoder's layers.
         pruner: selects the tokens.
         sensitivity: metric whose scores are fused with the pruner's; None for none.
@@ -44,6 +46,7 @@ class DecoderPruning:
 
     def __init__(
         self,
+        core: nn.Module,
         layers: DecoderLayers,
         pruner: DecoderPruner,
         sensitivity: Metric | None,
@@ -51,6 +54,7 @@ class DecoderPruning:
         receipt: Receipt,
         on_view: Callable[[PruningView], None] | None = None,
     ) -> None:
+        self.core = core
         self.layers = layers
         self.pruner = pruner
         self.sensitivity = sensitivity
@@ -274,6 +278,8 @@ class DecoderPruning:
         left, places = layout.without(gone)
         state.layouts[index:] = [left] * (len(state.layouts) - index)
         self._projected.clear()
+        if (watch := watch_of(self.core)) is not None:
+            watch.narrow(left.columns, left.valid)
         return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def _select(
@@ -304,7 +310,7 @@ class DecoderPruning:
             asking = view.text if "text_attention" in needs else view.text[-1:]
             at = torch.searchsorted(columns, asking)
             cos, sin = (x[row if len(x) > 1 else 0, columns] for x in rotary)
-            queries, keys, layer = self._queries_and_keys(index, hidden[row], row, places, at)
+            queries, keys, layer = self._queries_and_keys(index, hidden[row], row, places, columns, at)
             rows = self.layers.rows(layer, queries, keys, (cos, sin), at)[:, own]
             fields = {"text_attention": rows.T, "query_attention": rows[-1]}
         if state.embedded is not None:
@@ -314,18 +320,31 @@ class DecoderPruning:
         return VisionTokens(hidden[row, places[own]].unsqueeze(0), **wanted)
 
     def _queries_and_keys(
-        self, index: int, hidden: Tensor, row: int, places: Tensor, at: Tensor
+        self, index: int, hidden: Tensor, row: int, places: Tensor, columns: Tensor, at: Tensor
     ) -> tuple[Tensor, Tensor, int]:
         """Queries at the places `at` and keys at all `places`, before rotation, and the index of their layer.
 
         It is the layer after the drop if the pruner is `ahead`, otherwise the layer before it.
+
+        Args:
+            index: index of the layer after the drop.
+            hidden: [C, D] hidden states of the row.
+            row: row of the batch.
+            places: [S] places of the row's tokens.
+            columns: [S] columns of the prompt that these tokens have.
+            at: [R] places, among the S tokens, of the queries.
         """
         layer = index if self.pruner.ahead else index - 1
         queries, keys = self.layers.projections(layer)
         if not self.pruner.ahead:
             return self._projected[queries][row, places[at]], self._projected[keys][row, places], layer
         normed = self.layers.normed(layer, hidden[places].unsqueeze(0))
-        return queries(normed[:, at])[0], keys(normed)[0], layer
+        watch = watch_of(self.core)
+        if watch is None:
+            return queries(normed[:, at])[0], keys(normed)[0], layer
+        # The range of an input may span all tokens, so the projection gets all of them, as in the layer itself.
+        with watch.only(row, columns):
+            return queries(normed)[0, at], keys(normed)[0], layer
 
     def _report(self, state: DecoderState) -> None:
         """Count in the receipt what the layers received, and store the images after pruning in the state."""

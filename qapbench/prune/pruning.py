@@ -76,7 +76,13 @@ class Pruning:
         self.decoder: DecoderPruning | None = None
         if isinstance(self.pruner, DecoderPruner):
             self.decoder = DecoderPruning(
-                self.family.decoder, self.pruner, self.sensitivity, self.fusion, self.receipt, self.on_view
+                self.family.core,
+                self.family.decoder,
+                self.pruner,
+                self.sensitivity,
+                self.fusion,
+                self.receipt,
+                self.on_view,
             )
 
     @property

@@ -7,14 +7,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qapbench.methods.quantization import Format, LinearPlan, Tokens
+from qapbench.methods.quantization import Format, LinearPlan
 
-TokenContext = Callable[[], Tokens | None]
-"""Says what is known of the tokens of the call that is under way; None where nothing is."""
+from .call_tokens import TokenContext
 
 
 @dataclasses.dataclass
@@ -74,6 +72,7 @@ def installed(
         weight_too: False where something else has put the weight in place.
         shared: quantized inputs that other linears of the model may have made already; None shares nothing.
     """
+    plan = plan.to(linear.weight.device)
     with contextlib.ExitStack() as stack:
         if weight_too and (plan.weight is not None or plan.transform is not None):
             stack.enter_context(replaced(linear, plan.new_weight(linear.weight.detach())))
@@ -123,41 +122,3 @@ def replaced(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
     finally:
         original.data = original.data.to(device)
         linear.weight = original
-
-
-@contextlib.contextmanager
-def watching(core: nn.Module | None, image_token: int) -> Iterator[TokenContext]:
-    """Watch `core`, the module that takes `input_ids`, and yield what says which tokens its present call holds."""
-    if core is None:
-        yield lambda: None
-        return
-    latest: list[Tokens | None] = [None]
-
-    def enter(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        latest[0] = tokens_of(kwargs, image_token)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        latest[0] = None
-
-    handles = [
-        core.register_forward_pre_hook(enter, with_kwargs=True),
-        core.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield lambda: latest[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def tokens_of(inputs: Mapping[str, Any], image_token: int) -> Tokens | None:
-    """Which tokens a call holds, from its keyword arguments; None where there are no `input_ids`."""
-    ids = inputs.get("input_ids")
-    if ids is None:
-        return None
-    past = inputs.get("past_key_values")
-    mask = inputs.get("attention_mask")
-    valid = torch.ones_like(ids, dtype=torch.bool)
-    if mask is not None and mask.ndim == 2:
-        valid = mask[:, -ids.shape[1] :].bool()
-    return Tokens(ids == image_token, valid, prefill=past is None or not past.get_seq_length())

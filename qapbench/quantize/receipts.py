@@ -78,7 +78,7 @@ def measured_bits(x: Tensor, format: Format | None) -> tuple[int, int]:
     levels = max(_distinct(group) for group in groups)
     if format is None or levels > 2**format.bits:
         return full, levels
-    telling = size > 2**format.bits or _off_grid(groups[0], format.bits) < OFF_GRID
+    telling = size > 2**format.bits or _off_grid(groups[0], format.bits, torch.finfo(x.dtype).eps) < OFF_GRID
     return (format.bits if telling else full), levels
 
 
@@ -87,12 +87,13 @@ def _distinct(group: Tensor) -> int:
     return int((group.sort(dim=-1).values.diff(dim=-1) != 0).sum(dim=-1).max()) + 1 if group.numel() else 0
 
 
-def _off_grid(group: Tensor, bits: int) -> float:
+def _off_grid(group: Tensor, bits: int, eps: float) -> float:
     """How far values [R, G] are from multiples of a step, in steps: 0 on a grid, 0.25 for values at random.
 
     The step is the range (with zero) over the number of levels, give or take the one that a rounded zero point
     costs; or, where a scale is shared with values that are not here (other tokens, outliers), the least gap that so
-    many levels can have.
+    many levels can have. Few values lie on a grid if some step between 1 and 1 / (2^bits - 1) of their own span
+    divides all of their distances, up to what rounding to their dtype, with the relative precision `eps`, explains.
     """
     low, high = group.amin(-1, keepdim=True).clamp(max=0), group.amax(-1, keepdim=True).clamp(min=0)
     reach = torch.maximum(-low, high)
@@ -108,4 +109,16 @@ def _off_grid(group: Tensor, bits: int) -> float:
         step = gaps.masked_fill(gaps < shortest, torch.inf).amin(-1, keepdim=True)
         scaled = (values - values[..., :1]) / step
         distances.append((scaled - scaled.round()).abs().mean(dim=-1))
+    else:
+        values = group.sort(dim=-1).values
+        span = values[..., -1:] - values[..., :1]
+        step = (
+            (span / torch.arange(1, 2**bits, device=group.device))
+            .unsqueeze(-1)
+            .clamp(min=torch.finfo(torch.float32).tiny)
+        )
+        scaled = (values - values[..., :1]).unsqueeze(-2) / step
+        noise = 2 * eps * (reach.unsqueeze(-1) / step + scaled)
+        fits = ((scaled - scaled.round()).abs() <= noise.clamp(max=OFF_GRID / 2)).all(dim=-1).any(dim=-1)
+        distances.append(torch.where(fits, 0.0, torch.inf))
     return float(torch.stack(distances).amin(dim=0).median())

@@ -71,9 +71,9 @@ class Mixed(TokenActivation):
         outlying = x.half().abs() >= self.threshold if self.threshold else torch.zeros_like(x, dtype=torch.bool)
         counted = outlying if tokens is None else outlying & tokens.valid.unsqueeze(-1)
         channels = counted.any(dim=-2, keepdim=True) if x.ndim > 1 else counted
-        self.exact = outlying | channels
         rounded = int8_rows(x.masked_fill(outlying, 0))
-        return torch.where(self.exact, x, rounded)
+        self.exact = channels
+        return torch.where(channels, x, rounded)
 
 
 def int8_rows(x: Tensor) -> Tensor:

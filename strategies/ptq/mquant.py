@@ -180,11 +180,8 @@ class ByModality(TokenActivation):
         self.grids = [levels_of(format).grid(*(end.reshape(1) for end in ends)) for ends in (vision, text)]
 
     def __call__(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
-        visual, other = (self._on(x.device, grid)(x) for grid in self.grids)
+        visual, other = (grid(x) for grid in self.grids)
         return other if tokens is None else torch.where(tokens.vision.unsqueeze(-1), visual, other)
-
-    def _on(self, device: torch.device, grid: Grid) -> Grid:
-        return grid._replace(scale=grid.scale.to(device), zero=grid.zero.to(device))
 
 
 def levels_of(format: Format) -> Levels:

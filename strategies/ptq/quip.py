@@ -102,7 +102,7 @@ class Incoherent(Transform):
 
     def output(self, y: Tensor) -> Tensor:
         """Rotate the output back. The linear has already added its bias, which belongs after U^T."""
-        bias = 0 if self.bias is None else self.bias.to(y.device).float()
+        bias = 0 if self.bias is None else self.bias.float()
         return self.outs.inverse(y.float() - bias) + bias
 
 

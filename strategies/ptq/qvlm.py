@@ -126,9 +126,7 @@ class RunningRange(TokenActivation):
         valid = None if tokens is None else tokens.valid
         held = self.range
         if tokens is None or tokens.prefill or held is None:
-            held = (
-                (self.static[0].to(x.device), self.static[1].to(x.device)) if self.static else CHANNEL.range(x, valid)
-            )
+            held = self.static or CHANNEL.range(x, valid)
         else:
             low, high = CHANNEL.range(x, valid)
             held = torch.minimum(held[0], low), torch.maximum(held[1], high)

@@ -16,7 +16,8 @@ from qapbench.memory import peak_memory
 from qapbench.methods.quantization import LinearPlan, Tokens
 from qapbench.models import Family
 from qapbench.quantize.calibration import store
-from qapbench.quantize.install import SharedInputs, installed, tokens_of
+from qapbench.quantize.call_tokens import tokens_of
+from qapbench.quantize.install import SharedInputs, installed
 from qapbench.quantize.receipts import CalibrationUse
 
 from .blocks import Block, Pass, Reached, catching, device_of, first, observed
