@@ -170,8 +170,9 @@ def build_configs(vocab_size: int) -> tuple[LlavaConfig, CLIPConfig]:
         eos_token_id=EOS_ID,
     )
     # The companion is trained to give patches that matter to a question a high similarity with it.
-    towers: dict[str, Any] = {"text_config": clip_text.to_dict(), "vision_config": vision.to_dict()}
-    clip = CLIPConfig(**towers, projection_dim=128, relevance_sign="positive")
+    fields: dict[str, Any] = {"text_config": clip_text.to_dict(), "vision_config": vision.to_dict()}
+    fields["relevance_sign"] = "positive"
+    clip = CLIPConfig(**fields, projection_dim=128)
     return llava, clip
 
 
