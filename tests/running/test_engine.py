@@ -49,6 +49,7 @@ def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
         "data",
         "precision",
         "text_tower",
+        "text_tower sign",
         "ptq rtn",
         "pruner cdpruner",
         "metric combined",

@@ -194,7 +194,7 @@ def test_not_a_mapping() -> None:
         {"prune.sensitivity": {"combined": {"group_size": 128, "bits": 4}}},
         {"prune.fusion": None},
         {"prune.fusion": "convex"},
-        {"prune.method": {"cdpruner": {"relevance_sign": "negative"}}},
+        {"prune.method": {"cdpruner": {"relevance_sign": "auto"}}},
         {"quantize.weights.symmetric": False},
         {"quantize.scope": None},
         {"quantize.scope": ["language", "language"]},
