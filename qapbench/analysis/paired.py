@@ -13,8 +13,9 @@ from scipy.stats import binom, false_discovery_control
 
 from qapbench.errors import UserError, nearest
 from qapbench.records.answer import Answer
-from qapbench.records.load import load_records, read_scored_questions
-from qapbench.records.record import SCORED, Record, read_record
+from qapbench.records.intact import damage, described, read_scored_questions
+from qapbench.records.load import load_records
+from qapbench.records.record import RECORD, SCORED, Record, read_record
 from qapbench.records.store import answers_of
 
 BOOTSTRAP = 10_000  # resamples
@@ -29,11 +30,13 @@ class Scored:
         record: the run's record.
         rows: question id -> column -> 0 or 1.
         folder: the run's folder; None if it is not on this machine.
+        damage: what of the run's files is damaged, and how to mend it, as a sentence; "" if nothing is.
     """
 
     record: Record
     rows: dict[str, dict[str, float]]
     folder: Path | None = None
+    damage: str = ""
 
     @property
     def name(self) -> str:
@@ -46,8 +49,11 @@ class Scored:
         return [column.name for column in self.record.scores.columns if column.k is not None]
 
     def answers(self) -> dict[str, Answer]:
-        """The stored answers by question id; empty if the run has no folder or no stored answers."""
-        return {answer.id: answer for answer in answers_of(self.folder).read()} if self.folder else {}
+        """The stored answers by question id; empty if the run has no folder, or no answers that can be read."""
+        try:
+            return {answer.id: answer for answer in answers_of(self.folder).read()} if self.folder else {}
+        except OSError:  # told by `damage` already
+            return {}
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def find_run(name: str, runs: Path) -> Path:
     Raises:
         UserError: no run matches, or several do.
     """
-    if (Path(name) / SCORED).exists():
+    if any((Path(name) / file).exists() for file in (RECORD, SCORED)):
         return Path(name)
     records = load_records(runs)
     found = [r for r in records if r.run_id.startswith(name)] or [r for r in records if r.name == name]
@@ -144,8 +150,15 @@ def read_scored(folder: Path) -> Scored:
     Raises:
         UserError: one of the two files is missing or damaged.
     """
-    rows = {scored.id: dict(scored.metrics) for scored in read_scored_questions(folder)}
-    return Scored(read_record(folder), rows, folder)
+    record = read_record(folder)
+    found = damage(folder, record, moved=True)
+    told = described(folder, found.values()) if found else ""
+    if SCORED in found:
+        raise UserError(told)
+    scored = Scored(record, {one.id: dict(one.metrics) for one in read_scored_questions(folder)}, folder, told)
+    if any(row.get(name, 0) not in (0, 1) for row in scored.rows.values() for name in scored.columns):
+        raise UserError(described(folder, [f"{SCORED} does not say for each question whether it was right"]))
+    return scored
 
 
 def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
