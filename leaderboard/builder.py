@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qapbench import UserError
+from qapbench.files import replace_all_synced
 from qapbench.records.record import Record, parse_record
 from qapbench.visible import visible
 
@@ -64,27 +65,28 @@ def build(
 
     Raises:
         UserError: `out` is not an .html file.
+        OSError: the files cannot be written. They are then as they were.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"the leaderboard is an HTML page: {out.name!r} should end in .html")
     folder = Path(runs) if runs is not None else None
     cleaned = valid_records(records)
-    scored = scored_runs(cleaned, folder)
+    damaged: list[str] = []
+    scored = scored_runs(cleaned, folder, damaged)
+    for sentence in damaged:
+        LOG.warning("%s", sentence)
     own = compared([from_record(record) for record in cleaned], scored)
     rows = [*own, *paper_rows(len(own))]
     columns = column_names(rows)
     flips = find_flips(own, scored)
     studies = read_studies(folder) if folder else []
     data = page_data(rows, cleaned, columns, flips, studies)
-    page = _render(title, cleaned, rows, columns, flips, unfinished_runs(folder) if folder else [], data)
+    unfinished = unfinished_runs(folder) if folder else []
+    page = _render(title, cleaned, rows, columns, flips, unfinished, data, damaged)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in (
-        (out.with_suffix(".csv"), csv_text(rows, columns)),
-        (out.with_suffix(".json"), json_text(data["rows"])),
-        (out, page),
-    ):
-        path.write_text(content, encoding="utf-8", newline="\n")
+    table = {out.with_suffix(".csv"): csv_text(rows, columns), out.with_suffix(".json"): json_text(data["rows"])}
+    replace_all_synced({**table, out: page})
     return out
 
 
@@ -112,6 +114,7 @@ def _render(
     flips: Flips,
     unfinished: Sequence[Unfinished],
     data: dict[str, Any],
+    damaged: Sequence[str],
 ) -> str:
     """The page as HTML.
 
@@ -123,6 +126,7 @@ def _render(
         flips: questions whose answers changed.
         unfinished: runs that have no row yet.
         data: what the page's script reads.
+        damaged: a sentence for each run whose files are damaged.
     """
     own = [row for row in rows if row.kind == "run"]
     notes = dict.fromkeys(note for record in records for note in stand_in_notes(record))
@@ -146,6 +150,7 @@ def _render(
         stand_ins=sum(row.stand_in for row in own),
         stand_in_notes=list(notes),
         newest=max((row.created for row in own), default=""),
+        damaged=[clean(sentence) for sentence in damaged],
         moved=[row for row in own if row.moved],
         flips=flips,
         unfinished=unfinished,

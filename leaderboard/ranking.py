@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qapbench import UserError
-from qapbench.analysis.paired import Scored, read_rows
+from qapbench.analysis.paired import Scored
 from qapbench.analysis.ranking import Against, Ranking, rankings
 from qapbench.records.record import Record
 
@@ -21,7 +20,7 @@ UNTOUCHED = "NO"
 """Column of the questions without context, hence without an image, whose answers pruning cannot change."""
 
 
-def scored_runs(records: Sequence[Record], runs: Path | None) -> list[Scored | None]:
+def scored_runs(records: Sequence[Record], runs: Path | None, damaged: list[str]) -> list[Scored | None]:
     """The scores of each record's questions, from the run's folder; None if they cannot be read.
 
     The folder is named by the run's id, which a record could set to any path, so only hexadecimal ids are followed.
@@ -29,14 +28,19 @@ def scored_runs(records: Sequence[Record], runs: Path | None) -> list[Scored | N
     Args:
         records: the records.
         runs: folder of the runs; None reads nothing.
+        damaged: list to which a sentence is added for each run whose files are damaged.
     """
     found: list[Scored | None] = []
     shared: dict[Any, dict[str, float]] = {}
     for record in records:
         scored = None
-        if runs and re.fullmatch(r"[0-9a-f]{8,64}", record.run_id):
-            with contextlib.suppress(UserError):
-                scored = Scored(record, read_rows(runs / record.run_id, shared), runs / record.run_id)
+        folder = runs / record.run_id if runs and re.fullmatch(r"[0-9a-f]{8,64}", record.run_id) else None
+        if folder and folder.is_dir():
+            try:
+                scored = replace(read_scored(folder, shared), record=record)
+                damaged += [scored.damage] if scored.damage else []
+            except UserError as error:
+                damaged.append(f"{record.name}: no rank and no comparison; {error}")
         found.append(scored if scored and scored.columns else None)
     return found
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from qapbench import UserError
 from qapbench.analysis.study import STUDY, Summary
+from qapbench.records.record import read_json
 
 from .rows import clean, mapping
 
@@ -22,8 +25,8 @@ def read_studies(runs: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(runs.glob(f"*/{STUDY}")):
         try:
-            data = mapping(clean(json.loads(path.read_text(encoding="utf-8"))))
+            data = mapping(clean(read_json(path)))
             found.append(Summary.model_validate(data).model_dump(mode="json"))
-        except (OSError, ValueError) as error:
+        except (UserError, ValidationError, RecursionError) as error:
             LOG.warning("%s is not a study of ours (%s); left out", path, type(error).__name__)
     return sorted(found, key=lambda study: study["created"])

@@ -51,6 +51,10 @@ class UserError(ValueError):
     __hash__ = ValueError.__hash__
 
 
+class RunFailedError(RuntimeError):
+    """A run could not go on, through no mistake in what the user wrote. What was answered so far is kept."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's says, in one line of at most 200 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

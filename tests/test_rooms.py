@@ -14,6 +14,7 @@ ALLOWED = {
         "qapbench",
         "qapbench.analysis",
         "qapbench.checkpoints",
+        "qapbench.files",
         "qapbench.receipt",
         "qapbench.records",
         "qapbench.spec",

@@ -15,7 +15,7 @@ from qapbench.checkpoints.find import is_embedded
 from qapbench.errors import Problem, UserError
 from qapbench.receipt import Receipt
 from qapbench.records.answer import Answer
-from qapbench.records.load import read_scored_questions
+from qapbench.records.intact import damage, lines_in_words, read_scored_questions
 from qapbench.records.record import MOST, SCHEMA, SCORED, ColumnScore, Record, read_record
 from qapbench.records.store import ANSWERS, answers_of
 from qapbench.records.tally import tally
@@ -65,9 +65,12 @@ def check_record(path: Path, data: str | None = None) -> CheckResult:
     report = CheckResult([f"schema {SCHEMA}"])
     spec = _spec(record, data)
     task = load_task(spec.task, spec.seed)
-    answers = answers_of(folder).read()
+    stored = answers_of(folder).scan()
+    answers = stored.lines
     problems = [
+        *(damage(folder, record, moved=True).values() if record.files else ()),
         *_check_identity(record, spec, task, folder),
+        *([f"{ANSWERS} is damaged in {lines_in_words(stored.damaged)}"] if stored.damaged else ()),
         *_check_answers(answers, task, folder),
     ]
     if not problems:

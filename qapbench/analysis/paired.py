@@ -15,8 +15,9 @@ from scipy.stats import binom, false_discovery_control
 
 from qapbench.errors import UserError, nearest
 from qapbench.records.answer import Answer
-from qapbench.records.load import load_records, read_scored_questions
-from qapbench.records.record import SCORED, Record, read_record
+from qapbench.records.intact import damage, described, read_scored_questions
+from qapbench.records.load import load_records
+from qapbench.records.record import RECORD, SCORED, Record, read_record
 from qapbench.records.store import answers_of
 
 BOOTSTRAP = 10_000  # resamples
@@ -31,11 +32,13 @@ class Scored:
         record: the run's record.
         rows: question id -> column -> 0 or 1.
         folder: the run's folder; None if it is not on this machine.
+        damage: what of the run's files is damaged, and how to mend it, as a sentence; "" if nothing is.
     """
 
     record: Record
     rows: dict[str, dict[str, float]]
     folder: Path | None = None
+    damage: str = ""
 
     @property
     def name(self) -> str:
@@ -48,7 +51,7 @@ class Scored:
         return [column.name for column in self.record.scores.columns if column.k is not None]
 
     def answers(self, questions: Iterable[str] | None = None) -> dict[str, Answer]:
-        """The stored answers by question id; empty if the run has no folder or no stored answers.
+        """The stored answers by question id; empty if the run has no folder, or no answers that can be read.
 
         Args:
             questions: ids of the questions whose answers are wanted, which spares parsing the others; all if None.
@@ -56,10 +59,12 @@ class Scored:
         if self.folder is None:
             return {}
         store = answers_of(self.folder)
-        if questions is None:
-            return {answer.id: answer for answer in store.read()}
-        wanted = set(questions)
-        return {answer.id: answer for answer in store.mentioning(wanted) if answer.id in wanted}
+        wanted = None if questions is None else set(questions)
+        try:
+            found = store.read() if wanted is None else store.mentioning(wanted)
+        except OSError:  # told by `damage` already
+            return {}
+        return {answer.id: answer for answer in found if wanted is None or answer.id in wanted}
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def find_run(name: str, runs: Path) -> Path:
     Raises:
         UserError: no run matches, or several do.
     """
-    if (Path(name) / SCORED).exists():
+    if any((Path(name) / file).exists() for file in (RECORD, SCORED)):
         return Path(name)
     records = load_records(runs)
     found = [r for r in records if r.run_id.startswith(name)] or [r for r in records if r.name == name]
@@ -150,13 +155,25 @@ def find_run(name: str, runs: Path) -> Path:
     return runs / found[0].run_id
 
 
-def read_scored(folder: Path) -> Scored:
+def read_scored(folder: Path, shared: dict[Any, dict[str, float]] | None = None) -> Scored:
     """Read the record and the scored questions in a run's folder.
+
+    Args:
+        folder: the run's folder.
+        shared: as for `read_rows`.
 
     Raises:
         UserError: one of the two files is missing or damaged.
     """
-    return Scored(read_record(folder), read_rows(folder), folder)
+    record = read_record(folder)
+    found = damage(folder, record, moved=True)
+    told = described(folder, found.values()) if found else ""
+    if SCORED in found:
+        raise UserError(told)
+    scored = Scored(record, read_rows(folder, shared), folder, told)
+    if any(row.get(name, 0) not in (0, 1) for row in scored.rows.values() for name in scored.columns):
+        raise UserError(described(folder, [f"{SCORED} does not say for each question whether it was right"]))
+    return scored
 
 
 def read_rows(folder: Path, shared: dict[Any, dict[str, float]] | None = None) -> dict[str, dict[str, float]]:

@@ -79,18 +79,17 @@ class Study:
         chosen = self._sample(image_questions(task))
         started = time.perf_counter()
         with store.locked():
-            rows = store.read()[: len(chosen)]
-            if [row.id for row in rows] != chosen[: len(rows)]:
+            had = {row.id for row in store.read()}
+            if not had <= set(chosen):
                 raise UserError(f"{store.path} holds other questions than this study asks; move it away")
-            store.keep(len(rows))
-            session.progress(self.spec.name, len(rows), len(chosen))
-            fresh = len(chosen) - len(rows)
-            if fresh:
-                questions = find_questions(session, spec, chosen[len(rows) :])
-                for row in self._ask(session, planner, planned, questions):
+            session.progress(self.spec.name, len(had), len(chosen))
+            missing = [name for name in chosen if name not in had]
+            if missing:
+                questions = find_questions(session, spec, missing)
+                for fresh, row in enumerate(self._ask(session, planner, planned, questions), start=1):
                     store.append([row])
-                    rows.append(row)
-                    session.progress(self.spec.name, len(rows), len(chosen))
+                    session.progress(self.spec.name, len(had) + fresh, len(chosen))
+            rows = store.arrange(lambda row: row.id, chosen)
             seconds = time.perf_counter() - started
             about = record_notes(self.spec, task, Receipt())
             summary = Summary(
@@ -110,7 +109,7 @@ class Study:
                 predictors=summarize(rows, self.spec.seed),
                 fingerprints=content,
                 environment=environment(settings.device),
-                timing={"seconds": round(seconds, 3), "questions": fresh},
+                timing={"seconds": round(seconds, 3), "questions": len(missing)},
                 notes=list(dict.fromkeys([*about, *(note for row in rows for note in row.notes)])),
             )
             write_json(folder / STUDY, summary)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.stats import rankdata
 
 STUDY = "study.json"
@@ -39,6 +39,13 @@ class StudyRow(BaseModel):
     effects: dict[str, list[float]]
     changed: list[int]
     notes: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_value_per_unit(self) -> StudyRow:
+        values = [*self.scores.values(), *self.effects.values()]
+        if self.effects.keys() != TARGETS.keys() or any(len(given) != len(self.changed) for given in values):
+            raise ValueError("scores and effects have one value per unit")
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, as it is stored."""

@@ -142,6 +142,8 @@ def broken_file(folder: Path) -> str:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return MANIFEST
+    if not isinstance(manifest, dict):
+        return MANIFEST
     for name, digest in manifest.items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return name

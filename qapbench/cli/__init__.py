@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from qapbench import __version__
-from qapbench.errors import UserError
+from qapbench.errors import RunFailedError, UserError
 
 from . import items, results, running, studies
 from .console import collect_rarely, err, watching_assembly
@@ -56,8 +56,9 @@ def options(
 def main() -> None:
     """Entry point of the command line.
 
-    Mistakes of the user are printed as one readable message, with exit code 2. A run that was not quantized as asked
-    exits with code 1, and any other error is a bug that shows its traceback.
+    Mistakes of the user are printed as one readable message, with exit code 2. What the machine refuses (a full disk, a
+    folder that may not be written) and a run that failed are told in one sentence too, with exit code 1. Any other
+    error is a bug that shows its traceback.
     """
     collect_rarely()
     os.environ.setdefault("TQDM_DISABLE", "1")  # qapbench shows a progress bar of its own
@@ -69,18 +70,25 @@ def main() -> None:
             app()
     except UserError as error:
         for problem in error.problems:
-            err.print(f"[red]error:[/] {escape(str(problem))}", highlight=False, soft_wrap=True)
+            _say("error:", str(problem))
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        err.print(f"[red]error:[/] {escape(f'{error.filename}: {error.strerror}')}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "NotQuantizedError":  # compared by name: importing it would import torch
-            raise
-        err.print(f"[red]run failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        place = f"{error.filename}: " if error.filename is not None else ""
+        _say(
+            "error:",
+            f"{place}{error.strerror}; what was stored before is kept, and the same command goes on from there",
+        )
         sys.exit(1)
+    except RunFailedError as error:
+        _say("run failed:", str(error))
+        sys.exit(1)
+
+
+def _say(head: str, text: str) -> None:
+    """Print an error to standard error, on one line however long it is."""
+    err.print(f"[red]{head}[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from qapbench.errors import UserError
 
-from .console import RunsOption, out, print_notes, write_page
+from .console import RunsOption, err, out, print_notes, write_page
 
 
 def leaderboard(
@@ -48,6 +48,8 @@ def compare(
     from qapbench.analysis.table import comparison_table, flips_table
 
     one, other = (paired.read_scored(paired.find_run(name, runs)) for name in (first, second))
+    for damage in dict.fromkeys(run.damage for run in (one, other) if run.damage):
+        err.print(f"[yellow]warning:[/] {escape(damage)}", highlight=False, soft_wrap=True)
     comparison = paired.compare(one, other)
     if as_json:
         typer.echo(json.dumps({**comparison.to_json(), "notes": paired.caveats(one, other)}))

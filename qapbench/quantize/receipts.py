@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from qapbench.errors import RunFailedError
 from qapbench.methods.quantization import Format
 
 ENOUGH = 32  # values whose gaps tell a step
@@ -13,7 +14,7 @@ OFF_GRID = 0.15  # of a step, mean distance: see _off_grid
 ROWS = 8  # rows of a tensor that are inspected: enough to see 2^bits levels, cheap enough for every linear
 
 
-class NotQuantizedError(RuntimeError):
+class NotQuantizedError(RunFailedError):
     """The spec asks for quantization that never reached a matmul."""
 
 

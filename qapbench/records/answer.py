@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qapbench.receipt import ImageTokens
+
+
+def _scorable(outputs: list[Any]) -> list[Any]:
+    """The outputs, if lm-eval can score them."""
+    for output in outputs:
+        pair = isinstance(output, list | tuple) and [type(value) for value in output] == [float, bool]
+        if not pair and not isinstance(output, str):
+            raise ValueError("an output is a text, or a pair of a log-likelihood and whether it is the most likely one")
+    return outputs
 
 
 class Answer(BaseModel):
@@ -22,14 +31,14 @@ class Answer(BaseModel):
         images: token counts of each image; None for a question without an image.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=True)
 
     schema_version: Annotated[Literal[1], Field(alias="schema", exclude=True)] = 1
     task: str
-    doc: int
+    doc: Annotated[int, Field(ge=0)]
     id: str
     answer: str
-    outputs: list[Any]
+    outputs: Annotated[list[Any], AfterValidator(_scorable)]
     key: str | None = None
     images: list[ImageTokens] | None = None
 
@@ -54,7 +63,7 @@ class ScoredQuestion(BaseModel):
         metrics: the question's score in every column that it belongs to, and `unparsed`.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=True)
 
     schema_version: Annotated[Literal[1], Field(alias="schema", exclude=True)] = 1
     id: str

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ValidationError
-
 from qapbench.errors import UserError
 from qapbench.receipt import LinearReceipt
 
-from .answer import ScoredQuestion
-from .record import RECORD, SCORED, Record, read_record
-from .store import answers_of
+from .intact import damage, described, mending, read_scored_questions
+from .record import RECORD, SCORED, NewerRecordError, Record, read_record
+from .store import ANSWERS, answers_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +38,8 @@ def _found(runs: Path) -> list[tuple[Path, Record]]:
         try:
             found.append((folder, _sharing(read_record(folder), shared)))
         except UserError as error:
-            LOG.warning("left out: %s", "; ".join(map(str, error.problems[:3])))
+            how = "" if isinstance(error, NewerRecordError) else f"; {mending(folder)}"
+            LOG.warning("left out: %s%s", "; ".join(map(str, error.problems[:3])), how)
     return sorted(found, key=lambda pair: pair[1].created)
 
 
@@ -91,16 +89,16 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
 
 def _row(record: Record) -> dict[str, Any]:
     spec = record.spec
-    quantize, prune = spec.get("quantize") or {}, spec.get("prune") or {}
+    quantize, prune, task = (_mapping(spec.get(name)) for name in ("quantize", "prune", "task"))
     row: dict[str, Any] = {
         "run_id": record.run_id,
         "name": record.name,
         "created": record.created,
         "model": spec.get("model"),
-        "task": record.task.name if record.task else (spec.get("task") or {}).get("name"),
+        "task": record.task.name if record.task else task.get("name"),
         "ptq": _name(quantize.get("method")),
-        "weight_bits": (quantize.get("weights") or {}).get("bits"),
-        "activation_bits": (quantize.get("activations") or {}).get("bits"),
+        "weight_bits": _mapping(quantize.get("weights")).get("bits"),
+        "activation_bits": _mapping(quantize.get("activations")).get("bits"),
         "pruner": record.labels.get("pruner") or _name(prune.get("method")),
         "sensitivity": record.labels.get("sensitivity") or _name(prune.get("sensitivity")),
         "fusion": record.labels.get("fusion") or _name(prune.get("fusion")),
@@ -115,14 +113,29 @@ def _row(record: Record) -> dict[str, Any]:
     return row | {"receipt": record.receipt.summary, "stopped": record.stopped is not None}
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a dictionary, else an empty one: a record may hold any plain data as its spec."""
+    return value if isinstance(value, dict) else {}
+
+
 def _name(item: Any) -> str | None:
     """Name of a registered item, from the plain data of a spec."""
     return next(iter(item), None) if isinstance(item, dict) else item
 
 
 def _questions(folder: Path, record: Record) -> Iterator[dict[str, Any]]:
-    """The rows of the questions of the run in a folder, which its record does not have a say in."""
-    answers = {answer.id: answer for answer in answers_of(folder).read()}
+    """The rows of the questions of the run in a folder, which its record does not have a say in.
+
+    Raises:
+        UserError: the answers or scores are damaged.
+    """
+    wrong = damage(folder, record, moved=True).keys() & record.files.keys() & {ANSWERS, SCORED}
+    if wrong:
+        raise UserError(described(folder, [f"{name} is damaged" for name in sorted(wrong)]))
+    try:
+        answers = {answer.id: answer for answer in answers_of(folder).read()}
+    except OSError as error:
+        raise UserError(f"{folder / ANSWERS} cannot be read: {error.strerror}") from None
     for scored in read_scored_questions(folder):
         answer = answers.get(scored.id)
         images = (answer.images if answer else None) or []
@@ -136,19 +149,3 @@ def _questions(folder: Path, record: Record) -> Iterator[dict[str, Any]]:
             "tokens": sum(tokens) if images else None,
             **scored.metrics,
         }
-
-
-def read_scored_questions(folder: Path) -> list[ScoredQuestion]:
-    """Read the scored questions in a run's folder.
-
-    Raises:
-        UserError: the file is missing, or a line is not a scored question.
-    """
-    path = folder / SCORED
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [ScoredQuestion.model_validate(json.loads(line)) for line in lines if line]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValidationError, ValueError):
-        raise UserError(f"{path} does not hold one scored question per line") from None

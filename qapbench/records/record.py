@@ -14,11 +14,14 @@ from qapbench.errors import Problem, UserError
 from qapbench.methods.parameters import problems_of
 from qapbench.receipt import ReceiptFields
 
-SCHEMA: Literal[2] = 2
+from .store import checksum, write_json
+
+SCHEMA: Literal[3] = 3
 """Version of the record that this package writes."""
+CHECK = "check"  # entry of the file with the checksum of all others
 RECORD, SCORED = "record.json", "scored.jsonl"
 MOST = 20  # largest number of problems that are listed for one file
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
 class NewerRecordError(UserError):
@@ -243,12 +246,13 @@ class Record(Part):
         receipt: what compression really did.
         environment: the machine and the settings.
         fingerprints: content hashes of everything that the run read, and versions of libraries that affect numbers.
+        files: SHA-256 of answers.jsonl, scored.jsonl and receipt.json; empty in records of earlier versions.
         timing: the cost.
         notes: what a reader of the numbers has to know.
         stopped: why the run was stopped; None if it answered all questions.
     """
 
-    schema_version: Annotated[Literal[2], Field(alias="schema")] = 2
+    schema_version: Annotated[Literal[3], Field(alias="schema")] = 3
     run_id: str
     text_key: str = ""
     name: str
@@ -261,6 +265,7 @@ class Record(Part):
     receipt: ReceiptRecord
     environment: Environment = Environment()
     fingerprints: dict[str, str]
+    files: dict[str, str] = Field(default_factory=dict)
     timing: Timing
     notes: list[str] = Field(default_factory=list)
     stopped: Stopped | None = None
@@ -268,6 +273,11 @@ class Record(Part):
     def to_json(self) -> dict[str, Any]:
         """The record as plain data, as it is stored; fields without a value are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def made_alike(self, other: Record) -> bool:
+        """Whether two records say the same of one run, apart from when, where and how fast it was made."""
+        apart = {"created": "", "environment": Environment(), "timing": Timing(seconds=0)}
+        return self.model_copy(update=apart) == other.model_copy(update=apart)
 
     def named(self, name: str) -> Record:
         """The record under another name. If the run was stopped, the name says so."""
@@ -296,6 +306,7 @@ def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
     """Stored data of this or an earlier schema, in the present schema.
 
     Schema 1 (qapbench 0.1) wrote `{}` for the tokens if no question had an image, and null for some missing values.
+    Schemas 1 and 2 had no `files`.
 
     Raises:
         UserError: a newer qapbench wrote the data, or they name no schema.
@@ -332,7 +343,7 @@ def read_json(path: Path) -> Any:
         UserError: the file cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes().decode())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
@@ -351,6 +362,22 @@ def read_record(place: Path) -> Record:
     path = place / RECORD if place.is_dir() else place
     data = read_json(path)
     try:
+        if isinstance(data, dict):
+            stated = data.pop(CHECK, None)
+            upgraded(data)  # what a newer version wrote is told as that, whatever its checksum is of
+            if stated not in (None, _checksum(data)):
+                raise UserError("damaged: the content does not have the checksum that stands in it")
         return parse_record(data)
     except UserError as error:
         raise type(error)([Problem(f"{path}: {problem}") for problem in error.problems]) from None
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write a run's record, with a checksum of its content."""
+    data = record.to_json()
+    write_json(folder / RECORD, {**data, CHECK: _checksum(data)})
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    """Checksum of plain data, whatever the white space of the file that they were read from."""
+    return checksum(json.dumps(data, sort_keys=True).encode())

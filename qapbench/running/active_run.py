@@ -6,39 +6,24 @@ import contextlib
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
-
-from qapbench.errors import UserError
+from qapbench.errors import RunFailedError
 from qapbench.receipt import ImageTokens, Receipt
 from qapbench.records.answer import Answer
+from qapbench.records.intact import RECEIPT, StoredReceipt, stored_receipt
 from qapbench.records.store import Store, answers_of, write_json
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.questions import Question
 
 from .plan import Planned, PruneKey, prune_key
 
-RECEIPT = "receipt.json"
 Result = tuple[list[Any], list[ImageTokens]]
 """The outputs of a question's requests, and the token counts of each of its images."""
 FLUSH = 0.2  # seconds: a crash may lose the answers of this time and of one batch
-
-
-class StoredReceipt(BaseModel):
-    """A run's receipt, as it was measured at the first question.
-
-    Attributes:
-        group: hash of the quantized model that was measured (`Planned.group`).
-        receipt: the receipt.
-    """
-
-    schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
-    group: str
-    receipt: Receipt
 
 
 @dataclass
@@ -75,16 +60,26 @@ class ActiveRun:
         """Hash of how the run prunes; None if it does not. Equal keys select equal tokens of equal images."""
         return prune_key(self.spec)
 
-    def open(self, first: Question) -> None:
+    def open(self, questions: Sequence[Question]) -> None:
         """Read which questions are answered.
 
         Args:
-            first: the first question. Its answer counts only if the receipt that is measured with it is stored too.
+            questions: all questions. The answer to the first one counts only if the receipt that is measured with it is
+                stored too.
         """
-        self.have = {answer.place for answer in self.store.read()}
-        stored = _stored_receipt(self.planned.folder / RECEIPT)
+        first = questions[0]
+        self.have = set(self.answers(questions))
+        stored = stored_receipt(self.planned.folder / RECEIPT)
         if stored is None or stored.group != self.planned.group:  # it is measured again, at the cost of one question
             self.have.discard(first.place)
+
+    def answers(self, questions: Sequence[Question]) -> dict[tuple[str, int], Answer]:
+        """The stored answers to some questions, by place. Of several to one question the first counts."""
+        place, found = place_among(questions), dict[tuple[str, int], Answer]()
+        for answer in self.store.read():
+            if (at := place(answer)) is not None:
+                found.setdefault(at, answer)
+        return found
 
     def add(self, answer: Answer) -> None:
         """Add an answer, which the next flush will store."""
@@ -121,23 +116,15 @@ class ActiveRun:
             answers: all answers of the run, whose images are counted.
 
         Raises:
-            UserError: the stored receipt is missing or damaged.
+            RunFailedError: the stored receipt was lost meanwhile.
         """
         path = self.planned.folder / RECEIPT
-        stored = _stored_receipt(path)
+        stored = stored_receipt(path)
         if stored is None:
-            raise UserError(f"{path} is damaged: run the same command with --fresh to make this run anew")
+            raise RunFailedError(f"{path} is gone or damaged: the same command measures it again")
         receipt = stored.receipt
         receipt.recount(image for answer in answers for image in answer.images or [])
         return receipt
-
-
-def _stored_receipt(path: Path) -> StoredReceipt | None:
-    """The receipt in a file; None if there is none, or it is damaged."""
-    try:
-        return StoredReceipt.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
-        return None
 
 
 def earlier_results(runs: Path, group: str) -> dict[str, Result]:
@@ -149,12 +136,30 @@ def earlier_results(runs: Path, group: str) -> dict[str, Result]:
     """
     found: dict[str, Result] = {}
     for path in sorted(runs.glob(f"*/{RECEIPT}")):
-        stored = _stored_receipt(path)
+        stored = stored_receipt(path)
         if stored is not None and stored.group == group and ".old" not in path.parent.name:
-            for answer in answers_of(path.parent).read():
-                if answer.key is not None:
-                    found[answer.key] = answer.outputs, answer.images or []
+            with contextlib.suppress(OSError):  # what cannot be read there is computed here
+                for answer in answers_of(path.parent).read():
+                    if answer.key is not None:
+                        found[answer.key] = answer.outputs, answer.images or []
     return found
+
+
+def place_among(questions: Sequence[Question]) -> Callable[[Answer], tuple[str, int] | None]:
+    """A function that gives the place of an answer to one of the questions; None for what is no answer to it.
+
+    An answer has the question's id, and one output of the right kind for each of its requests.
+    """
+    asked = {question.place: question for question in questions}
+
+    def place(answer: Answer) -> tuple[str, int] | None:
+        question = asked.get(answer.place)
+        if question is None or (answer.id, len(answer.outputs)) != (question.id, len(question.instances)):
+            return None
+        fits = all(isinstance(output, str) == question.generates for output in answer.outputs)
+        return answer.place if fits else None
+
+    return place
 
 
 class Clock:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qapbench.bars import shown
+from qapbench.errors import UserError
 from qapbench.progress import ProgressCallback, silent
-from qapbench.records.record import RECORD, Record, read_record
-from qapbench.records.store import answers_of, set_aside, write_json
+from qapbench.records.intact import FILES, SPEC
+from qapbench.records.record import RECORD, Record, read_record, write_record
+from qapbench.records.store import ANSWERS, answers_of, set_aside, write_json
 from qapbench.spec.run_spec import RunSpec
 from qapbench.spec.spec_file import load_spec
 from qapbench.spec.sweep_spec import SweepSpec
@@ -114,6 +116,8 @@ def make_runs(
         UserError: the model or the data are wrong, or another process makes one of the runs.
         NotQuantizedError: a run asks for quantization that never reached a matmul.
     """
+    if settings.runs.exists() and not settings.runs.is_dir():
+        raise UserError(f"--runs {settings.runs}: it is no folder")
     planner = planner or Planner(settings.runs, settings.device)
     plans = [planner.plan(spec, fresh=fresh) for spec in specs]
     todo = {plan.id: plan for plan in plans if fresh or not (plan.done or (fast and plan.stopped))}
@@ -124,10 +128,7 @@ def make_runs(
         for plan in todo.values():
             stack.enter_context(answers_of(plan.folder).locked())
         for plan in todo.values():
-            if fresh:
-                set_aside(plan.folder)
-            plan.folder.mkdir(parents=True, exist_ok=True)
-            write_json(plan.folder / "spec.json", plan.spec)
+            _prepare(plan, fresh)
         together: dict[Hashable, list[Planned]] = {}
         for plan in todo.values():
             together.setdefault(planner.together(plan.spec), []).append(plan)
@@ -171,8 +172,6 @@ class Execution:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         active_runs = [ActiveRun(plan) for plan in plans]
-        for active in active_runs:
-            active.store.keep(len(active.store.read()))  # before any worker appends
         processor, task = self.session.processor(spec), self.session.task(spec)
         questions = self.session.questions(spec)
         pool = WorkerPool(self.session, active_runs)
@@ -191,11 +190,11 @@ class Execution:
         }
         for active in active_runs:
             verdict = stopped.get(active.planned.id)
-            had = {answer.place for answer in active.store.read()}
+            had = active.answers(questions)
             asked = [question for question in questions if question.place in had] if verdict else questions
             why = verdict.record(len(asked), len(questions)) if verdict else None
             record = scoring.finish(active, task, asked, processor, machine, device, why, pool.peak)
-            write_json(active.planned.folder / RECORD, record.named(active.spec.name).to_json())
+            _write_unless_kept(active.planned.folder, record.named(active.spec.name))
 
     def _rights(self, active: ActiveRun, task: LoadedTask, processor: Any, asked: Sequence[Any]) -> dict[str, bool]:
         """For each question of a subset, whether a run answered it right in the overall column.
@@ -204,8 +203,36 @@ class Execution:
         """
         from . import scoring
 
-        places = {question.place for question in asked}
-        unique = {answer.doc: answer for answer in active.store.read() if answer.place in places}
+        unique = {answer.doc: answer for answer in active.answers(asked).values()}
         samples = scoring.score(list(unique.values()), task, processor, active.spec.seed, sorted(unique))
         name = task.columns[-1]  # the overall one
         return {one.id: one.metrics[name] == 1 for one in samples if one.metrics.get(name) in (0, 1)}
+
+
+def _prepare(plan: Planned, fresh: bool) -> None:
+    """Make the folder of a locked run ready to be written.
+
+    Scores and receipt that are damaged go, since they are made anew; nothing else is deleted.
+    """
+    folder = plan.folder
+    if fresh or not folder.is_dir():
+        set_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*FILES, RECORD, SPEC):
+        for draft in folder.glob(f"{name}.*.tmp"):  # of a process that was killed
+            draft.unlink()
+        if not (folder / name).is_file():
+            set_aside(folder / name)
+        elif name in plan.damaged and name != ANSWERS:
+            (folder / name).unlink()
+    write_json(folder / SPEC, plan.spec)
+
+
+def _write_unless_kept(folder: Path, record: Record) -> None:
+    """Write a record, unless the one that is there says the same: a mended run is then as it was, to the byte."""
+    try:
+        kept: Record | None = read_record(folder)
+    except UserError:
+        kept = None
+    if kept is None or not kept.made_alike(record):
+        write_record(folder, record)

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from qapbench.files import naming
 from qapbench.prune.prompt import PrunedPrompt
 from qapbench.receipt import ImageTokens
 
@@ -31,11 +32,13 @@ class FeatureCache:
         self.used = 0
         self._held: dict[Any, bytes] = {}
         self._places: dict[Any, tuple[int, int]] = {}
+        self._free: list[tuple[int, int]] = []
         self._file: Any = None
+        self._end = 0
+        self.spill = spill or Path()
         if spill is not None:
             spill.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=spill, prefix="features-")  # noqa: SIM115
-            self._end = 0
 
     def put(self, name: Any, prompts: dict[PruneKey, PrunedPrompt]) -> None:
         """Keep prompts of one question, if there is room.
@@ -46,12 +49,12 @@ class FeatureCache:
         """
         data = _packed(prompts)
         if self._file is not None:
-            self._places[name] = self._end, len(data)
-            self._file.seek(self._end)
-            self._file.write(data)
-            self._file.flush()
-            grain = mmap.ALLOCATIONGRANULARITY  # a mapping may begin only at multiples of this
-            self._end += -(-len(data) // grain) * grain
+            start = self._room(len(data))
+            self._places[name] = start, len(data)
+            with naming(self.spill):
+                self._file.seek(start)
+                self._file.write(data)
+                self._file.flush()
         elif self.used + len(data) <= self.limit:
             self._held[name] = data
             self.used += len(data)
@@ -70,9 +73,38 @@ class FeatureCache:
         return _unpacked(self._held[name], device) if name in self._held else {}
 
     def drop(self, name: Any) -> None:
-        """Forget a name that no later group will ask for. Space in the file is not reused."""
-        self._places.pop(name, None)
+        """Forget a name that no later group will ask for. Its room in the file is used again."""
+        if name in self._places:
+            start, size = self._places.pop(name)
+            self._free.append((start, _rounded(size)))
         self.used -= len(self._held.pop(name, b""))
+
+    def _room(self, size: int) -> int:
+        """Where in the file there is room for that many bytes: the smallest free place, or the end."""
+        fitting = [place for place in self._free if place[1] >= size]
+        if not fitting:
+            start, self._end = self._end, self._end + _rounded(size)
+            return start
+        place = min(fitting, key=lambda free: free[1])
+        self._free.remove(place)
+        start, room = place
+        if room > _rounded(size):
+            self._free.append((start + _rounded(size), room - _rounded(size)))
+        return start
+
+    def close(self) -> None:
+        """Forget everything, and delete the file."""
+        self._held.clear()
+        self._places.clear()
+        self._free.clear()
+        self.used = self._end = 0
+        if self._file is not None:
+            self._file.close()
+
+
+def _rounded(size: int) -> int:
+    """The size of a place in the file: a mapping may begin only at multiples of the system's granularity."""
+    return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
 
 def _packed(prompts: dict[PruneKey, PrunedPrompt]) -> bytes:

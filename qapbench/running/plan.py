@@ -33,6 +33,7 @@ class Planned:
         answered: number of questions that are answered.
         done: whether the record of the complete run is written.
         stopped: whether a record is written that ends after a part of the questions (`--fast`).
+        damaged: names of the files that are not as the record says. Such a run is neither done nor stopped.
         fingerprints: content hashes of what the run reads.
         fresh: whether every question is answered anew, also where another run has an answer of the same key.
     """
@@ -46,12 +47,15 @@ class Planned:
     answered: int
     done: bool
     stopped: bool = False
+    damaged: tuple[str, ...] = ()
     fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     fresh: bool = False
 
     @property
-    def state(self) -> Literal["done", "stopped", "begun", "new"]:
+    def state(self) -> Literal["done", "stopped", "damaged", "begun", "new"]:
         """How far the run is."""
+        if self.damaged:
+            return "damaged"
         return "stopped" if self.stopped else "done" if self.done else "begun" if self.answered else "new"
 
 

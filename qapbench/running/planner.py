@@ -14,8 +14,9 @@ import torch
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import Problem, UserError
 from qapbench.models.loading import precision
+from qapbench.records.intact import damage, lines_in_words
 from qapbench.records.record import RECORD, NewerRecordError, Record, read_record
-from qapbench.records.store import answers_of
+from qapbench.records.store import ANSWERS, answers_of
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.images import check_pictures
 from qapbench.tasking.outline import TaskOutline, calibration_fingerprint
@@ -126,11 +127,18 @@ class Planner:
             text_key = spec.model_copy(update={"prune": None}).digest(about(content, OF_TEXT), task.asked)
         folder = self.runs / run_id
         record = _record(folder, fresh)
+        damaged = damage(folder, record) if record and not fresh else {}
+        if damaged:
+            LOG.warning("%s: %s; what is intact is kept, the rest is made anew", folder, ", ".join(damaged.values()))
+            record = None
         stopped = record is not None and record.stopped is not None
         done = record is not None and not stopped
-        answered = task.count if done else len(answers_of(folder).read())
+        answered = task.count if done else _answered(folder, told=bool(damaged) or fresh)
         group = group_key(spec, content)
-        return Planned(spec, run_id, text_key, group, folder, task.count, answered, done, stopped, content, fresh)
+        names = tuple(damaged)
+        return Planned(
+            spec, run_id, text_key, group, folder, task.count, answered, done, stopped, names, content, fresh
+        )
 
     def shared(self, plans: Sequence[Planned]) -> Shared:
         """Count the missing work that these runs share. This reads the images of the data."""
@@ -144,6 +152,19 @@ class Planner:
         """Key of the runs that ask the same questions of the same loaded model."""
         folder = find_checkpoint(spec.model).folder
         return folder, precision(spec, self.device), spec.task.model_dump_json(), spec.seed
+
+
+def _answered(folder: Path, told: bool) -> int:
+    """Number of answers that an unfinished run has.
+
+    Args:
+        folder: the run's folder.
+        told: whether the user knows of its damage already.
+    """
+    found = answers_of(folder).scan()
+    if found.damaged and not told:
+        LOG.warning("%s: %s is damaged in %s; asked again", folder, ANSWERS, lines_in_words(found.damaged))
+    return len({answer.place for answer in found.lines})
 
 
 def _check_local(spec: RunSpec) -> None:

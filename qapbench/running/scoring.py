@@ -11,6 +11,7 @@ import torch
 from qapbench.errors import Problem, UserError, first_line
 from qapbench.receipt import Receipt
 from qapbench.records.answer import Answer, ScoredQuestion
+from qapbench.records.intact import digests
 from qapbench.records.record import (
     SCORED,
     Environment,
@@ -29,7 +30,7 @@ from qapbench.tasking.questions import Question
 from qapbench.tasking.task_file import TaskFile
 from qapbench.tasking.tasks import LoadedTask, quiet
 
-from .active_run import ActiveRun
+from .active_run import ActiveRun, place_among
 from .environment import environment
 from .notes import chance, labels, notes
 
@@ -57,7 +58,7 @@ def finish(
         peak: peak memory of the processes that answered, in MB.
     """
     planned, spec = active.planned, active.spec
-    answers = active.store.arrange(lambda answer: answer.place, [question.place for question in questions])
+    answers = active.store.arrange(place_among(questions), [question.place for question in questions])
     docs = None if stopped is None else sorted(answer.doc for answer in answers)
     samples = score(answers, task, processor, spec.seed, docs)
     receipt = active.read_receipt(answers)
@@ -75,9 +76,10 @@ def finish(
         task=TaskRecord(name=task.name, questions=len(answers), chance=chance(task)),
         scores=ScoreTable.model_validate(scores.to_json()),
         tokens=TokenCounts.model_validate(receipt.tokens) if receipt.tokens else None,
-        receipt=stored_receipt(receipt),
+        receipt=receipt_record(receipt),
         environment=Environment.model_validate({**environment(device), **machine}),
         fingerprints=planned.fingerprints,
+        files=digests(planned.folder),
         timing=Timing(
             seconds=round(seconds, 3),
             questions=active.answered,
@@ -91,7 +93,7 @@ def finish(
     )
 
 
-def stored_receipt(receipt: Receipt) -> ReceiptRecord:
+def receipt_record(receipt: Receipt) -> ReceiptRecord:
     """The receipt in the form in which a record holds it."""
     return ReceiptRecord.model_validate(receipt.to_json())
 

@@ -59,7 +59,9 @@ def answer_runs(
         for index, question in enumerate(questions)
         if (docs is None or question.place[1] in docs) and worker_of(question, index, share[1]) == share[0]
     ]
-    Sweep(session, questions, runs, limit=MEMORY // share[1]).answer(mine)
+    sweep = Sweep(session, questions, runs, limit=MEMORY // share[1])
+    with contextlib.closing(sweep.feature_cache):
+        sweep.answer(mine)
     return peak_memory(session.settings.device)
 
 
@@ -91,7 +93,7 @@ class Sweep:
         self.batch_runner = BatchRunner(self.family, self.processor, settings.batch_size, spec.seed)
         self._flushed = time.monotonic()
         for active in active_runs:
-            active.open(questions[0])
+            active.open(questions)
 
     def answer(self, asked: Sequence[Question] | None = None) -> None:
         """Answer questions for every run that has not answered them.

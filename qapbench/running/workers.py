@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 
-from qapbench.errors import UserError
+from qapbench.errors import RunFailedError
 from qapbench.methods.plugins import load_plugin_file
 from qapbench.tasking.questions import Question
 
@@ -18,6 +27,8 @@ from .quiet import no_foreign_bars
 from .session import Session
 from .settings import Settings
 from .sweep import answer_runs
+
+STOP = 5  # seconds in which a worker that is stopped may store what it answered
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class WorkerPool:
             asked: the questions; all if None.
 
         Raises:
-            UserError: a worker process died.
+            RunFailedError: a worker process died.
             NotQuantizedError: a run asks for quantization that never reached a matmul.
         """
         if not active_runs:
@@ -147,33 +158,96 @@ def work(order: Order) -> Done:
     return costs, peak
 
 
-def _processes(orders: Sequence[Order], report: Callable[[], None]) -> Iterator[Done]:
-    """Run the orders in new processes and yield what each returns.
+def _processes(orders: Sequence[Order], report: Callable[[], None]) -> list[Done]:
+    """Run the orders in new processes, and return what each returns.
 
-    Processes are spawned, since forked ones would share locks and GPU contexts.
+    Processes are spawned, since forked ones would share locks and GPU contexts. The first one that fails stops the
+    others.
 
     Args:
         orders: one per process.
         report: called about every second.
 
     Raises:
-        UserError: a process died.
+        RunFailedError: a process died.
     """
-    from concurrent.futures import ProcessPoolExecutor, wait
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(len(orders), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(work, order) for order in orders]
-        left = set(futures)
+    context = get_context("spawn")
+    processes: dict[Connection, BaseProcess] = {}
+    done: list[Done] = []
+    try:
+        for order in orders:
+            receiver, sender = context.Pipe(duplex=False)
+            processes[receiver] = process = context.Process(target=_serve, args=(order, sender), daemon=True)
+            process.start()
+            sender.close()  # so that the death of the process closes the pipe
+        left = set(processes)
         while left:
-            _, left = wait(left, timeout=1)
+            ready = wait(list(left), timeout=1)
+            for receiver in left.intersection(ready):
+                done.append(_received(receiver, processes[receiver]))
+                left = left - {receiver}
             report()
-        try:
-            for future in futures:
-                yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process died (out of memory?); what was answered is kept: run the same command again, "
-                "perhaps with fewer --workers"
-            ) from None
+        return done
+    finally:
+        _stop(list(processes.values()))
+
+
+def _received(receiver: Connection, process: BaseProcess) -> Done:
+    """What a process returned. What it raised is raised here."""
+    try:
+        found: Done | BaseException = receiver.recv()
+    except (EOFError, OSError):
+        found = SystemExit()
+    if isinstance(found, SystemExit):
+        process.join()
+        code = process.exitcode or 0
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        raise RunFailedError(
+            f"a worker process died ({how}; out of memory?); what was answered is kept: run the same command again, "
+            "perhaps with fewer --workers"
+        )
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _stop(processes: Sequence[BaseProcess]) -> None:
+    """End processes. They have a moment to store what they answered."""
+    running = [process for process in processes if process.pid is not None]
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.join(STOP)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _serve(order: Order, sender: Connection) -> None:
+    """Do the work of one worker, and send what it returns or raises. This is a process of its own."""
+    signal.signal(signal.SIGTERM, _exit)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        found: Done | BaseException = work(order)
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        found = error
+    try:
+        data = ForkingPickler.dumps(found)
+        ForkingPickler.loads(data)
+    except Exception:  # an error that cannot be handed to another process
+        data = ForkingPickler.dumps(RuntimeError("\n".join(getattr(found, "__notes__", [repr(found)]))))
+    with contextlib.suppress(OSError):  # nobody listens any more
+        sender.send_bytes(data)
+
+
+def _exit(*_: object) -> None:
+    """End a worker as an exception does, so that it stores what it answered."""
+    raise SystemExit(1)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: nobody would wait for its answers."""
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)

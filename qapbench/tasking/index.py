@@ -7,11 +7,12 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 from pathlib import Path
 
 import platformdirs
 from pydantic import BaseModel, ValidationError
+
+from qapbench.files import replace_synced
 
 LOG = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def lm_eval_index() -> TaskIndex:
     version = importlib.metadata.version("lm-eval")
     cache = Path(platformdirs.user_cache_dir("qapbench", appauthor=False)) / f"lm-eval-tasks-{version}.json"
     try:
-        index = TaskIndex.model_validate_json(cache.read_text(encoding="utf-8"))
+        index = TaskIndex.model_validate_json(cache.read_bytes())
         if index.lm_eval == version:
             return index
     except (OSError, ValidationError):
@@ -56,9 +57,7 @@ def lm_eval_index() -> TaskIndex:
     index = _made(version)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        draft = cache.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(index.model_dump()), encoding="utf-8")
-        draft.replace(cache)
+        replace_synced(cache, json.dumps(index.model_dump()))
     except OSError as error:
         LOG.warning("the index of lm-eval's tasks cannot be kept in %s: %s", cache, error)
     return index

@@ -180,6 +180,8 @@ def change(name: str, edit: Callable[[Any], None]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         text = (folder / name).read_text()
         data = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+        for line in data if isinstance(data, list) else ():
+            line.pop("check", None)
         edit(data)
         lines = [data] if name.endswith(".json") else data
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -199,7 +201,7 @@ def overall(record: Data) -> Data:
         (change("record.json", lambda r: r["scores"]["columns"].pop(0)), "column NAT is missing"),
         (change("record.json", lambda r: r["scores"]["unparsed"].update(k=3)), "unparsed says 3"),
         (change("record.json", lambda r: r.pop("receipt")), "record.json: receipt: this field"),
-        (change("record.json", lambda r: r.update(schema=3)), "schema: version 3 was written by a newer qapbench"),
+        (change("record.json", lambda r: r.update(schema=4)), "schema: version 4 was written by a newer qapbench"),
         (change("record.json", lambda r: r.update(run_id="../x")), "expected 16 hexadecimal digits, got '../x'"),
         (change("record.json", lambda r: r["receipt"].update(linears=[])), "names no linear"),
         (change("record.json", lambda r: r["receipt"]["linears"][0].update(weight_bits=32)), "did not reach 4 bits"),
@@ -213,7 +215,7 @@ def overall(record: Data) -> Data:
         (change("record.json", lambda r: r["fingerprints"].update(data="0" * 64)), "data"),
         (change("answers.jsonl", lambda a: a.pop()), f"each of the {QUESTIONS} questions"),
         (change("answers.jsonl", lambda a: a[0].update(id="zz")), "another id"),
-        (change("answers.jsonl", lambda a: a[0].update(outputs=[3])), "cannot be scored"),
+        (change("answers.jsonl", lambda a: a[0].update(outputs=[3])), "answers.jsonl is damaged in line 1"),
         (change("answers.jsonl", lambda a: a[0]["images"][0].update(kept=[1])), "tokens are not those"),
         (change("scored.jsonl", lambda s: s[0]["metrics"].update(Avg=1 - s[0]["metrics"]["Avg"])), "scored.jsonl does"),
         (lambda folder: (folder / "answers.jsonl").unlink(), "missing or empty"),

@@ -1,12 +1,16 @@
 """Records of every version: read, upgraded, refused with a sentence; and the tables that are made of them.
 
-`schema1` holds a run of version 0.1 as it was written, cut to a few answers and linears.
+`schema1` holds a run of version 0.1 as it was written, cut to a few answers and linears, and `schema2` one of version
+0.2, cut to a few linears.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +20,18 @@ import pandas as pd
 import pytest
 
 from qapbench import UserError
+from qapbench.files import replace_all_synced
 from qapbench.receipt import ImageTokens, Receipt
 from qapbench.records.answer import Answer, ScoredQuestion
-from qapbench.records.load import load_records, read_scored_questions, results
-from qapbench.records.record import SCHEMA, Record, parse_record, read_record, upgraded
+from qapbench.records.intact import StoredReceipt, damage, digests, read_scored_questions
+from qapbench.records.load import load_records, results
+from qapbench.records.record import SCHEMA, Record, parse_record, read_record, upgraded, write_record
 from qapbench.records.store import answers_of, set_aside, write_json, write_lines
 from qapbench.records.tally import Tally
-from qapbench.running.active_run import StoredReceipt
 
 RUN = "13de59195cfebcbc"
 OLD = Path(__file__).parent / "schema1" / RUN
+LAST = Path(__file__).parent / "schema2" / "52942a178e940395"
 Data = dict[str, Any]
 
 
@@ -52,7 +58,7 @@ def runs(tmp_path: Path) -> Path:
 def test_a_record_of_version_0_1_is_read_as_one_of_today() -> None:
     record, data = read_record(OLD), old()
     assert data["schema"] == 1
-    assert record.schema_version == SCHEMA == 2
+    assert record.schema_version == SCHEMA == 3
     assert (record.run_id, record.name, record.created) == (RUN, data["name"], data["created"])
     assert record.spec == data["spec"]
     assert record.labels == {"pruner": "visionzip", "sensitivity": "combined", "fusion": "convex"}
@@ -77,8 +83,8 @@ def test_a_record_of_version_0_1_is_read_as_one_of_today() -> None:
 def test_what_is_written_is_of_today_and_reads_back_equal(tmp_path: Path) -> None:
     record = read_record(OLD)
     stored = record.to_json()
-    assert stored["schema"] == 2
-    assert {**stored, "schema": 1}.keys() == old().keys()
+    assert stored["schema"] == 3
+    assert stored.keys() - {"files"} == old().keys()
     write_json(tmp_path / "record.json", stored)
     for place in (tmp_path, tmp_path / "record.json"):
         assert read_record(place) == record
@@ -88,7 +94,7 @@ def test_what_is_written_is_of_today_and_reads_back_equal(tmp_path: Path) -> Non
 
 def test_an_upgrade_changes_nothing_that_it_is_given() -> None:
     data = old()
-    assert upgraded(data)["schema"] == 2
+    assert upgraded(data)["schema"] == 3
     assert data == old()
 
 
@@ -112,14 +118,14 @@ def test_fields_that_this_version_does_not_know_are_left_out() -> None:
     assert "mood" not in record.to_json()
 
 
-@pytest.mark.parametrize("schema", [3, 4, 1000])
+@pytest.mark.parametrize("schema", [4, 5, 1000])
 def test_a_record_of_a_newer_version_is_refused_with_a_sentence(schema: int, tmp_path: Path) -> None:
     file = tmp_path / "record.json"
     write_json(file, {**read_record(OLD).to_json(), "schema": schema})
     with pytest.raises(UserError) as caught:
         read_record(file)
     assert str(caught.value) == (
-        f"{file}: schema: version {schema} was written by a newer qapbench; this one reads up to 2: upgrade qapbench"
+        f"{file}: schema: version {schema} was written by a newer qapbench; this one reads up to 3: upgrade qapbench"
     )
 
 
@@ -176,7 +182,7 @@ def test_every_wrong_field_is_told_up_to_a_bound() -> None:
 # -- a folder of runs --
 
 
-def damage(runs: Path) -> dict[str, str]:
+def broken_records(runs: Path) -> dict[str, str]:
     """Put records that cannot be read among others: folder -> what its warning says."""
     contents: dict[str, tuple[bytes, str]] = {
         "torn": (b'{"schema": 2, "run_', "not a JSON file"),
@@ -184,7 +190,7 @@ def damage(runs: Path) -> dict[str, str]:
         "binary": (b"\xff\xfe\x00", "not a JSON file"),
         "deep": (b"[" * 100_000, "not a JSON file"),
         "list": (b"[1, 2]", "a record is a mapping, got list"),
-        "newer": (json.dumps({**old(), "schema": 3}).encode(), "schema: version 3 was written by a newer qapbench"),
+        "newer": (json.dumps({**old(), "schema": 4}).encode(), "schema: version 4 was written by a newer qapbench"),
         "wrong": (json.dumps({**old(), "spec": None, "timing": 3}).encode(), "spec: input should be"),
     }
     for name, (content, _) in contents.items():
@@ -209,7 +215,7 @@ def test_what_was_set_aside_is_no_result(runs: Path) -> None:
 def test_a_damaged_record_keeps_nothing_else_from_being_read(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = load_records(runs)
     by_run, by_question = results(runs), results(runs, by="question")
-    expected = damage(runs)
+    expected = broken_records(runs)
     with caplog.at_level(logging.WARNING):
         assert load_records(runs) == before
     said = [entry.getMessage() for entry in caplog.records]
@@ -370,16 +376,151 @@ def test_scored_questions_that_cannot_be_read(content: bytes | None, message: st
         read_scored_questions(tmp_path)
 
 
-@pytest.mark.parametrize("line", [b'{"torn', b"[]\n", b'{"schema": 2, "task": "t"}\n', b'{"id": 3}\n', b"\xff\xfe\n"])
-def test_a_line_that_is_no_answer_ends_the_list(line: bytes, tmp_path: Path) -> None:
+LINES = [b'{"torn\n', b"[]\n", b'{"schema": 2, "task": "t"}\n', b'{"id": 3}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"]
+
+
+@pytest.mark.parametrize("line", [*LINES, b"\x00" * 512 + b"\n", b"\n"])
+def test_a_line_that_is_no_answer_is_told_and_costs_no_other(line: bytes, tmp_path: Path) -> None:
     whole = (OLD / "answers.jsonl").read_bytes().splitlines(keepends=True)
     store = answers_of(tmp_path)
     store.path.write_bytes(b"".join([*whole[:2], line, *whole[2:]]))
-    assert [answer.doc for answer in store.read()] == [351, 335]
-    store.keep(2)
-    assert store.path.read_bytes() == b"".join(whole[:2])
-    store.append(answers_of(OLD).read()[2:])
-    assert store.path.read_bytes() == b"".join(whole)
+    found = store.scan()
+    assert found.lines == answers_of(OLD).read()
+    assert (found.damaged, found.torn) == ([3], False)
+    store.append(found.lines[:1])
+    assert store.path.read_bytes().startswith(b"".join([*whole[:2], line, *whole[2:]])), "an append cuts nothing"
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> bytes:
+    """The content of a store of four answers, with checksums."""
+    store = answers_of(tmp_path / "four")
+    store.folder.mkdir()
+    store.append(answers_of(OLD).read())
+    return store.path.read_bytes()
+
+
+def test_every_damaged_byte_costs_one_answer(four: bytes, tmp_path: Path) -> None:
+    """Also that of a line break, and one that looks like a line break."""
+    answers, store = answers_of(OLD).read(), answers_of(tmp_path)
+    draw = random.Random(0)
+    breaks = [place for place, byte in enumerate(four) if byte == ord("\n")]
+    for place in (*range(0, len(four) - 1, 7), *breaks[:-1], *breaks[:-1]):
+        byte = draw.choice([four[place] ^ (1 << draw.randrange(8)), ord("\n"), ord("\r"), 0, 0xFF])
+        if byte == four[place]:
+            continue
+        store.path.write_bytes(four[:place] + bytes([byte]) + four[place + 1 :])
+        found = store.scan()
+        hit = four[:place].count(b"\n")
+        assert found.damaged, place
+        assert len(found.lines) >= 3, place
+        assert [one for one in found.lines if one != answers[hit]] == answers[:hit] + answers[hit + 1 :], place
+        assert all(one in answers for one in found.lines), "nothing damaged is taken for an answer"
+
+
+def test_a_torn_end_is_cut_off_by_the_next_writer_and_is_no_damage(four: bytes, tmp_path: Path) -> None:
+    answers, store = answers_of(OLD).read(), answers_of(tmp_path)
+    for end in (1, 50, four.rindex(b"\n", 0, -1) + 1, len(four) - 1):
+        store.path.write_bytes(four[:end])
+        found = store.scan()
+        assert found.lines == answers[: four[:end].count(b"\n")]
+        assert found.damaged == []
+        assert found.torn == (four[end - 1 : end] != b"\n")
+        store.append(answers[len(found.lines) :])
+        assert store.path.read_bytes() == four
+
+
+def test_a_line_without_checksum_counts_only_as_earlier_versions_wrote_it(four: bytes, tmp_path: Path) -> None:
+    store, line = answers_of(tmp_path), four.splitlines(keepends=True)[0]
+    for text, count in ((line.replace(b'"check"', b'"chick"'), 0), (line[: line.rindex(b", ")] + b"}\n", 1)):
+        store.path.write_bytes(text)
+        assert len(store.read()) == count
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_what_cannot_be_appended_leaves_the_store_as_it_was(
+    code: int, four: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, answers = answers_of(tmp_path), answers_of(OLD).read()
+    store.path.write_bytes(four)
+
+    def refuse(number: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match=r"answers\.jsonl") as caught:
+            store.append(answers)
+        assert caught.value.errno == code
+        with pytest.raises(OSError, match=r"record\.json"):
+            write_json(tmp_path / "record.json", {})
+    assert store.path.read_bytes() == four
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp") == []
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
+    kept = {tmp_path / "a": "new", tmp_path / "missing" / "b": "new"}
+    (tmp_path / "a").write_text("old")
+    abandoned = tmp_path / "a.123.tmp"
+    abandoned.write_text("of a killed process")
+    os.utime(abandoned, (0, 0))
+    with pytest.raises(OSError, match="missing/b"):
+        replace_all_synced(kept)
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_record_of_version_0_2_is_read_and_its_files_fit() -> None:
+    data = json.loads((LAST / "record.json").read_text())
+    record = read_record(LAST)
+    assert (data["schema"], record.schema_version, record.files) == (2, 3, {})
+    assert [column.model_dump(exclude_none=True) for column in record.scores.columns] == data["scores"]["columns"]
+    assert (record.run_id, record.spec, record.fingerprints) == (LAST.name, data["spec"], data["fingerprints"])
+    assert damage(LAST, record) == {}
+    assert len(answers_of(LAST).read()) == len(read_scored_questions(LAST)) == 5
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "scored.jsonl", "receipt.json"])
+@pytest.mark.parametrize("hashed", [True, False])
+def test_damage_beside_a_record_is_found(name: str, hashed: bool, tmp_path: Path) -> None:
+    """Of a record of today every changed byte; of earlier ones what can be seen."""
+    folder = shutil.copytree(LAST, tmp_path / "run")
+    record = read_record(folder)
+    if hashed:
+        record = record.model_copy(update={"files": digests(folder)})
+    path, whole = folder / name, (folder / name).read_bytes()
+    assert damage(folder, record) == {}
+    contents = [
+        b"",
+        whole[:-40],
+        whole[: len(whole) // 2],
+        b"\xff" + whole[1:],
+        b"[1]\n",
+        b"{}\n",
+        b"\0" * 99,
+        b"[" * 9**5,
+    ]
+    for content in [*contents, *([whole.replace(b"2", b"3", 1), whole + b"\n"] if hashed else [])]:
+        path.write_bytes(content)
+        assert list(damage(folder, record)) == [name], content[:20]
+    path.unlink()
+    assert damage(folder, record) == {name: f"{name} is missing"}
+    assert list(damage(folder, record, moved=True)) == ([] if name == "receipt.json" else [name])
+    path.mkdir()
+    assert damage(folder, record) == {name: f"{name} is no file"}
+
+
+def test_a_changed_record_is_not_believed(tmp_path: Path) -> None:
+    record = read_record(LAST)
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+    text = (tmp_path / "record.json").read_text()
+    (tmp_path / "record.json").write_text(json.dumps(json.loads(text)))
+    assert read_record(tmp_path) == record, "white space does not count"
+    (tmp_path / "record.json").write_text(text.replace('"k": 5', '"k": 4', 1))
+    with pytest.raises(UserError, match=r"record\.json: damaged"):
+        read_record(tmp_path)
 
 
 def test_answers_are_arranged_by_place(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
     assert len(lines) == QUESTIONS
     assert {len(image["kept"]) for line in lines for image in json.loads(line).get("images", [])} == {5}
     assert load_records(tmp_path) == [record]
-    assert json.loads((tmp_path / record.run_id / "record.json").read_text()) == record.to_json()
+    stored = json.loads((tmp_path / record.run_id / "record.json").read_text())
+    assert {key: value for key, value in stored.items() if key != "check"} == record.to_json()
 
 
 def test_what_version_0_1_wrote_works_and_warns(spec_of: Spec, tmp_path: Path) -> None:
@@ -117,7 +118,6 @@ def test_a_done_run_is_read_and_a_fresh_one_sets_it_aside(spec_of: Spec, tmp_pat
     assert fresh.run_id == first.run_id
     kept = tmp_path / f"{first.run_id}.old1"
     assert read_record(kept) == first
-    assert json.loads((kept / "record.json").read_text()) == first.to_json()
     assert answers(tmp_path, fresh) == (kept / "answers.jsonl").read_bytes()
     assert len(load_records(tmp_path)) == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from qapbench.files import replace_synced
 from qapbench.hashing import digest_json, library_versions
 
 from .samples import CalibrationResult
@@ -45,12 +45,7 @@ def write(folder: Path, key: str, found: CalibrationResult) -> None:
     # One metadata entry only: safetensors writes several in no fixed order.
     about = {ABOUT: json.dumps({"key": key, "linears": list(found), "sha256": _checksum(tensors)})}
     path = path_of(folder, key)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    with draft.open("wb") as handle:
-        handle.write(save(tensors, about))
-        handle.flush()
-        os.fsync(handle.fileno())
-    draft.replace(path)
+    replace_synced(path, save(tensors, about))
 
 
 def read(folder: Path, key: str) -> tuple[CalibrationResult | None, str]:
@@ -66,8 +61,10 @@ def read(folder: Path, key: str) -> tuple[CalibrationResult | None, str]:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (the file is not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         return None, f"{path.name} cannot be read: {error}"
+    if not isinstance(about, dict):
+        return None, f"{path.name} does not say what it holds"
     if about.get("key") != key:
         return None, f"{path.name} holds the result of something else"
     if about.get("sha256") != _checksum(tensors):
