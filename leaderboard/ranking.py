@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qapbench import UserError
-from qapbench.analysis.paired import Scored
+from qapbench.analysis.paired import Scored, read_scored
 from qapbench.analysis.ranking import Against, Ranking, rankings
 from qapbench.records.record import Record
 
