@@ -155,7 +155,7 @@ def test_hostile_questions_and_studies_are_data(tmp_path: Path) -> None:
     write_runs(tmp_path / "runs", write_questions(tmp_path / "t.parquet", hostile=True))
     write_study(tmp_path / "runs", hostile=True)
     _, data = rows_of(tmp_path / "runs", tmp_path)
-    assert data["studies"][0]["model"].startswith(SCRIPT_END)
+    assert data["studies"][0]["model"].startswith(visible(SCRIPT_END))
     assert next(iter(data["flips"]["questions"].values()))["text"] == SCRIPT_END
 
 
