@@ -9,7 +9,13 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "strategies": ("qapbench", "qapbench.strategies"),
     "specs": ("qapbench",),
-    "tasks": ("qapbench.errors", "qapbench.hashing", "qapbench.tasking.registry", "qapbench.tasks"),
+    "tasks": (
+        "qapbench.errors",
+        "qapbench.hashing",
+        "qapbench.tasking.registry",
+        "qapbench.tasking.text",
+        "qapbench.tasks",
+    ),
     "leaderboard": (
         "qapbench",
         "qapbench.analysis",

@@ -140,7 +140,7 @@ def damaged() -> dict[str, Data]:
     more = record(904, None)
     more["scores"]["columns"] = [{"name": "Avg", "k": 9, "n": 3, "accuracy": 7}]
     newer = record(905, None)
-    newer["schema"] = 3
+    newer["schema"] = 99
     wrong = record(906, None)
     wrong["run_id"] = IMG
     wrong["scores"]["columns"] = [None, {"name": "Avg", "accuracy": "high"}]

@@ -19,6 +19,7 @@ from qapbench.analysis.paired import compare, read_scored
 from qapbench.leaderboard import build
 from qapbench.leaderboard.paper import paper_rows
 from qapbench.records.load import load_records
+from qapbench.visible import visible
 
 RESULTS = Path(__file__).parents[2] / "leaderboard" / "results"
 Data = dict[str, Any]
@@ -156,7 +157,7 @@ def test_hostile_questions_and_studies_are_data(tmp_path: Path) -> None:
     write_study(tmp_path / "runs", hostile=True)
     _, data = rows_of(tmp_path / "runs", tmp_path)
     assert data["studies"][0]["model"].startswith(visible(SCRIPT_END))
-    assert next(iter(data["flips"]["questions"].values()))["text"] == SCRIPT_END
+    assert next(iter(data["flips"]["questions"].values()))["text"] == visible(SCRIPT_END)
 
 
 # -- records by pull request --

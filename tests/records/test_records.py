@@ -12,6 +12,8 @@ import logging
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from qapbench.records.tally import Tally
 RUN = "13de59195cfebcbc"
 OLD = Path(__file__).parent / "schema1" / RUN
 LAST = Path(__file__).parent / "schema2" / "52942a178e940395"
+ROOT = Path(__file__).parents[2]
 Data = dict[str, Any]
 
 
@@ -457,6 +460,15 @@ def test_what_cannot_be_appended_leaves_the_store_as_it_was(
     assert store.path.read_bytes() == four
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp") == []
     assert not (tmp_path / "record.json").exists()
+
+
+def test_killed_writers_lose_nothing_that_was_on_disk(tmp_path: Path) -> None:
+    """A sample of `python -m benchmarks.store writers`, which imports what takes seconds."""
+    writers = "from benchmarks.store import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", writers, "writers", "--repeat", "2"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "2 of 2 trials lost nothing" in done.stdout, done.stderr
 
 
 def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
