@@ -13,6 +13,7 @@ ALLOWED = {
         "qapbench.errors",
         "qapbench.hashing",
         "qapbench.tasking.registry",
+        "qapbench.tasking.images",
         "qapbench.tasking.text",
         "qapbench.tasks",
     ),
