@@ -137,7 +137,7 @@ class Store(Generic[L]):
     def _parsed(self, text: bytes) -> L | None:
         """The line; None if it is damaged or cannot be read.
 
-        Versions before 0.3 wrote no checksums. A line without one counts if it holds exactly what they wrote, so that
+        Version 0.1 wrote no checksums. A line without one counts if it holds exactly what they wrote, so that
         no damage can make a line with a checksum look like an older one.
         """
         end = CHECK.search(text, len(text) - len(_check(b"")))
