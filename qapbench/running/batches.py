@@ -99,7 +99,7 @@ class BatchRunner:
             Row(prompts[instance.args[0]], tail=ids) for instance, ids in zip(question.instances, spelled, strict=True)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors have no version to tell a shared input that was changed
     def results(self, rows: Sequence[Row], longest: int) -> list[Result]:
         """Run the rows.
 

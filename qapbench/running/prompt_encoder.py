@@ -47,7 +47,7 @@ class PromptEncoder:
         self.needs = frozenset[str]().union(*(one.needs for one in prunings.values()))
         self._latest: tuple[tuple[str, ...], EncodedImages, dict[Any, Any]] | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors have no version to tell a shared input that was changed
     def encode(self, question: Question, prompt: str, prune_keys: Iterable[PruneKey]) -> dict[PruneKey, PrunedPrompt]:
         """The prompt of a question under each prune key.
 
