@@ -89,7 +89,7 @@ def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
         ("model: [", "not valid YAML"),
         ("- a\n- b\n", "a spec is a mapping"),
         ("model: x\nmodel: y\n", "line 2: model: given twice, first in line 1"),
-        ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("model: !!python/object/apply:os.system ['true']\n", "a spec holds only text, numbers"),
         ("model: diagram-llava\n", "task: this field is required"),
         ("model: diagram-llava\ntask: diagramqa\nplugins: [none.py]\n", "line 3: plugins.0: no such plugin file"),
     ],
@@ -154,17 +154,17 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
 
 def test_kill_9_in_a_sweep_and_go_on(tmp_path: Path) -> None:
     """Killed in the middle, started again: the same bytes, cell by cell, as a sweep that was left alone."""
-    arguments = ["run", "quickstart", "--set", "task.limit=24"]
+    arguments = ["run", "quickstart", "--set", "task.limit=12"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*COMMAND, *arguments, "--runs", str(tmp_path / "killed")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while _lines(tmp_path / "killed") < 40 and process.poll() is None and time.monotonic() < deadline:
+    while _lines(tmp_path / "killed") < 20 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    whole = 24 * len(load_spec("quickstart"))
-    assert 40 <= _lines(tmp_path / "killed") < whole
+    whole = 12 * len(load_spec("quickstart"))
+    assert 20 <= _lines(tmp_path / "killed") < whole
     assert not list((tmp_path / "killed").glob("*/record.json"))
     plan = qapbench(*arguments, "--runs", tmp_path / "killed", "--dry-run")
     assert "answers are missing" in plan.stdout
