@@ -110,34 +110,35 @@ class ShortenedPrompt:
         return adapted
 
 
+@dataclass(eq=False)
 class Whole:
     """A stopping criterion or a logits processor of the caller's that sees the sequences with the caller's prompt.
 
-    Args:
+    Attributes:
         inner: it.
         prompt: the prompt.
     """
 
-    def __init__(self, inner: Any, prompt: ShortenedPrompt) -> None:
-        self.inner = inner
-        self.prompt = prompt
+    inner: Any
+    prompt: ShortenedPrompt
 
     def __call__(self, input_ids: Tensor, scores: Any) -> Any:
         return self.inner(self.prompt.whole(input_ids), scores)
 
 
+@dataclass(eq=False)
 class WholeStreamer:
     """A streamer of the caller's that gets the caller's prompt first, and then every new token.
 
-    Args:
+    Attributes:
         inner: it.
         prompt: the prompt.
+        started: whether the prompt was handed on.
     """
 
-    def __init__(self, inner: Any, prompt: ShortenedPrompt) -> None:
-        self.inner = inner
-        self.prompt = prompt
-        self.started = False
+    inner: Any
+    prompt: ShortenedPrompt
+    started: bool = False
 
     def put(self, value: Tensor) -> None:
         """Hand on what `generate` writes."""

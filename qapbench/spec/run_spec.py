@@ -220,6 +220,11 @@ class TaskSpec(Strict):
         """Whether the name is the path of a YAML file."""
         return self.name.lower().endswith((".yaml", ".yml"))
 
+    @property
+    def names_own_file(self) -> bool:
+        """Whether the task is an lm-eval YAML file of the user's, named by its path or by its name in a folder."""
+        return self.names_file or self.include_path is not None
+
     @model_validator(mode="after")
     def _found_in_one_place(self) -> TaskSpec:
         if self.names_file and self.include_path is not None:

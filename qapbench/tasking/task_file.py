@@ -32,9 +32,9 @@ class TaskFile:
         A module that lies beside no YAML file is an installed package, whose version is not looked at.
         """
         files: dict[str, Path] = {}
-        for path in included(self.path):
+        for path, entries in included(self.path).items():
             files[f"yaml {path.name} {len(files)}"] = path
-            for function in function_names(read_file(path)):
+            for function in function_names(entries):
                 module = path.parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
                 if module.is_file():
                     files |= code_files(module, module.stem)

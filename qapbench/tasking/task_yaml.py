@@ -49,27 +49,26 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: as `read_file`, or the files include each other.
     """
     merged: dict[str, Any] = {}
-    for file in reversed(included(path)):
-        own = read_file(file)
+    for own in reversed(included(path).values()):
         merged = {**merged, **own, "metadata": {**(merged.get("metadata") or {}), **(own.get("metadata") or {})}}
     merged.pop("include", None)
     return merged
 
 
-def included(path: Path) -> list[Path]:
-    """A file, and all files that it includes.
+def included(path: Path) -> dict[Path, dict[str, Any]]:
+    """A file and all files that it includes, each with its own entries.
 
     Raises:
         UserError: as `read_file`, or the files include each other.
     """
-    found: list[Path] = []
+    found: dict[Path, dict[str, Any]] = {}
     waiting = [path]
     while waiting:
         file = waiting.pop().resolve()
         if file in found:
             raise UserError(f"{path}: {file.name} is included twice")
-        found.append(file)
-        named = read_file(file).get("include") or []
+        found[file] = read_file(file)
+        named = found[file].get("include") or []
         waiting += [file.parent / str(name) for name in ([named] if isinstance(named, str) else named)]
     return found
 

@@ -63,8 +63,8 @@ def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
     Raises:
         UserError: as `load_task`.
     """
-    own = find_task_file(spec)
-    return read_outline(spec, seed) if own is None and spec.name in tasks else load_task(spec, seed)
+    registered = not spec.names_own_file and spec.name in tasks
+    return read_outline(spec, seed) if registered else load_task(spec, seed)
 
 
 def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
