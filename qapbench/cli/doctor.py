@@ -67,7 +67,7 @@ def _requirements() -> list[tuple[str, str, str | None]]:
     """Name, range and extra of each package that qapbench's metadata asks for on this machine."""
     from packaging.requirements import Requirement
 
-    found = []
+    found: list[tuple[str, str, str | None]] = []
     for text in requires(PACKAGE) or []:
         asked = Requirement(text)
         if asked.marker is None or asked.marker.evaluate({"extra": ""}):
