@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import TaskSpec
 
 from .index import TaskIndex, lm_eval_folder, lm_eval_index
-from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, unknown_task
+from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, score_column, unknown_task
 from .registry import LETTER, tasks
 from .task_file import TaskFile, find_task_file
 
@@ -37,6 +38,11 @@ class LoadedTask(TaskOutline):
     """
 
     task: Any = None  # always given: it has a default only because fields of the outline have some
+
+    @cached_property
+    def means(self) -> frozenset[str]:
+        """The columns whose figure is the mean of what is per question."""
+        return frozenset(name for name, total in self.task.aggregation().items() if total.__name__ == "mean")
 
     @property
     def has_images(self) -> bool:
@@ -141,12 +147,14 @@ def _load_from_lm_eval(spec: TaskSpec, own: TaskFile | None) -> LoadedTask:
         message = f"task '{name}' is of the kind {task.OUTPUT_TYPE}; leave `answers` out"
         raise UserError(Problem(message, ("task", "answers")))
     docs, metadata = task.eval_docs, task.get_config("metadata") or {}
+    columns = [str(name) for name in task.aggregation() if name != UNPARSED]
+    better = task.higher_is_better()
     count = min(spec.limit or len(docs), len(docs))
     asked = {"limit": count, "answers": "letter" if letter else "generate", "prompt": None, "parser": None}
     return LoadedTask(
         name=name,
         docs=docs,
-        columns=[str(name) for name in task.aggregation() if name != UNPARSED],
+        columns=columns,
         unavailable={},
         embedded=bool(metadata.get("embedded")),
         asked=asked | ({"name": name} if own else {}),  # the name in the spec may be a path
@@ -155,6 +163,8 @@ def _load_from_lm_eval(spec: TaskSpec, own: TaskFile | None) -> LoadedTask:
         count=count,
         letter=letter,
         source=own,
+        score=score_column(spec, columns, columns[0]) if columns else None,
+        lower=frozenset(name for name in columns if better.get(name) is False),
         task=task,
     )
 
