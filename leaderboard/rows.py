@@ -97,6 +97,8 @@ class Row:
         among: number of rows that were ranked together.
         against: "dense" and "semantic" -> comparison with that reference.
         moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
+        unanswered: number of questions that could not be asked.
+        left_out: number of questions that its rank and comparisons leave out, because not all rows were asked them.
     """
 
     kind: str = "run"
@@ -124,6 +126,8 @@ class Row:
     among: int = 0
     against: dict[str, Versus] = field(default_factory=dict)
     moved: str = ""
+    unanswered: int = 0
+    left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data."""
@@ -267,6 +271,7 @@ def from_record(record: Record) -> Row:
         run_id=record.run_id,
         created=record.created,
         stand_in=bool(stand_in_notes(record)),
+        unanswered=len(record.unanswered),
     )
 
 

@@ -112,6 +112,7 @@ class Comparison:
         differences: one entry per column that both runs have.
         gained: ids of the questions that only the second run answered right, in the overall column.
         lost: ids of the questions that only the first run answered right.
+        alone: number of questions that only one of the runs answered, which are left out of everything else.
     """
 
     first: str
@@ -119,6 +120,14 @@ class Comparison:
     differences: list[Difference]
     gained: list[str]
     lost: list[str]
+    alone: int = 0
+
+    @property
+    def left_out(self) -> str:
+        """A sentence on the questions that only one of the runs answered; "" if there are none."""
+        if not self.alone:
+            return ""
+        return f"Paired on the questions that both answered: {self.alone} that only one of them answered left out."
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain data."""
@@ -129,6 +138,7 @@ class Comparison:
             "columns": columns,
             "gained": self.gained,
             "lost": self.lost,
+            "alone": self.alone,
         }
 
 
@@ -218,7 +228,9 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
         if asked:
             pair = np.array([(first.rows[q][name], second.rows[q][name]) for q in asked], dtype=bool)
             differences.append(paired_difference(name, pair, seed))
-    return Comparison(first.name, second.name, corrected(differences), *flipped(first, second, names[OVERALL]))
+    gained, lost = flipped(first, second, names[OVERALL])
+    alone = len(first.rows.keys() ^ second.rows.keys())
+    return Comparison(first.name, second.name, corrected(differences), gained, lost, alone)
 
 
 def flipped(first: Scored, second: Scored, column: str) -> tuple[list[str], list[str]]:

@@ -62,9 +62,10 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
     Args:
         runs: folder of the results. With `by="run"`, also records.
         by: "run" gives one row per run: name, model, quantization, pruner, budget, measured tokens, the accuracy,
-            interval and counts of every column, seconds and receipt. "question" gives one row per question of each run:
-            run_id, name, id, doc, answer, tokens (kept and merged, summed over its images; None without an image), and
-            one column per score. A run whose answers or scores are damaged is left out with a warning.
+            interval and counts of every column, seconds, receipt, and number of questions that could not be asked.
+            "question" gives one row per question of each run: run_id, name, id, doc, answer, tokens (kept and merged,
+            summed over its images; None without an image), and one column per score. A run whose answers or scores are
+            damaged is left out with a warning.
 
     Raises:
         UserError: `by` is neither of them, or questions are asked for and `runs` is not a folder.
@@ -110,7 +111,8 @@ def _row(record: Record) -> dict[str, Any]:
         row[column.name] = column.accuracy if column.accuracy is not None else column.mean
         row |= {f"{column.name} {part}": getattr(column, part) for part in ("k", "n", "low", "high")}
     row |= {"unparsed": record.scores.unparsed.k, "seconds": record.timing.seconds}
-    return row | {"receipt": record.receipt.summary, "stopped": record.stopped is not None}
+    row |= {"receipt": record.receipt.summary, "stopped": record.stopped is not None}
+    return row | {"unanswered": len(record.unanswered)}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -230,6 +230,20 @@ class Stopped(Part):
     bound: str
 
 
+class Unanswered(Part):
+    """A question that could not be asked.
+
+    Attributes:
+        id: the question's id in the data.
+        doc: number of the document.
+        why: what the model's processor refuses of its pictures.
+    """
+
+    id: str
+    doc: Count
+    why: str
+
+
 class Record(Part):
     """The record of one run.
 
@@ -250,6 +264,7 @@ class Record(Part):
         timing: the cost.
         notes: what a reader of the numbers has to know.
         stopped: why the run was stopped; None if it answered all questions.
+        unanswered: the questions that could not be asked; the scores are of the others.
     """
 
     schema_version: Annotated[Literal[3], Field(alias="schema")] = 3
@@ -269,10 +284,14 @@ class Record(Part):
     timing: Timing
     notes: list[str] = Field(default_factory=list)
     stopped: Stopped | None = None
+    unanswered: list[Unanswered] = Field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain data, as it is stored; fields without a value are left out."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        """The record as plain data, as it is stored. Fields without a value are left out, and an empty `unanswered`."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if not self.unanswered:
+            del data["unanswered"]
+        return data
 
     def made_alike(self, other: Record) -> bool:
         """Whether two records say the same of one run, apart from when, where and how fast it was made."""

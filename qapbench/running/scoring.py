@@ -22,6 +22,7 @@ from qapbench.records.record import (
     TaskRecord,
     Timing,
     TokenCounts,
+    Unanswered,
 )
 from qapbench.records.store import write_lines
 from qapbench.records.tally import tally
@@ -39,6 +40,7 @@ def finish(
     active: ActiveRun,
     task: LoadedTask,
     questions: Sequence[Question],
+    refused: Sequence[Question],
     processor: Any,
     machine: Mapping[str, Any],
     device: torch.device,
@@ -51,6 +53,7 @@ def finish(
         active: the run.
         task: the run's task.
         questions: the questions that it had to answer, in the order of the work.
+        refused: those that it could not be asked, because the model's processor refuses their pictures.
         processor: the model's processor.
         machine: entries of the record's environment besides versions and device.
         device: the device that holds the model.
@@ -59,13 +62,16 @@ def finish(
     """
     planned, spec = active.planned, active.spec
     answers = active.store.arrange(place_among(questions), [question.place for question in questions])
-    docs = None if stopped is None else sorted(answer.doc for answer in answers)
+    docs = sorted(answer.doc for answer in answers) if stopped or refused else None
     samples = score(answers, task, processor, spec.seed, docs)
     receipt = active.read_receipt(answers)
     write_lines(planned.folder / SCORED, samples)
     seconds = sum(active.seconds.values())
     scores = tally((sample.metrics for sample in samples), task.columns, task.unavailable)
-    said = notes(spec, task, receipt)
+    unanswered = sorted(
+        (Unanswered(id=q.id, doc=q.place[1], why=q.refused or "") for q in refused), key=lambda one: one.doc
+    )
+    said = notes(spec, task, receipt, unanswered)
     return Record(
         run_id=planned.id,
         text_key=planned.text_key,
@@ -90,6 +96,7 @@ def finish(
         ),
         notes=[stopped.bound, *said] if stopped else said,
         stopped=stopped,
+        unanswered=unanswered,
     )
 
 

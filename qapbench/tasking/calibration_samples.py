@@ -14,7 +14,7 @@ from qapbench.quantize.calibration import CalibrationSamples
 from qapbench.spec.run_spec import CalibrationSpec
 
 from .lm import AskingLM
-from .questions import ContinuationTokenizer, processor_inputs
+from .questions import ContinuationTokenizer, RefusedPictureError, processor_inputs
 from .tasks import LoadedTask, quiet
 from .text import unquoted
 
@@ -64,14 +64,26 @@ def samples(task: LoadedTask, spec: CalibrationSpec, processor: Any) -> Calibrat
     Args:
         task: the run's task.
         spec: number of samples, seed and source.
-        processor: its processor.
+        processor: its processor. Questions whose pictures it refuses are left out, which `origin` says.
+
+    Raises:
+        UserError: there are no such questions, or the processor refuses the pictures of all.
     """
     lm = AskingLM(processor, images=task.has_images)
     continuation_tokenizer = ContinuationTokenizer(processor)
-    made = [_sample(lm, continuation_tokenizer, task, doc) for doc in documents(task, spec)]
+    made: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for doc in documents(task, spec):
+        try:
+            made.append(_sample(lm, continuation_tokenizer, task, doc))
+        except RefusedPictureError as error:
+            refused.append(error.why)
+    if not made:
+        raise UserError(Problem(f"none of {len(refused)} samples can be used: {refused[0]}", WHERE))
     images = sum(1 for sample in made if any(key.startswith("pixel_values") for key in sample))
     where = spec.data or f"{task.name}, its own calibration questions"
-    return CalibrationSamples(made, origin=f"{where}, seed {spec.seed}; {images} with an image")
+    without = f"; {len(refused)} left out, whose pictures the model's processor refuses" if refused else ""
+    return CalibrationSamples(made, origin=f"{where}, seed {spec.seed}; {images} with an image{without}")
 
 
 def _sample(

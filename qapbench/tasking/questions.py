@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
+from PIL import Image
 
-from qapbench.errors import UserError
+from qapbench.errors import UserError, first_line
 
 from .images import decoded, digest_image
 from .lm import AskingLM, refuse
@@ -18,6 +19,25 @@ from .text import literally, quote_last, quoted, special_tokens, unquoted
 
 TAIL = 32  # characters at the end of a prompt that can affect the tokens of its continuation
 STRATA = ("subject", "grade")  # fields of a document that define its stratum
+ORDINARY = (64, 64)  # width and height of a picture that every processor accepts
+OF_SHAPE = (ValueError, TypeError, ArithmeticError, LookupError)
+"""What processors raise over the shape of a picture."""
+
+
+class RefusedPictureError(UserError):
+    """A model's processor does not accept a question's pictures.
+
+    Args:
+        why: what it refuses, and why.
+        question: id of the question; "" if it is not known yet.
+
+    Attributes:
+        why: what it refuses, and why.
+    """
+
+    def __init__(self, why: str, question: str = "") -> None:
+        super().__init__(f"question '{question}': {why}" if question else why)
+        self.why = why
 
 
 @dataclass
@@ -26,9 +46,11 @@ class Question:
 
     Attributes:
         instances: the requests, one per continuation or a single one that generates.
+        refused: why the model's processor does not accept the pictures; None if it does, or was not asked yet.
     """
 
     instances: list[Instance] = field(default_factory=list)
+    refused: str | None = None
 
     @property
     def first(self) -> Instance:
@@ -184,6 +206,9 @@ def processor_inputs(processor: Any, prompt: str, images: Sequence[Any]) -> dict
         processor: the model's processor.
         prompt: text with a placeholder for each image, as `AskingLM` writes it.
         images: the images.
+
+    Raises:
+        RefusedPictureError: the processor does not accept pictures of such a shape.
     """
     if prompt.count(processor.image_token) > len(images):
         prompt = quote_last(prompt, processor.image_token, len(images))
@@ -191,5 +216,18 @@ def processor_inputs(processor: Any, prompt: str, images: Sequence[Any]) -> dict
     options = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
     processor, prompt = literally(processor, prompt)
     pictures = [decoded(image) for image in images]
-    # A nested list marks the images of one prompt: OneVision cuts an image into tiles only if its prompt has no other.
-    return dict(processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt", **options))
+
+    def made(shown: list[Image.Image]) -> dict[str, Any]:
+        # A nested list marks the images of one prompt: OneVision cuts an image into tiles if its prompt has no other.
+        return dict(processor(text=[prompt], images=[shown] if shown else None, return_tensors="pt", **options))
+
+    try:
+        return made(pictures)
+    except OF_SHAPE as error:
+        try:  # processors have no error of their own for it: where other pictures pass, it is these that do not
+            made([Image.new("RGB", ORDINARY)] * len(pictures))
+        except OF_SHAPE:
+            raise error from None
+        sizes = " and ".join(f"{picture.width} x {picture.height}" for picture in pictures)
+        what = f"a picture of {sizes} pixels" if len(pictures) == 1 else f"pictures of {sizes} pixels"
+        raise RefusedPictureError(f"the model's processor refuses {what} ({first_line(error)})") from None
