@@ -97,6 +97,7 @@ class Row:
         among: number of rows that were ranked together.
         against: "dense" and "semantic" -> comparison with that reference.
         moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
+        transparent: number of images with transparent pixels.
         unanswered: number of questions that could not be asked.
         left_out: number of questions that its rank and comparisons leave out, because not all rows were asked them.
     """
@@ -126,6 +127,7 @@ class Row:
     among: int = 0
     against: dict[str, Versus] = field(default_factory=dict)
     moved: str = ""
+    transparent: int = 0
     unanswered: int = 0
     left_out: int = 0
 
@@ -271,6 +273,7 @@ def from_record(record: Record) -> Row:
         run_id=record.run_id,
         created=record.created,
         stand_in=bool(stand_in_notes(record)),
+        transparent=record.receipt.transparent,
         unanswered=len(record.unanswered),
     )
 

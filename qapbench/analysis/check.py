@@ -220,6 +220,9 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
     given = record.tokens.model_dump() if record.tokens else {}
     if any(not _close(given.get(name), value) for name, value in counted.tokens.items()):
         problems.append("tokens are not those of the stored answers")
+    if counted.transparent != record.receipt.transparent:
+        said = f"{record.receipt.transparent} transparent pictures, the stored answers give {counted.transparent}"
+        problems.append(f"receipt: {said}")
     if spec.prune and counted.most is not None:
         few = counted.most < min(spec.prune.keep, counted.available // counted.images)
         many = (

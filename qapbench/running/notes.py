@@ -68,6 +68,8 @@ def notes(spec: RunSpec, task: TaskOutline, receipt: Receipt, unanswered: Sequen
             said.append(f"{spec.model} was never trained for {task.name}: expect accuracy near chance.")
     if task.stand_in:
         said.append(f"Stand-in data: {task.stand_in}")
+    if receipt.transparent:
+        said.append(_transparent(receipt, spec.task.background))
     if unanswered:
         said.append(_left_out(unanswered))
     return said + [f"Fallback: {what}" for what in receipt.fallbacks]
@@ -81,6 +83,17 @@ def _left_out(unanswered: Sequence[Unanswered]) -> str:
         f"Not answered: {counted(len(unanswered), 'question')} whose pictures the model's processor refuses "
         f"({listed}{more}). The scores are of the others."
     )
+
+
+def _transparent(receipt: Receipt, background: str | None) -> str:
+    """A sentence on the images with transparent pixels, and on the colour that these have."""
+    colour = f"are put on {background} (task.background)"
+    if background is None:
+        colour = (
+            "have the colour that is stored below them, often black, as in LLaVA's code (`task.background: white` puts "
+            "them on white)"
+        )
+    return f"Transparent pictures: {receipt.transparent} of {counted(receipt.images, 'image')}; their pixels {colour}."
 
 
 def counted(number: int, noun: str) -> str:

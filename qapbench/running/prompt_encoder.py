@@ -12,6 +12,7 @@ from qapbench.models import Family
 from qapbench.models.encoded import EncodedImages
 from qapbench.prune.prompt import Memo, PrunedPrompt, unpruned
 from qapbench.prune.pruning import Pruning
+from qapbench.tasking.images import decode
 from qapbench.tasking.questions import Question, RefusedPictureError, processor_inputs
 
 from .plan import PruneKey
@@ -77,11 +78,15 @@ class PromptEncoder:
     def inputs(self, question: Question, prompt: str) -> dict[str, Any]:
         """The model's keyword arguments for a prompt of the question, on the model's device, with an attention mask.
 
+        Its images are decoded, and `question.transparent` is set.
+
         Raises:
             RefusedPictureError: the processor does not accept the question's pictures.
         """
+        shown = [decode(image) for image in question.images]
+        question.transparent = tuple(one.transparent for one in shown)
         try:
-            made = processor_inputs(self.processor, prompt, question.images)
+            made = processor_inputs(self.processor, prompt, [one.picture for one in shown])
         except RefusedPictureError as error:
             raise RefusedPictureError(error.why, question.id) from None
         placed = {key: value.to(self.family.model.device) for key, value in made.items()}

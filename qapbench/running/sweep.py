@@ -337,6 +337,10 @@ class Sweep:
 
 def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], key: str) -> Answer:
     task, doc = question.place
+    marked = [
+        image.model_copy(update={"transparent": transparent})
+        for image, transparent in zip(images, question.transparent, strict=True)
+    ]
     return Answer(
         task=task,
         doc=doc,
@@ -344,7 +348,7 @@ def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], k
         answer=question.answer(outputs),
         outputs=outputs,
         key=key,
-        images=images or None,
+        images=marked or None,
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -27,6 +29,7 @@ from .items import FusionItem, Item, MetricItem, PrunerItem, PTQItem, created, p
 from .text import NameOrPath
 
 Scope = Literal["language", "projector", "vision"]
+WHITE = "#ffffff"
 
 
 def _created(registry: Registry[Any], data: Any, field: str) -> Any:
@@ -193,6 +196,13 @@ class PruneSpec(Strict):
         return f"{self.method} {self.keep}" + (f" + {self.sensitivity}" if self.sensitivity else "")
 
 
+def _colour(value: str) -> str:
+    """A colour as `#rrggbb`, so that equal colours give equal runs."""
+    if not re.fullmatch(r"white|#[0-9A-Fa-f]{6}", value):
+        raise ValueError(f"a colour is 'white' or '#rrggbb', got {value!r}")
+    return WHITE if value == "white" else value.lower()
+
+
 class TaskSpec(Strict):
     """The task that is asked.
 
@@ -205,6 +215,9 @@ class TaskSpec(Strict):
         prompt: name of a prompt that the task knows; None takes its default.
         parser: name of a parser that the task knows; None takes its default.
         answers: "letter" takes the most likely option letter from one prefill; "generate" generates text and parses it.
+        background: colour that transparent pixels of images are put on, "white" or "#rrggbb" (in quotes, since YAML
+            takes what follows a # for a comment). None gives them the colour that is stored below them, as LLaVA's code
+            does.
     """
 
     name: NameOrPath
@@ -214,6 +227,7 @@ class TaskSpec(Strict):
     prompt: NameOrPath | None = None
     parser: NameOrPath | None = None
     answers: Literal["letter", "generate"] = "letter"
+    background: Annotated[str, AfterValidator(_colour)] | None = None
 
     @property
     def names_file(self) -> bool:
@@ -324,6 +338,8 @@ class RunSpec(Strict):
         fields = self.model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins", "dtype"})
         for path in ("data", "include_path"):
             fields["task"].pop(path)
+        if self.task.background is None:  # it came later than runs that are kept
+            fields["task"].pop("background")
         if fields["quantize"] and fields["quantize"]["calibration"]:
             fields["quantize"]["calibration"].pop("data")
         fields["task"] |= task or {}

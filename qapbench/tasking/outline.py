@@ -13,6 +13,7 @@ from qapbench.hashing import digest_file
 from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import CalibrationSpec, TaskSpec
 
+from .images import OnBackground
 from .registry import LETTER, TaskSource, tasks
 from .task_file import TaskFile
 
@@ -35,6 +36,7 @@ class TaskOutline:
         source: source of a registered task, or the user's own YAML file of one; None for a task that comes with
             lm-eval, whose version identifies it.
         stored_parser: name of the parser for outputs that another code base stored; None if there is none.
+        background: the colour that transparent pixels of images are put on, `#rrggbb`; None for none.
     """
 
     name: str
@@ -49,6 +51,7 @@ class TaskOutline:
     letter: bool
     source: TaskSource | TaskFile | None = None
     stored_parser: str | None = None
+    background: str | None = None
 
     @cached_property
     def ids(self) -> list[str]:
@@ -68,6 +71,11 @@ class TaskOutline:
         """
         image = self.docs[doc].get("image")
         return [] if image is None else [image]
+
+    def shown(self, images: Sequence[Any]) -> list[Any]:
+        """Images of a document as the model is shown them: on the background that the spec names, if it names one."""
+        background = self.background
+        return list(images) if background is None else [OnBackground(image, background) for image in images]
 
 
 def read_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
@@ -128,6 +136,7 @@ def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
         letter=letter,
         source=source,
         stored_parser=metadata.get("stored_parser"),
+        background=spec.background,
     )
 
 

@@ -155,6 +155,7 @@ def _load_from_lm_eval(spec: TaskSpec, own: TaskFile | None) -> LoadedTask:
         count=count,
         letter=letter,
         source=own,
+        background=spec.background,
         task=task,
     )
 
