@@ -22,6 +22,7 @@ from qapbench.receipt import ImageTokens
 from qapbench.records.answer import Answer
 from qapbench.records.record import Record
 from qapbench.spec.run_spec import TaskSpec
+from qapbench.tasking.images import decoded
 from qapbench.tasking.outline import TaskOutline, read_outline
 from qapbench.tasking.registry import own_tasks
 
@@ -160,7 +161,8 @@ class _Sources:
         shown["truth"] = text(doc.get("letter"))
         if doc.get("image") is not None:
             try:
-                picture = seen_image(doc["image"].load(), self._processor(text(run.record.spec.get("model"))))
+                image = decoded(*task.shown([doc["image"]]))
+                picture = seen_image(image, self._processor(text(run.record.spec.get("model"))))
                 shown["image"], shown["square"] = data_uri(picture), picture.width == picture.height
             except UserError as error:
                 self._miss(f"an image cannot be read: {error}")

@@ -69,7 +69,8 @@ def with_ranking(row: Row, ranking: Ranking, rows: Sequence[Row], start: int, mo
         moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
     """
     against: dict[str, Versus] = {k: versus(one, rows, start) for k, one in (ranking.against or {}).items()}
-    return replace(row, rank=ranking.rank, among=ranking.among, against=against, moved=moved)
+    found = {"rank": ranking.rank, "among": ranking.among, "left_out": ranking.left_out}
+    return replace(row, **found, against=against, moved=moved)
 
 
 def versus(against: Against, rows: Sequence[Row], start: int) -> Versus:

@@ -121,6 +121,9 @@ class Row:
         by_task: label of a task -> how the row stands in it, on a page on which some run asked several tasks. There no
             rank and no comparison is over all of them.
         relative: the relative average over tasks, on such a page.
+        transparent: number of images with transparent pixels.
+        unanswered: number of questions that could not be asked.
+        left_out: number of questions that its rank and comparisons leave out, because not all rows were asked them.
     """
 
     kind: str = "run"
@@ -150,6 +153,9 @@ class Row:
     moved: str = ""
     by_task: dict[str, Standing] = field(default_factory=dict)
     relative: Score | None = None
+    transparent: int = 0
+    unanswered: int = 0
+    left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data. What there is only on a page with several tasks is left out elsewhere."""
@@ -297,6 +303,8 @@ def from_record(record: Record) -> Row:
         run_id=record.run_id,
         created=record.created,
         stand_in=bool(stand_in_notes(record)),
+        transparent=record.receipt.transparent,
+        unanswered=len(record.unanswered),
     )
 
 

@@ -22,6 +22,7 @@ class ImageTokens(BaseModel):
         merged: number of tokens that were made from several.
         separators: number of tokens that the model adds itself (new lines) and that stayed.
         layers: tokens that each layer of the decoder received, if tokens are dropped inside it; else empty.
+        transparent: whether the image has transparent pixels.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -31,6 +32,7 @@ class ImageTokens(BaseModel):
     merged: int = 0
     separators: int = 0
     layers: list[int] = Field(default_factory=list)
+    transparent: bool = False
 
     @property
     def pruned(self) -> bool:
@@ -40,8 +42,8 @@ class ImageTokens(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The counts as plain data, without empty fields."""
         pruned = {} if self.kept is None else {"kept": self.kept, "merged": self.merged}
-        more: dict[str, Any] = {"separators": self.separators} if self.separators else {}
-        return {"available": self.available, **pruned, **more, **({"layers": self.layers} if self.layers else {})}
+        more = {name: getattr(self, name) for name in ("separators", "layers", "transparent")}
+        return {"available": self.available, **pruned, **{name: value for name, value in more.items() if value}}
 
 
 class ReceiptFields(BaseModel):
@@ -69,6 +71,7 @@ class ReceiptFields(BaseModel):
             images. They are not part of the budget.
         relevance_sign: which sign of the similarity between image and question counts as relevance, and why; None for a
             pruner that compares no similarity.
+        transparent: number of images with transparent pixels.
     """
 
     quantization: str | None = None
@@ -88,6 +91,7 @@ class ReceiptFields(BaseModel):
     calibration: CalibrationUse | None = None
     separators: int = 0
     relevance_sign: str | None = None
+    transparent: int = 0
 
 
 class Receipt(ReceiptFields):
@@ -117,12 +121,13 @@ class Receipt(ReceiptFields):
 
     def recount(self, images: Iterable[ImageTokens]) -> None:
         """Count images anew, from what was stored with answers, so that those of earlier sessions are counted too."""
-        self.images = self.available = self.kept = self.merged = self.separators = 0
+        self.images = self.available = self.kept = self.merged = self.separators = self.transparent = 0
         self.least = self.most = None
         self.layers = []
         for image in images:
             kept = image.available if image.kept is None else len(image.kept)
             self.saw_image(image.available, kept, image.merged, image.separators, image.layers)
+            self.transparent += image.transparent
 
     def fall_back(self, what: str) -> None:
         """Note that something was done otherwise than asked. The same note is kept only once."""
@@ -182,6 +187,8 @@ class Receipt(ReceiptFields):
             lines = f" and {t['separators']:g} separators" if self.separators else ""
             layers = f" in the last layer, {t['layer_mean']:.4g} on the average of layers" if self.layers else ""
             parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}{lines}{layers}")
+        if self.transparent:
+            parts.append(f"{self.transparent} transparent picture(s)")
         if self.fallbacks:
             parts.append(f"{len(self.fallbacks)} fallback(s)")
         return "; ".join(parts)

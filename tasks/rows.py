@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from PIL import Image
 
+    from qapbench.tasking.images import Decoded
+
 WHERE = ("task", "data")
 REQUIRED = ("image", "question", "choices", "answer", "hint", "subject", "grade")
 KINDS = {
@@ -76,7 +78,14 @@ class LazyImage:
             raise UserError(Problem(f"{self}: cannot read {cell['path']!a}: {why}", WHERE)) from None
 
     def load(self) -> Image.Image:
-        """Decode the image to RGB, upright; see `qapbench.tasking.images.as_rgb`.
+        """Decode the image to RGB, upright; see `decode`."""
+        return self.decode().picture
+
+    def decode(self, background: str | None = None) -> Decoded:
+        """Decode the image; see `qapbench.tasking.images.as_rgb`.
+
+        Args:
+            background: the colour that transparent pixels are put on, `#rrggbb`.
 
         Raises:
             UserError: if the bytes cannot be read, or are not an image.
@@ -87,7 +96,7 @@ class LazyImage:
 
         try:
             with Image.open(io.BytesIO(self.encoded())) as image:
-                return as_rgb(image)
+                return as_rgb(image, background)
         except UnreadablePictureError as error:
             message = error.problems[0].message
         except UnidentifiedImageError:  # its message holds a memory address

@@ -59,7 +59,8 @@ function versusTable(row) {
     `${signed(one.low)} … ${signed(one.high)}`,
     one.gained === null ? "unpaired" : `+${one.gained} −${one.lost}`, shortP(one.p), shortP(one.q),
   ]);
-  const rank = row.rank === null ? null : make("p", "", `Rank ${row.rank} among ${plural(row.among, "row")} on the same questions.`);
+  const rank = row.rank === null ? null : make("p", "", `Rank ${row.rank} among ${plural(row.among, "row")} on the same questions`
+    + (row.left_out ? `, without ${row.left_out} that not all of them were asked.` : "."));
   const moved = row.moved ? make("div", "banner", row.moved) : null;
   return section("Comparisons", rank, moved,
     grid(["Against", "Row", "Points", "95 % interval", "Flips", "p", "q"], lines, [2, 3, 4, 5, 6]));

@@ -16,10 +16,11 @@ from qapbench.errors import Problem, UserError
 from qapbench.receipt import Receipt
 from qapbench.records.answer import Answer
 from qapbench.records.intact import damage, lines_in_words, read_scored_questions
-from qapbench.records.record import MOST, SCHEMA, SCORED, ColumnScore, Record, read_record
+from qapbench.records.record import MOST, SCHEMA, SCORED, ColumnScore, Record, Unanswered, read_record
 from qapbench.records.store import ANSWERS, answers_of
 from qapbench.records.tally import tally
 from qapbench.running.notes import labels
+from qapbench.running.refusals import most
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.registry import own_tasks
 from qapbench.tasking.tasks import LoadedTask, load_task
@@ -71,11 +72,12 @@ def check_record(path: Path, data: str | None = None) -> CheckResult:
         *(damage(folder, record, moved=True).values() if record.files else ()),
         *_check_identity(record, spec, task, folder),
         *([f"{ANSWERS} is damaged in {lines_in_words(stored.damaged)}"] if stored.damaged else ()),
-        *_check_answers(answers, task, folder),
+        *_check_answers(answers, task, folder, record.unanswered),
     ]
     if not problems:
         report.passed += [f"run id follows from spec, data and fingerprints ({record.run_id})"]
-        report.passed += [f"{len(answers)} stored answers, one for each question"]
+        which = f"; {len(record.unanswered)} could not be asked" if record.unanswered else ""
+        report.passed += [f"{len(answers)} stored answers, one for each question{which}"]
         problems += _check_scores(record, task, answers, folder)
         problems += _check_receipt(record, spec, answers)
     if problems:
@@ -124,14 +126,27 @@ def _check_identity(record: Record, spec: RunSpec, task: LoadedTask, folder: Pat
     return problems
 
 
-def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path) -> list[str]:
-    """Whether the stored answers cover each question of the task exactly once, under the id that the data give it."""
+def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path, unanswered: list[Unanswered]) -> list[str]:
+    """Whether the stored answers cover each question of the task exactly once, under the id that the data give it.
+
+    Args:
+        answers: the stored answers.
+        task: the task.
+        folder: the run's folder.
+        unanswered: the questions that the record says could not be asked.
+    """
     if not answers:
         return [f"{ANSWERS} is missing or empty in {folder}"]
-    if sorted(answer.doc for answer in answers) != list(range(task.count)):
+    told = [one.doc for one in unanswered]
+    if sorted([*told, *(answer.doc for answer in answers)]) != list(range(task.count)):
         return [f"{ANSWERS} does not answer each of the {task.count} questions once"]
-    wrong = [answer for answer in answers if answer.id != task.ids[answer.doc]]
-    return [f"{ANSWERS}: question {wrong[0].doc} has another id in the data"] if wrong else []
+    if len(unanswered) > most(task.count):
+        return [f"unanswered: {len(unanswered)} questions, where a run may leave out {most(task.count)}"]
+    if any(not task.images(doc) for doc in told):
+        return ["unanswered: a question without an image can be asked of every model"]
+    wrong = [one for one in (*answers, *unanswered) if one.id != task.ids[one.doc]]
+    where = ANSWERS if wrong and wrong[0] in answers else "unanswered"
+    return [f"{where}: question {wrong[0].doc} has another id in the data"] if wrong else []
 
 
 def _check_scores(record: Record, task: LoadedTask, answers: list[Answer], folder: Path) -> list[str]:
@@ -205,6 +220,9 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
     given = record.tokens.model_dump() if record.tokens else {}
     if any(not _close(given.get(name), value) for name, value in counted.tokens.items()):
         problems.append("tokens are not those of the stored answers")
+    if counted.transparent != record.receipt.transparent:
+        said = f"{record.receipt.transparent} transparent pictures, the stored answers give {counted.transparent}"
+        problems.append(f"receipt: {said}")
     if spec.prune and counted.most is not None:
         few = counted.most < min(spec.prune.keep, counted.available // counted.images)
         many = (

@@ -148,6 +148,7 @@ class Comparison:
         gained: ids of the questions that only the second run answered right, in the overall column.
         lost: ids of the questions that only the first run answered right.
         untested: a sentence for each column that both runs have and that no test can pair by question.
+        alone: number of questions that only one of the runs answered, which are left out of everything else.
     """
 
     first: str
@@ -156,6 +157,14 @@ class Comparison:
     gained: list[str]
     lost: list[str]
     untested: list[str] = field(default_factory=list)
+    alone: int = 0
+
+    @property
+    def left_out(self) -> str:
+        """A sentence on the questions that only one of the runs answered; "" if there are none."""
+        if not self.alone:
+            return ""
+        return f"Paired on the questions that both answered: {self.alone} that only one of them answered left out."
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain data."""
@@ -167,6 +176,7 @@ class Comparison:
             "gained": self.gained,
             "lost": self.lost,
             "untested": self.untested,
+            "alone": self.alone,
         }
 
 
@@ -259,9 +269,9 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
     """
     if not first.parts and not second.parts:
         differences, gained, lost = _differences(first, second, seed)
-        untested = _untested(first, second)
+        untested, alone = _untested(first, second), _alone(first, second)
     else:
-        differences, gained, lost, untested = [], [], [], []
+        differences, gained, lost, untested, alone = [], [], [], [], 0
         labels = [label for label in first.tasks if label in second.tasks]
         if not labels:
             raise UserError(f"'{first.name}' and '{second.name}' have no task in common")
@@ -274,7 +284,8 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
             differences += [replace(found[OVERALL], column=label)]
             gained += [place_in(label, question) for question in more]
             lost += [place_in(label, question) for question in less]
-    return Comparison(first.name, second.name, corrected(differences), gained, lost, untested)
+            alone += _alone(one, other)
+    return Comparison(first.name, second.name, corrected(differences), gained, lost, untested, alone)
 
 
 def _differences(first: Scored, second: Scored, seed: int) -> tuple[list[Difference], list[str], list[str]]:
@@ -298,6 +309,11 @@ def _differences(first: Scored, second: Scored, seed: int) -> tuple[list[Differe
             pair = np.array([(first.rows[q][name], second.rows[q][name]) for q in asked], dtype=np.float64)
             differences.append(paired_difference(name, pair, seed))
     return differences, *flipped(first, second, str(score))
+
+
+def _alone(first: Scored, second: Scored) -> int:
+    """Number of questions that only one of two runs of one task answered."""
+    return len(first.rows.keys() ^ second.rows.keys())
 
 
 def _untested(first: Scored, second: Scored) -> list[str]:

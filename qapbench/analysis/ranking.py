@@ -47,11 +47,13 @@ class Ranking:
         among: number of rows that were ranked together, this one included.
         against: comparison with each reference. "dense" is the row's quantizer without pruning, "semantic" is its
             pruner without sensitivity.
+        left_out: number of questions that not all of these rows could be asked. Rank and comparisons are on the others.
     """
 
     rank: int | None = None
     among: int = 0
     against: dict[Kind, Against] | None = None
+    left_out: int = 0
 
     def get(self, kind: Kind) -> Against | None:
         """The comparison with one reference; None if the row has no such reference."""
@@ -61,7 +63,8 @@ class Ranking:
 def rankings(runs: Sequence[Scored | None]) -> list[Ranking]:
     """The ranking of each run; an empty one for a run without scores.
 
-    Runs are compared if they answered the same questions of the same data. Benjamini-Hochberg is applied separately to
+    Runs are compared if they were to answer the same questions of the same data, on those that all of them answered.
+    Benjamini-Hochberg is applied separately to
     two families of tests: all pairs of such a group, which give the ranks, and all comparisons with references.
     """
     return corrected_together(_ranked(runs))
@@ -88,9 +91,12 @@ def _ranked(runs: Sequence[Scored | None]) -> list[Ranking]:
     for index, run in enumerate(runs):
         if run is not None and run.score and run.rows:
             data = run.record.fingerprints.get("data")
-            groups.setdefault((data, run.score, frozenset(run.rows)), []).append(index)
-    for (_, overall, questions), members in groups.items():
-        order = sorted(questions)
+            asked = run.rows.keys() | {question.id for question in run.record.unanswered}
+            groups.setdefault((data, run.score, frozenset(asked)), []).append(index)
+    for (_, overall, asked), members in groups.items():
+        order = sorted(asked.intersection(*(_at(runs, i).rows for i in members)))
+        if not order:
+            continue
         right = _scores([_at(runs, i) for i in members], overall, order)
         ranks = paired_ranks(right)
         references = _references([_at(runs, i).record for i in members])
@@ -100,8 +106,9 @@ def _ranked(runs: Sequence[Scored | None]) -> list[Ranking]:
                 for kind, other in references[place].items()
             }
             # A group of one, such as a row that `--fast` stopped on questions of its own, has no rank.
-            found[index] = Ranking(ranks[place] if len(members) > 1 else None, len(members), against)
-    return corrected_together(found)
+            rank = ranks[place] if len(members) > 1 else None
+            found[index] = Ranking(rank, len(members), against, len(asked) - len(order))
+    return found
 
 
 def _scores(runs: Sequence[Scored], column: str, order: Sequence[str]) -> np.ndarray:

@@ -51,13 +51,14 @@ def compare(
     for damage in dict.fromkeys(run.damage for run in (one, other) if run.damage):
         err.print(f"[yellow]warning:[/] {escape(damage)}", highlight=False, soft_wrap=True)
     comparison = paired.compare(one, other)
+    notes = [*comparison.untested, *filter(None, [comparison.left_out]), *paired.caveats(one, other)]
     if as_json:
-        typer.echo(json.dumps({**comparison.to_json(), "notes": paired.caveats(one, other)}))
+        typer.echo(json.dumps({**comparison.to_json(), "notes": notes}))
     else:
         out.print(comparison_table(comparison, out.width))
         if flips and (comparison.gained or comparison.lost):
             out.print(flips_table(comparison, [one.answers(), other.answers()], flips))
-        print_notes([*comparison.untested, *paired.caveats(one, other)])
+        print_notes(notes)
 
 
 def score(

@@ -90,10 +90,10 @@ class AnyResFamily(TowerFamily):
         rows = torch.full_like(separators, WHOLE, dtype=torch.long)
         whole = torch.arange(tiles.count, device=features.device)
         views = [Views(tiles[0], [owner], whole[None])]
-        if not math.prod(tiling):
+        lines = int(separators.sum())
+        if not math.prod(tiling) or not lines:  # the padding of a very slim image leaves no line of its tiles
             return EncodedImage(features, separators, rows), views
         side = math.isqrt(tiles.count)
-        lines = int(separators.sum())
         width = (len(features) - tiles.count) // lines
         canvas = torch.arange(tiles.count, len(features), device=features.device).view(lines, width)
         rows[tiles.count :] = torch.arange(lines, device=features.device).repeat_interleave(width)

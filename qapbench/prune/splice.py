@@ -131,10 +131,11 @@ def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:
 
 
 def _separators(image: EncodedImage, places: Tensor) -> Tensor:
-    """Places of the separators whose line still has a token at one of `places`."""
+    """Places of the separators whose line still has a token at one of `places`, or never had one."""
     if image.separators is None or image.rows is None:
         return places[:0]
     alive = torch.isin(image.rows, image.rows[places].unique())
+    alive |= ~torch.isin(image.rows, image.rows[~image.separators].unique())
     return (image.separators & alive).nonzero()[:, 0]
 
 

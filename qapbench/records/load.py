@@ -69,10 +69,10 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
     Args:
         runs: folder of the results. With `by="run"`, also records.
         by: "run" gives one row per run: name, model, quantization, pruner, budget, measured tokens, the accuracy,
-            interval and counts of every column, seconds and receipt. "question" gives one row per question of each run:
-            run_id, name, task, id, doc, answer, tokens (kept and merged, summed over its images; None without an
-            image), and one column per score. A run of several tasks is there as its runs of one task each. A run whose
-            answers or scores are damaged is left out with a warning.
+            interval and counts of every column, seconds, receipt, and number of questions that could not be asked.
+            "question" gives one row per question of each run: run_id, name, task, id, doc, answer, tokens (kept and
+            merged, summed over its images; None without an image), and one column per score. A run of several tasks is
+            there as its runs of one task each. A run whose answers or scores are damaged is left out with a warning.
 
     Raises:
         UserError: `by` is neither of them, or questions are asked for and `runs` is not a folder.
@@ -120,7 +120,8 @@ def _row(record: Record) -> dict[str, Any]:
         row[column.name] = column.value
         row |= {f"{column.name} {part}": getattr(column, part) for part in ("k", "n", "low", "high")}
     row |= {"unparsed": record.scores.unparsed.k, "seconds": record.timing.seconds}
-    return row | {"receipt": record.receipt.summary, "stopped": record.stopped is not None}
+    row |= {"receipt": record.receipt.summary, "stopped": record.stopped is not None}
+    return row | {"unanswered": len(record.unanswered)}
 
 
 def _task_name(record: Record) -> str | None:

@@ -264,6 +264,20 @@ class Stopped(Part):
     bound: str
 
 
+class Unanswered(Part):
+    """A question that could not be asked.
+
+    Attributes:
+        id: the question's id in the data.
+        doc: number of the document.
+        why: what the model's processor refuses of its pictures.
+    """
+
+    id: str
+    doc: Count
+    why: str
+
+
 class Record(Part):
     """The record of one run.
 
@@ -286,6 +300,7 @@ class Record(Part):
         stopped: why the run was stopped; None if it answered all questions.
         parts: the results by task, if the run asked several. `scores` then has one column per task, which is the task's
             score.
+        unanswered: the questions that could not be asked; the scores are of the others.
     """
 
     schema_version: Annotated[Literal[3], Field(alias="schema")] = 3
@@ -306,6 +321,7 @@ class Record(Part):
     notes: list[str] = Field(default_factory=list)
     stopped: Stopped | None = None
     parts: list[TaskPart] | None = None
+    unanswered: list[Unanswered] = Field(default_factory=list)
 
     @property
     def score(self) -> ColumnScore | None:
@@ -314,8 +330,11 @@ class Record(Part):
         return named or next(reversed(self.scores.columns), None)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain data, as it is stored; fields without a value are left out."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        """The record as plain data, as it is stored. Fields without a value are left out, and an empty `unanswered`."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if not self.unanswered:
+            del data["unanswered"]
+        return data
 
     def made_alike(self, other: Record) -> bool:
         """Whether two records say the same of one run, apart from when, where and how fast it was made."""

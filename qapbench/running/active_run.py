@@ -60,14 +60,13 @@ class ActiveRun:
         """Hash of how the run prunes; None if it does not. Equal keys select equal tokens of equal images."""
         return prune_key(self.spec)
 
-    def open(self, questions: Sequence[Question]) -> None:
+    def open(self, questions: Sequence[Question], first: Question) -> None:
         """Read which questions are answered.
 
         Args:
-            questions: all questions. The answer to the first one counts only if the receipt that is measured with it is
-                stored too.
+            questions: all questions.
+            first: the one that the receipt is measured with. Its answer counts only if the receipt is stored too.
         """
-        first = questions[0]
         self.have = set(self.answers(questions))
         stored = stored_receipt(self.planned.folder / RECEIPT)
         if stored is None or stored.group != self.planned.group:  # it is measured again, at the cost of one question

@@ -193,7 +193,8 @@ class Execution:
         questions = self.session.questions(spec)
         pool = WorkerPool(self.session, active_runs)
         stopped: dict[str, Verdict] = {}
-        if fast_first and len(some := fast.subset(questions)) < len(questions):
+        some = fast.subset(questions) if fast_first else questions
+        if len(some) < len(questions):
             pool.answer(active_runs, some)
             rights = [self._rights(active, task, processor, some) for active in active_runs]
             stopped = fast.stopped(active_runs, rights)
@@ -208,9 +209,10 @@ class Execution:
         for active in active_runs:
             verdict = stopped.get(active.planned.id)
             had = active.answers(questions)
-            asked = [question for question in questions if question.place in had] if verdict else questions
+            asked = [q for q in questions if q.refused is None and (q.place in had or not verdict)]
+            refused = [q for q in (some if verdict else questions) if q.refused is not None]
             why = verdict.record(len(asked), len(questions)) if verdict else None
-            record = scoring.finish(active, task, asked, processor, machine, device, why, pool.peak)
+            record = scoring.finish(active, task, asked, refused, processor, machine, device, why, pool.peak)
             _write_unless_kept(active.planned.folder, record.named(active.spec.name))
 
     def _rights(self, active: ActiveRun, task: LoadedTask, processor: Any, asked: Sequence[Any]) -> dict[str, bool]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.methods.kinds import fusions, metrics, pruners
 from qapbench.methods.registry import Registry
 from qapbench.receipt import Receipt
+from qapbench.records.record import Unanswered
 from qapbench.spec.items import Item
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
+
+SHOWN = 5  # questions that a note names
 
 
 def chance(task: TaskOutline) -> float | None:
@@ -42,15 +46,16 @@ def labels(spec: RunSpec) -> dict[str, str]:
     return shown
 
 
-def notes(spec: RunSpec, task: TaskOutline, receipt: Receipt) -> list[str]:
-    """What a reader of the numbers has to know: stand-ins for model or data, and fallbacks.
+def notes(spec: RunSpec, task: TaskOutline, receipt: Receipt, unanswered: Sequence[Unanswered] = ()) -> list[str]:
+    """What a reader of the numbers has to know: stand-ins for model or data, questions left out, and fallbacks.
 
     Args:
         spec: the run.
         task: the run's task.
         receipt: the run's receipt, whose fallbacks are listed.
+        unanswered: the questions that could not be asked.
     """
-    said = []
+    said: list[str] = []
     checkpoint = find_checkpoint(spec.model)
     if checkpoint.embedded:
         said.append(
@@ -63,4 +68,34 @@ def notes(spec: RunSpec, task: TaskOutline, receipt: Receipt) -> list[str]:
             said.append(f"{spec.model} was never trained for {task.name}: expect accuracy near chance.")
     if task.stand_in:
         said.append(f"Stand-in data: {task.stand_in}")
+    if receipt.transparent:
+        said.append(_transparent(receipt, spec.task.background))
+    if unanswered:
+        said.append(_left_out(unanswered))
     return said + [f"Fallback: {what}" for what in receipt.fallbacks]
+
+
+def _left_out(unanswered: Sequence[Unanswered]) -> str:
+    """A sentence on the questions that could not be asked, of which the first few are named."""
+    listed = ", ".join(f"'{one.id}'" for one in unanswered[:SHOWN])
+    more = f" and {len(unanswered) - SHOWN} more" if len(unanswered) > SHOWN else ""
+    return (
+        f"Not answered: {counted(len(unanswered), 'question')} whose pictures the model's processor refuses "
+        f"({listed}{more}). The scores are of the others."
+    )
+
+
+def _transparent(receipt: Receipt, background: str | None) -> str:
+    """A sentence on the images with transparent pixels, and on the colour that these have."""
+    colour = f"are put on {background} (task.background)"
+    if background is None:
+        colour = (
+            "have the colour that is stored below them, often black, as in LLaVA's code (`task.background: white` puts "
+            "them on white)"
+        )
+    return f"Transparent pictures: {receipt.transparent} of {counted(receipt.images, 'image')}; their pixels {colour}."
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 question" or "2 questions"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

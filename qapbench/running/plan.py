@@ -106,6 +106,8 @@ def group_key(spec: RunSpec, content: dict[str, str]) -> str:
     """
     quantize = spec.quantize.model_dump(mode="json") if spec.quantize else None
     parts: list[Any] = [quantize, spec.seed, about(content, OF_TEXT)]
+    if spec.quantize and spec.quantize.calibration and spec.task.background:  # its samples are shown on it too
+        parts.append(spec.task.background)
     if spec.quantize and spec.quantize.calibration and spec.quantize.calibration.pruned and spec.prune:
         parts += [spec.prune.model_dump(mode="json"), about(content, OF_PRUNING)]
     return digest_json(parts)

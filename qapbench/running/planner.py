@@ -156,7 +156,10 @@ class Planner:
             record = None
         stopped = record is not None and record.stopped is not None
         done = record is not None and not stopped
-        answered = task.count if done else _answered(folder, told=bool(damaged) or fresh)
+        if record is not None and done:
+            answered = task.count - len(record.unanswered)
+        else:
+            answered = _answered(folder, told=bool(damaged) or fresh)
         group = group_key(spec, content)
         names = tuple(damaged)
         return Planned(

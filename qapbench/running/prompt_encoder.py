@@ -12,7 +12,8 @@ from qapbench.models import Family
 from qapbench.models.encoded import EncodedImages
 from qapbench.prune.prompt import Memo, PrunedPrompt, unpruned
 from qapbench.prune.pruning import Pruning
-from qapbench.tasking.questions import Question, processor_inputs
+from qapbench.tasking.images import decode
+from qapbench.tasking.questions import Question, RefusedPictureError, processor_inputs
 
 from .plan import PruneKey
 
@@ -57,6 +58,9 @@ class PromptEncoder:
             question: the question, whose images are encoded.
             prompt: text of the prompt.
             prune_keys: keys of `prunings`, or None for every token.
+
+        Raises:
+            RefusedPictureError: the processor does not accept the question's pictures.
         """
         with self.stage("prompt"):
             inputs = self.inputs(question, prompt)
@@ -72,8 +76,19 @@ class PromptEncoder:
             return {key: self._pruned(key, inputs, encoded, question, memo) for key in prune_keys}
 
     def inputs(self, question: Question, prompt: str) -> dict[str, Any]:
-        """The model's keyword arguments for a prompt of the question, on the model's device, with an attention mask."""
-        made = processor_inputs(self.processor, prompt, question.images)
+        """The model's keyword arguments for a prompt of the question, on the model's device, with an attention mask.
+
+        Its images are decoded, and `question.transparent` is set.
+
+        Raises:
+            RefusedPictureError: the processor does not accept the question's pictures.
+        """
+        shown = [decode(image) for image in question.images]
+        question.transparent = tuple(one.transparent for one in shown)
+        try:
+            made = processor_inputs(self.processor, prompt, [one.picture for one in shown])
+        except RefusedPictureError as error:
+            raise RefusedPictureError(error.why, question.id) from None
         placed = {key: value.to(self.family.model.device) for key, value in made.items()}
         return {"attention_mask": torch.ones_like(placed["input_ids"]), **placed}
 

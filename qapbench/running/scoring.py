@@ -20,6 +20,7 @@ from qapbench.records.record import (
     TaskRecord,
     Timing,
     TokenCounts,
+    Unanswered,
 )
 from qapbench.records.store import write_lines
 from qapbench.records.tally import tally
@@ -36,6 +37,7 @@ def finish(
     active: ActiveRun,
     task: LoadedTask,
     questions: Sequence[Question],
+    refused: Sequence[Question],
     processor: Any,
     machine: Mapping[str, Any],
     device: torch.device,
@@ -48,6 +50,7 @@ def finish(
         active: the run.
         task: the run's task.
         questions: the questions that it had to answer, in the order of the work.
+        refused: those that it could not be asked, because the model's processor refuses their pictures.
         processor: the model's processor.
         machine: entries of the record's environment besides versions and device.
         device: the device that holds the model.
@@ -56,7 +59,7 @@ def finish(
     """
     planned, spec = active.planned, active.spec
     answers = active.store.arrange(place_among(questions), [question.place for question in questions])
-    docs = None if stopped is None else sorted(answer.doc for answer in answers)
+    docs = sorted(answer.doc for answer in answers) if stopped or refused else None
     scored = score(answers, task, processor, spec.seed, docs)
     receipt = active.read_receipt(answers)
     write_lines(planned.folder / SCORED, scored.questions)
@@ -65,7 +68,10 @@ def finish(
     scores = tally(metrics, scored.columns, task.unavailable, scored.figures).to_json()
     for column in scores["columns"]:
         column |= {"lower": True} if column["name"] in task.lower else {}
-    said = notes(spec, task, receipt)
+    unanswered = sorted(
+        (Unanswered(id=q.id, doc=q.place[1], why=q.refused or "") for q in refused), key=lambda one: one.doc
+    )
+    said = notes(spec, task, receipt, unanswered)
     return Record(
         run_id=planned.id,
         text_key=planned.text_key,
@@ -90,6 +96,7 @@ def finish(
         ),
         notes=[stopped.bound, *said] if stopped else said,
         stopped=stopped,
+        unanswered=unanswered,
     )
 
 

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qapbench.hashing import add_tensor
@@ -22,13 +22,14 @@ from qapbench.receipt import ImageTokens, Receipt
 from qapbench.records.answer import Answer
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.images import UnreadablePictureError, check_pictures
-from qapbench.tasking.questions import Question
+from qapbench.tasking.questions import Question, RefusedPictureError
 
 from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results, worker_of
 from .batches import BatchRunner, Row
 from .feature_cache import FeatureCache
 from .plan import PruneKey
 from .prompt_encoder import PromptEncoder
+from .refusals import left_out
 from .session import Session
 
 Prompts = dict[str, dict[PruneKey, PrunedPrompt]]
@@ -48,18 +49,20 @@ def answer_runs(
         share: (index, number) of the part of the questions that this process answers.
 
     Returns:
-        The peak memory of this process.
+        The peak memory of this process. Questions that were refused say so themselves.
 
     Raises:
         NotQuantizedError: a run asks for quantization that never reached a matmul.
+        RunFailedError: more questions are refused than a run may leave out.
     """
     questions = session.questions(runs[0].spec)
+    sweep = Sweep(session, questions, runs, limit=MEMORY // share[1])
     mine = [
         question
         for index, question in enumerate(questions)
-        if (docs is None or question.place[1] in docs) and worker_of(question, index, share[1]) == share[0]
+        if (docs is None or question.place[1] in docs or question is sweep.first)
+        and worker_of(question, index, share[1]) == share[0]
     ]
-    sweep = Sweep(session, questions, runs, limit=MEMORY // share[1])
     with contextlib.closing(sweep.feature_cache):
         sweep.answer(mine)
     return peak_memory(session.settings.device)
@@ -72,9 +75,15 @@ class Sweep:
 
     Args:
         session: holds the model and the settings.
-        questions: questions of the task, in the order of the work. Receipts are measured with the first one.
+        questions: questions of the task, in the order of the work.
         active_runs: the runs.
         limit: bytes of pruned prompts that are kept in memory for later groups.
+
+    Attributes:
+        first: the first question that the model's processor accepts. Receipts are measured with it.
+
+    Raises:
+        RunFailedError: the processor refuses more questions than a run may leave out.
     """
 
     def __init__(
@@ -92,8 +101,9 @@ class Sweep:
         self.feature_cache = FeatureCache(limit, settings.runs if settings.spill else None)
         self.batch_runner = BatchRunner(self.family, self.processor, settings.batch_size, spec.seed)
         self._flushed = time.monotonic()
+        self.first = self._first()
         for active in active_runs:
-            active.open(questions)
+            active.open(questions, self.first)
 
     def answer(self, asked: Sequence[Question] | None = None) -> None:
         """Answer questions for every run that has not answered them.
@@ -113,9 +123,37 @@ class Sweep:
         waiting = list(groups.values())
         while waiting:
             runs = waiting.pop(0)
-            missing = [q for q in asked if any(q.place not in active.have for active in runs)]
+            missing = [q for q in asked if q.refused is None and any(q.place not in active.have for active in runs)]
             if missing:
                 self._answer_group(runs, [active for later in waiting for active in later], missing, encoders)
+
+    def _first(self) -> Question:
+        """The first question that the model's processor accepts: the same in every process and session."""
+        encoder = PromptEncoder(self.family, self.processor, {})
+        for question in self.questions:
+            if not question.images:
+                return question
+            try:
+                with self._naming_unreadable():
+                    encoder.inputs(question, question.prompt)
+                return question
+            except RefusedPictureError as error:
+                self._leave_out(question, error)
+        raise LookupError("no question is left")  # `left_out` raises before
+
+    def _leave_out(self, question: Question, error: RefusedPictureError) -> None:
+        """Note that the model's processor refuses a question."""
+        question.refused = error.why
+        left_out(self.questions)
+
+    @contextlib.contextmanager
+    def _naming_unreadable(self) -> Iterator[None]:
+        """If a picture cannot be decoded, name all that cannot."""
+        try:
+            yield
+        except UnreadablePictureError:
+            check_pictures((one.id, one.images) for one in self.questions)
+            raise
 
     # -- one quantized model --
 
@@ -179,7 +217,13 @@ class Sweep:
             receipt: measures the quantized model.
             known: results of this group's earlier runs by content key.
         """
-        encoded = {question.place: self._encode(question, runs, later, encoder) for question in window}
+        encoded: dict[tuple[str, int], Prompts] = {}
+        for question in window:
+            try:
+                encoded[question.place] = self._encode(question, runs, later, encoder)
+            except RefusedPictureError as error:
+                self._leave_out(question, error)
+        window = [question for question in window if question.place in encoded]
         every = [prompt for prompts in encoded.values() for by_key in prompts.values() for prompt in by_key.values()]
         longest = max(map(_length, every), default=1)
         jobs: dict[str, tuple[list[Row], list[ActiveRun]]] = {}
@@ -190,11 +234,11 @@ class Sweep:
                 rows = self.batch_runner.rows(question, prompts)
                 key = _key(active.planned.group, rows)
                 wanted.append((question, active, key))
-                if question.place == self.questions[0].place:
+                if question is self.first:
                     known.pop(key, None)  # receipts are measured on a forward pass, not taken from an earlier run
                 if key not in known:
                     jobs.setdefault(key, (rows, []))[1].append(active)
-        first = [key for question, _, key in wanted if question.place == self.questions[0].place and key in jobs]
+        first = [key for question, _, key in wanted if question is self.first and key in jobs]
         fresh = {key: self._measured(*jobs.pop(key), longest, receipt, encoder) for key in dict.fromkeys(first)}
         fresh |= self._compute(jobs, longest)
         payers: set[str] = set()
@@ -226,11 +270,8 @@ class Sweep:
             lacking = dict.fromkeys(active.prune_key for active in (*now, *then) if active.prune_key not in prompts)
             if any(active.prune_key in lacking for active in now):
                 self.clock.active_runs = [*now, *then]
-                try:
+                with self._naming_unreadable():
                     prompts |= encoder.encode(question, text, lacking)
-                except UnreadablePictureError:
-                    check_pictures((one.id, one.images) for one in self.questions)  # names all of them
-                    raise
                 self.clock.active_runs = runs
             # A prompt that is pruned inside the decoder has no features of its own to keep.
             keys = dict.fromkeys(active.prune_key for active in then)
@@ -296,6 +337,10 @@ class Sweep:
 
 def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], key: str) -> Answer:
     task, doc = question.place
+    marked = [
+        image.model_copy(update={"transparent": transparent})
+        for image, transparent in zip(images, question.transparent, strict=True)
+    ]
     return Answer(
         task=task,
         doc=doc,
@@ -303,7 +348,7 @@ def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], k
         answer=question.answer(outputs),
         outputs=outputs,
         key=key,
-        images=images or None,
+        images=marked or None,
     )
 
 

@@ -21,6 +21,7 @@ from qapbench.errors import RunFailedError
 from qapbench.methods.plugins import load_plugin_file
 from qapbench.tasking.questions import Question
 
+from . import refusals
 from .active_run import ActiveRun
 from .plan import Planned
 from .quiet import no_foreign_bars
@@ -67,8 +68,10 @@ class Order:
     threads: int
 
 
-Done = tuple[dict[str, Cost], dict[str, int]]
-"""Run id -> cost, and the peak memory of the worker."""
+Refused = dict[tuple[str, int], str]
+"""Task and document of a question that the model's processor refuses -> why."""
+Done = tuple[dict[str, Cost], dict[str, int], Refused]
+"""Run id -> cost, the peak memory of the worker, and the questions that were refused."""
 
 
 class WorkerPool:
@@ -99,25 +102,41 @@ class WorkerPool:
             asked: the questions; all if None.
 
         Raises:
-            RunFailedError: a worker process died.
+            RunFailedError: a worker process died, or more questions are refused than a run may leave out.
             NotQuantizedError: a run asks for quantization that never reached a matmul.
         """
         if not active_runs:
             return
         docs = None if asked is None else {question.place[1] for question in asked}
-        workers = self.settings.workers
-        if workers == 1:
+        questions = self.session.questions(active_runs[0].spec)
+        known, found = _refused(questions), Refused()
+        if self.settings.workers == 1:
             self._peak(answer_runs(self.session, active_runs, docs))
-            return
+            found = _refused(questions)
+        else:
+            found = self._in_processes(active_runs, docs)
+        refusals.note(questions, {place: why for place, why in found.items() if place not in known})
+        refusals.left_out(questions)  # all workers together
+
+    def _in_processes(self, active_runs: Sequence[ActiveRun], docs: set[int] | None) -> Refused:
+        """Answer questions in worker processes. The questions that they found to be refused are returned.
+
+        Args:
+            active_runs: the runs.
+            docs: documents to answer; all if None.
+        """
+        workers, found = self.settings.workers, Refused()
         orders = [self._order(active_runs, docs, index) for index in range(workers)]
-        for costs, peak in _processes(orders, self._progress(active_runs)):
+        for costs, peak, refused in _processes(orders, self._progress(active_runs)):
             self._peak(peak)
+            found |= refused
             for run_id, cost in costs.items():
                 active = self.active_runs[run_id]
                 active.answered += cost.answered
                 active.computed += cost.computed
                 for stage, seconds in cost.seconds.items():
                     active.seconds[stage] += seconds / workers
+        return found
 
     def _order(self, active_runs: Sequence[ActiveRun], docs: set[int] | None, index: int) -> Order:
         """The work of the worker with that index."""
@@ -153,9 +172,14 @@ def work(order: Order) -> Done:
     torch.set_num_threads(order.threads)
     active_runs = [ActiveRun(plan) for plan in order.plans]
     with no_foreign_bars():
-        peak = answer_runs(Session(order.settings), active_runs, order.docs, order.share)
+        session = Session(order.settings)
+        peak = answer_runs(session, active_runs, order.docs, order.share)
     costs = {active.planned.id: Cost(active.answered, active.computed, dict(active.seconds)) for active in active_runs}
-    return costs, peak
+    return costs, peak, _refused(session.questions(active_runs[0].spec))
+
+
+def _refused(questions: Sequence[Question]) -> Refused:
+    return {question.place: question.refused for question in questions if question.refused is not None}
 
 
 def _processes(orders: Sequence[Order], report: Callable[[], None]) -> list[Done]:

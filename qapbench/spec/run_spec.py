@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,6 +31,7 @@ from .items import FusionItem, Item, MetricItem, PrunerItem, PTQItem, created, p
 from .text import NameOrPath
 
 Scope = Literal["language", "projector", "vision"]
+WHITE = "#ffffff"
 
 
 def _created(registry: Registry[Any], data: Any, field: str) -> Any:
@@ -195,6 +198,13 @@ class PruneSpec(Strict):
         return f"{self.method} {self.keep}" + (f" + {self.sensitivity}" if self.sensitivity else "")
 
 
+def _colour(value: str) -> str:
+    """A colour as `#rrggbb`, so that equal colours give equal runs."""
+    if not re.fullmatch(r"white|#[0-9A-Fa-f]{6}", value):
+        raise ValueError(f"a colour is 'white' or '#rrggbb', got {value!r}")
+    return WHITE if value == "white" else value.lower()
+
+
 class TaskSpec(Strict):
     """The task that is asked.
 
@@ -209,6 +219,9 @@ class TaskSpec(Strict):
         answers: "letter" takes the most likely option letter from one prefill; "generate" generates text and parses it.
         metric: name of the task's metric that is its score; None takes the overall one of a task of this project, and
             the first one of any other.
+        background: colour that transparent pixels of images are put on, "white" or "#rrggbb" (in quotes, since YAML
+            takes what follows a # for a comment). None gives them the colour that is stored below them, as LLaVA's code
+            does.
     """
 
     name: NameOrPath
@@ -219,6 +232,7 @@ class TaskSpec(Strict):
     parser: NameOrPath | None = None
     answers: Literal["letter", "generate"] = "letter"
     metric: NameOrPath | None = None
+    background: Annotated[str, AfterValidator(_colour)] | None = None
 
     @property
     def names_file(self) -> bool:
@@ -360,6 +374,8 @@ class RunSpec(Strict):
         fields = self.model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins", "dtype"})
         for path in ("data", "include_path"):
             fields["task"].pop(path)
+        if self.task.background is None:  # it came later than runs that are kept
+            fields["task"].pop("background")
         if fields["quantize"] and fields["quantize"]["calibration"]:
             fields["quantize"]["calibration"].pop("data")
         if fields["task"]["metric"] is None:  # as in versions that had no such field

@@ -153,7 +153,7 @@ def _parse_change(text: str) -> tuple[str, Any]:
     if why := unfit(key):
         raise UserError(f"--set {shown(key)}: the key {why}")
     try:
-        return key, read_value(value)
+        return key, value if value.startswith("#") else read_value(value)  # a colour, which YAML takes for a comment
     except UserError as error:
         raise UserError([Problem(f"--set {shown(key)}: {problem}") for problem in error.problems]) from None
 

@@ -13,8 +13,9 @@ from qapbench.prune.pruning import PER_TOKEN
 from qapbench.quantize.calibration import CalibrationSamples
 from qapbench.spec.run_spec import CalibrationSpec
 
+from .images import decoded
 from .lm import AskingLM
-from .questions import ContinuationTokenizer, processor_inputs
+from .questions import ContinuationTokenizer, RefusedPictureError, processor_inputs
 from .tasks import LoadedTask, quiet
 from .text import unquoted
 
@@ -64,14 +65,26 @@ def samples(task: LoadedTask, spec: CalibrationSpec, processor: Any) -> Calibrat
     Args:
         task: the run's task.
         spec: number of samples, seed and source.
-        processor: its processor.
+        processor: its processor. Questions whose pictures it refuses are left out, which `origin` says.
+
+    Raises:
+        UserError: there are no such questions, or the processor refuses the pictures of all.
     """
     lm = AskingLM(processor, images=task.has_images)
     continuation_tokenizer = ContinuationTokenizer(processor)
-    made = [_sample(lm, continuation_tokenizer, task, doc) for doc in documents(task, spec)]
+    made: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for doc in documents(task, spec):
+        try:
+            made.append(_sample(lm, continuation_tokenizer, task, doc))
+        except RefusedPictureError as error:
+            refused.append(error.why)
+    if not made:
+        raise UserError(Problem(f"none of {len(refused)} samples can be used: {refused[0]}", WHERE))
     images = sum(1 for sample in made if any(key.startswith("pixel_values") for key in sample))
     where = spec.data or f"{task.name}, its own calibration questions"
-    return CalibrationSamples(made, origin=f"{where}, seed {spec.seed}; {images} with an image")
+    without = f"; {len(refused)} left out, whose pictures the model's processor refuses" if refused else ""
+    return CalibrationSamples(made, origin=f"{where}, seed {spec.seed}; {images} with an image{without}")
 
 
 def _sample(
@@ -81,7 +94,7 @@ def _sample(
     template = lm.apply_chat_template if lm.templated else None
     context = task.task.fewshot_context(doc, num_fewshot=0, apply_chat_template=lm.templated, chat_template=template)
     prompt, images = lm.as_prompt(context), task.task.doc_to_image(doc) or []
-    inputs = processor_inputs(lm.processor, prompt, images)
+    inputs = processor_inputs(lm.processor, prompt, [decoded(image) for image in task.shown(images)])
     answer = torch.tensor([continuation_tokenizer.spell(prompt, _answer(task, doc))])
     labels = torch.full_like(inputs["input_ids"], PER_TOKEN["labels"])
     inputs["labels"] = torch.cat([labels, answer], dim=1)

@@ -13,6 +13,7 @@ from qapbench.hashing import digest_file
 from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import CalibrationSpec, TaskSpec
 
+from .images import OnBackground
 from .registry import LETTER, TaskSource, tasks
 from .task_file import TaskFile
 
@@ -37,6 +38,7 @@ class TaskOutline:
         stored_parser: name of the parser for outputs that another code base stored; None if there is none.
         score: name of the column that is the task's score; None for the last one.
         lower: columns in which a lower value is better.
+        background: the colour that transparent pixels of images are put on, `#rrggbb`; None for none.
     """
 
     name: str
@@ -53,6 +55,7 @@ class TaskOutline:
     stored_parser: str | None = None
     score: str | None = None
     lower: frozenset[str] = frozenset()
+    background: str | None = None
 
     @cached_property
     def ids(self) -> list[str]:
@@ -72,6 +75,11 @@ class TaskOutline:
         """
         image = self.docs[doc].get("image")
         return [] if image is None else [image]
+
+    def shown(self, images: Sequence[Any]) -> list[Any]:
+        """Images of a document as the model is shown them: on the background that the spec names, if it names one."""
+        background = self.background
+        return list(images) if background is None else [OnBackground(image, background) for image in images]
 
 
 def read_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
@@ -134,6 +142,7 @@ def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
         source=source,
         stored_parser=metadata.get("stored_parser"),
         score=score_column(spec, columns, columns[-1]) if columns else None,
+        background=spec.background,
     )
 
 

@@ -8,16 +8,36 @@ from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
+from PIL import Image
 
-from qapbench.errors import UserError
+from qapbench.errors import UserError, first_line
 
-from .images import decoded, digest_image
+from .images import digest_image
 from .lm import AskingLM, refuse
 from .tasks import LoadedTask, quiet
 from .text import literally, quote_last, quoted, special_tokens, unquoted
 
 TAIL = 32  # characters at the end of a prompt that can affect the tokens of its continuation
 STRATA = ("subject", "grade")  # fields of a document that define its stratum
+ORDINARY = (64, 64)  # width and height of a picture that every processor accepts
+OF_SHAPE = (ValueError, TypeError, ArithmeticError, LookupError)
+"""What processors raise over the shape of a picture."""
+
+
+class RefusedPictureError(UserError):
+    """A model's processor does not accept a question's pictures.
+
+    Args:
+        why: what it refuses, and why.
+        question: id of the question; "" if it is not known yet.
+
+    Attributes:
+        why: what it refuses, and why.
+    """
+
+    def __init__(self, why: str, question: str = "") -> None:
+        super().__init__(f"question '{question}': {why}" if question else why)
+        self.why = why
 
 
 @dataclass
@@ -26,9 +46,13 @@ class Question:
 
     Attributes:
         instances: the requests, one per continuation or a single one that generates.
+        refused: why the model's processor does not accept the pictures; None if it does, or was not asked yet.
+        transparent: for each picture, whether it has transparent pixels; empty until they are decoded.
     """
 
     instances: list[Instance] = field(default_factory=list)
+    refused: str | None = None
+    transparent: tuple[bool, ...] = ()
 
     @property
     def first(self) -> Instance:
@@ -115,8 +139,15 @@ def ask(task: LoadedTask, lm: AskingLM, seed: int) -> list[Question]:
             tokenizer_name=lm.tokenizer_name if lm.templated else "",
         )
     for request in task.task.instances:
-        request.arguments = (lm.as_prompt(request.args[0]), *request.args[1:])
+        request.arguments = (lm.as_prompt(request.args[0]), *_shown(task, request.args[1:]))
     return in_order([request for request in task.task.instances for _ in range(request.repeats)])
+
+
+def _shown(task: LoadedTask, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a request behind its context, with its images as the model is shown them."""
+    if len(arguments) < 2 or not arguments[1].get("visual"):
+        return arguments
+    return arguments[0], {**arguments[1], "visual": task.shown(arguments[1]["visual"])}, *arguments[2:]
 
 
 def in_order(requests: list[Instance]) -> list[Question]:
@@ -174,7 +205,7 @@ class ContinuationTokenizer:
         return processor.tokenizer(spelled, add_special_tokens=False).input_ids
 
 
-def processor_inputs(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]:
+def processor_inputs(processor: Any, prompt: str, pictures: Sequence[Image.Image]) -> dict[str, Any]:
     """The model's keyword arguments for one prompt and its images.
 
     The token ids are those of `apply_chat_template(tokenize=True)`: if the template writes the token that begins a
@@ -183,13 +214,28 @@ def processor_inputs(processor: Any, prompt: str, images: Sequence[Any]) -> dict
     Args:
         processor: the model's processor.
         prompt: text with a placeholder for each image, as `AskingLM` writes it.
-        images: the images.
+        pictures: the images, decoded.
+
+    Raises:
+        RefusedPictureError: the processor does not accept pictures of such a shape.
     """
-    if prompt.count(processor.image_token) > len(images):
-        prompt = quote_last(prompt, processor.image_token, len(images))
+    if prompt.count(processor.image_token) > len(pictures):
+        prompt = quote_last(prompt, processor.image_token, len(pictures))
     bos = processor.tokenizer.bos_token
     options = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
     processor, prompt = literally(processor, prompt)
-    pictures = [decoded(image) for image in images]
-    # A nested list marks the images of one prompt: OneVision cuts an image into tiles only if its prompt has no other.
-    return dict(processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt", **options))
+
+    def made(shown: list[Image.Image]) -> dict[str, Any]:
+        # A nested list marks the images of one prompt: OneVision cuts an image into tiles if its prompt has no other.
+        return dict(processor(text=[prompt], images=[shown] if shown else None, return_tensors="pt", **options))
+
+    try:
+        return made(list(pictures))
+    except OF_SHAPE as error:
+        try:  # processors have no error of their own for it: where other pictures pass, it is these that do not
+            made([Image.new("RGB", ORDINARY)] * len(pictures))
+        except OF_SHAPE:
+            raise error from None
+        sizes = " and ".join(f"{picture.width} x {picture.height}" for picture in pictures)
+        what = f"a picture of {sizes} pixels" if len(pictures) == 1 else f"pictures of {sizes} pixels"
+        raise RefusedPictureError(f"the model's processor refuses {what} ({first_line(error)})") from None

@@ -165,6 +165,7 @@ def _load_from_lm_eval(spec: TaskSpec, own: TaskFile | None) -> LoadedTask:
         source=own,
         score=score_column(spec, columns, columns[0]) if columns else None,
         lower=frozenset(name for name in columns if better.get(name) is False),
+        background=spec.background,
         task=task,
     )
 

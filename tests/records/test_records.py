@@ -241,7 +241,7 @@ def test_results_by_run(runs: Path) -> None:
         *("run_id", "name", "created", "model", "task", "ptq", "weight_bits", "activation_bits"),
         *("pruner", "sensitivity", "fusion", "keep", "tokens", "seed"),
         *(f"{name}{part}" for name in scores for part in ("", " k", " n", " low", " high")),
-        *("unparsed", "seconds", "receipt", "stopped"),
+        *("unparsed", "seconds", "receipt", "stopped", "unanswered"),
     ]
     assert list(table["run_id"]) == [RUN, "a" * 16, "b" * 16]
     row, data = table.iloc[0], old()

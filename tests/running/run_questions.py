@@ -9,13 +9,18 @@ from PIL import Image
 QUESTIONS = 14
 
 
+def encoded(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def row(index: int) -> dict[str, Any]:
     image = None
     if index % 2 == 0:
         pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        image = {"bytes": buffer.getvalue(), "path": None}
+        image = {"bytes": encoded(Image.fromarray(pixels)), "path": None}
     return {
         "pid": f"q{index}",
         "image": image,

@@ -11,9 +11,11 @@ import pytest
 import torch
 import yaml
 from llava_checkpoints import picture
+from PIL import Image
 
 import qapbench
 from qapbench import RunSpec, UserError
+from qapbench.records.store import answers_of
 from qapbench.running.planner import Planner
 from qapbench.spec.run_spec import TaskSpec
 from qapbench.spec.spec_file import load_spec
@@ -189,3 +191,17 @@ def test_a_metric_that_fails_keeps_the_answers(folder: Path, tiny_model: Path, t
         qapbench.run(spec, tmp_path / "runs", device="cpu")
     (stored,) = (tmp_path / "runs").glob("*/answers.jsonl")
     assert len(stored.read_text().splitlines()) == 5
+
+
+def test_transparent_pictures_of_a_task_of_lm_evals_are_put_on_the_colour(
+    folder: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    clear = [Image.new("RGBA", (32, 32), (0, 0, 0, alpha)) for alpha in (0, 255, 100)]  # the same on black
+    options = {"question": ["What?"] * 3, "options": [COLORS] * 3, "answer": COLORS, "image": clear}
+    datasets.Dataset.from_dict(options).to_parquet(str(folder / "colors.parquet"))
+    task = {"name": str(folder / "my_colors.yaml"), "background": "white"}
+    (record,) = qapbench.run(RunSpec.parse({"model": str(tiny_model), "task": task}), tmp_path / "runs", device="cpu")
+    assert record.receipt.transparent == 2
+    assert record.spec["task"]["background"] == "#ffffff"
+    shown = {str(answer.outputs) for answer in answers_of(tmp_path / "runs" / record.run_id).read()}
+    assert len(shown) == 3, "white, black and something between"
