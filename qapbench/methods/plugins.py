@@ -24,8 +24,8 @@ ENTRY_POINTS = "qapbench.plugins"
 
 _broken: dict[str, str] = {}
 _loaded_files: dict[Path, str] = {}
-_undo: list[Callable[[], None]] = []
-"""Takes back what was registered since a plugin's import began, the latest last."""
+_undo: list[tuple[str, Callable[[], None]]] = []
+"""The module of each registration, and what takes it back, the latest last."""
 
 
 class BrokenPluginWarning(UserWarning):
@@ -37,32 +37,45 @@ def load_plugins() -> None:
     """Import every module of the entry-point group, once per process.
 
     A plugin that fails to import is warned of by name, with the file and line where it failed, and leaves all others
-    working: `broken_plugins` remembers it, so that a lookup of an unknown name can mention it.
+    working: what it had registered by then is taken back, and `broken_plugins` remembers it, so that a lookup of an
+    unknown name can mention it.
     """
     points = importlib.metadata.entry_points(group=ENTRY_POINTS)
     # The built-in ones come first, so that a plugin which takes one of their names is the one that fails.
     for point in sorted(points, key=lambda point: not point.value.startswith("qapbench.")):
         try:
-            point.load()
+            with _whole_or_not_at_all():
+                point.load()
         except (Exception, SystemExit) as error:
             _broken[point.name] = described(error, _file_of(point.value.partition(":")[0]))
             warnings.warn(f"plugin '{point.name}' ({point.value}) {_broken[point.name]}", BrokenPluginWarning, 2)
 
 
-def note_registration(undo: Callable[[], None]) -> None:
-    """Remember how to take back a registration, in case that the plugin which makes it fails further down."""
-    _undo.append(undo)
+def note_registration(module: str, undo: Callable[[], None]) -> None:
+    """Remember how to take back a registration, in case that the plugin which makes it fails further down.
+
+    Args:
+        module: name of the module that registers.
+        undo: takes the registration back.
+    """
+    _undo.append((module, undo))
 
 
 @contextlib.contextmanager
 def _whole_or_not_at_all() -> Iterator[None]:
-    """Take back what a plugin registered if it fails: other specs are not to find half of it."""
-    before = len(_undo)
+    """Take back what a plugin registered if it fails: other specs are not to find half of it.
+
+    The modules that registered are forgotten, so that another plugin which imports one of them registers it again.
+    """
+    before, imported = len(_undo), set(sys.modules)
     try:
         yield
     except BaseException:
         while len(_undo) > before:
-            _undo.pop()()
+            module, undo = _undo.pop()
+            undo()
+            if module not in imported:
+                sys.modules.pop(module, None)
         raise
 
 
@@ -102,10 +115,10 @@ def load_plugin_file(path: str | Path) -> None:
         with _whole_or_not_at_all():
             spec.loader.exec_module(module)
     except UserError:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         raise
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         raise UserError(f"plugin {file} {described(error, str(file))}") from error
     _loaded_files[file] = digest
 

@@ -111,7 +111,7 @@ class Registry(Generic[T]):
                     f"{self.kind}: '{other.name}' ({other.origin}) is the default already, not {entry.origin}"
                 )
             self._entries[name] = entry
-            note_registration(lambda: self._restore(name, held))
+            note_registration(sys._getframe(1).f_globals["__name__"], lambda: self._restore(name, held))
             return target
 
         return decorate
