@@ -21,6 +21,8 @@ from qapbench.errors import Problem, UserError, first_line
 from qapbench.hashing import code_files, digest_files
 
 ENTRY_POINTS = "qapbench.plugins"
+FILE_MODULE = "qapbench_plugin_"
+"""How the names of the modules begin that are made of plugin files."""
 
 _broken: dict[str, str] = {}
 _loaded_files: dict[Path, str] = {}
@@ -105,7 +107,7 @@ def load_plugin_file(path: str | Path) -> None:
     load_plugins()
     # The path is part of the module's name: inspect finds a class's source by it, and stems repeat.
     stem = re.sub(r"\W", "_", file.stem)  # a dot would make a package of it
-    name = f"qapbench_plugin_{stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    name = f"{FILE_MODULE}{stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"a plugin must be a Python file (.py): {file}")
@@ -146,6 +148,15 @@ def described(error: BaseException, file: str | None = None) -> str:
         file: the plugin's own, whose last line that ran is named; without one, or where none of it ran, the place is
             where the error was raised.
     """
+    return f"failed to load: {error_and_place(error, file)}"
+
+
+def error_and_place(error: BaseException, file: str | None = None) -> str:
+    """An error of a plugin's code in one line, with the file and line where it was raised.
+
+    Args:
+        file: as for `described`.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"
     else:
@@ -153,7 +164,23 @@ def described(error: BaseException, file: str | None = None) -> str:
         frames = [frame for frame in frames if frame.filename != __file__]
         chosen = [frame for frame in frames if frame.filename == file] or frames
         where = f"{chosen[-1].filename}:{chosen[-1].lineno}" if chosen else "unknown place"
-    return f"failed to load: {type(error).__name__}: {first_line(error)} ({where})"
+    return f"{type(error).__name__}: {first_line(error)} ({where})"
+
+
+def plugin_of(module: str) -> str:
+    """What a user calls the plugin that a module belongs to: the name of an installed one, or the file of a file.
+
+    Args:
+        module: dotted name of the module.
+    """
+    if module.startswith(FILE_MODULE):
+        return f"plugin {getattr(sys.modules.get(module), '__file__', module)}"
+    values = {
+        point.value.partition(":")[0]: point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)
+    }
+    parts = module.split(".")
+    names = (values.get(".".join(parts[:size])) for size in range(len(parts), 0, -1))
+    return next((f"plugin '{name}'" for name in names if name), f"module {module}")
 
 
 def _file_of(module: str) -> str | None:

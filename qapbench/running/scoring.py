@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from qapbench.errors import Problem, UserError, first_line
 from qapbench.receipt import Receipt
 from qapbench.records.answer import Answer, ScoredQuestion
 from qapbench.records.intact import digests
@@ -27,7 +26,6 @@ from qapbench.records.store import write_lines
 from qapbench.records.tally import tally
 from qapbench.tasking.lm import AskingLM
 from qapbench.tasking.questions import Question
-from qapbench.tasking.task_file import TaskFile
 from qapbench.tasking.tasks import LoadedTask, quiet
 
 from .active_run import ActiveRun, place_among
@@ -129,10 +127,7 @@ def score(
                 apply_chat_template=lm.templated,
             )
     except Exception as error:  # the functions and metrics that a task's YAML names have no common base
-        if not isinstance(task.source, TaskFile):
-            raise
-        what = f"{task.source.path}: scoring fails: {type(error).__name__}: {first_line(error)} (answers are kept)"
-        raise UserError(Problem(what, ("task",))) from error
+        raise task.failure("scoring fails (answers are kept)", error) from error.__cause__
     (samples,) = results["samples"].values()
     names = [*task.columns, "unparsed"]
     first = {
