@@ -28,10 +28,10 @@ class Problem:
 
 
 def _part(part: str | int, width: int = 60) -> str:
-    """A part of a place: shortened, escaped where it cannot be printed, and in quotes where there is nothing to see."""
+    """A part of a place: shortened, escaped where it cannot be printed, and in quotes where spaces would be unseen."""
     text = str(part)
     text = text if len(text) <= width else f"{text[: width - 1]}…"
-    return text if text.strip() and text.isprintable() else ascii(text)
+    return text if text and text == text.strip() and text.isprintable() else ascii(text)
 
 
 @dataclass

@@ -87,3 +87,12 @@ def test_a_plugin_is_looked_at_once_for_all_runs_of_a_spec(tmp_path: Path, monke
     path.write_text(json.dumps(spec))
     assert len(load_spec(path)) == 30
     assert len(looked) == 1
+
+
+@pytest.mark.parametrize("field", ["", " ame", "ame\t", "a\nb", "\u202ename", "\u00a0"])
+def test_a_field_whose_name_cannot_be_seen_is_shown(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps({"model": "diagram-llava", "task": "diagramqa", field: 1}))
+    with pytest.raises(UserError) as caught:
+        load_spec(path)
+    assert str(caught.value).startswith(f"line 1: {field!a}: unknown field")
