@@ -6,7 +6,8 @@ Every spec is a shipped one with mistakes put into its structure (keys dropped, 
 nested, made huge or replaced by wrong Unicode), or into its bytes; some come with `--set` arguments and broken plugins.
 Half of them are read in one long-lived process, the other half each in a process of its own, which has imported the
 modules and read nothing. A spec may be valid or be refused. What must not be: a traceback, a message without field and
-line, or more than 5 seconds. Specs are the same for the same seed; `--only` shows one of them, and how it ends.
+line, or more than 5 seconds, of which those count not in which other processes had the processor (where Linux says so).
+Specs are the same for the same seed; `--only` shows one of them, and how it ends.
 """
 
 from __future__ import annotations
@@ -318,7 +319,7 @@ class Ending:
     Attributes:
         index: number of the spec.
         kind: "valid", "refused", "traceback", "no place" (a message names no field or no line) or "slow".
-        seconds: time that it took.
+        seconds: time that it took, apart from what other processes took.
         said: the messages, or the traceback.
     """
 
@@ -332,8 +333,38 @@ class TooLong(BaseException):
     """Raised in a spec that takes much too long. It is no Exception, so that nothing swallows it."""
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise TooLong
+def seconds_now() -> float:
+    """Seconds on a clock that stands still while this process could run but another has its processor."""
+    try:
+        waited = int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        waited = 0.0
+    return time.perf_counter() - waited
+
+
+class Limit:
+    """Raises TooLong in the main thread some seconds after the context was opened, see `seconds_now`.
+
+    Args:
+        seconds: how long it may stay open.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        self.until = seconds_now() + self.seconds
+        signal.signal(signal.SIGALRM, self._ring)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _ring(self, number: int, frame: FrameType | None) -> None:
+        if (left := self.until - seconds_now()) > 0:
+            signal.setitimer(signal.ITIMER_REAL, left)
+            return
+        raise TooLong
 
 
 def read(index: int, encoded: bytes, changes: list[str], folder: Path) -> Ending:
@@ -353,10 +384,10 @@ def read(index: int, encoded: bytes, changes: list[str], folder: Path) -> Ending
 
     path = folder / f"spec-{os.getpid()}.yaml"
     path.write_bytes(encoded)
-    started = time.perf_counter()
-    signal.setitimer(signal.ITIMER_REAL, 6 * SLOW)
+    started = seconds_now()
     try:
-        runs = load_spec(path, changes, Planner(folder / "runs", torch.device("cpu")).check)
+        with Limit(6 * SLOW):
+            runs = load_spec(path, changes, Planner(folder / "runs", torch.device("cpu")).check)
         kind, said = "valid", f"{len(runs)} runs"
     except UserError as error:
         told = [str(problem) for problem in error.problems]
@@ -365,9 +396,7 @@ def read(index: int, encoded: bytes, changes: list[str], folder: Path) -> Ending
         said.encode()  # what is told can be printed
     except (Exception, SystemExit, TooLong):
         kind, said = "traceback", traceback.format_exc()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    seconds = time.perf_counter() - started
+    seconds = seconds_now() - started
     return Ending(index, "slow" if kind in ("valid", "refused") and seconds > SLOW else kind, seconds, said)
 
 
@@ -406,7 +435,6 @@ def endings(seed: int, indices: range | list[int], folder: Path, fresh: bool) ->
 
     load_plugins()
     tasks.names()
-    signal.signal(signal.SIGALRM, _stop)
     warnings.simplefilter("ignore")
     write_plugins(folder)
     found = []

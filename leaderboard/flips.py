@@ -195,7 +195,7 @@ class _Sources:
             self._processors[model] = None
             try:
                 self._processors[model] = image_processor_config(find_checkpoint(model, fetch=False).folder)
-            except (UserError, OSError, ValueError, KeyError):  # the image is drawn without the config
+            except UserError:  # the image is drawn without the config
                 self._miss(f"the image processor of {model}: images are drawn as their centre square")
         return self._processors[model]
 

@@ -11,7 +11,7 @@ SHOWN = 16  # valid names that a message lists
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it stands and what is wrong, in one line."""
+    """One mistake: where it stands and what is wrong. As text it is one line, whatever names the message holds."""
 
     message: str
     where: tuple[str | int, ...] = ()
@@ -23,14 +23,15 @@ class Problem:
     def __str__(self) -> str:
         place = ".".join(_part(part) for part in self.where)
         head = f"line {self.line}: " if self.line else ""
-        return f"{head}{place}: {self.message}" if place else f"{head}{self.message}"
+        message = "\\n".join(self.message.splitlines())
+        return f"{head}{place}: {message}" if place else f"{head}{message}"
 
 
 def _part(part: str | int, width: int = 60) -> str:
-    """A part of a place: shortened, escaped where it cannot be printed, and in quotes where there is nothing to see."""
+    """A part of a place: shortened, escaped where it cannot be printed, and in quotes where spaces would be unseen."""
     text = str(part)
     text = text if len(text) <= width else f"{text[: width - 1]}…"
-    return text if text.strip() and text.isprintable() else ascii(text)
+    return text if text and text == text.strip() and text.isprintable() else ascii(text)
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from qapbench.checkpoints.json_files import read_mapping
 
 LARGEST = 336  # pixels on the longer side of an image in a page
 ONE_VIEW = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
@@ -57,14 +58,12 @@ def image_processor_config(folder: Path) -> dict[str, Any]:
     """The image processor's configuration in a checkpoint folder.
 
     Raises:
-        OSError, ValueError, KeyError: the folder holds none.
+        UserError: the folder holds none.
     """
     processor = folder / "processor_config.json"
-    if processor.is_file():
-        data = json.loads(processor.read_text(encoding="utf-8"))
-        if isinstance(data.get("image_processor"), dict):
-            return dict(data["image_processor"])
-    return dict(json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")))
+    if processor.is_file() and isinstance(found := read_mapping(processor).get("image_processor"), dict):
+        return found
+    return read_mapping(folder / "preprocessor_config.json")
 
 
 def data_uri(image: Image.Image) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from qapbench.errors import Problem, UserError, first_line, nearest
 from qapbench.hashing import CHECKPOINT_FILES
 
+from .json_files import check_settings
+
 EMBEDDED = Path(__file__).parents[1] / "models" / "embedded"
 HOW_TO_CONVERT = (
     'other formats are not loaded. Convert pytorch_model*.bin once, in its folder: python -c "import glob, torch; '
@@ -60,8 +62,8 @@ def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Chec
         fetch: whether a hub id may be downloaded.
 
     Raises:
-        UserError: there is no such checkpoint, it has no safetensors weights, the hub cannot be reached, or an embedded
-            model cannot be assembled because something is not installed.
+        UserError: there is no such checkpoint, it has no safetensors weights, a JSON file of it is broken, the hub
+            cannot be reached, or an embedded model cannot be assembled because something is not installed.
     """
     if is_embedded(name):
         folder = EMBEDDED / name
@@ -84,6 +86,7 @@ def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Chec
         raise UserError(Problem(f"{folder} is not a checkpoint folder (no config.json)", (field,)))
     if not list(folder.glob("*.safetensors")):
         raise UserError(Problem(f"'{name}' holds no .safetensors weights; {HOW_TO_CONVERT}", (field,)))
+    check_settings(folder, field)
     return Checkpoint(folder)
 
 

@@ -46,7 +46,18 @@ class Entry(Generic[T]):
     @functools.cached_property
     def origin(self) -> str:
         """Where the target is defined: "module.qualname (file:line)", for messages about collisions."""
-        return _origin(self.target)
+        inner = inspect.unwrap(self.target)
+        return f"{inner.__module__}.{inner.__qualname__} ({':'.join(map(str, self.place or (None, 0)))})"
+
+    @functools.cached_property
+    def place(self) -> tuple[str, int] | None:
+        """File and line of the target; None if they cannot be told."""
+        inner = inspect.unwrap(self.target)
+        try:
+            file, line = inspect.getsourcefile(inner), inspect.findsource(inner)[1] + 1
+        except (OSError, TypeError):
+            return None
+        return (file, line) if file else None
 
     @property
     def doc(self) -> str:
@@ -101,6 +112,8 @@ class Registry(Generic[T]):
             params = params_model(f"{self.kind}:{name}", target, self._positional)
             entry: Entry[T] = Entry(name, target, params, default)
             held = self._entries.get(name)
+            if held and held.place and held.place == entry.place and held.origin != entry.origin:
+                return target  # lm-eval runs the file that a task's functions are in again, as a module of another name
             if held and not (held.origin == entry.origin or _is_notebook_cell(target)):
                 raise UserError(
                     f"{self.kind} '{name}' is registered twice: by {held.origin} and by {entry.origin}. "
@@ -111,7 +124,7 @@ class Registry(Generic[T]):
                     f"{self.kind}: '{other.name}' ({other.origin}) is the default already, not {entry.origin}"
                 )
             self._entries[name] = entry
-            note_registration(lambda: self._restore(name, held))
+            note_registration(sys._getframe(1).f_globals["__name__"], lambda: self._restore(name, held))
             return target
 
         return decorate
@@ -183,15 +196,6 @@ class Registry(Generic[T]):
             "origin": entry.origin,
             "parameters": parameters,
         }
-
-
-def _origin(target: Any) -> str:
-    inner = inspect.unwrap(target)
-    try:
-        file, line = inspect.getsourcefile(inner), inspect.findsource(inner)[1] + 1
-    except (OSError, TypeError):
-        file, line = None, 0
-    return f"{inner.__module__}.{inner.__qualname__} ({file}:{line})"
 
 
 def _is_notebook_cell(target: Any) -> bool:

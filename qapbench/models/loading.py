@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 
 from qapbench.checkpoints.find import find_checkpoint
-from qapbench.errors import Problem, UserError, first_line
+from qapbench.checkpoints.json_files import read_mapping, why_not_loaded
+from qapbench.errors import UserError
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import family_class, family_of
 from qapbench.spec.run_spec import RunSpec
@@ -43,7 +43,7 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
     except UserError:
         raise
     except Exception as error:  # OSError, SafetensorError, ImportError and others: no common base
-        raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
+        raise why_not_loaded(folder, error) from error
     model = model.eval().requires_grad_(False).to(device)
     family_of(model).complete(processor)
     return model, processor
@@ -68,7 +68,7 @@ def load_processor(spec: RunSpec, device: torch.device, trust_remote_code: bool 
     except UserError:
         raise
     except Exception as error:  # the same errors as in load_model
-        raise UserError(Problem(f"cannot load {folder}: {first_line(error)}", ("model",))) from error
+        raise why_not_loaded(folder, error) from error
 
 
 def precision(spec: RunSpec, device: torch.device) -> str:
@@ -92,10 +92,6 @@ def read_config(spec: RunSpec, fetch: bool = True) -> dict[str, Any]:
         fetch: whether the checkpoint may be downloaded.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or is no mapping.
     """
-    file = find_checkpoint(spec.model, "model", fetch).folder / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(Problem(f"{file} cannot be read: {first_line(error)}", ("model",))) from error
+    return read_mapping(find_checkpoint(spec.model, "model", fetch).folder / "config.json")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.checkpoints.find import find_checkpoint
-from qapbench.errors import UserError, first_line
+from qapbench.checkpoints.json_files import why_not_loaded
+from qapbench.errors import UserError
 from qapbench.hashing import state_of_tree
 from qapbench.methods.tokens import VisionTokens
 
@@ -45,9 +46,7 @@ class TextTower:
             clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError: no common base
-            raise UserError(
-                f"text_tower: cannot load a CLIP checkpoint from '{folder}': {first_line(error)}"
-            ) from error
+            raise why_not_loaded(Path(folder), error, "text_tower", "a CLIP checkpoint") from error
         width = clip.config.vision_config.hidden_size
         if width != vision_width:
             raise UserError(
@@ -106,12 +105,12 @@ def find_tower(
         (folder of the companion CLIP, ""), or (None, the reason why there is none).
 
     Raises:
-        UserError: `named` is given and cannot be found.
+        UserError: `named` is given and cannot be found, or `clip/` is there and is no checkpoint.
     """
     if named:
         return find_checkpoint(named, "text_tower", fetch).folder, ""
     if model_folder and (Path(model_folder) / BESIDE).is_dir():
-        return Path(model_folder) / BESIDE, ""
+        return find_checkpoint(str(Path(model_folder) / BESIDE), "text_tower").folder, ""
     if default is None:
         return None, "no CLIP text tower is known for this model"
     return _default_tower(default, fetch)

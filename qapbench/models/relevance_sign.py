@@ -6,12 +6,11 @@ similarity with it, and a tower whose patches were aligned with text has it the 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qapbench.errors import UserError, first_line
+from qapbench.checkpoints.json_files import read_mapping
+from qapbench.errors import UserError
 from qapbench.methods.tokens import Sign
 
 FIELD = "relevance_sign"
@@ -61,7 +60,7 @@ def tower_sign(folder: Path) -> TowerSign:
     Raises:
         UserError: config.json cannot be read, or names a sign that does not exist.
     """
-    config = _config(folder)
+    config = read_mapping(folder / "config.json", "text_tower")
     said = config.get(FIELD)
     if said is not None:
         if said not in ("negative", "positive"):
@@ -77,16 +76,6 @@ def tower_sign(folder: Path) -> TowerSign:
     return TowerSign(
         RELEASED, "as in the released codes; this text tower is not known, and its config.json does not say it", False
     )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"text_tower: cannot read '{folder / 'config.json'}': {first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"text_tower: '{folder / 'config.json'}' is no mapping")
-    return config
 
 
 def _names(folder: Path) -> list[str]:

@@ -340,12 +340,27 @@ class RunSpec(Strict):
         """
         problems = load_plugin_files(data.get("plugins")) if isinstance(data, dict) else []
         try:
-            spec = cls.model_validate(data)
-        except ValidationError as error:
-            raise UserError([*problems, *_in_the_list(problems_of(error, cls))]) from None
+            spec = cls.validated(data)
+        except UserError as error:
+            raise UserError([*problems, *error.problems]) from None
         if problems:
             raise UserError(problems)
         return spec
+
+    @classmethod
+    def validated(cls, data: dict[str, Any]) -> RunSpec:
+        """Validate a spec whose plugins are loaded.
+
+        Args:
+            data: plain data of a spec.
+
+        Raises:
+            UserError: the spec has mistakes; all of them are listed.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(_in_the_list(problems_of(error, cls))) from None
 
     def one_by_one(self, tasks: Sequence[TaskSpec]) -> list[RunSpec]:
         """The runs that a run of several tasks consists of: one for each, under the names that tell them apart.

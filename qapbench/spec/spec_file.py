@@ -68,7 +68,7 @@ def load_spec(
     checked: set[str] = set()
     for cell, changed in cells:
         try:
-            run = _at(RunSpec.parse(cell), path.resolve().parent)
+            run = _at(RunSpec.validated(cell), path.resolve().parent)
         except UserError as error:
             apart = _checked_apart(cell, check, checked) if check else []
             problems += [locate(problem, changed) for problem in (*error.problems, *apart)]
@@ -97,13 +97,13 @@ def _checked_apart(cell: dict[str, Any], check: Check, checked: set[str]) -> lis
     """
     found: list[Problem] = []
     for field in ("model", "task"):
-        try:
-            alone = RunSpec.parse({"model": "?", "task": "?", field: cell.get(field)})
-        except UserError:
-            continue  # the errors of the spec itself report the mistake
         if (key := f"{field} {cell.get(field)}") in checked:
             continue
         checked.add(key)
+        try:
+            alone = RunSpec.validated({"model": "?", "task": "?", field: cell.get(field)})
+        except UserError:
+            continue  # the errors of the spec itself report the mistake
         try:
             check(alone, (field,))
         except UserError as error:

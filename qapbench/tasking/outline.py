@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qapbench.errors import Problem, UserError, nearest
+from qapbench.errors import Problem, UserError, first_line, nearest
 from qapbench.hashing import digest_file
 from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import CalibrationSpec, TaskSpec
@@ -67,6 +67,24 @@ class TaskOutline:
         """Hash of the task's own files; "" for a task that comes with lm-eval."""
         return self.source.code() if self.source else ""
 
+    def failure(self, what: str, error: Exception) -> Exception:
+        """The error to raise for what a task's code raised.
+
+        Args:
+            what: what fails, such as "scoring fails".
+            error: what was raised.
+
+        Returns:
+            A sentence that names the file or the plugin; the error itself if the code comes with qapbench or lm-eval.
+        """
+        if isinstance(error, UserError):
+            return error
+        if isinstance(self.source, TaskFile):
+            what = f"{self.source.path}: {what}: {type(error).__name__}: {first_line(error)}"
+            return UserError(Problem(what, ("task", "name")))
+        plugin = self.source is not None and not self.source.module.startswith("qapbench.")
+        return self.source.broken(error, f"{what}: ") if plugin and self.source else error
+
     def images(self, doc: int) -> Sequence[Any]:
         """Images of a document, not decoded. A document of a registered task has at most one, under `image`.
 
@@ -95,9 +113,8 @@ def read_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
     if spec.name not in tasks:
         raise unknown_task(spec.name, tasks.names())
     source = tasks.create(spec.name)
-    metadata = source.config["metadata"]
-    docs = source.read(**{**metadata, **given_options(spec, seed)})[str(source.config["test_split"])]
-    return outline_of(spec, source, docs)
+    source.check(spec.answers == "letter" and source.has_letters)
+    return outline_of(spec, source, source.documents(given_options(spec, seed)))
 
 
 def given_options(spec: TaskSpec, seed: int) -> dict[str, Any]:
@@ -119,7 +136,7 @@ def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
         source: the task's source.
         docs: its documents.
     """
-    metadata = source.config["metadata"]
+    metadata = source.config.metadata
     letter = spec.answers == "letter" and source.has_letters
     count = min(spec.limit or len(docs), len(docs))
     columns = [name for name in source.columns if name != UNPARSED]

@@ -129,15 +129,21 @@ def ask(task: LoadedTask, lm: AskingLM, seed: int) -> list[Question]:
         task: the task.
         lm: writes the prompts.
         seed: of few-shot examples.
+
+    Raises:
+        UserError: a function of a user's or a plugin's task fails.
     """
     task.task.set_fewshot_seed(seed=seed)
-    with quiet():
-        task.task.build_all_requests(
-            limit=task.count,
-            apply_chat_template=lm.templated,
-            chat_template=lm.apply_chat_template,
-            tokenizer_name=lm.tokenizer_name if lm.templated else "",
-        )
+    try:
+        with quiet():
+            task.task.build_all_requests(
+                limit=task.count,
+                apply_chat_template=lm.templated,
+                chat_template=lm.apply_chat_template,
+                tokenizer_name=lm.tokenizer_name if lm.templated else "",
+            )
+    except Exception as error:  # the functions that a task's YAML names have no common base
+        raise task.failure("writing its prompts fails", error) from error.__cause__
     for request in task.task.instances:
         request.arguments = (lm.as_prompt(request.args[0]), *_shown(task, request.args[1:]))
     return in_order([request for request in task.task.instances for _ in range(request.repeats)])

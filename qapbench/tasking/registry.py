@@ -12,14 +12,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qapbench.errors import UserError
+from pydantic import BaseModel, ValidationError
+
+from qapbench.errors import Problem, UserError
 from qapbench.hashing import code_files, digest_files
+from qapbench.methods.parameters import problems_of
+from qapbench.methods.plugins import error_and_place, plugin_of
 from qapbench.methods.registry import Entry, Registry
 
 from .task_yaml import included, read_config
 
 LETTER = "_letter"
 """Suffix of the variant of a task that scores one log-likelihood per option instead of generating text."""
+
+
+class _Metric(BaseModel, strict=True):
+    metric: str
+
+
+class _Config(BaseModel, strict=True):
+    """The entries of a task's YAML that are read here. lm-eval reads the others."""
+
+    test_split: str
+    metric_list: list[_Metric] = []
+    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,21 +60,98 @@ class TaskSource:
         return (self.folder / f"{self.name}{LETTER}.yaml").is_file()
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The task's YAML, merged with the files that it includes. Functions are given by their names."""
-        return read_config(self.folder / f"{self.name}.yaml")
+    def config(self) -> _Config:
+        """What is read here of the task's YAML, merged with the files that it includes.
+
+        Raises:
+            UserError: a file cannot be read, or an entry is wrong.
+        """
+        file = self.folder / f"{self.name}.yaml"
+        try:
+            return _Config.model_validate(read_config(file))
+        except ValidationError as error:
+            raise self.broken(f"{file}: {'; '.join(map(str, problems_of(error, _Config)))}") from None
+        except UserError as error:
+            raise self.broken(str(error)) from None
 
     @property
     def columns(self) -> list[str]:
         """Names of the task's metrics, in the order of its table."""
-        return [str(metric["metric"]) for metric in self.config.get("metric_list", [])]
+        return [entry.metric for entry in self.config.metric_list]
+
+    def documents(self, options: dict[str, Any]) -> Any:
+        """The documents that the task asks about.
+
+        Args:
+            options: override the entries of the YAML's metadata.
+
+        Raises:
+            UserError: the function that reads them fails, or returns something else.
+        """
+        split = self.config.test_split
+        try:
+            found = self.read(**{**self.config.metadata, **options})
+            docs = found.get(split) if isinstance(found, Mapping) else None
+            named = hasattr(docs, "fingerprint") and hasattr(docs, "features")
+            usable = named and (not len(docs) or isinstance(docs[0], Mapping))
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self.broken(error, "reading its questions fails: ") from None
+        if docs is None:
+            raise self.broken(
+                f"{self._reader} returns no split '{split}', which `test_split` of {self.name}.yaml names"
+            )
+        if not usable:
+            raise self.broken(f"{self._reader} returns no documents: mappings, with `features` and a `fingerprint`")
+        return docs
 
     def code(self) -> str:
-        """Hash of the task's YAML files, and of the code that reads, prompts and scores it."""
+        """Hash of the task's YAML files, and of the code that reads, prompts and scores it.
+
+        Raises:
+            UserError: a YAML file cannot be read.
+        """
         names = [self.name, self.name + LETTER] if self.has_letters else [self.name]
-        files = {f"yaml {path.name}": path for name in names for path in included(self.folder / f"{name}.yaml")}
+        try:
+            files = {f"yaml {path.name}": path for name in names for path in included(self.folder / f"{name}.yaml")}
+        except UserError as error:
+            raise self.broken(str(error)) from None
         source = inspect.getsourcefile(inspect.unwrap(self.read))
         return digest_files(files | (code_files(Path(source), self.module) if source else {}))
+
+    def check(self, letter: bool) -> None:
+        """Check that the YAML can be read.
+
+        Args:
+            letter: whether that of the letter variant, too.
+
+        Raises:
+            UserError: it cannot.
+        """
+        _ = self.config
+        if letter:
+            try:
+                included(self.folder / f"{self.name}{LETTER}.yaml")
+            except UserError as error:
+                raise self.broken(str(error)) from None
+
+    def broken(self, why: str | BaseException, what: str = "") -> UserError:
+        """The error for a task that does not work, which names its plugin.
+
+        Args:
+            why: what is wrong, or what its code raised.
+            what: what failed, in front of `why`.
+        """
+        if not isinstance(why, str):
+            why = error_and_place(why, inspect.getsourcefile(inspect.unwrap(self.read)))
+        return UserError(Problem(f"task '{self.name}' of {plugin_of(self.module)}: {what}{why}", ("task", "name")))
+
+    @property
+    def _reader(self) -> str:
+        """The function that reads the questions, and its file."""
+        inner = inspect.unwrap(self.read)
+        return f"{inner.__qualname__} ({inspect.getsourcefile(inner)})"
 
 
 def _check(target: Any) -> None:
@@ -70,7 +163,8 @@ def _build(entry: Entry[TaskSource], params: dict[str, Any]) -> TaskSource:
     inner = inspect.unwrap(entry.target)
     source = inspect.getsourcefile(inner)
     if source is None or not (folder := Path(source).parent).joinpath(f"{entry.name}.yaml").is_file():
-        raise UserError(f"task '{entry.name}' has no {entry.name}.yaml beside {source}")
+        whose = f"task '{entry.name}' of {plugin_of(inner.__module__)}"
+        raise UserError(Problem(f"{whose}: there is no {entry.name}.yaml beside {source}", ("task", "name")))
     return TaskSource(entry.name, entry.target, folder, inner.__module__)
 
 

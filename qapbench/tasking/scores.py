@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qapbench.errors import Problem, UserError, first_line
 from qapbench.records.answer import Answer, ScoredQuestion
 from qapbench.records.tally import UNPARSED
 
 from .lm import AskingLM
-from .task_file import TaskFile
 from .tasks import LoadedTask, quiet
 
 
@@ -66,10 +64,7 @@ def score(
                 apply_chat_template=lm.templated,
             )
     except Exception as error:  # the functions and metrics that a task's YAML names have no common base
-        if not isinstance(task.source, TaskFile):
-            raise
-        what = f"{task.source.path}: scoring fails: {type(error).__name__}: {first_line(error)} (answers are kept)"
-        raise UserError(Problem(what, ("task",))) from error
+        raise task.failure("scoring fails (answers are kept)", error) from error.__cause__
     (samples,) = results["samples"].values()
     (totals,) = results["results"].values()
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))

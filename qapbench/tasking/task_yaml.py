@@ -35,7 +35,8 @@ def read_file(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)  # safe: _Reader makes plain data only
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets through what Python raises on a value (a month of 13, `!!bool z`, numbers of 5,000 digits).
         raise UserError(f"{path}: not valid YAML ({first_line(error)})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a task's YAML is a mapping, got {type(data).__name__}")
@@ -46,10 +47,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """The entries of a file, merged over those of the files that it includes.
 
     Raises:
-        UserError: as `read_file`, or the files include each other.
+        UserError: as `included`, or `metadata` is no mapping.
     """
     merged: dict[str, Any] = {}
-    for own in reversed(included(path).values()):
+    for file, own in reversed(included(path).items()):
+        if not isinstance(own.get("metadata") or {}, dict):
+            raise UserError(f"{file}: metadata: expected a mapping, got {type(own['metadata']).__name__}")
         merged = {**merged, **own, "metadata": {**(merged.get("metadata") or {}), **(own.get("metadata") or {})}}
     merged.pop("include", None)
     return merged
@@ -59,17 +62,24 @@ def included(path: Path) -> dict[Path, dict[str, Any]]:
     """A file and all files that it includes, each with its own entries.
 
     Raises:
-        UserError: as `read_file`, or the files include each other.
+        UserError: as `read_file`, the files include each other, or `include` names no files.
     """
     found: dict[Path, dict[str, Any]] = {}
-    waiting = [path]
+    waiting = [(path, "")]
     while waiting:
-        file = waiting.pop().resolve()
+        given, by = waiting.pop()
+        file = given.resolve()
         if file in found:
             raise UserError(f"{path}: {file.name} is included twice")
-        found[file] = read_file(file)
+        try:
+            found[file] = read_file(file)
+        except UserError as error:
+            raise UserError(f"{by}{error}") from None
         named = found[file].get("include") or []
-        waiting += [file.parent / str(name) for name in ([named] if isinstance(named, str) else named)]
+        names = [named] if isinstance(named, str) else named
+        if not isinstance(names, list) or not all(isinstance(name, str) and "\0" not in name for name in names):
+            raise UserError(f"{file}: include: expected a path or a list of paths")
+        waiting += [(file.parent / name, f"{file}: include: ") for name in names]
     return found
 
 
@@ -93,9 +103,14 @@ def member_names(group: dict[str, Any]) -> list[str]:
 
 
 def function_names(value: Any) -> list[FunctionName]:
-    """All names that follow `!function` in a YAML file's entries."""
-    if isinstance(value, FunctionName):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [name for entry in value for name in function_names(entry)] if isinstance(value, list) else []
+    """All names that follow `!function` in a YAML file's entries. What aliases repeat is looked at once."""
+    names: list[FunctionName] = []
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, FunctionName):
+            names.append(value)
+        elif isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += reversed(list(value.values()) if isinstance(value, dict) else value)
+    return names

@@ -100,10 +100,17 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
 def _load_registered(spec: TaskSpec, seed: int) -> LoadedTask:
     source = tasks.create(spec.name)
     letter = spec.answers == "letter" and source.has_letters
+    source.check(letter)
     # lm-eval merges the manager's metadata over the YAML's and hands the result to `custom_dataset`.
-    manager = _manager([source.folder], given_options(spec, seed))
-    task = _only_task(spec.name, manager.load([spec.name + LETTER if letter else spec.name])["tasks"])
-    outline = outline_of(spec, source, task.eval_docs)
+    try:
+        manager = _manager([source.folder], given_options(spec, seed))
+        task = _only_task(spec.name, manager.load([spec.name + LETTER if letter else spec.name])["tasks"])
+        docs = task.eval_docs
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # lm-eval and the plugin's code have no common base
+        raise source.broken(error, "it cannot be loaded: ") from None
+    outline = outline_of(spec, source, docs)
     if not letter and (generation := getattr(outline.docs, "generation", None)):
         task.set_config("generation_kwargs", generation, update=True)
     return LoadedTask(**{field.name: getattr(outline, field.name) for field in fields(outline)}, task=task)

@@ -1,5 +1,6 @@
 """Installed plugins: one that breaks is warned of by name and place, and takes nothing else with it."""
 
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from qapbench import UserError, fusions, metrics, pruners
 from qapbench.methods import plugins
 from qapbench.methods.plugins import BrokenPluginWarning, broken_plugins, load_plugins
 from qapbench.models.family import families
+from qapbench.tasking.registry import tasks
 
 GOOD = '''
 from qapbench import metric
@@ -122,6 +124,34 @@ def test_what_is_not_there_at_all(install: Install, monkeypatch: pytest.MonkeyPa
     assert "ModuleNotFoundError: No module named 'nowhere_at_all'" in found["absent"]
     assert "AttributeError" in found["half"]
     assert "of-the-good-plugin" in metrics
+
+
+@pytest.mark.parametrize("end", ["raise RuntimeError('no')", "import sys\nsys.exit(3)", "import no_such_module_at_all"])
+def test_what_a_plugin_registered_before_it_failed_is_taken_back(end: str, install: Install) -> None:
+    """All of it, also what it overwrote or what its helpers registered; what another plugin brings stays."""
+    half = GOOD.replace("of-the-good-plugin", "of-the-half-plugin").replace("of_the_good", "of_the_half")
+    helper = GOOD.replace("of-the-good-plugin", "of-the-helper").replace("of_the_good", "of_the_helper")
+    install({"half_one": f"import good_one, helper_of_half\n{half}\n\n{end}\n", "good_one": GOOD})
+    Path(sys.path[0], "helper_of_half.py").write_text(helper)
+    with pytest.warns(BrokenPluginWarning):
+        names = metrics.names()
+    assert "of-the-half-plugin" not in names
+    assert "of-the-helper" not in names
+    assert {"of-the-good-plugin", "l2"} <= set(names)  # half_one imported it first
+    assert list(broken_plugins()) == ["plugin-half_one"]
+    with pytest.raises(UserError, match=r"no metric 'of-the-half-plugin'; .*plugin 'plugin-half_one' failed to load"):
+        metrics.create("of-the-half-plugin")
+
+
+def test_what_a_failing_plugin_registers_of_somebody_elses_code_leaves_that_code_alone(install: Install) -> None:
+    before = sys.modules["colorsys"] = importlib.import_module("colorsys")
+    source = (
+        "import colorsys\nfrom qapbench import task\n\ntask('hues')(colorsys.rgb_to_hls)\nraise RuntimeError('no')\n"
+    )
+    install({"half_one": source})
+    with pytest.warns(BrokenPluginWarning):
+        assert "hues" not in tasks.names()
+    assert sys.modules["colorsys"] is before
 
 
 def test_without_broken_plugins_nothing_is_said(install: Install, recwarn: pytest.WarningsRecorder) -> None:

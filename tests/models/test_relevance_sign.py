@@ -54,7 +54,7 @@ def test_an_unknown_tower_has_the_sign_of_the_released_codes(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "text, told", [('{"relevance_sign": "upwards"}', "'upwards'"), ("[1]", "no mapping"), ("{", "cannot read")]
+    "text, told", [('{"relevance_sign": "upwards"}', "'upwards'"), ("[1]", "is not a mapping"), ("{", "cannot be read")]
 )
 def test_a_config_that_says_nonsense_is_one_sentence(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)

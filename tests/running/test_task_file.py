@@ -187,7 +187,7 @@ def test_a_metric_that_fails_keeps_the_answers(folder: Path, tiny_model: Path, t
     spec = RunSpec.parse({"model": str(tiny_model), "task": str(folder / "my_words.yaml")})
     scoring = folder / "scoring.py"
     scoring.write_text(SCORING.replace('doc["answer"]', 'doc["ansver"]'))
-    with pytest.raises(UserError, match=r"my_words\.yaml: scoring fails: KeyError: 'ansver' \(answers are kept\)"):
+    with pytest.raises(UserError, match=r"my_words\.yaml: scoring fails \(answers are kept\): KeyError: 'ansver'"):
         qapbench.run(spec, tmp_path / "runs", device="cpu")
     (stored,) = (tmp_path / "runs").glob("*/answers.jsonl")
     assert len(stored.read_text().splitlines()) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -60,3 +61,38 @@ def test_a_broken_plugin_breaks_only_specs_that_name_it(tmp_path: Path, monkeypa
         path.write_text(f"{text}plugins: [good.py]\n")
         assert len(load_spec(path)) == 1
     assert not {"of_half", "of_exit"} & set(metrics.names())
+
+
+def test_every_problem_is_one_line_whatever_a_name_holds(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    for name in ("noise:\n  seed: 0\n", "a\rb", "a\u2028b"):
+        data = {"model": name, "task": name, "prune": {"method": name, "keep": 3, "sensitivity": name}}
+        path.write_text(json.dumps(data))
+        with pytest.raises(UserError) as caught:
+            load_spec(path)
+        assert len(caught.value.problems) >= 2
+        assert all(len(str(problem).splitlines()) == 1 for problem in caught.value.problems)
+
+
+def test_a_plugin_is_looked_at_once_for_all_runs_of_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for what it imports beside itself costs milliseconds, and a spec may have thousands of runs."""
+    metrics.names()
+    monkeypatch.setattr(plugins, "_loaded_files", {})
+    (tmp_path / "good.py").write_text("import json\n")
+    looked: list[dict[str, Path]] = []
+    digest = plugins.digest_files
+    monkeypatch.setattr(plugins, "digest_files", lambda files: looked.append(files) or digest(files))
+    path = tmp_path / "spec.yaml"
+    spec = {"model": "diagram-llava", "task": "diagramqa", "plugins": ["good.py"], "matrix": {"seed": [*range(30)]}}
+    path.write_text(json.dumps(spec))
+    assert len(load_spec(path)) == 30
+    assert len(looked) == 1
+
+
+@pytest.mark.parametrize("field", ["", " ame", "ame\t", "a\nb", "\u202ename", "\u00a0"])
+def test_a_field_whose_name_cannot_be_seen_is_shown(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps({"model": "diagram-llava", "task": "diagramqa", field: 1}))
+    with pytest.raises(UserError) as caught:
+        load_spec(path)
+    assert str(caught.value).startswith(f"line 1: {field!a}: unknown field")

@@ -72,7 +72,8 @@ class OriginalLlava(CheckpointFormat):
     @staticmethod
     def default_text_tower(config: Mapping[str, Any]) -> str | None:
         """The checkpoint in `mm_vision_tower`, whose text tower belongs to its vision tower."""
-        return config.get("mm_vision_tower")
+        named = config.get("mm_vision_tower")
+        return named if isinstance(named, str) else None
 
     def companion(self, fetch: bool = True) -> Path:
         """Folder of the CLIP checkpoint with the vision tower.
