@@ -49,7 +49,8 @@ def write_runs(folder: Path, count: int, questions: int) -> None:
     """Write that many finished runs below a folder."""
     from qapbench.receipt import ImageTokens, Receipt
     from qapbench.records.answer import Answer, ScoredQuestion
-    from qapbench.records.record import parse_record
+    from qapbench.records.intact import RECEIPT, StoredReceipt, digests
+    from qapbench.records.record import SCHEMA, SCORED, parse_record, write_record
     from qapbench.records.store import answers_of, write_json, write_lines
     from qapbench.records.tally import tally
     from qapbench.running.notes import labels
@@ -83,9 +84,14 @@ def write_runs(folder: Path, count: int, questions: int) -> None:
             scored.append(ScoredQuestion(id=question, doc=doc, metrics=right))
         receipt = Receipt()
         receipt.recount(image for answer in answers for image in answer.images or [])
+        place = folder / run_id
+        place.mkdir(parents=True)
+        answers_of(place).append(answers)
+        write_lines(place / SCORED, scored)
+        write_json(place / RECEIPT, StoredReceipt(group="g", receipt=receipt))
         record = parse_record(
             {
-                "schema": 2,
+                "schema": SCHEMA,
                 "run_id": run_id,
                 "text_key": "t",
                 "name": spec.name,
@@ -97,14 +103,11 @@ def write_runs(folder: Path, count: int, questions: int) -> None:
                 "receipt": {"summary": "rtn: W4A4", "linears": linears() if spec.quantize else [], "fallbacks": []},
                 "environment": {"torch": "2.13.0"},
                 "fingerprints": content,
+                "files": digests(place),
                 "timing": {"seconds": 1.0},
             }
         )
-        place = folder / run_id
-        place.mkdir(parents=True)
-        write_json(place / "record.json", record.to_json())
-        answers_of(place).append(answers)
-        write_lines(place / "scored.jsonl", scored)
+        write_record(place, record)
 
 
 def linears() -> list[dict[str, Any]]:

@@ -132,12 +132,16 @@ def script_json(data: Any) -> str:
 
 
 def all_visible(data: Any) -> Any:
-    """JSON data with hidden characters escaped in every text and key."""
+    """JSON data with hidden characters escaped in every text and key. What holds none is not copied."""
     if isinstance(data, str):
         return visible(data)
     if isinstance(data, dict):
-        return {visible(key) if isinstance(key, str) else key: all_visible(item) for key, item in data.items()}
-    return [all_visible(item) for item in data] if isinstance(data, list) else data
+        shown = {visible(key) if isinstance(key, str) else key: all_visible(item) for key, item in data.items()}
+        return shown if list(shown) != list(data) or any(shown[key] is not data[key] for key in data) else data
+    if isinstance(data, list):
+        items = [all_visible(item) for item in data]
+        return items if any(new is not old for new, old in zip(items, data, strict=True)) else data
+    return data
 
 
 def page_data(

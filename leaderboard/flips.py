@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pydantic import ValidationError
 
 from qapbench import UserError
@@ -181,6 +182,7 @@ class _Sources:
                 if asked.name not in own_tasks() or (asked.data and not Path(asked.data).is_file()):
                     raise UserError("they are not on this machine")
                 task = read_outline(asked)
+                pa.default_memory_pool().release_unused()  # by itself, Arrow keeps what reading the images took
                 if task.fingerprint != data:
                     raise UserError("the file on this machine holds others")
                 self._tasks[name] = task, {question: place for place, question in enumerate(task.ids)}

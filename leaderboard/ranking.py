@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from qapbench import UserError
 from qapbench.analysis.paired import Scored, read_scored
 from qapbench.analysis.ranking import Against, Ranking, rankings
+from qapbench.records.answer import ScoredQuestion
 from qapbench.records.record import Record
 
 from .rows import Row, Versus
@@ -31,7 +31,7 @@ def scored_runs(records: Sequence[Record], runs: Path | None, damaged: list[str]
         damaged: list to which a sentence is added for each run whose files are damaged.
     """
     found: list[Scored | None] = []
-    shared: dict[Any, dict[str, float]] = {}
+    shared: dict[str, ScoredQuestion] = {}
     for record in records:
         scored = None
         folder = runs / record.run_id if runs and re.fullmatch(r"[0-9a-f]{8,64}", record.run_id) else None

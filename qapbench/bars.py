@@ -78,17 +78,20 @@ class Line:
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[ProgressCallback]:
+def shown(console: Console | None = None) -> Iterator[ProgressCallback]:
     """While the context is open, show progress on standard error if that is a terminal or belongs to a notebook.
 
     That an embedded model is put together on first use is shown too.
+
+    Args:
+        console: where bars are drawn; standard error if None.
 
     Yields:
         The callback to report to.
     """
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = console or Console(stderr=True)
     report: ProgressCallback = silent
     with contextlib.ExitStack() as stack:
         if console.is_jupyter:
@@ -102,3 +105,17 @@ def shown() -> Iterator[ProgressCallback]:
         token = assembly_progress.set(lambda name, done, total: report(f"{name}: first use", done, total))
         stack.callback(assembly_progress.reset, token)
         yield report
+
+
+@contextlib.contextmanager
+def only_told(report: ProgressCallback) -> Iterator[ProgressCallback]:
+    """While the context is open, nothing is shown: a callback of the caller's is told of the runs, and of nothing else.
+
+    Yields:
+        That callback.
+    """
+    token = assembly_progress.set(silent)
+    try:
+        yield report
+    finally:
+        assembly_progress.reset(token)

@@ -13,5 +13,5 @@ def silent(what: str, done: int, total: int) -> None:
     """The callback of whoever does not want to be told."""
 
 
-assembly_progress: ContextVar[ProgressCallback] = ContextVar("assembly_progress", default=silent)
-"""Told while an embedded model is put together on first use; the command line shows a progress bar."""
+assembly_progress: ContextVar[ProgressCallback | None] = ContextVar("assembly_progress", default=None)
+"""Told while an embedded model is put together on first use; None shows it in a terminal or a notebook."""

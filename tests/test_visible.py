@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from rich.table import Table
 from tqdm import tqdm
 
-from qapbench.bars import Line, shown
+from qapbench.bars import Line, only_told, shown
 from qapbench.cli.console import VisibleConsole
-from qapbench.progress import assembly_progress, silent
+from qapbench.progress import assembly_progress
 from qapbench.running.quiet import no_foreign_bars
 from qapbench.visible import HIDDEN, json_visible, visible
 
@@ -60,13 +60,22 @@ def test_progress_is_shown_where_somebody_looks(monkeypatch: pytest.MonkeyPatch)
         assert ("diagram-llava: first use" in stream.getvalue()) is expected
         assert ("3/8" in stream.getvalue()) is expected
     assert stream.getvalue() == ""
-    assert assembly_progress.get() is silent
+    assert assembly_progress.get() is None
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     line = Line()
     line.report("a long name", 1, 2)
     line.report("b", 2, 2)
     line.close()
     assert sys.stderr.getvalue() == f"\ra long name: 1 of 2\r{'b: 2 of 2'.ljust(19)}\n"
+
+
+def test_a_callback_of_the_callers_is_told_of_runs_alone() -> None:
+    told: list[tuple[str, int, int]] = []
+    with only_told(lambda *step: told.append(step)) as report:
+        report("a run", 1, 2)
+        assembly_progress.get()("diagram-llava", 1, 2)
+    assert told == [("a run", 1, 2)]
+    assert assembly_progress.get() is None
 
 
 def test_other_libraries_draw_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:

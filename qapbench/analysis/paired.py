@@ -15,7 +15,7 @@ from scipy.stats import binom, false_discovery_control
 from scipy.stats import t as student
 
 from qapbench.errors import UserError, nearest
-from qapbench.records.answer import Answer
+from qapbench.records.answer import Answer, ScoredQuestion
 from qapbench.records.intact import damage, described, read_scored_questions
 from qapbench.records.load import load_records
 from qapbench.records.record import RECORD, SCORED, Record, read_record
@@ -206,12 +206,12 @@ def find_run(name: str, runs: Path) -> Path:
     return runs / found[0].run_id
 
 
-def read_scored(folder: Path, shared: dict[Any, dict[str, float]] | None = None) -> Scored:
+def read_scored(folder: Path, shared: dict[str, ScoredQuestion] | None = None) -> Scored:
     """Read the record and the scored questions in a run's folder.
 
     Args:
         folder: the run's folder.
-        shared: as for `read_rows`.
+        shared: as for `read_scored_questions`.
 
     Raises:
         UserError: one of the two files is missing or damaged.
@@ -225,7 +225,8 @@ def read_scored(folder: Path, shared: dict[Any, dict[str, float]] | None = None)
     told = described(folder, found.values()) if found else ""
     if SCORED in found:
         raise UserError(told)
-    scored = Scored(record, read_rows(folder, shared), folder, told)
+    rows = {sys.intern(one.id): one.metrics for one in read_scored_questions(folder, shared)}
+    scored = Scored(record, rows, folder, told)
     counted = {column.name for column in record.scores.columns if column.k is not None}
     if any(
         row.get(name, 0) not in (0, 1) if name in counted else not isinstance(row.get(name, 0), int | float)
@@ -234,24 +235,6 @@ def read_scored(folder: Path, shared: dict[Any, dict[str, float]] | None = None)
     ):
         raise UserError(described(folder, [f"{SCORED} does not say for each question whether it was right"]))
     return scored
-
-
-def read_rows(folder: Path, shared: dict[Any, dict[str, float]] | None = None) -> dict[str, dict[str, float]]:
-    """Read the scores of every question in a run's folder: question id -> column -> score.
-
-    Args:
-        folder: the run's folder.
-        shared: scores of other runs, of which equal ones are used again. Many runs then take little memory, since a
-            question has one of a few dozen different scores.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    shared = {} if shared is None else shared
-    return {
-        sys.intern(scored.id): shared.setdefault(repr(scored.metrics), scored.metrics)
-        for scored in read_scored_questions(folder)
-    }
 
 
 def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:

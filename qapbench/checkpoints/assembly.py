@@ -7,6 +7,7 @@ of everything it was made from, and its files are checked against a manifest of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -21,9 +22,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from qapbench.bars import shown
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_file
-from qapbench.progress import ProgressCallback, assembly_progress
+from qapbench.progress import ProgressCallback, assembly_progress, silent
 
 from .gguf import LlamaGGUF, read_llama
 
@@ -113,7 +115,8 @@ def assemble(parts: Path, field: str = "model") -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
     try:
-        build(parts, base, made, assembly_progress.get())
+        with shown() if assembly_progress.get() is None else contextlib.nullcontext():
+            build(parts, base, made, assembly_progress.get() or silent)
         files = sorted(path for path in made.rglob("*") if path.is_file())
         manifest = {path.relative_to(made).as_posix(): digest_file(path) for path in files}
         (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -15,7 +15,7 @@ from qapbench import __version__
 from qapbench.errors import RunFailedError, UserError
 
 from . import doctor, items, results, running, scaffold, studies
-from .console import collect_rarely, err, watching_assembly
+from .console import collect_rarely, err
 
 study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.", rich_markup_mode=None)
 app = typer.Typer(
@@ -68,8 +68,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.showwarning = _show_warning
     try:
-        with watching_assembly():
-            app()
+        app()
     except UserError as error:
         for problem in error.problems:
             _say("error:", str(problem))

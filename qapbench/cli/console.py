@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from qapbench.bars import Bars
-from qapbench.progress import assembly_progress
+from qapbench.bars import shown
+from qapbench.progress import ProgressCallback
 from qapbench.visible import visible
 
 from . import completion
@@ -87,37 +87,18 @@ def collect_as_usual() -> None:
     gc.set_threshold(*USUAL)
 
 
-class Progress(Bars):
-    """The bars of a command, on standard error, so that tables on standard output can be piped."""
-
-    def __init__(self) -> None:
-        super().__init__(err)
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Stop the bars. If the user interrupted the work, say that the same command continues it."""
-        super().__exit__(kind, *rest)
-        if kind is KeyboardInterrupt:
-            err.print("stopped; the same command goes on from here", highlight=False)
-            raise typer.Exit(130) from None
-
-
 @contextlib.contextmanager
-def watching_assembly() -> Iterator[None]:
-    """Show a progress bar while an embedded model is put together, which happens once per machine."""
-    shown: list[Progress] = []
+def progress() -> Iterator[ProgressCallback]:
+    """While the context is open, show progress on standard error, so that tables on standard output can be piped.
 
-    def report(name: str, done: int, total: int) -> None:
-        if not shown:
-            shown.append(Progress())
-            shown[0].bar.start()
-        shown[0].report(f"{name}: first use", done, total)
-        if done == total:
-            shown.pop().bar.stop()
+    If the user interrupts the work, say that the same command continues it.
 
-    token = assembly_progress.set(report)
+    Yields:
+        The callback to report to.
+    """
     try:
-        yield
-    finally:
-        assembly_progress.reset(token)
-        for bars in shown:
-            bars.bar.stop()
+        with shown(err) as report:
+            yield report
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here", highlight=False)
+        raise typer.Exit(130) from None

@@ -13,7 +13,6 @@ from qapbench.errors import UserError
 
 from .console import (
     DeviceOption,
-    Progress,
     RemoteOption,
     RunsOption,
     SetOption,
@@ -21,6 +20,7 @@ from .console import (
     collect_as_usual,
     out,
     print_notes,
+    progress,
     write_page,
 )
 
@@ -66,9 +66,8 @@ def run(
     from qapbench.analysis.table import ablation_table  # imported here because it takes a second
 
     collect_as_usual()
-    bars = Progress()
-    with bars:
-        records = make_runs(specs, settings, fresh, fast, bars.report, planner)
+    with progress() as report:
+        records = make_runs(specs, settings, fresh, fast, report, planner)
     out.print(ablation_table(records, out.width))
     spent = [record.timing for record in records]
     out.print(

@@ -13,7 +13,6 @@ from qapbench.errors import UserError
 
 from .console import (
     DeviceOption,
-    Progress,
     RemoteOption,
     RunsOption,
     SetOption,
@@ -21,6 +20,7 @@ from .console import (
     collect_as_usual,
     out,
     print_notes,
+    progress,
 )
 
 
@@ -48,9 +48,8 @@ def explain(
     settings = Settings(runs, find_device(device), trust_remote_code=trust_remote_code)
     chosen = choose_run(load_spec(spec, changes or (), Planner(runs, settings.device).check), row)
     collect_as_usual()
-    bars = Progress()
-    with bars:
-        explanation = explain(chosen, sample, Session(settings, bars.report))
+    with progress() as report:
+        explanation = explain(chosen, sample, Session(settings, report))
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(explanation).save(picture)
     if as_json:
@@ -87,9 +86,8 @@ def study_sensitivity(
         load_spec(spec, changes or (), Planner(runs, settings.device).check), sample, block, batch_size
     )
     collect_as_usual()
-    bars = Progress()
-    with bars:
-        session = Session(settings, bars.report)
+    with progress() as report:
+        session = Session(settings, report)
         summaries = [study.make(session) for study in studies]
     if as_json:
         typer.echo(json.dumps([summary.model_dump(mode="json") for summary in summaries]))

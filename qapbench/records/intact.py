@@ -154,16 +154,25 @@ _LEGACY: dict[str, Callable[[Path, Record], bool]] = {
 """How a file is checked whose hash the record does not hold."""
 
 
-def read_scored_questions(folder: Path) -> list[ScoredQuestion]:
+def read_scored_questions(folder: Path, shared: dict[str, ScoredQuestion] | None = None) -> list[ScoredQuestion]:
     """Read the scored questions in a run's folder.
+
+    Args:
+        folder: the run's folder.
+        shared: lines of other runs, by their text, to which this run's are added. Of many runs on the same questions
+            most lines are equal; they are then parsed once, and kept in memory once.
 
     Raises:
         UserError: the file is missing, or a line is not a scored question.
     """
     path = folder / SCORED
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [ScoredQuestion.model_validate(json.loads(line)) for line in lines if line]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+        parsed = {} if shared is None else shared
+        for line in lines:
+            if line not in parsed:
+                parsed[line] = ScoredQuestion.model_validate(json.loads(line))
+        return [parsed[line] for line in lines]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValidationError, ValueError, RecursionError):

@@ -129,9 +129,16 @@ class Store(Generic[L]):
         """
         if not self.path.is_file():
             return []
-        spelled = [json.dumps(word).encode() for word in words]
-        texts = self.path.read_bytes().split(b"\n")[:-1]
-        found = (self._parsed(text) for text in texts if any(word in text for word in spelled))
+        data = self.path.read_bytes()
+        ends: dict[int, int] = {}  # where a line begins -> where it ends
+        for word in words:
+            spelled = json.dumps(word).encode()
+            place = data.find(spelled)
+            while place >= 0:
+                start, end = data.rfind(b"\n", 0, place) + 1, data.find(b"\n", place)
+                ends[start] = end
+                place = data.find(spelled, end) if end >= 0 else -1
+        found = (self._parsed(data[start:end]) for start, end in sorted(ends.items()) if end >= 0)
         return [line for line in found if line is not None]
 
     def _parsed(self, text: bytes) -> L | None:

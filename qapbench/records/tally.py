@@ -10,8 +10,8 @@ from typing import Any
 
 UNPARSED = "unparsed"
 """Key in `process_results` of answers that no rule of the parser could read."""
-LEVEL = 0.95
-"""Confidence level of every interval."""
+Z = 1.959963984540054
+"""Confidence level of every interval, 95 %, as a quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,15 @@ class Tally:
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the accuracy; NaN if n is 0."""
+        """Wilson's 95 % interval of the accuracy (JASA 22, 1927); NaN if n is 0."""
         if not self.n:
             return math.nan, math.nan
-        from statsmodels.stats.proportion import proportion_confint
-
-        low, high = proportion_confint(self.k, self.n, alpha=1 - LEVEL, method="wilson")
+        p, n = self.accuracy, self.n
+        scale = 1 + Z * Z / n
+        center = (p + Z * Z / (2 * n)) / scale
+        reach = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / scale
         # Rounding must not exclude an accuracy of 0 or 1.
-        return min(float(low), self.accuracy), max(float(high), self.accuracy)
+        return min(max(center - reach, 0.0), p), max(min(center + reach, 1.0), p)
 
     @property
     def low(self) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qapbench.bars import shown
+from qapbench.bars import only_told, shown
 from qapbench.errors import UserError
 from qapbench.progress import ProgressCallback, silent
 from qapbench.records.intact import FILES, SPEC
@@ -74,11 +74,10 @@ def run(
         warnings.warn("run(report=...) is now run(progress=...); report goes in 0.3", DeprecationWarning, stacklevel=2)
     settings = Settings(Path(runs), find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
     specs = as_specs(spec)
-    with no_foreign_bars(), contextlib.ExitStack() as stack:
-        told = report or progress
-        if told is True:
-            told = stack.enter_context(shown())
-        return make_runs(specs, settings, fresh, fast, told or silent)
+    told = report or progress
+    watching = shown() if told is True else only_told(told or silent)
+    with no_foreign_bars(), watching as told:
+        return make_runs(specs, settings, fresh, fast, told)
 
 
 def as_specs(spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec]) -> list[RunSpec]:

@@ -256,6 +256,7 @@ def _serve(order: Order, sender: Connection) -> None:
     except BaseException as error:
         error.add_note(traceback.format_exc())
         found = error
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the work is done: a signal would only put a traceback on the screen
     try:
         data = ForkingPickler.dumps(found)
         ForkingPickler.loads(data)

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from small_records import small_record
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportions_ztest
+from statsmodels.stats.proportion import confint_proportions_2indep, proportions_ztest
 
 from qapbench.analysis.paired import Scored, corrected, mcnemar, paired_difference
 from qapbench.analysis.ranking import FALSE_DISCOVERIES, count_ranks, paired_ranks, rankings, unpaired_difference
@@ -80,6 +80,15 @@ def test_ranks_of_counts_are_two_sample_tests() -> None:
     one = unpaired_difference("Avg", counts[2], counts[0], n)
     assert one.difference == pytest.approx(95 / n)
     assert one.low < one.difference < one.high
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.integers(0, n), st.just(n))))
+def test_the_interval_of_two_samples_is_newcombes(case: tuple[int, int, int]) -> None:
+    first, second, n = case
+    found = unpaired_difference("Avg", first, second, n)
+    expected = confint_proportions_2indep(second, n, first, n, method="newcomb")
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
 
 
 def run(name: str, right: list[int], prune: Any = None, created: str = "1", model: str = "m") -> Scored:

@@ -1,5 +1,6 @@
 """Embedded models that are put together on first use, from a tiny GGUF and random parts."""
 
+import io
 import json
 import shutil
 import sys
@@ -108,6 +109,18 @@ def by_hand(parts: Path, file: Path) -> dict[str, torch.Tensor]:
     state |= {f"model.vision_tower.{k}": v for k, v in tiny_clip().vision_model.state_dict().items()}
     projector = load_file(parts / "projector.safetensors")
     return state | {f"model.multi_modal_projector.{k}": v for k, v in projector.items()}
+
+
+def test_whoever_loads_a_model_sees_that_it_is_put_together(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    find.find_checkpoint("tiny-llava")
+    assert "tiny-llava: first use" in sys.stderr.getvalue()
+    assert assembly_progress.get() is None
 
 
 def test_assembled_is_what_is_assembled_by_hand(embedded: Path, parts: Path, gguf_file: Path) -> None:

@@ -379,6 +379,18 @@ def test_scored_questions_that_cannot_be_read(content: bytes | None, message: st
         read_scored_questions(tmp_path)
 
 
+def test_equal_lines_of_several_runs_are_kept_once(tmp_path: Path) -> None:
+    alike = [ScoredQuestion(id=f"q{doc}", doc=doc, metrics={"Avg": 1.0}) for doc in range(3)]
+    other = alike[0].model_copy(update={"metrics": {"Avg": 0.0}})
+    for name, lines in {"a": alike, "b": [other, *alike[1:]]}.items():
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "scored.jsonl", lines)
+    shared: dict[str, ScoredQuestion] = {}
+    one, two = (read_scored_questions(tmp_path / name, shared) for name in "ab")
+    assert (one, two) == (alike, [other, *alike[1:]])
+    assert [a is b for a, b in zip(one, two, strict=True)] == [False, True, True]
+
+
 LINES = [b'{"torn\n', b"[]\n", b'{"schema": 2, "task": "t"}\n', b'{"id": 3}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"]
 
 
@@ -431,6 +443,17 @@ def test_a_torn_end_is_cut_off_by_the_next_writer_and_is_no_damage(four: bytes, 
         assert found.torn == (four[end - 1 : end] != b"\n")
         store.append(answers[len(found.lines) :])
         assert store.path.read_bytes() == four
+
+
+def test_the_answers_to_some_questions_are_read_once_each_in_their_order(four: bytes, tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_bytes(four + four.splitlines(keepends=True)[1][:-1])
+    store = answers_of(tmp_path)
+    answers = store.read()
+    first, _, third, _ = answers
+    assert store.mentioning([third.id, first.id, third.answer, "no such text"]) == [
+        answer for answer in answers if answer.id in (first.id, third.id) or answer.answer == third.answer
+    ]
+    assert store.mentioning([]) == []
 
 
 def test_a_line_without_checksum_counts_only_as_earlier_versions_wrote_it(four: bytes, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from question_files import row
+from statsmodels.stats.proportion import proportion_confint
 
 from qapbench import UserError
 from qapbench.analysis.score import score_file
@@ -88,6 +89,14 @@ def test_interval_holds_the_accuracy(case: tuple[int, int]) -> None:
     assert -1e-12 <= t.low <= t.accuracy
     assert t.accuracy <= t.high <= 1 + 1e-12
     assert t.low < t.high
+
+
+@given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_interval_equals_that_of_statsmodels_to_the_bit(case: tuple[int, int]) -> None:
+    """Records hold intervals that statsmodels made."""
+    t = Tally(*case)
+    low, high = proportion_confint(*case, alpha=1 - 0.95, method="wilson")
+    assert t.interval == (min(low, t.accuracy), max(high, t.accuracy))
 
 
 # -- stored outputs --
