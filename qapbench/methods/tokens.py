@@ -52,12 +52,12 @@ class VisionTokens:
         cls_attention: [B, N] attention from the CLS token to each patch, averaged over heads, in the vision tower's
             layer whose output the projector takes. The CLS column is dropped and the rest is not renormalised.
         keys: [B, N, K] key projections of that layer, with bias and unscaled; K = heads * head width.
-        heads: number of heads that are concatenated in `keys`.
+        heads: number of heads of the tower's attention, which are concatenated in `keys`.
         cls_token: [B, C] the CLS token itself, before the projector.
         image_embeds: [B, N, P] patches in the joint image-text space of CLIP, not normalised.
         text_embeds: [B, M, P] the question in that space, cut into M segments, not normalised.
-        prompt_embeds: [B, L, D] the language model's input embeddings of the prompt's text. Inside the decoder only the
-            text after the image is included.
+        prompt_embeds: [B, L, D] the language model's input embeddings of the prompt's text, or of the caller's
+            `relevance_text`. Inside the decoder it is the prompt's text after the image.
         last_cls_attention: [B, N] like `cls_attention`, but in the tower's last layer and computed as a single head
             over the full width: softmax(q k^T / sqrt(K)).
         last_keys: [B, N, K] key projections of the tower's last layer, with bias and unscaled.
