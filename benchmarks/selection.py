@@ -82,6 +82,7 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
             "attention_received",
             "middle_attention_received",
             "query_attention",
+            "context_attention",
         )
     }
     return VisionTokens(
@@ -95,6 +96,10 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
         prompt_embeds=normal(WORDS, WIDTH),
         last_keys=normal(COUNT, PATCH),
         text_attention=normal(COUNT, WORDS).softmax(dim=1),
+        rotated_keys=normal(COUNT, WIDTH),
+        text_keys=normal(WORDS, WIDTH),
+        final_states=projected,
+        text_states=normal(WORDS, WIDTH),
         embedded=projected,
         grid=(SIDE, SIDE),
         image_ids=tuple(map(str, range(batch))),

@@ -60,7 +60,7 @@ class ReceiptFields(BaseModel):
         kept: kept tokens, summed over images.
         merged: tokens made from several, summed over images.
         least: smallest number of tokens (kept + merged) of an image. If tokens are dropped inside the decoder, those
-            that its last layer received.
+            that its last layer received, or the mean over layers, rounded up, if that layer received none.
         most: largest number of them of an image.
         layers: tokens that each layer of the decoder received, summed over images; empty if all layers receive the
             same.
@@ -110,6 +110,8 @@ class Receipt(ReceiptFields):
             layers: tokens that each layer of the decoder received, if tokens are dropped inside it.
         """
         budget = kept + merged
+        if not budget and layers:  # the last layer received none: what counts is the mean over layers
+            budget = -(-sum(layers) // len(layers))
         self.separators += separators
         self.layers = [sum(pair) for pair in itertools.zip_longest(self.layers, layers, fillvalue=0)]
         self.images += 1
@@ -151,6 +153,7 @@ class Receipt(ReceiptFields):
         }
         if self.layers:
             counted["layer_mean"] = sum(self.layers) / n / len(self.layers)
+            counted["mean"] = counted["mean"] or counted["layer_mean"]
         return {**counted, "separators": self.separators / n} if self.separators else counted
 
     def check(self) -> None:
@@ -186,6 +189,8 @@ class Receipt(ReceiptFields):
             merged = f" ({t['kept']:g} kept + {t['merged']:g} merged)" if self.merged else ""
             lines = f" and {t['separators']:g} separators" if self.separators else ""
             layers = f" in the last layer, {t['layer_mean']:.4g} on the average of layers" if self.layers else ""
+            if self.layers and not self.kept + self.merged:
+                layers = " on the average of layers, none in the last"
             parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}{lines}{layers}")
         if self.transparent:
             parts.append(f"{self.transparent} transparent picture(s)")

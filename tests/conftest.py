@@ -1,5 +1,6 @@
 """Shared fixtures: keep this file small."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,7 +17,7 @@ def make_tokens(batch: int = 3, grid: tuple[int, int] = (7, 7), seed: int = 0) -
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(batch, *shape, generator=draw)
 
-    return VisionTokens(
+    known = VisionTokens(
         projected=normal(count, 96) * (1 + 3 * torch.rand(batch, count, 1, generator=draw)),
         patches=normal(count, 40),
         cls_attention=normal(count).softmax(dim=-1),
@@ -35,6 +36,14 @@ def make_tokens(batch: int = 3, grid: tuple[int, int] = (7, 7), seed: int = 0) -
         embedded=normal(2 * count, 96),
         grid=grid,
         image_ids=tuple(f"image-{seed}-{index}" for index in range(batch)),
+    )
+    return dataclasses.replace(  # newer fields are drawn last, so that the older ones keep their values
+        known,
+        rotated_keys=normal(count, 16),
+        text_keys=normal(5, 16),
+        final_states=normal(count, 96),
+        text_states=normal(5, 96),
+        context_attention=normal(count).softmax(dim=-1),
     )
 
 

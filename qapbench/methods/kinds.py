@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -207,21 +207,37 @@ class DecoderPruner(Pruner):
     layers after a stage see the tokens chosen there, at their original positions.
 
     Attributes:
-        ahead: whether attention is read in the layer that follows the drop rather than in the one before it.
+        ahead: whether attention and keys are read in the layer that follows the drop rather than in the one before it.
+        counts: what `keep` counts: the tokens that layers after the last drop receive ("last"), or the mean over all
+            layers ("mean"), for a method that leaves none in the end.
     """
 
     DECODER_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"query_attention", "text_attention", "prompt_embeds", "embedded"}
+        {
+            "query_attention",
+            "text_attention",
+            "context_attention",
+            "rotated_keys",
+            "final_states",
+            "prompt_embeds",
+            "text_keys",
+            "text_states",
+            "embedded",
+        }
+    )
+    TEXT_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"query_attention", "text_attention", "prompt_embeds", "text_keys", "text_states"}
     )
     ahead: ClassVar[bool] = False
+    counts: ClassVar[Literal["last", "mean"]] = "last"
 
     @abc.abstractmethod
     def stages(self, count: int, keep: int, depth: int) -> list[Stage]:
-        """The drops in the order of the layers. The last one keeps `keep` tokens.
+        """The drops in the order of the layers. The last one keeps `keep` tokens, unless `counts` is "mean".
 
         Args:
             count: visual tokens per image before the first drop.
-            keep: tokens per image after the last drop.
+            keep: tokens per image, counted as `counts` says.
             depth: number of decoder layers, at least two. Every drop comes after 1 to depth - 1 of them.
         """
 

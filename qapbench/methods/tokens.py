@@ -33,6 +33,11 @@ _SHAPES = {
     "middle_attention_received": "B N",
     "query_attention": "B N",
     "text_attention": "B N L",
+    "context_attention": "B N",
+    "rotated_keys": "B N H",
+    "text_keys": "B L H",
+    "final_states": "B N D",
+    "text_states": "B L D",
     "embedded": "B E D",
 }
 
@@ -52,12 +57,12 @@ class VisionTokens:
         cls_attention: [B, N] attention from the CLS token to each patch, averaged over heads, in the vision tower's
             layer whose output the projector takes. The CLS column is dropped and the rest is not renormalised.
         keys: [B, N, K] key projections of that layer, with bias and unscaled; K = heads * head width.
-        heads: number of heads that are concatenated in `keys`.
+        heads: number of heads of the tower's attention, which are concatenated in `keys`.
         cls_token: [B, C] the CLS token itself, before the projector.
         image_embeds: [B, N, P] patches in the joint image-text space of CLIP, not normalised.
         text_embeds: [B, M, P] the question in that space, cut into M segments, not normalised.
-        prompt_embeds: [B, L, D] the language model's input embeddings of the prompt's text. Inside the decoder only the
-            text after the image is included.
+        prompt_embeds: [B, L, D] the language model's input embeddings of the prompt's text, or of the caller's
+            `relevance_text`. Inside the decoder it is the prompt's text after the image.
         last_cls_attention: [B, N] like `cls_attention`, but in the tower's last layer and computed as a single head
             over the full width: softmax(q k^T / sqrt(K)).
         last_keys: [B, N, K] key projections of the tower's last layer, with bias and unscaled.
@@ -67,6 +72,15 @@ class VisionTokens:
         query_attention: [B, N] inside the decoder: attention from the prompt's last token to each visual token in one
             layer, averaged over heads. The columns of text tokens are dropped and the rest is not renormalised.
         text_attention: [B, N, L] inside the decoder: the same from each of the L text tokens after the image.
+        context_attention: [B, N] inside the decoder: attention from the mean query of everything up to the image's last
+            token to each visual token in one layer, before the rotary embedding, averaged over heads. The softmax is
+            over all these places.
+        rotated_keys: [B, N, H] inside the decoder: keys of one layer after the rotary embedding, all heads side by
+            side; H = key heads * head width. The prompt's first token is at position 0, however it is padded.
+        text_keys: [B, L, H] inside the decoder: the same of the L text tokens after the image.
+        final_states: [B, N, D] inside the decoder: `projected` after the norm that follows the decoder's last layer.
+        text_states: [B, L, D] inside the decoder: the hidden states of the L text tokens after the image, after the
+            same norm.
         embedded: [B, E, D] inside the decoder: the image's tokens as they entered it, including those dropped since
             then; E >= N.
         grid: (height, width) of the grid of tokens; height * width = N.
@@ -91,6 +105,11 @@ class VisionTokens:
     middle_attention_received: Tensor | None = None
     query_attention: Tensor | None = None
     text_attention: Tensor | None = None
+    context_attention: Tensor | None = None
+    rotated_keys: Tensor | None = None
+    text_keys: Tensor | None = None
+    final_states: Tensor | None = None
+    text_states: Tensor | None = None
     embedded: Tensor | None = None
     grid: tuple[int, int] | None = None
     image_ids: tuple[str, ...] | None = None

@@ -1,4 +1,4 @@
-"""The layers of a decoder, and the rows of their attention that a pruner inside the decoder reads."""
+"""The layers of a decoder, and the attention, keys and states of them that a pruner inside the decoder reads."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class DecoderLayers:
     Attributes:
         layers: the decoder layers in order.
         config: config of the language model.
+        norm: the norm that follows the last layer; None if there is none.
 
     Raises:
         UserError: the decoder is built differently; the message says how.
@@ -33,6 +34,7 @@ class DecoderLayers:
             if not hasattr(layer, "input_layernorm"):
                 raise UserError(f"model: {type(layer).__name__} has no input_layernorm")
         self.config: Any = language.config
+        self.norm: nn.Module | None = getattr(language, "norm", None)
         kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
         if other := sorted(kinds - {"full_attention"}):
             raise UserError(f"model: tokens cannot be dropped between layers of {', '.join(other)}")
@@ -59,24 +61,53 @@ class DecoderLayers:
             rotary: cosine and sine of all places, each [S, width].
             at: [R] places of the queries. Each attends to itself and to the places before it.
         """
-        attention = self.layers[index].self_attn
         cos, sin = rotary
-        query = self._rotated(queries, getattr(attention, "q_norm", None), attention.head_dim, cos[at], sin[at])
-        key = self._rotated(keys, getattr(attention, "k_norm", None), attention.head_dim, cos, sin)
-        groups = query.shape[1] // key.shape[1]
-        logits = torch.einsum("rhgd,shd->hgrs", query.unflatten(1, (-1, groups)), key) * attention.scaling
+        query = _rotated(self._heads(index, "q_norm", queries), cos[at], sin[at])
+        key = _rotated(self._heads(index, "k_norm", keys), cos, sin)
+        logits = self._logits(index, query, key)
         later = torch.arange(len(keys), device=at.device) > at.unsqueeze(1)
         return logits.masked_fill(later, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
 
-    @staticmethod
-    def _rotated(states: Tensor, norm: nn.Module | None, width: int, cos: Tensor, sin: Tensor) -> Tensor:
-        """Split into heads and apply the rotary embedding: [S, heads, width] in float32.
+    def context(self, index: int, queries: Tensor, keys: Tensor) -> Tensor:
+        """Attention of the mean query to all places, before the rotary embedding: [S], averaged over heads, in float32.
 
-        As in Llama, the two halves of a head form the pairs that are rotated.
+        Args:
+            index: index of the layer.
+            queries: [S, heads * width] queries of all places, before the rotary embedding.
+            keys: [S, key heads * width] keys of all places, before the rotary embedding.
         """
-        heads = states.unflatten(-1, (-1, width))
-        heads = (norm(heads) if norm is not None else heads).float()
-        turned, rest = heads.split([cos.shape[-1], width - cos.shape[-1]], dim=-1)
-        one, two = turned.chunk(2, dim=-1)
-        cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-        return torch.cat([turned * cos + torch.cat([-two, one], dim=-1) * sin, rest], dim=-1)
+        query = self._heads(index, "q_norm", queries).mean(dim=0, keepdim=True)
+        return self._logits(index, query, self._heads(index, "k_norm", keys)).softmax(dim=-1).mean(dim=(0, 1))[0]
+
+    def rotated_keys(self, index: int, keys: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Keys of a layer after the rotary embedding, heads side by side: [S, key heads * width], in float32.
+
+        Args:
+            index: index of the layer.
+            keys: [S, key heads * width] keys, before the rotary embedding.
+            rotary: cosine and sine of their places, each [S, width].
+        """
+        return _rotated(self._heads(index, "k_norm", keys), *rotary).flatten(1)
+
+    def _heads(self, index: int, norm: str, states: Tensor) -> Tensor:
+        """Split queries or keys into heads, and apply the layer's norm of them if it has one: [S, heads, width]."""
+        attention = self.layers[index].self_attn
+        heads, normed = states.unflatten(-1, (-1, attention.head_dim)), getattr(attention, norm, None)
+        return (normed(heads) if normed is not None else heads).float()
+
+    def _logits(self, index: int, query: Tensor, key: Tensor) -> Tensor:
+        """Logits [key heads, group, R, S] of attention from queries [R, heads, width] to keys [S, key heads, width]."""
+        groups = query.shape[1] // key.shape[1]
+        logits = torch.einsum("rhgd,shd->hgrs", query.unflatten(1, (-1, groups)), key)
+        return logits * self.layers[index].self_attn.scaling
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to heads [S, heads, width], in float32.
+
+    As in Llama, the two halves of a head form the pairs that are rotated.
+    """
+    turned, rest = heads.split([cos.shape[-1], heads.shape[-1] - cos.shape[-1]], dim=-1)
+    one, two = turned.chunk(2, dim=-1)
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    return torch.cat([turned * cos + torch.cat([-two, one], dim=-1) * sin, rest], dim=-1)

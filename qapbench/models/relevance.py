@@ -175,8 +175,8 @@ class QuestionReader:
 
     @property
     def needs_words(self) -> bool:
-        """Whether a question given as text is needed as token ids of the language model, for want of a text tower."""
-        return self.tower is None and "text_embeds" in self.needs
+        """Whether a question given as text is needed as token ids of the language model."""
+        return "prompt_embeds" in self.needs or (self.tower is None and "text_embeds" in self.needs)
 
     def fields(
         self,
@@ -193,8 +193,7 @@ class QuestionReader:
             image: the image's tokens, one row for each of its B views.
             text: the question, for the text tower.
             prompt: [L] token ids of the prompt without placeholders, padding and answer.
-            given: [L] token ids of a question that is to take the place of the prompt where there is no text tower;
-                None takes the prompt.
+            given: [L] token ids of a question that is to take the place of the prompt; None takes the prompt.
             of_image: earlier results for this image, to which new ones are added.
             of_question: earlier results for this image and question, to which new ones are added.
 
@@ -202,14 +201,14 @@ class QuestionReader:
             UserError: the text tower needs the question and `text` is None.
         """
         of_image, of_question = {} if of_image is None else of_image, {} if of_question is None else of_question
-        embedded = memoized(of_question, "prompt_embeds", lambda: self.embed(prompt).unsqueeze(0))
-        tower = self.tower
-        if tower is None:
-            words = embedded if given is None else self.embed(given).unsqueeze(0)
-            mean = words.mean(dim=1, keepdim=True)
-            found = {"image_embeds": image.projected, "text_embeds": mean, "prompt_embeds": embedded}
+        if given is None:
+            words = memoized(of_question, "prompt_embeds", lambda: self.embed(prompt).unsqueeze(0))
         else:
-            found = {"prompt_embeds": embedded}
+            words = self.embed(given).unsqueeze(0)
+        tower, found = self.tower, {"prompt_embeds": words}
+        if tower is None:
+            found |= {"image_embeds": image.projected, "text_embeds": words.mean(dim=1, keepdim=True)}
+        else:
             if "image_embeds" in self.needs:
                 patches = image.require("patches", "the text tower")
                 key = ("image_embeds", id(tower))

@@ -103,7 +103,7 @@ class TowerFamily(Family):
             Keyword arguments of `VisionTokens`. `grid` is among them if the number of tokens is a square.
         """
         heads, skip = self.vision.num_attention_heads, self.skip
-        found: dict[str, Any] = {"projected": seen["projected"]}
+        found: dict[str, Any] = {"projected": seen["projected"], "heads": heads}
         side = math.isqrt(found["projected"].shape[1])
         if side * side == found["projected"].shape[1]:
             found["grid"] = (side, side)
@@ -112,7 +112,7 @@ class TowerFamily(Family):
         if "cls_token" in needs:
             found["cls_token"] = seen["hidden"][:, 0]
         if "keys" in needs:
-            found |= {"keys": seen["keys"][:, skip:], "heads": heads}
+            found["keys"] = seen["keys"][:, skip:]
         if "last_keys" in needs:
             found["last_keys"] = seen["last_keys"][:, skip:]
         row = cls_row if skip else received

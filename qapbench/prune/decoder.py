@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from qapbench.errors import UserError
 from qapbench.methods.kinds import DecoderPruner, Fusion, Metric
-from qapbench.methods.tokens import Selection, VisionTokens
+from qapbench.methods.tokens import Selection
 from qapbench.models.encoded import EncodedImage
 from qapbench.models.layers import DecoderLayers
 from qapbench.quantize.call_tokens import watch_of
 from qapbench.receipt import Receipt
 
+from .decoder_fields import EMBEDDED, DecoderFields
 from .prompt import PruningView
 from .splice import PrunedImage
 from .state import DecoderState, ViewState
@@ -57,6 +58,7 @@ class DecoderPruning:
         self.core = core
         self.layers = layers
         self.pruner = pruner
+        self.fields = DecoderFields(core, layers, pruner)
         self.sensitivity = sensitivity
         self.fusion = fusion
         self.receipt = receipt
@@ -66,7 +68,6 @@ class DecoderPruning:
         self._pristine: DecoderState | None = None  # the open prompt before any call
         self._now: DecoderState | None = None  # the prompt that is passing through the layers
         self._passed: WeakKeyDictionary[Any, DecoderState] = WeakKeyDictionary()  # KV cache -> prompt that filled it
-        self._projected: dict[nn.Module, Tensor] = {}  # query and key projections before a drop -> their outputs
 
     @property
     def _name(self) -> str:
@@ -108,11 +109,11 @@ class DecoderPruning:
             The images after pruning; empty until the prompt has left the last layer.
 
         Raises:
-            UserError: tokens of an image are to be dropped, and no text of the prompt follows it.
+            UserError: tokens of an image are to be dropped by text behind it, and no text of the prompt follows it.
         """
         for view in view_states:
             view.budgets = self._stages(len(view.entered), view.keep)
-            if view.budgets and not len(view.text):
+            if view.budgets and not len(view.text) and self.pruner.needs & self.pruner.TEXT_FIELDS:
                 raise UserError(
                     f"{self._name} reads the text behind an image, and a prompt has none (labelled text is an answer)"
                 )
@@ -127,7 +128,7 @@ class DecoderPruning:
                 raise RuntimeError(f"{self._name}: the prompt never reached the decoder's layers")
         finally:
             self._announced = self._pristine = self._now = None
-            self._projected.clear()
+            self.fields.projected.clear()
 
     def _stages(self, count: int, keep: int) -> dict[int, int]:
         """Budgets of the stages of one view: index of the first layer after a stage -> tokens that it keeps.
@@ -141,7 +142,11 @@ class DecoderPruning:
         depth = len(self.layers)
         stages = self.pruner.stages(count, max(keep, 1), depth)
         places, budgets = [stage.after for stage in stages], [count, *(stage.keep for stage in stages)]
-        if budgets != sorted(budgets, reverse=True) or budgets[-1] != max(keep, 1):
+        ends = [*places, depth]
+        mean = sum(left * (end - start) for left, start, end in zip(budgets, [0, *places], ends, strict=True)) / depth
+        wanted = max(keep, 1)
+        off = abs(mean - wanted) > count / depth if self.pruner.counts == "mean" else budgets[-1] != wanted
+        if budgets != sorted(budgets, reverse=True) or budgets[-1] < 0 or off:
             raise RuntimeError(f"{self._name}: {stages} do not lead from {count} to {keep} tokens")
         if places != sorted(set(places)) or not 1 <= places[0] <= places[-1] < depth:
             raise RuntimeError(f"{self._name}: {stages} are not in order between {depth} layers")
@@ -196,7 +201,7 @@ class DecoderPruning:
         state.enter(*hidden.shape[:2])
         if past is not None:
             self._passed[past] = state
-        if self.pruner.needs & {"embedded", "prompt_embeds"}:
+        if self.pruner.needs & EMBEDDED:
             state.embedded = hidden
 
     def _decode(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -221,8 +226,8 @@ class DecoderPruning:
         """The hook after a projection: it keeps queries and keys that the next layer's drop will need."""
 
         def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
-            if not self.pruner.ahead and self._now is not None and index + 1 in self._now.stages:
-                self._projected[projection] = output
+            if self.fields.projections and self._now is not None and index + 1 in self._now.stages:
+                self.fields.projected[projection] = output
 
         return hook
 
@@ -277,7 +282,7 @@ class DecoderPruning:
             view.narrow(selection)
         left, places = layout.without(gone)
         state.layouts[index:] = [left] * (len(state.layouts) - index)
-        self._projected.clear()
+        self.fields.projected.clear()
         if (watch := watch_of(self.core)) is not None:
             watch.narrow(left.columns, left.valid)
         return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
@@ -286,7 +291,7 @@ class DecoderPruning:
         self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> Selection:
         """The selection of one view before a layer."""
-        tokens = self._tokens(state, index, view, hidden, rotary)
+        tokens = self.fields.tokens(state, index, view, hidden, rotary)
         sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
         on_view = None if state.again else self.on_view
         relevance = self.pruner.relevance(tokens) if on_view else None
@@ -297,54 +302,6 @@ class DecoderPruning:
             count, scores = len(view.entered), (relevance, sensitivity)
             on_view(PruningView.of(view.image, count, view.left, view.grid, scores, selection, layer=index))
         return selection
-
-    def _tokens(
-        self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> VisionTokens:
-        """The tokens that are left of one view, with the fields that the pruner reads, as a batch of one."""
-        needs, row = self.pruner.needs, view.row
-        places, columns = state.layouts[index].row(row)
-        own = torch.searchsorted(columns, view.columns)
-        fields: dict[str, Tensor] = {}
-        if needs & {"query_attention", "text_attention"}:
-            asking = view.text if "text_attention" in needs else view.text[-1:]
-            at = torch.searchsorted(columns, asking)
-            cos, sin = (x[row if len(x) > 1 else 0, columns] for x in rotary)
-            queries, keys, layer = self._queries_and_keys(index, hidden[row], row, places, columns, at)
-            rows = self.layers.rows(layer, queries, keys, (cos, sin), at)[:, own]
-            fields = {"text_attention": rows.T, "query_attention": rows[-1]}
-        if state.embedded is not None:
-            embedded = state.embedded[row]
-            fields |= {"prompt_embeds": embedded[view.text], "embedded": embedded[view.entered]}
-        wanted: dict[str, Any] = {name: value.unsqueeze(0) for name, value in fields.items() if name in needs}
-        return VisionTokens(hidden[row, places[own]].unsqueeze(0), **wanted)
-
-    def _queries_and_keys(
-        self, index: int, hidden: Tensor, row: int, places: Tensor, columns: Tensor, at: Tensor
-    ) -> tuple[Tensor, Tensor, int]:
-        """Queries at the places `at` and keys at all `places`, before rotation, and the index of their layer.
-
-        It is the layer after the drop if the pruner is `ahead`, otherwise the layer before it.
-
-        Args:
-            index: index of the layer after the drop.
-            hidden: [C, D] hidden states of the row.
-            row: row of the batch.
-            places: [S] places of the row's tokens.
-            columns: [S] columns of the prompt that these tokens have.
-            at: [R] places, among the S tokens, of the queries.
-        """
-        layer = index if self.pruner.ahead else index - 1
-        queries, keys = self.layers.projections(layer)
-        if not self.pruner.ahead:
-            return self._projected[queries][row, places[at]], self._projected[keys][row, places], layer
-        normed = self.layers.normed(layer, hidden[places].unsqueeze(0))
-        watch = watch_of(self.core)
-        if watch is None:
-            return queries(normed[:, at])[0], keys(normed)[0], layer
-        # The range of an input may span all tokens, so the projection gets all of them, as in the layer itself.
-        with watch.only(row, columns):
-            return queries(normed)[0, at], keys(normed)[0], layer
 
     def _report(self, state: DecoderState) -> None:
         """Count in the receipt what the layers received, and store the images after pruning in the state."""

@@ -358,7 +358,9 @@ class Pruning:
             UserError: there is no tokenizer, or no token.
         """
         if self._tokenizer is None:
-            raise UserError("relevance_text: this model has no CLIP text tower; `compress` a processor to tokenize it")
+            raise UserError(
+                f"relevance_text: {self.spec.method} reads it as tokens of the language model; `compress` a processor"
+            )
         ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         if not ids:
             raise UserError("relevance_text: a text is empty")

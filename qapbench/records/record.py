@@ -154,7 +154,8 @@ class TokenCounts(Part):
     Attributes:
         images: number of images.
         available: tokens before pruning.
-        mean: tokens that the language model received, kept and merged ones together.
+        mean: tokens that the language model received, kept and merged ones together. Of tokens that are dropped between
+            layers, those that the last layer received, or `layer_mean` if it received none.
         min: smallest number of them for an image.
         max: largest number of them for an image.
         kept: the kept part of `mean`.

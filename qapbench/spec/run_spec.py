@@ -150,7 +150,8 @@ class PruneSpec(Strict):
     Attributes:
         method: the pruner.
         keep: the budget of tokens, counted as `per` says. An image or tile with fewer tokens keeps all of them. For a
-            pruner inside the decoder, it is the number of tokens that layers after the last drop receive.
+            pruner inside the decoder, it is the number of tokens that layers after the last drop receive, or the mean
+            over layers for a method that leaves none in the end.
         sensitivity: metric whose scores are fused with the pruner's relevance. None lets the pruner select by relevance
             alone.
         fusion: how both scores are combined; the default fusion if there is a sensitivity and this is None.

@@ -25,8 +25,11 @@ PER_TOKEN = (
     "middle_attention_received",
     "query_attention",
     "text_attention",
+    "context_attention",
+    "rotated_keys",
+    "final_states",
 )
-PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds", "embedded")
+PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds", "text_keys", "text_states", "embedded")
 
 # Where permuting the tokens need not permute the answer: what of it does not follow, and why.
 NOT_EQUIVARIANT = {
@@ -34,6 +37,7 @@ NOT_EQUIVARIANT = {
     "hiprune": ("indices", "buffers are neighbours in the grid"),
     "prumerge_plus": ("indices", "samples are spread over the raster order"),
     "random": ("indices", "noise is drawn by position"),
+    "vtw": ("indices", "without a sensitivity no token is worth more than another, and the lower wins"),
     "visionzip": ("merged", "contextual targets are every step-th token of the raster order"),
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from llava_checkpoints import THREE, TOKENS, batch_of, picture, save_llava
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from qapbench import DecoderPruner, UserError, VisionTokens, compress, metrics, pruners
 from qapbench.prune.splice import PrunedImage
@@ -52,19 +52,22 @@ def by_hand(model: Any, method: str, inputs: dict[str, Any], sensitivity: str | 
     stages = {s.after: s.keep for s in pruner.stages(int(visual.sum()), KEEP, LAYERS)} if visual.any() else {}
     maps: list[Tensor] = []
 
-    def attend(index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask = torch.full((len(positions), len(positions)), torch.finfo(torch.float32).min).triu(1)[None, None]
         layer, rotary = language.layers[index], language.rotary_emb(hidden, position_ids=positions[None])
         handle = layer.self_attn.register_forward_hook(lambda module, args, output: maps.append(output[1]))
-        out = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions[None])
+        past = DynamicCache(config=language.config)
+        out = layer(
+            hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions[None], past_key_values=past
+        )
         handle.remove()
-        return out, maps[-1].mean(dim=1)[0]
+        return out, maps[-1].mean(dim=1)[0], past.layers[index].keys.transpose(1, 2).flatten(2)
 
-    row = torch.empty(0)
+    row, keys = torch.empty(0), torch.empty(0)
     for index in range(LAYERS):
         if index in stages:
             if pruner.ahead:
-                _, row = attend(index, hidden, positions)
+                _, row, keys = attend(index, hidden, positions)
             places = visual.nonzero()[:, 0]
             last = int((positions == end - 1).nonzero()[0])
             text = torch.arange(last - words.shape[1] + 1, last + 1)
@@ -72,19 +75,35 @@ def by_hand(model: Any, method: str, inputs: dict[str, Any], sensitivity: str | 
                 projected=hidden[:, places],
                 query_attention=row[last, places][None],
                 text_attention=row[text][:, places].T[None],
+                context_attention=context(language.layers[index], hidden[:, : places[-1] + 1])[:, places],
+                rotated_keys=keys[:, places],
+                text_keys=keys[:, text],
+                final_states=language.norm(hidden[:, places]),
+                text_states=language.norm(hidden[:, text]),
                 prompt_embeds=words,
                 embedded=embedded,
             )
-            score = metrics.create(sensitivity)(tokens.projected) if sensitivity else None
-            chosen = pruner.select(tokens, stages[index], score)
-            if chosen.updated is not None:
-                hidden[0, places[chosen.indices[0]]] = chosen.updated[0]
             stays = torch.ones(len(positions), dtype=torch.bool)
-            stays[places[~chosen.mask(len(places))[0]]] = False
+            stays[places] = False
+            if stages[index]:
+                score = metrics.create(sensitivity)(tokens.projected) if sensitivity else None
+                chosen = pruner.select(tokens, stages[index], score)
+                if chosen.updated is not None:
+                    hidden[0, places[chosen.indices[0]]] = chosen.updated[0]
+                stays[places[chosen.indices[0]]] = True
             hidden, positions, visual = hidden[:, stays], positions[stays], visual[stays]
         seen.append(int(visual.sum()))
-        hidden, row = attend(index, hidden, positions)
+        hidden, row, keys = attend(index, hidden, positions)
     return model.lm_head(language.norm(hidden))[0, -1], seen
+
+
+def context(layer: Any, hidden: Tensor) -> Tensor:
+    """Attention [1, S] of the mean query of all places, without rotation or mask."""
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden[0])
+    query, key = (proj(normed).unflatten(-1, (-1, attention.head_dim)) for proj in (attention.q_proj, attention.k_proj))
+    mean, key = query.mean(dim=0), key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = torch.stack([key[:, head] @ mean[head] for head in range(len(mean))]) / attention.head_dim**0.5
+    return logits.softmax(dim=-1).mean(dim=0, keepdim=True)
 
 
 def indices(kept: list[list[PrunedImage]]) -> list[int]:
@@ -139,7 +158,7 @@ def test_a_padded_batch_decodes_as_each_row_by_hand(
     _, seen = by_hand(model, method, alone(processor, 0), sensitivity)
     assert receipt.layers == [2 * count for count in seen]
     assert seen[0] == TOKENS
-    assert seen[-1] == KEEP
+    assert KEEP == (seen[-1] if pruners.create(method).counts == "last" else np.mean(seen))
     assert receipt.tokens["layer_mean"] == np.mean(seen)
     lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
     assert lengths == sorted(lengths, reverse=True)
@@ -256,10 +275,11 @@ def test_a_shallow_decoder(model: Any, one: dict[str, Any]) -> None:
     for method in INSIDE:
         with torch.no_grad(), compress(model, spec(method), on_images=kept.append) as receipt:
             model(**one)
-        assert receipt.layers == [TOKENS, KEEP]
+        left = KEEP if pruners.create(method).counts == "last" else 0
+        assert receipt.layers == [TOKENS, left]
         (image,) = kept[-1]
-        assert list(image.layers) == [TOKENS, KEEP]
-        assert len(image.indices) + image.merged == KEEP
+        assert list(image.layers) == [TOKENS, left]
+        assert len(image.indices) + image.merged == left
 
 
 @pytest.mark.parametrize("depth", [2, 3, 6, 32, 40])
@@ -271,8 +291,13 @@ def test_stages_lead_to_the_budget(method: str, count: int, keep: int, depth: in
     assert places == sorted(set(places))
     assert all(0 < place < depth for place in places)
     assert budgets == sorted(budgets, reverse=True)
-    assert budgets[-1] == keep
-    assert all(keep <= budget <= count for budget in budgets)
+    if pruners.create(method).counts == "last":
+        assert budgets[-1] == keep
+        assert all(keep <= budget <= count for budget in budgets)
+    else:
+        seen = [next((b for p, b in reversed(stages) if p <= layer), count) for layer in range(depth)]
+        assert budgets[-1] == 0 or places[-1] == depth - 1
+        assert sum(seen) == max(keep * depth, count), "the first layer sees all tokens"
 
 
 def test_released_schedules() -> None:
@@ -283,3 +308,7 @@ def test_released_schedules() -> None:
     assert [tuple(stage) for stage in fast] == [(2, 144)]
     sparse = pruners.create("sparsevlm").stages(576, 118, 32)  # type: ignore[attr-defined]
     assert [stage.after for stage in sparse] == [3, 7, 16]
+    withdrawn = pruners.create("vtw").stages(576, 270, 32)  # type: ignore[attr-defined]
+    assert [tuple(stage) for stage in withdrawn] == [(15, 0)]
+    unlike = pruners.create("dart").stages(576, 132, 32)  # type: ignore[attr-defined]
+    assert [tuple(stage) for stage in unlike] == [(2, 132)]

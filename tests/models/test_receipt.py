@@ -140,3 +140,12 @@ def test_counting_anew_from_what_is_stored() -> None:
     assert Receipt.model_validate_json(counted.model_dump_json()) == counted
     counted.recount([])
     assert counted == Receipt(pruning="mine")
+
+
+def test_tokens_that_all_leave_count_by_their_mean_over_layers() -> None:
+    seen = Receipt(pruning="mine")
+    seen.saw_image(16, 0, 0, layers=[16, 16, 5, 0])
+    seen.saw_image(16, 0, 0, layers=[16, 0, 0, 0])
+    assert (seen.kept, seen.merged, seen.least, seen.most) == (0, 0, 4, 10)  # 37 / 4 and 16 / 4, rounded up
+    assert seen.tokens["mean"] == seen.tokens["layer_mean"] == 53 / 8
+    assert seen.summary() == "full precision; mine: 6.625 of 16 tokens on the average of layers, none in the last"

@@ -123,7 +123,7 @@ class InternVL(Family):
     def _fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
         """Make the fields of `VisionTokens` other than `projected` from captured queries, keys and patches."""
         heads = self.model.config.vision_config.num_attention_heads
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"heads": heads}
         attention = {
             "cls_attention": (cls_row, "", heads),
             "last_cls_attention": (cls_row, "last_", 1),
@@ -136,7 +136,7 @@ class InternVL(Family):
         if "patches" in needs:
             found["patches"] = seen["patches"]
         if "keys" in needs:
-            found |= {"keys": self._merged(seen["k"]), "heads": heads}
+            found["keys"] = self._merged(seen["k"])
         if "last_keys" in needs:
             found["last_keys"] = self._merged(seen["last_k"])
         if "image_ids" in needs:

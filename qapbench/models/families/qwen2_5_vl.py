@@ -90,7 +90,7 @@ class Qwen25VL(Family):
         with self._recording(needs) as captured:
             features = self.model.model.get_image_features(pixels, grids, return_dict=True).pooler_output
         fields = self._fields(captured, needs, grids)
-        heads = self.model.config.vision_config.num_heads if "keys" in needs else 1
+        heads = self.model.config.vision_config.num_heads
         views, start, unit = [], 0, self._merge**2
         for index, (feature, (frames, height, width)) in enumerate(zip(features, grids.tolist(), strict=True)):
             stop = start + len(feature)
