@@ -249,8 +249,10 @@ def quantization_label(quantize: Any, dtype: Any = None) -> str:
         f"{letter}{text(part.get('bits')) or '?'}" if part else f"{letter}16"
         for letter, part in (("W", weights), ("A", activations))
     )
-    groups = [text(part.get("group_size")) for part in (weights, activations) if part.get("group_size")]
-    parts = [item_label(spec.get("method")), bits, *(f"g{group}" for group in dict.fromkeys(groups))]
+    # A floating-point format says by its name how large its groups are.
+    named = [text(part.get("format")) or text(part.get("group_size")) for part in (weights, activations)]
+    grouping = [f"g{name}" if name.isdigit() else name for name in dict.fromkeys(named) if name]
+    parts = [item_label(spec.get("method")), bits, *grouping]
     scope = [text(name) for name in sequence(spec.get("scope"))]
     if scope and scope != ["language"]:
         parts.append("on " + "+".join(scope))

@@ -18,7 +18,8 @@ __version__ = "0.2.0"
 
 PUBLIC = {
     "errors": ("UserError",),
-    "methods.affine": ("Grid", "Levels", "fake_quantize", "grouped", "round_through"),
+    "methods.affine": ("Grid", "Levels", "Rounding", "fake_quantize", "grouped", "round_through"),
+    "methods.floating": ("FloatGrid", "FloatLevels"),
     "methods.kinds": (
         "Bits",
         "DecoderPruner",
@@ -83,7 +84,8 @@ HOMES = {name: module for module, names in PUBLIC.items() for name in names}
 if TYPE_CHECKING:
     from .compression import compress
     from .errors import UserError
-    from .methods.affine import Grid, Levels, fake_quantize, grouped, round_through
+    from .methods.affine import Grid, Levels, Rounding, fake_quantize, grouped, round_through
+    from .methods.floating import FloatGrid, FloatLevels
     from .methods.kinds import (
         Bits,
         DecoderPruner,
@@ -161,6 +163,8 @@ __all__ = [
     "CheckpointFormat",
     "DecoderPruner",
     "Family",
+    "FloatGrid",
+    "FloatLevels",
     "Format",
     "Fraction",
     "Gradient",
@@ -175,6 +179,7 @@ __all__ = [
     "Record",
     "RelevanceSign",
     "Rotation",
+    "Rounding",
     "Rows",
     "RunSpec",
     "Scaling",

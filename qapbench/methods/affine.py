@@ -164,6 +164,12 @@ class Levels:
         return self.grid(*_ends(x.float()))
 
 
+class Rounding(Protocol):
+    """Fixed levels: rounds each value to the nearest one, in the dtype that came in."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
 class HasLevels(Protocol):
     """Anything that states its convention for levels, such as `Format`."""
 

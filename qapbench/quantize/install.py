@@ -99,7 +99,7 @@ def installed_all(
 
 def _input_hook(plan: LinearPlan, tokens: TokenContext, shared: SharedInputs | None) -> Any:
     format: Format | None = None  # the one under which the input can be shared
-    if isinstance(plan.activation, Format) and plan.activation.granularity == "row" and plan.transform is None:
+    if isinstance(plan.activation, Format) and not plan.activation.spans_tokens and plan.transform is None:
         format = plan.activation
 
     def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from qapbench.errors import RunFailedError
+from qapbench.methods.floating import Element, FloatLevels
 from qapbench.methods.quantization import Format
 
 ENOUGH = 32  # values whose gaps tell a step
@@ -68,7 +69,7 @@ def measured_bits(x: Tensor, format: Format | None) -> tuple[int, int]:
     """(bits, levels) of a tensor [..., D] as it reached a matmul.
 
     A few rows are inspected. Quantized is what has at most 2^bits distinct values in every group and, where a
-    group is too small for that to say anything, values on a uniform grid. Else the dtype's own width is reported.
+    group is too small for that to say anything, values on the format's grid. Else the dtype's own width is reported.
     """
     full = torch.finfo(x.dtype).bits
     if format is not None and format.granularity == "channel":  # a scale for each channel, over a sample's tokens
@@ -79,13 +80,37 @@ def measured_bits(x: Tensor, format: Format | None) -> tuple[int, int]:
     levels = max(_distinct(group) for group in groups)
     if format is None or levels > 2**format.bits:
         return full, levels
-    telling = size > 2**format.bits or _off_grid(groups[0], format.bits, torch.finfo(x.dtype).eps) < OFF_GRID
+    if size > 2**format.bits:
+        return format.bits, levels
+    levels_of = format.levels
+    if isinstance(levels_of, FloatLevels):
+        telling = _off_floats(groups[0], levels_of.element) < OFF_GRID
+    else:
+        telling = _off_grid(groups[0], format.bits, torch.finfo(x.dtype).eps) < OFF_GRID
     return (format.bits if telling else full), levels
 
 
 def _distinct(group: Tensor) -> int:
     """Most distinct values in a row of [R, G]."""
     return int((group.sort(dim=-1).values.diff(dim=-1) != 0).sum(dim=-1).max()) + 1 if group.numel() else 0
+
+
+def _off_floats(group: Tensor, element: Element) -> float:
+    """How far values [R, G] are from numbers of a floating-point type times a scale, in steps of that type.
+
+    The largest magnitude of a row may be any number of the type. A scale that is off by a power of two makes no
+    difference, so only its mantissa has to be tried.
+    """
+    most = group.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    binade, distances = 2.0**element.exponent, []
+    for numerator in range(2**element.mantissa, 2 ** (element.mantissa + 1)):
+        largest = binade * numerator / 2**element.mantissa
+        if largest <= element.top:
+            scaled = group / (most / largest)
+            exponent = scaled.abs().clamp(min=2.0**element.least).log2().floor()
+            step = torch.exp2(exponent - element.mantissa)
+            distances.append(((scaled - element.round(scaled)).abs() / step).mean(dim=-1))
+    return float(torch.stack(distances).amin(dim=0).median())
 
 
 def _off_grid(group: Tensor, bits: int, eps: float) -> float:

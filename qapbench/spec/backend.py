@@ -33,4 +33,6 @@ def check_backend(backend: Backend, weights: Format | None, activations: Format 
 
 
 def _is_int8(format: Format | None) -> bool:
-    return format is not None and format.bits == 8 and format.symmetric and format.group_size is None
+    if format is None or format.format != "int":
+        return False
+    return format.bits == 8 and format.symmetric and format.group_size is None

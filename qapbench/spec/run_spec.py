@@ -141,7 +141,8 @@ class QuantizeSpec(Strict):
     def label(self) -> str:
         """The quantization in words, such as "rtn W4A4"; 16 bits stand for no quantization."""
         w, a = (f.bits if f else 16 for f in (self.weights, self.activations))
-        return f"{self.method} W{w}A{a}"
+        names = dict.fromkeys(f.format for f in (self.weights, self.activations) if f and f.format != "int")
+        return " ".join([f"{self.method} W{w}A{a}", *names])
 
 
 class PruneSpec(Strict):

@@ -1,6 +1,6 @@
 """GPTQ: weights are rounded column by column, and later columns compensate for the errors of earlier ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -8,7 +8,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qapbench import Block, CalibratedPTQ, Calibration, CalibrationResult, Format, Fraction, Gram, Grid, LinearPlan, ptq
+from qapbench import (
+    Block,
+    CalibratedPTQ,
+    Calibration,
+    CalibrationResult,
+    Format,
+    Fraction,
+    Gram,
+    LinearPlan,
+    Rounding,
+    ptq,
+)
 
 
 @ptq("gptq")
@@ -63,7 +74,7 @@ class GPTQ(CalibratedPTQ):
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         return LinearPlan(found["weight"].to if weights else None, activations)
 
-    def solve(self, weight: Tensor, gram: Tensor, format: Format, grids: list[Grid] | None = None) -> Tensor:
+    def solve(self, weight: Tensor, gram: Tensor, format: Format, grids: Sequence[Rounding] | None = None) -> Tensor:
         """Round a weight so that its product with the inputs X changes little.
 
         Args:
@@ -82,10 +93,10 @@ class GPTQ(CalibratedPTQ):
         dead = gram.diagonal() == 0
         w[:, dead] = 0
         upper = inverse_root(gram + torch.diag(dead.float()), self.damping)
-        size = format.group_size or width
+        size, levels = format.group_size or width, format.levels_within(w)
         if grids is None and self.static_groups:
-            grids = [Grid.of(part, format) for part in w.split(size, dim=1)]
-        known, grids = grids is not None, grids or []
+            grids = [levels.of(part) for part in w.split(size, dim=1)]
+        known, found = grids is not None, list(grids or [])
         done = torch.zeros_like(w)
         for start in range(0, width, self.block):
             stop = min(start + self.block, width)
@@ -96,8 +107,8 @@ class GPTQ(CalibratedPTQ):
                     ahead = w[:, column : column + size].clone()
                     if column + size > stop:
                         ahead[:, stop - column :] -= errors @ upper[start:stop, stop : column + size]
-                    grids.append(Grid.of(ahead, format))
-                done[:, column : column + 1] = grids[column // size](w[:, column : column + 1])
+                    found.append(levels.of(ahead))
+                done[:, column : column + 1] = found[column // size](w[:, column : column + 1])
                 error = (w[:, column] - done[:, column]) / upper[column, column]
                 w[:, column + 1 : stop] -= error.outer(upper[column, column + 1 : stop])
                 errors[:, column - start] = error

@@ -13,13 +13,14 @@ from qapbench import (
     CalibratedPTQ,
     Calibration,
     CalibrationResult,
+    FloatLevels,
     Format,
     Fraction,
     Gram,
-    Grid,
     Levels,
     LinearPlan,
     Rotation,
+    Rounding,
     TokenActivation,
     Tokens,
     Transform,
@@ -116,7 +117,7 @@ class MQuant(CalibratedPTQ):
             The rounded weight [out, in].
         """
         parts = w.split(format.group_size or w.shape[1], dim=1)
-        grids = [clipped(part, format) for part in parts]
+        grids = [clipped(part, format, w) for part in parts]
         if gram is not None:
             return GPTQ(damping=self.damping).solve(w, gram, format, grids)
         return torch.cat([grid(part) for grid, part in zip(grids, parts, strict=True)], dim=1)
@@ -184,14 +185,21 @@ class ByModality(TokenActivation):
         return other if tokens is None else torch.where(tokens.vision.unsqueeze(-1), visual, other)
 
 
-def levels_of(format: Format) -> Levels:
-    """Convention by which a range becomes levels: that of the format, with all 2^b levels if it is symmetric."""
-    return replace(format.levels, divisor="full") if format.divisor == "qmax" else format.levels
+def levels_of(format: Format, w: Tensor | None = None) -> Levels | FloatLevels:
+    """Convention by which a range (of a part of w) becomes levels: the format's, with all 2^b levels if symmetric."""
+    levels = format.levels if w is None else format.levels_within(w)
+    return replace(levels, divisor="full") if isinstance(levels, Levels) and levels.divisor == "qmax" else levels
 
 
-def clipped(w: Tensor, format: Format) -> Grid:
-    """Find the levels of each row of w [out, G]: its range, shrunk to the share with the least sum of |error|^2.4."""
-    levels = levels_of(format)
+def clipped(w: Tensor, format: Format, whole: Tensor | None = None) -> Rounding:
+    """Find the levels of each row of w [out, G]: its range, shrunk to the share with the least sum of |error|^2.4.
+
+    Args:
+        w: a group of columns.
+        format: format of the weight.
+        whole: the weight of which w is a part; None if it is the weight itself.
+    """
+    levels = levels_of(format, w if whole is None else whole)
     low, high = w.amin(dim=1, keepdim=True), w.amax(dim=1, keepdim=True)
     if format.symmetric:
         high = torch.maximum(-low, high)

@@ -61,6 +61,8 @@ class OmniQuant(CalibratedPTQ):
     let_lr: Rate = 1e-3
     alpha: Fraction = 0.75
 
+    weight_formats = ("int",)  # a floating-point scale takes few values, so that there is no gradient to learn from
+
     def calibrate(
         self,
         calibration: Calibration,

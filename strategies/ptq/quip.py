@@ -16,7 +16,6 @@ from qapbench import (
     Format,
     Fraction,
     Gram,
-    Grid,
     LinearPlan,
     Rotation,
     Transform,
@@ -120,7 +119,8 @@ def ldlq(w: Tensor, gram: Tensor, format: Format, damping: float) -> Tensor:
     """
     width, size = w.shape[1], format.group_size or w.shape[1]
     feedback = upper_unit(gram, damping)
-    grids = [Grid.of(part, format) for part in w.split(size, dim=1)]
+    levels = format.levels_within(w)
+    grids = [levels.of(part) for part in w.split(size, dim=1)]
     done, target = torch.zeros_like(w), w.clone()
     for start in range(0, width, COLUMNS):
         stop = min(start + COLUMNS, width)

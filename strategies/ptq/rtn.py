@@ -20,7 +20,7 @@ class RTN(PTQ):
         No paper. The usual definition.
     """
 
-    weight_granularities = ("row", "channel", "tensor")
+    weight_granularities = ("row", "channel", "tensor", "block")
 
     def prepare(
         self,
