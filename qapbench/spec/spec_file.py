@@ -222,6 +222,13 @@ def _beside(name: str, folder: Path) -> str:
         return name
 
 
+def _found(named: str | dict[str, str], folder: Path) -> str | dict[str, str]:
+    """`_beside` for a path, or for every path of a mapping."""
+    if isinstance(named, dict):
+        return {key: _beside(path, folder) for key, path in named.items()}
+    return _beside(named, folder)
+
+
 def _at(spec: RunSpec, folder: Path) -> RunSpec:
     """The spec with its paths resolved.
 
@@ -231,7 +238,7 @@ def _at(spec: RunSpec, folder: Path) -> RunSpec:
     """
     paths = {name: _beside(value, folder) for name in ("model", "text_tower") if (value := getattr(spec, name))}
     named = ("data", "include_path", *(["name"] if spec.task.names_file else []))
-    own = {name: _beside(value, folder) for name in named if (value := getattr(spec.task, name))}
+    own = {name: _found(value, folder) for name in named if (value := getattr(spec.task, name))}
     return spec.model_copy(update={**paths, "task": spec.task.model_copy(update=own)})
 
 
