@@ -6,12 +6,13 @@ import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binom, false_discovery_control
+from scipy.stats import t as student
 
 from qapbench.errors import UserError, nearest
 from qapbench.records.answer import Answer
@@ -33,12 +34,14 @@ class Scored:
         rows: question id -> column -> 0 or 1.
         folder: the run's folder; None if it is not on this machine.
         damage: what of the run's files is damaged, and how to mend it, as a sentence; "" if nothing is.
+        parts: label of a task -> its run, if the run asked several tasks. It then has no rows of its own.
     """
 
     record: Record
     rows: dict[str, dict[str, float]]
     folder: Path | None = None
     damage: str = ""
+    parts: dict[str, Scored] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -47,8 +50,20 @@ class Scored:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns that count right answers, in the order of the table."""
-        return [column.name for column in self.record.scores.columns if column.k is not None]
+        """Names of the columns that have a number for every question, in the order of the table."""
+        return [column.name for column in self.record.scores.columns if column.k is not None or column.mean is not None]
+
+    @property
+    def score(self) -> str | None:
+        """Name of the column of the task's score; the last one if that has no number for every question."""
+        named = self.record.score
+        return named.name if named and named.name in self.columns else next(reversed(self.columns), None)
+
+    @property
+    def tasks(self) -> dict[str, Scored]:
+        """The runs of one task each that this run consists of, by the label of the task."""
+        name = self.record.task.name if self.record.task else str(self.record.spec.get("task"))
+        return self.parts or {name: self}
 
     def answers(self, questions: Iterable[str] | None = None) -> dict[str, Answer]:
         """The stored answers by question id; empty if the run has no folder, or no answers that can be read.
@@ -56,6 +71,12 @@ class Scored:
         Args:
             questions: ids of the questions whose answers are wanted, which spares parsing the others; all if None.
         """
+        if self.parts:
+            return {
+                place_in(label, name): answer
+                for label, part in self.parts.items()
+                for name, answer in part.answers(_inside(label, questions)).items()
+            }
         if self.folder is None:
             return {}
         store = answers_of(self.folder)
@@ -67,6 +88,17 @@ class Scored:
         return {answer.id: answer for answer in found if wanted is None or answer.id in wanted}
 
 
+def place_in(label: str, question: str) -> str:
+    """Name of a question of one of several tasks."""
+    return f"{label}/{question}"
+
+
+def _inside(label: str, questions: Iterable[str] | None) -> list[str] | None:
+    """Ids of those questions that belong to a task; None for all."""
+    prefix = place_in(label, "")
+    return None if questions is None else [q.removeprefix(prefix) for q in questions if q.startswith(prefix)]
+
+
 @dataclass(frozen=True)
 class Difference:
     """The difference of two runs in one column.
@@ -74,31 +106,34 @@ class Difference:
     Attributes:
         column: name of the column.
         n: number of questions that both runs answered.
-        first: right answers of the first run.
-        second: right answers of the second run.
-        gained: number of questions that only the second run answered right.
-        lost: number of questions that only the first run answered right.
-        low: lower end of the 95 % interval of the difference in accuracy (second - first), by bootstrap over questions.
+        first: right answers of the first run, or the sum of its scores.
+        second: right answers of the second run, or the sum of its scores.
+        gained: number of questions that only the second run answered right, or that it has a higher score for.
+        lost: number of questions that only the first run answered right, or that it has a higher score for.
+        low: lower end of the 95 % interval of the difference (second - first), by bootstrap over questions, or of
+            Student's t.
         high: upper end of that interval.
         p: p-value of the exact two-sided McNemar test, whose null hypothesis is that a flip is as likely in either
-            direction.
+            direction. Where scores are not 0 or 1, that of the paired t test.
         q: the p-value after Benjamini-Hochberg correction over the tests that are read together; NaN before it.
+        counts: whether every score is 0 or 1.
     """
 
     column: str
     n: int
-    first: int
-    second: int
+    first: float
+    second: float
     gained: int
     lost: int
     low: float
     high: float
     p: float
     q: float = math.nan
+    counts: bool = True
 
     @property
     def difference(self) -> float:
-        """Accuracy of the second run minus accuracy of the first, as a fraction."""
+        """Accuracy (or mean score) of the second run minus that of the first, as a fraction."""
         return (self.second - self.first) / self.n
 
 
@@ -112,6 +147,7 @@ class Comparison:
         differences: one entry per column that both runs have.
         gained: ids of the questions that only the second run answered right, in the overall column.
         lost: ids of the questions that only the first run answered right.
+        untested: a sentence for each column that both runs have and that no test can pair by question.
     """
 
     first: str
@@ -119,6 +155,7 @@ class Comparison:
     differences: list[Difference]
     gained: list[str]
     lost: list[str]
+    untested: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain data."""
@@ -129,6 +166,7 @@ class Comparison:
             "columns": columns,
             "gained": self.gained,
             "lost": self.lost,
+            "untested": self.untested,
         }
 
 
@@ -146,6 +184,9 @@ def find_run(name: str, runs: Path) -> Path:
         return Path(name)
     records = load_records(runs)
     found = [r for r in records if r.run_id.startswith(name)] or [r for r in records if r.name == name]
+    if not found:  # perhaps one task of a run of several
+        every = load_records(runs, parts=True)
+        found = [r for r in every if r.run_id.startswith(name)] or [r for r in every if r.name == name]
     if not found:
         known = [word for record in records for word in (record.name, record.run_id)]
         raise UserError(f"no run '{name}' below {runs}; {nearest(name, known)}")
@@ -166,12 +207,21 @@ def read_scored(folder: Path, shared: dict[Any, dict[str, float]] | None = None)
         UserError: one of the two files is missing or damaged.
     """
     record = read_record(folder)
+    if record.parts:
+        parts = {part.label: read_scored(folder.resolve().parent / part.run_id, shared) for part in record.parts}
+        told = "; ".join(part.damage for part in parts.values() if part.damage)
+        return Scored(record, {}, folder, told, parts)
     found = damage(folder, record, moved=True)
     told = described(folder, found.values()) if found else ""
     if SCORED in found:
         raise UserError(told)
     scored = Scored(record, read_rows(folder, shared), folder, told)
-    if any(row.get(name, 0) not in (0, 1) for row in scored.rows.values() for name in scored.columns):
+    counted = {column.name for column in record.scores.columns if column.k is not None}
+    if any(
+        row.get(name, 0) not in (0, 1) if name in counted else not isinstance(row.get(name, 0), int | float)
+        for row in scored.rows.values()
+        for name in scored.columns
+    ):
         raise UserError(described(folder, [f"{SCORED} does not say for each question whether it was right"]))
     return scored
 
@@ -197,10 +247,38 @@ def read_rows(folder: Path, shared: dict[Any, dict[str, float]] | None = None) -
 def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
     """Compare two runs on the questions that both answered. The q-values are corrected over the columns.
 
+    Runs of several tasks are compared in the score of each task that both have.
+
     Args:
         first: the run to compare with.
         second: the run whose gain is measured.
         seed: of the bootstrap.
+
+    Raises:
+        UserError: the runs answered different data, or have no question or no column in common.
+    """
+    if not first.parts and not second.parts:
+        differences, gained, lost = _differences(first, second, seed)
+        untested = _untested(first, second)
+    else:
+        differences, gained, lost, untested = [], [], [], []
+        labels = [label for label in first.tasks if label in second.tasks]
+        if not labels:
+            raise UserError(f"'{first.name}' and '{second.name}' have no task in common")
+        for label in labels:
+            one, other = first.tasks[label], second.tasks[label]
+            if one.score is None or one.score != other.score:
+                untested.append(f"{label}: no column has a number for every question, so nothing can be paired")
+                continue
+            found, more, less = _differences(one, other, seed)
+            differences += [replace(found[OVERALL], column=label)]
+            gained += [place_in(label, question) for question in more]
+            lost += [place_in(label, question) for question in less]
+    return Comparison(first.name, second.name, corrected(differences), gained, lost, untested)
+
+
+def _differences(first: Scored, second: Scored, seed: int) -> tuple[list[Difference], list[str], list[str]]:
+    """The differences of two runs of one task, that of the task's score last, and the flips in it in both directions.
 
     Raises:
         UserError: the runs answered different data, or have no question or no column in common.
@@ -212,13 +290,25 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
     names = [name for name in first.columns if name in second.columns]
     if not shared or not names:
         raise UserError(f"'{first.name}' and '{second.name}' have no question or no column in common")
+    score = first.score if first.score in names else names[OVERALL]
     differences = []
-    for name in names:
+    for name in sorted(names, key=lambda name: name == score):
         asked = [q for q in shared if name in first.rows[q] and name in second.rows[q]]
         if asked:
-            pair = np.array([(first.rows[q][name], second.rows[q][name]) for q in asked], dtype=bool)
+            pair = np.array([(first.rows[q][name], second.rows[q][name]) for q in asked], dtype=np.float64)
             differences.append(paired_difference(name, pair, seed))
-    return Comparison(first.name, second.name, corrected(differences), *flipped(first, second, names[OVERALL]))
+    return differences, *flipped(first, second, str(score))
+
+
+def _untested(first: Scored, second: Scored) -> list[str]:
+    """A sentence for each column of both runs that is one figure over all questions."""
+    found = []
+    for column in first.record.scores.columns:
+        other = second.record.scores.column(column.name)
+        if other and column.figure is not None and other.figure is not None:
+            values = f"{column.figure:.4g} and {other.figure:.4g}"
+            found.append(f"{column.name}: {values}, one figure over all questions each, so there is no paired test")
+    return found
 
 
 def flipped(first: Scored, second: Scored, column: str) -> tuple[list[str], list[str]]:
@@ -228,7 +318,8 @@ def flipped(first: Scored, second: Scored, column: str) -> tuple[list[str], list
         column: the column whose scores are compared.
     """
     both = [(q, first.rows[q].get(column), row.get(column)) for q, row in second.rows.items() if q in first.rows]
-    return [q for q, a, b in both if (a, b) == (0, 1)], [q for q, a, b in both if (a, b) == (1, 0)]
+    known = [(q, a, b) for q, a, b in both if a is not None and b is not None]
+    return [q for q, a, b in known if a < b], [q for q, a, b in known if a > b]
 
 
 def paired_difference(column: str, pair: np.ndarray, seed: int = 0) -> Difference:
@@ -236,15 +327,42 @@ def paired_difference(column: str, pair: np.ndarray, seed: int = 0) -> Differenc
 
     Args:
         column: name of the column.
-        pair: [n, 2] bool, whether the first and the second run answered each question right; n > 0.
+        pair: [n, 2] scores of the first and the second run for each question, 0 or 1 where they count right answers;
+            n > 0.
         seed: of the bootstrap.
     """
     n = len(pair)
+    if pair.dtype != bool and not np.isin(pair, (0, 1)).all():
+        return _mean_difference(column, pair)
+    pair = pair.astype(bool)
     gained, lost = int((~pair[:, 0] & pair[:, 1]).sum()), int((pair[:, 0] & ~pair[:, 1]).sum())
     low, high = _bootstrap(n, gained, lost, seed)
     first, second = (int(side.sum()) for side in pair.T)
     p = float(mcnemar(gained, lost))
     return Difference(column, n, first, second, gained, lost, low, high, p)
+
+
+def _mean_difference(column: str, pair: np.ndarray) -> Difference:
+    """The difference of two runs in a column of scores [n, 2] that are not 0 or 1, by Student's t."""
+    n, change = len(pair), pair[:, 1] - pair[:, 0]
+    first, second = (float(side) for side in pair.sum(axis=0))
+    mean, error = float(change.mean()), float(change.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    half = float(student.ppf(0.975, n - 1)) * error if n > 1 else 0.0
+    p = float(t_test(np.float64(mean), np.float64(error), n))
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    return Difference(column, n, first, second, gained, lost, mean - half, mean + half, p, counts=False)
+
+
+def t_test(mean: np.ndarray, error: np.ndarray, n: int) -> np.ndarray:
+    """Two-sided p-value of the paired t test, elementwise; 1 where the scores have no spread to judge by.
+
+    Args:
+        mean: mean difference.
+        error: its standard error.
+        n: number of questions.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error > 0, 2 * student.sf(np.abs(mean) / error, max(n - 1, 1)), 1.0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -63,7 +63,13 @@ class LetterQuestion:
 
 
 def by_letter(spec: RunSpec) -> RunSpec:
-    """The same run, answered by option letters, so that the probability of each option can be compared."""
+    """The same run, answered by option letters, so that the probability of each option can be compared.
+
+    Raises:
+        UserError: the run has several tasks.
+    """
+    if spec.tasks:
+        raise UserError(Problem("one task is studied at a time; choose it with --set task=NAME", ("task",)))
     return spec.model_copy(update={"task": spec.task.model_copy(update={"answers": "letter"})})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 
 from qapbench.records.record import Record
 
-from .paired import OVERALL, Difference, Scored, corrected, mcnemar, paired_difference
+from .paired import Difference, Scored, corrected, mcnemar, paired_difference, t_test
 
 FALSE_DISCOVERIES = 0.05
 """Accepted share of false discoveries among the differences that a table treats as real."""
@@ -64,15 +64,34 @@ def rankings(runs: Sequence[Scored | None]) -> list[Ranking]:
     Runs are compared if they answered the same questions of the same data. Benjamini-Hochberg is applied separately to
     two families of tests: all pairs of such a group, which give the ranks, and all comparisons with references.
     """
+    return corrected_together(_ranked(runs))
+
+
+def rankings_by_task(runs: Sequence[Mapping[str, Scored]]) -> dict[str, list[Ranking]]:
+    """For each task the ranking of each run in it; an empty one for a run that did not ask the task.
+
+    The comparisons with references are corrected over all tasks together, since they stand in one table.
+
+    Args:
+        runs: for each run, label of a task -> its run of that task.
+    """
+    labels = list(dict.fromkeys(label for tasks in runs for label in tasks))
+    found = [ranking for label in labels for ranking in _ranked([tasks.get(label) for tasks in runs])]
+    filled = iter(corrected_together(found))
+    return {label: [next(filled) for _ in runs] for label in labels}
+
+
+def _ranked(runs: Sequence[Scored | None]) -> list[Ranking]:
+    """The ranking of each run, with comparisons that are not yet corrected for each other."""
     found = [Ranking() for _ in runs]
     groups: dict[Any, list[int]] = {}
     for index, run in enumerate(runs):
-        if run is not None and run.columns and run.rows:
+        if run is not None and run.score and run.rows:
             data = run.record.fingerprints.get("data")
-            groups.setdefault((data, run.columns[OVERALL], frozenset(run.rows)), []).append(index)
+            groups.setdefault((data, run.score, frozenset(run.rows)), []).append(index)
     for (_, overall, questions), members in groups.items():
         order = sorted(questions)
-        right = np.array([[bool(_at(runs, i).rows[q].get(overall)) for q in order] for i in members])
+        right = _scores([_at(runs, i) for i in members], overall, order)
         ranks = paired_ranks(right)
         references = _references([_at(runs, i).record for i in members])
         for place, index in enumerate(members):
@@ -85,12 +104,29 @@ def rankings(runs: Sequence[Scored | None]) -> list[Ranking]:
     return corrected_together(found)
 
 
+def _scores(runs: Sequence[Scored], column: str, order: Sequence[str]) -> np.ndarray:
+    """The scores [runs, questions] in a column, the higher the better; bool if it counts right answers."""
+    scores = runs[0].record.scores.column(column)
+    if scores is None or scores.mean is None:
+        return np.array([[bool(run.rows[q].get(column)) for q in order] for run in runs])
+    values = np.array([[run.rows[q].get(column, 0) for q in order] for run in runs], dtype=np.float64)
+    return -values if scores.lower else values
+
+
 def paired_ranks(right: np.ndarray) -> list[int]:
     """Ranks from paired answers.
 
     Args:
-        right: [rows, questions] bool, whether each row answered each question right.
+        right: [rows, questions] bool, whether each row answered each question right; or its score.
     """
+    if right.dtype != bool:
+        n, total = right.shape[1], right.sum(axis=1)
+        product = right @ right.T
+        square = np.diag(product)
+        change = (total[None, :] - total[:, None]) / n  # [i, j]: by how much j is better
+        spread = np.maximum((square[None, :] + square[:, None] - 2 * product) / n - change**2, 0)
+        spread[spread < np.finfo(np.float64).eps * (square[None, :] + square[:, None])] = 0  # rounding alone
+        return _ranks(t_test(change, np.sqrt(spread / max(n - 1, 1)), n), change > 0)
     hit = right.astype(np.float64)
     gained = np.rint((1 - hit) @ hit.T)  # [i, j]: questions that j answers right and i does not
     return _ranks(mcnemar(gained, gained.T), gained > gained.T)

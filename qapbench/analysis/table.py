@@ -12,6 +12,7 @@ from qapbench.records.answer import Answer
 from qapbench.records.record import Record
 
 from .paired import Comparison, Difference
+from .relative import Relative, relative_averages
 from .study import Correlation, Summary
 
 NAME, TOKENS, COLUMN, INTERVAL = (
@@ -27,6 +28,8 @@ COMPARED = ("column", "n", "first", "second", "difference", "95 % interval", "ga
 def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
     """A table with one row per run: measured tokens, accuracies in percent, and the interval of the last accuracy.
 
+    Runs of several tasks have a column per task, and their relative average.
+
     Args:
         records: the runs.
         width: characters per line. If not everything fits, interval and n are left out first, then columns from the
@@ -37,21 +40,26 @@ def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
     room = width - NAME - TOKENS - 2
     detailed = room >= len(names) * COLUMN + INTERVAL
     shown = names[-max(1, room // COLUMN) :]
+    relative = relative_averages(records) if any(record.parts for record in records) else []
     table = Table(title="Accuracy, %", title_justify="left", caption_justify="left")
     table.add_column("run", style="bold", overflow="fold", min_width=NAME - 4)
     table.add_column("tokens", justify="right", no_wrap=True)
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
+    if relative:
+        table.add_column("relative", justify="right", no_wrap=True)
     if detailed:
         table.add_column("95 %", justify="right", no_wrap=True)
         table.add_column("n", justify="right", no_wrap=True)
-    for record in records:
+    for place, record in enumerate(records):
         columns = {column.name: column.model_dump() for column in record.scores.columns}
         last = columns.get(names[-1], {}) if names else {}
         tokens = f"{record.tokens.mean:g}" if record.tokens else "–"
         details = [_interval(last), str(last.get("n") or "")] if detailed else []
-        table.add_row(escape(record.name), tokens, *(_cell(columns.get(name)) for name in shown), *details)
-    notes = [f"Wilson interval of {names[-1]}"] if detailed and names else []
+        shares = [_share(relative[place])] if relative else []
+        table.add_row(escape(record.name), tokens, *(_cell(columns.get(name)) for name in shown), *shares, *details)
+    notes = ["relative: % of the full-precision model, mean over tasks"] if relative else []
+    notes += [f"Wilson interval of {names[-1]}"] if detailed and names else []
     notes += [f"not shown for lack of width: {', '.join(names[: -len(shown)])}"] if len(shown) < len(names) else []
     table.caption = "; ".join(notes) or None
     return table
@@ -70,7 +78,8 @@ def scores_table(scores: dict[str, Any]) -> Table:
         if "unavailable" in column:
             table.add_row(escape(column["name"]), "–", "", escape(column["unavailable"]))
         else:
-            counts = f"{column['k']} / {column['n']}" if "k" in column else f"mean of {column['n']}"
+            kind = "mean of" if "mean" in column else "of"
+            counts = f"{column['k']} / {column['n']}" if "k" in column else f"{kind} {column['n']}"
             table.add_row(escape(column["name"]), _cell(column), counts, _interval(column))
     unparsed = scores["unparsed"]
     table.add_row("unparsed", f"{100 * unparsed['rate']:.2f}", f"{unparsed['k']} / {unparsed['n']}", "")
@@ -95,7 +104,9 @@ def comparison_table(comparison: Comparison, width: int = 200) -> Table:
         title_justify="left",
         caption_justify="left",
         caption="paired by question: points, bootstrap 95 % interval, exact McNemar p, "
-        "q by Benjamini-Hochberg over the columns",
+        "q by Benjamini-Hochberg over the columns"
+        + "; t: interval and p of Student's t, for scores that are not right or wrong"
+        * any(not row.counts for row in comparison.differences),
         show_lines=narrow,
     )
     if narrow:
@@ -111,7 +122,7 @@ def comparison_table(comparison: Comparison, width: int = 200) -> Table:
 def _comparison_row(row: Difference) -> list[str]:
     """The cells of one column of the task, as COMPARED names them."""
     return [
-        row.column,
+        row.column + " (t)" * (not row.counts),
         str(row.n),
         f"{100 * row.first / row.n:.2f}",
         f"{100 * row.second / row.n:.2f}",
@@ -170,12 +181,17 @@ def _rho(found: Correlation) -> str:
     return f"{found.rho:+.3f}  ({found.low:+.2f} … {found.high:+.2f})"
 
 
+def _share(relative: Relative) -> str:
+    """A relative average in percent; a dash if there is none."""
+    return "–" if relative.average is None else f"{100 * relative.average:.2f}"
+
+
 def _cell(column: dict[str, Any] | None) -> str:
-    """An accuracy in percent, or a mean of a metric that is no accuracy as it is; a dash if there is neither."""
+    """An accuracy in percent, or a mean or a figure that is no accuracy as it is; a dash if there is none."""
     if not column:
         return "–"
-    if column.get("mean") is not None:
-        return f"{column['mean']:.4g}"
+    if (plain := next((column[kind] for kind in ("mean", "figure") if column.get(kind) is not None), None)) is not None:
+        return f"{plain:.4g}"
     return "–" if column.get("accuracy") is None else f"{100 * column['accuracy']:.2f}"
 
 

@@ -57,7 +57,7 @@ def compare(
         out.print(comparison_table(comparison, out.width))
         if flips and (comparison.gained or comparison.lost):
             out.print(flips_table(comparison, [one.answers(), other.answers()], flips))
-        print_notes(paired.caveats(one, other))
+        print_notes([*comparison.untested, *paired.caveats(one, other)])
 
 
 def score(

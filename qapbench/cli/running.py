@@ -94,14 +94,15 @@ def validate(
     if check_data:
         planner.check_data(specs)
     for one in specs:
-        out.print(escape(f"{one.name}: {one.model} on {one.task.name}"), highlight=False)
+        asked = ", ".join(part.task.name for part in planner.parts(one))
+        out.print(escape(f"{one.name}: {one.model} on {asked}"), highlight=False)
     out.print(f"{len(specs)} run(s), all valid")
 
 
 def _plans(specs: list[RunSpec], planner: Planner) -> list[tuple[RunSpec, Planned | UserError]]:
     """The plan of each run, or the error if it cannot be planned."""
     plans: list[tuple[RunSpec, Planned | UserError]] = []
-    for spec in specs:
+    for spec in (part for row in specs for part in planner.parts(row)):
         try:
             plans.append((spec, planner.plan(spec, fetch=False)))
         except UserError as error:

@@ -76,6 +76,8 @@ def _short(value: Any, width: int = 60) -> str:
 def _fields_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
     """Field names of the (nested) model that `path` leads to."""
     for part in path:
+        if isinstance(part, int):  # a place in a list, whose entries all have one model
+            continue
         info = model.model_fields.get(str(part))
         nested = [arg for arg in _flatten(info.annotation if info else None) if _is_model(arg)]
         if not nested:

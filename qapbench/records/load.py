@@ -20,13 +20,20 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 
-def load_records(runs: str | Path = "runs") -> list[Record]:
+def load_records(runs: str | Path = "runs", *, parts: bool = False) -> list[Record]:
     """Read every record below a folder of results, oldest first.
 
     A record that is damaged, or that a newer qapbench wrote, is left out with a warning that names its file. Results
     that `--fresh` set aside are not read.
+
+    Args:
+        runs: folder of the results.
+        parts: whether to list also the runs of one task that a run of several tasks consists of. That run is one
+            record, and has their scores in `parts`.
     """
-    return [record for _, record in _found(Path(runs))]
+    records = [record for _, record in _found(Path(runs))]
+    inside = {part.run_id for record in records for part in record.parts or ()}
+    return [record for record in records if parts or record.run_id not in inside]
 
 
 def _found(runs: Path) -> list[tuple[Path, Record]]:
@@ -63,8 +70,9 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
         runs: folder of the results. With `by="run"`, also records.
         by: "run" gives one row per run: name, model, quantization, pruner, budget, measured tokens, the accuracy,
             interval and counts of every column, seconds and receipt. "question" gives one row per question of each run:
-            run_id, name, id, doc, answer, tokens (kept and merged, summed over its images; None without an image), and
-            one column per score. A run whose answers or scores are damaged is left out with a warning.
+            run_id, name, task, id, doc, answer, tokens (kept and merged, summed over its images; None without an
+            image), and one column per score. A run of several tasks is there as its runs of one task each. A run whose
+            answers or scores are damaged is left out with a warning.
 
     Raises:
         UserError: `by` is neither of them, or questions are asked for and `runs` is not a folder.
@@ -80,6 +88,8 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
         raise UserError("by='question' reads the stored answers: name the folder of the results")
     rows: list[dict[str, Any]] = []
     for folder, record in _found(Path(runs)):
+        if record.parts:
+            continue
         try:
             rows += _questions(folder, record)
         except UserError as error:
@@ -89,13 +99,13 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
 
 def _row(record: Record) -> dict[str, Any]:
     spec = record.spec
-    quantize, prune, task = (_mapping(spec.get(name)) for name in ("quantize", "prune", "task"))
+    quantize, prune = (_mapping(spec.get(name)) for name in ("quantize", "prune"))
     row: dict[str, Any] = {
         "run_id": record.run_id,
         "name": record.name,
         "created": record.created,
         "model": spec.get("model"),
-        "task": record.task.name if record.task else task.get("name"),
+        "task": _task_name(record),
         "ptq": _name(quantize.get("method")),
         "weight_bits": _mapping(quantize.get("weights")).get("bits"),
         "activation_bits": _mapping(quantize.get("activations")).get("bits"),
@@ -107,10 +117,14 @@ def _row(record: Record) -> dict[str, Any]:
         "seed": spec.get("seed"),
     }
     for column in record.scores.columns:
-        row[column.name] = column.accuracy if column.accuracy is not None else column.mean
+        row[column.name] = column.value
         row |= {f"{column.name} {part}": getattr(column, part) for part in ("k", "n", "low", "high")}
     row |= {"unparsed": record.scores.unparsed.k, "seconds": record.timing.seconds}
     return row | {"receipt": record.receipt.summary, "stopped": record.stopped is not None}
+
+
+def _task_name(record: Record) -> str | None:
+    return record.task.name if record.task else _mapping(record.spec.get("task")).get("name")
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -143,6 +157,7 @@ def _questions(folder: Path, record: Record) -> Iterator[dict[str, Any]]:
         yield {
             "run_id": record.run_id,
             "name": record.name,
+            "task": _task_name(record),
             "id": scored.id,
             "doc": scored.doc,
             "answer": answer.answer if answer else None,

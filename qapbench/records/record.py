@@ -46,6 +46,8 @@ class ColumnScore(Part):
         low: lower end of Wilson's 95 % interval of the accuracy.
         high: upper end of that interval.
         mean: mean of a metric that is not right or wrong.
+        figure: the task's own figure over all questions, such as an F1 score, where it is no mean over them.
+        lower: whether a lower value is better; None if a higher one is.
         unavailable: why there is no value.
     """
 
@@ -57,7 +59,14 @@ class ColumnScore(Part):
     low: FiniteFloat | None = None
     high: FiniteFloat | None = None
     mean: FiniteFloat | None = None
+    figure: FiniteFloat | None = None
+    lower: Literal[True] | None = None
     unavailable: str | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The accuracy, the mean or the figure, whichever the column has; None if it has none."""
+        return next((value for value in (self.accuracy, self.mean, self.figure) if value is not None), None)
 
     @model_validator(mode="after")
     def _counts(self) -> ColumnScore:
@@ -84,7 +93,8 @@ class ScoreTable(Part):
     """The scores of a run.
 
     Attributes:
-        columns: the columns in the order of the task's table; the last one is the overall accuracy.
+        columns: the columns in the order of the task's table; the last one is the overall accuracy, unless the task
+            names another as its score.
         unparsed: answers that the parser could not read.
         missing: number of questions without a stored output, which count as wrong.
         unknown: number of stored outputs for questions that are not in the data.
@@ -107,11 +117,35 @@ class TaskRecord(Part):
         name: name of the task.
         questions: number of questions that were answered.
         chance: expected accuracy of guessing; None if it is not known.
+        score: name of the column that is the task's score; None for the last one.
     """
 
     name: str
     questions: Count
     chance: FiniteFloat | None = None
+    score: str | None = None
+
+
+class TaskPart(Part):
+    """The result of one task of a run that asked several. It is that of an ordinary run, which lies beside this one.
+
+    Attributes:
+        label: the task's name, with a number if the run asked it several times with other options.
+        run_id: id of the run of this task alone.
+        task: the task.
+        data: hash of its data.
+        scores: its scores.
+        tokens: measured token counts; None if no question has an image.
+        stopped: why it was stopped; None if it answered all questions.
+    """
+
+    label: str
+    run_id: str
+    task: TaskRecord
+    data: str = ""
+    scores: ScoreTable
+    tokens: TokenCounts | None = None
+    stopped: Stopped | None = None
 
 
 class TokenCounts(Part):
@@ -250,6 +284,8 @@ class Record(Part):
         timing: the cost.
         notes: what a reader of the numbers has to know.
         stopped: why the run was stopped; None if it answered all questions.
+        parts: the results by task, if the run asked several. `scores` then has one column per task, which is the task's
+            score.
     """
 
     schema_version: Annotated[Literal[3], Field(alias="schema")] = 3
@@ -269,6 +305,13 @@ class Record(Part):
     timing: Timing
     notes: list[str] = Field(default_factory=list)
     stopped: Stopped | None = None
+    parts: list[TaskPart] | None = None
+
+    @property
+    def score(self) -> ColumnScore | None:
+        """The column that is the task's score; None if there are no columns."""
+        named = self.scores.column(self.task.score) if self.task and self.task.score else None
+        return named or next(reversed(self.scores.columns), None)
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain data, as it is stored; fields without a value are left out."""

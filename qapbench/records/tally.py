@@ -1,9 +1,9 @@
-"""Counts right answers per column, with Wilson intervals."""
+"""Counts right answers per column, with Wilson intervals, and takes over what a task aggregates itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -98,6 +98,23 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A task's own figure over all questions, such as an F1 score or a perplexity, which is no mean over them.
+
+    Attributes:
+        figure: the figure.
+        n: number of questions.
+    """
+
+    figure: float
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The figure as plain data."""
+        return {"figure": self.figure, "n": self.n}
+
+
+@dataclass(frozen=True)
 class Column:
     """One column of a table.
 
@@ -108,7 +125,7 @@ class Column:
     """
 
     name: str
-    value: Tally | Mean | None = None
+    value: Tally | Mean | Figure | None = None
     unavailable: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -133,7 +150,7 @@ class Scores:
     missing: int = 0
     unknown: int = 0
 
-    def __getitem__(self, name: str) -> Tally | Mean:
+    def __getitem__(self, name: str) -> Tally | Mean | Figure:
         """The value of a column.
 
         Raises:
@@ -148,7 +165,8 @@ class Scores:
         """The scores as plain data; rates are fractions.
 
         The keys are "columns", "unparsed" ({"k", "n", "rate"}), "missing" and "unknown". A column has a "name" and
-        either "k", "n", "accuracy", "stderr", "low" and "high", or "mean", "n" and "stderr", or "unavailable".
+        either "k", "n", "accuracy", "stderr", "low" and "high", or "mean", "n" and "stderr", or "figure" and "n", or
+        "unavailable".
         """
         rate = self.unparsed.accuracy if self.unparsed.n else 0.0
         return {
@@ -159,13 +177,20 @@ class Scores:
         }
 
 
-def tally(rows: Iterable[dict[str, Any]], columns: Sequence[str], unavailable: dict[str, str] | None = None) -> Scores:
+def tally(
+    rows: Iterable[dict[str, Any]],
+    columns: Sequence[str],
+    unavailable: dict[str, str] | None = None,
+    figures: Mapping[str, float] | None = None,
+) -> Scores:
     """Count the results of `process_results`.
 
     Args:
         rows: for each question, column -> value for the columns that it belongs to, and `unparsed`.
         columns: names in the order of the table; other columns are left out.
         unavailable: column -> the reason why the data cannot give it.
+        figures: column -> the task's own figure over all questions. One that is the mean of numbers per question is
+            counted as such, so that it has an interval.
     """
     values: dict[str, list[Any]] = {name: [] for name in (*columns, UNPARSED)}
     total = 0
@@ -174,22 +199,27 @@ def tally(rows: Iterable[dict[str, Any]], columns: Sequence[str], unavailable: d
         for name, value in row.items():
             if name in values:
                 values[name].append(value)
-    reasons = unavailable or {}
+    reasons, own = unavailable or {}, figures or {}
     return Scores(
-        columns=[_column(name, values[name], reasons.get(name, "")) for name in columns],
+        columns=[_column(name, values[name], reasons.get(name, ""), own.get(name)) for name in columns],
         unparsed=Tally(sum(map(bool, values[UNPARSED])), total),
     )
 
 
-def _column(name: str, values: list[Any], reason: str) -> Column:
-    """The tally of a column whose values are all 0 or 1, the mean of other numbers, or why there is neither."""
+def _column(name: str, values: list[Any], reason: str, figure: float | None) -> Column:
+    """The tally of a column whose values are all 0 or 1, the mean of other numbers, or the task's own figure.
+
+    If there is none of these, the column says why.
+    """
     if reason or not values:
         return Column(name, unavailable=reason or "no question belongs to it")
-    if not all(isinstance(value, int | float) or hasattr(value, "__float__") for value in values):
-        return Column(name, unavailable="not a number per question")
-    numbers = [float(value) for value in values]
-    if not all(map(math.isfinite, numbers)):
-        return Column(name, unavailable="not a finite number for every question")
+    listed = all(isinstance(value, int | float) or hasattr(value, "__float__") for value in values)
+    numbers = [float(value) for value in values] if listed else []
+    finite = listed and all(map(math.isfinite, numbers))
+    if figure is not None and not (finite and math.isclose(figure, math.fsum(numbers) / len(numbers), rel_tol=1e-9)):
+        return Column(name, Figure(figure, len(values)))
+    if not finite:
+        return Column(name, unavailable=f"not a {'finite ' * listed}number {'for every' if listed else 'per'} question")
     if all(number in (0.0, 1.0) for number in numbers):
         return Column(name, Tally(int(sum(numbers)), len(numbers)))
     return Column(name, Mean.of(numbers))

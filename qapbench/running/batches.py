@@ -21,6 +21,7 @@ from .active_run import Result
 
 CACHED = 2**20  # number of values of a tensor that stay in a CPU's cache until they are used again
 SHORT = 128  # tokens of a row up to which reading a large weight costs more than multiplying by it
+REPEATS = 1 << 24  # step between the seeds of several samples of one answer; the generator reads 32 bits of a seed
 PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs with one value per token, which is 0 for text
 
 
@@ -67,7 +68,8 @@ class BatchRunner:
         batch_size: size of a forward pass in unpruned prompts: it holds no more tokens than that many of them. When
             continuations are scored on a CPU, it also holds no more tokens than leave the widest activation in the
             cache.
-        seed: base of the seeds of sampling, to which the document's number is added.
+        seed: base of the seeds of sampling, to which the document's number is added, and for each further answer to the
+            same question REPEATS.
     """
 
     def __init__(self, family: Family, processor: Any, batch_size: int = 1, seed: int = 0) -> None:
@@ -91,7 +93,8 @@ class BatchRunner:
         if question.generates:
             options = json.dumps(question.first.args[1], sort_keys=True)
             sampled = bool(question.first.args[1].get("do_sample"))
-            return [Row(first, options, seed=self.seed + question.first.doc_id if sampled else None)]
+            seeds = [self.seed + question.first.doc_id + REPEATS * index for index in range(len(question.instances))]
+            return [Row(first, options, seed=seed if sampled else None) for seed in seeds]
         spelled = [tuple(self.continuations.spell(*i.args[:2])) for i in question.instances]
         if len(prompts) == 1 and all(len(ids) == 1 for ids in spelled):
             return [Row(first, spelled=tuple(ids[0] for ids in spelled))]

@@ -119,7 +119,8 @@ def make_runs(
     if settings.runs.exists() and not settings.runs.is_dir():
         raise UserError(f"--runs {settings.runs}: it is no folder")
     planner = planner or Planner(settings.runs, settings.device)
-    plans = [planner.plan(spec, fresh=fresh) for spec in specs]
+    rows = [(spec, planner.parts(spec)) for spec in specs]
+    plans = [planner.plan(part, fresh=fresh) for _, parts in rows for part in parts]
     todo = {plan.id: plan for plan in plans if fresh or not (plan.done or (fast and plan.stopped))}
     for plan in plans:
         if plan.id not in todo:
@@ -136,7 +137,23 @@ def make_runs(
             execution = Execution(settings, progress, session)
             for some in together.values():
                 execution.make(some, fast)
-    return [read_record(plan.folder).named(plan.spec.name) for plan in plans]
+    done = iter([read_record(plan.folder).named(plan.spec.name) for plan in plans])
+    return [_row(spec, parts, [next(done) for _ in parts], settings.runs) for spec, parts in rows]
+
+
+def _row(spec: RunSpec, parts: Sequence[RunSpec], records: Sequence[Record], runs: Path) -> Record:
+    """The record of a run: that of its only part, or one of all its tasks, which is then written."""
+    from .several import joined
+
+    if len(parts) == 1:
+        return records[0]
+    record = joined(spec, parts, records)
+    folder = runs / record.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    record = record.named(spec.name)
+    _write_unless_kept(folder, record)
+    write_json(folder / SPEC, record.spec)
+    return record
 
 
 class Execution:
@@ -197,16 +214,16 @@ class Execution:
             _write_unless_kept(active.planned.folder, record.named(active.spec.name))
 
     def _rights(self, active: ActiveRun, task: LoadedTask, processor: Any, asked: Sequence[Any]) -> dict[str, bool]:
-        """For each question of a subset, whether a run answered it right in the overall column.
+        """For each question of a subset, whether a run answered it right by the task's score.
 
         A question without a score of 0 or 1 is left out.
         """
-        from . import scoring
+        from qapbench.tasking.scores import score
 
         unique = {answer.doc: answer for answer in active.answers(asked).values()}
-        samples = scoring.score(list(unique.values()), task, processor, active.spec.seed, sorted(unique))
-        name = task.columns[-1]  # the overall one
-        return {one.id: one.metrics[name] == 1 for one in samples if one.metrics.get(name) in (0, 1)}
+        scores = score(list(unique.values()), task, processor, active.spec.seed, sorted(unique))
+        name = task.score or scores.columns[-1]
+        return {one.id: one.metrics[name] == 1 for one in scores.questions if one.metrics.get(name) in (0, 1)}
 
 
 def _prepare(plan: Planned, fresh: bool) -> None:

@@ -17,7 +17,8 @@ from qapbench.models.loading import precision
 from qapbench.records.intact import damage, lines_in_words
 from qapbench.records.record import RECORD, NewerRecordError, Record, read_record
 from qapbench.records.store import ANSWERS, answers_of
-from qapbench.spec.run_spec import RunSpec
+from qapbench.spec.run_spec import RunSpec, TaskSpec
+from qapbench.tasking.groups import expanded, placed
 from qapbench.tasking.images import check_pictures
 from qapbench.tasking.outline import TaskOutline, calibration_fingerprint
 from qapbench.tasking.tasks import find_outline
@@ -40,6 +41,7 @@ class Planner:
         self.runs = runs
         self.device = device
         self._tasks: dict[Hashable, TaskOutline] = {}
+        self._expanded: dict[str, list[TaskSpec]] = {}
         self._checked: set[str] = set()
 
     def task(self, spec: RunSpec) -> TaskOutline:
@@ -52,6 +54,18 @@ class Planner:
         if key not in self._tasks:
             self._tasks[key] = find_outline(spec.task, spec.seed)
         return self._tasks[key]
+
+    def parts(self, spec: RunSpec) -> list[RunSpec]:
+        """The runs of one task each that a spec stands for: several if it lists tasks, or names a group of them.
+
+        Raises:
+            UserError: a group cannot be expanded, or a task is listed twice.
+        """
+        listed = spec.tasks or [spec.task]
+        key = str([task.model_dump_json() for task in listed])
+        if key not in self._expanded:
+            self._expanded[key] = expanded(listed)
+        return spec.one_by_one(self._expanded[key])
 
     def check(self, spec: RunSpec, fields: Collection[str] = ("task", "model")) -> None:
         """Check that what a spec names exists. No hub is asked.
@@ -84,7 +98,7 @@ class Planner:
         Raises:
             UserError: some cannot be decoded; all are named, each once.
         """
-        tasks = {id(task): task for task in map(self.task, specs)}.values()
+        tasks = {id(task): task for spec in specs for task in map(self.task, self.parts(spec))}.values()
         problems: dict[str, Problem] = {}
         for task in tasks:
             try:
@@ -95,15 +109,24 @@ class Planner:
             raise UserError(problems.values())
 
     def _check_task(self, spec: RunSpec) -> None:
-        """Check that the task and its data are there. Neither the seed nor the limit of the questions matters for it.
+        """Check that all tasks and their data are there. Neither the seed nor a limit of the questions matters for it.
 
         Raises:
-            UserError: they are not.
+            UserError: some are not. Every problem has its task's place in the list.
         """
-        key = spec.task.model_copy(update={"limit": None}).model_dump_json()
-        if key not in self._checked:
-            self.task(spec)
-            self._checked.add(key)
+        parts, problems = self.parts(spec), list[Problem]()
+        for at, part in enumerate(parts):
+            key = part.task.model_copy(update={"limit": None}).model_dump_json()
+            if key in self._checked:
+                continue
+            try:
+                self.task(part)
+                self._checked.add(key)
+            except UserError as error:
+                inside = len(parts) == len(spec.tasks)  # a group among them has no lines for its tasks
+                problems += [placed(problem, at, len(parts)) if inside else problem for problem in error.problems]
+        if problems:
+            raise UserError(problems)
 
     def plan(self, spec: RunSpec, fetch: bool = True, fresh: bool = False) -> Planned:
         """The plan of a run.

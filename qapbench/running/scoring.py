@@ -1,4 +1,4 @@
-"""Makes a record from stored answers: lm-eval scores them, and right answers are counted here."""
+"""Makes a record from stored answers: their task scores them, and right answers are counted here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from qapbench.errors import Problem, UserError, first_line
 from qapbench.receipt import Receipt
-from qapbench.records.answer import Answer, ScoredQuestion
 from qapbench.records.intact import digests
 from qapbench.records.record import (
     SCORED,
@@ -25,10 +23,9 @@ from qapbench.records.record import (
 )
 from qapbench.records.store import write_lines
 from qapbench.records.tally import tally
-from qapbench.tasking.lm import AskingLM
 from qapbench.tasking.questions import Question
-from qapbench.tasking.task_file import TaskFile
-from qapbench.tasking.tasks import LoadedTask, quiet
+from qapbench.tasking.scores import score
+from qapbench.tasking.tasks import LoadedTask
 
 from .active_run import ActiveRun, place_among
 from .environment import environment
@@ -60,11 +57,14 @@ def finish(
     planned, spec = active.planned, active.spec
     answers = active.store.arrange(place_among(questions), [question.place for question in questions])
     docs = None if stopped is None else sorted(answer.doc for answer in answers)
-    samples = score(answers, task, processor, spec.seed, docs)
+    scored = score(answers, task, processor, spec.seed, docs)
     receipt = active.read_receipt(answers)
-    write_lines(planned.folder / SCORED, samples)
+    write_lines(planned.folder / SCORED, scored.questions)
     seconds = sum(active.seconds.values())
-    scores = tally((sample.metrics for sample in samples), task.columns, task.unavailable)
+    metrics = [question.metrics for question in scored.questions]
+    scores = tally(metrics, scored.columns, task.unavailable, scored.figures).to_json()
+    for column in scores["columns"]:
+        column |= {"lower": True} if column["name"] in task.lower else {}
     said = notes(spec, task, receipt)
     return Record(
         run_id=planned.id,
@@ -73,8 +73,8 @@ def finish(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         spec=spec.model_dump(mode="json"),
         labels=labels(spec),
-        task=TaskRecord(name=task.name, questions=len(answers), chance=chance(task)),
-        scores=ScoreTable.model_validate(scores.to_json()),
+        task=TaskRecord(name=task.name, questions=len(answers), chance=chance(task), score=task.score),
+        scores=ScoreTable.model_validate(scores),
         tokens=TokenCounts.model_validate(receipt.tokens) if receipt.tokens else None,
         receipt=receipt_record(receipt),
         environment=Environment.model_validate({**environment(device), **machine}),
@@ -96,58 +96,3 @@ def finish(
 def receipt_record(receipt: Receipt) -> ReceiptRecord:
     """The receipt in the form in which a record holds it."""
     return ReceiptRecord.model_validate(receipt.to_json())
-
-
-def score(
-    answers: Sequence[Answer], task: LoadedTask, processor: Any, seed: int, docs: list[int] | None = None
-) -> list[ScoredQuestion]:
-    """Score stored answers with lm-eval's evaluator, that is, with the task's `process_results`.
-
-    Args:
-        answers: the answers of one run.
-        task: the run's task.
-        processor: the model's processor, whose chat template writes the prompts.
-        seed: of few-shot examples.
-        docs: the documents that were asked, ascending; None if all were.
-
-    Raises:
-        UserError: a function or a metric of the task fails. The answers stay stored.
-    """
-    from lm_eval.evaluator import evaluate
-
-    lm = AskingLM(processor, answers=answers, docs=docs)
-    task.task.set_fewshot_seed(seed=seed)
-    try:
-        with quiet():
-            # `simple_evaluate` would also describe the machine, which takes seconds and is not used here.
-            results = evaluate(
-                lm,
-                {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
-                limit=None if docs else task.count,
-                samples={task.name: docs} if docs else None,
-                bootstrap_iters=0,
-                apply_chat_template=lm.templated,
-            )
-    except Exception as error:  # the functions and metrics that a task's YAML names have no common base
-        if not isinstance(task.source, TaskFile):
-            raise
-        what = f"{task.source.path}: scoring fails: {type(error).__name__}: {first_line(error)} (answers are kept)"
-        raise UserError(Problem(what, ("task",))) from error
-    (samples,) = results["samples"].values()
-    names = [*task.columns, "unparsed"]
-    first = {
-        sample["doc_id"]: sample for sample in reversed(samples)
-    }  # a task with several filters has several samples per document: the first counts
-    return [
-        ScoredQuestion(
-            id=task.ids[doc], doc=doc, metrics={name: _plain(sample[name]) for name in names if name in sample}
-        )
-        for doc, sample in sorted(first.items())
-    ]
-
-
-def _plain(value: Any) -> Any:
-    """A question's score as JSON can hold it: some metrics of lm-eval's give a tuple or an array per question."""
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value.tolist() if hasattr(value, "tolist") else value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -209,6 +211,8 @@ class TaskSpec(Strict):
         prompt: name of a prompt that the task knows; None takes its default.
         parser: name of a parser that the task knows; None takes its default.
         answers: "letter" takes the most likely option letter from one prefill; "generate" generates text and parses it.
+        metric: name of the task's metric that is its score; None takes the overall one of a task of this project, and
+            the first one of any other.
     """
 
     name: NameOrPath
@@ -219,6 +223,7 @@ class TaskSpec(Strict):
     prompt: NameOrPath | None = None
     parser: NameOrPath | None = None
     answers: Literal["letter", "generate"] = "letter"
+    metric: NameOrPath | None = None
 
     @property
     def names_file(self) -> bool:
@@ -249,8 +254,17 @@ class TaskSpec(Strict):
         return {**fields, "from": origin} if origin else fields
 
 
+def _in_the_list(problems: list[Problem]) -> list[Problem]:
+    """The problems of a spec; those of one task in a list are told once, at its place in the list."""
+    listed = [problem for problem in problems if problem.where[:1] == ("tasks",) and len(problem.where) > 1]
+    if not listed:
+        return problems
+    others = [problem for problem in problems if problem not in listed and problem.where[:1] != ("task",)]
+    return [*others, *(replace(problem, where=("task", *problem.where[1:])) for problem in listed)]
+
+
 class RunSpec(Strict):
-    """One run: a model, compressed in one way, on one task.
+    """One run: a model, compressed in one way, on one task or several.
 
     Attributes:
         name: a label. It does not enter the run's id.
@@ -258,10 +272,11 @@ class RunSpec(Strict):
         model: name of an embedded model, a checkpoint folder, or a hub id.
         dtype: dtype of the weights. "auto" is the checkpoint's own on a GPU, and float32 on a CPU.
         text_tower: CLIP checkpoint whose joint embedding space gives relevance; None takes the model family's default.
-        task: the task.
+        task: the task; in a spec file it may be a list of tasks.
         quantize: the quantization; None for full precision.
         prune: the pruning; None keeps all tokens.
         seed: seed of everything random, unless a section has its own.
+        tasks: all tasks of a spec whose `task` is a list; `task` is then the first one. Empty if it is one task.
     """
 
     name: str = "run"
@@ -273,14 +288,23 @@ class RunSpec(Strict):
     quantize: QuantizeSpec | None = None
     prune: PruneSpec | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    tasks: Annotated[list[TaskSpec], Field(exclude=True)] = []
 
     @model_validator(mode="before")
     @classmethod
     def _task_by_name(cls, data: Any) -> Any:
-        """Accept `task: NAME` for `task: {name: NAME}`."""
-        if isinstance(data, dict) and isinstance(data.get("task"), str):
-            return {**data, "task": {"name": data["task"]}}
-        return data
+        """Accept `task: NAME` for `task: {name: NAME}`, and a list of either."""
+        if not isinstance(data, dict):
+            return data
+        task = data.get("task")
+        if "tasks" in data:
+            raise UserError(Problem("unknown field; a list of tasks stands under `task`", ("tasks",)))
+        if isinstance(task, list):
+            if not task:
+                raise UserError(Problem("an empty list; name at least one task", ("task",)))
+            listed = [{"name": one} if isinstance(one, str) else one for one in task]
+            return {**data, "task": listed[0], "tasks": listed}
+        return {**data, "task": {"name": task}} if isinstance(task, str) else data
 
     @model_validator(mode="before")
     @classmethod
@@ -321,10 +345,22 @@ class RunSpec(Strict):
         try:
             spec = cls.model_validate(data)
         except ValidationError as error:
-            raise UserError([*problems, *problems_of(error, cls)]) from None
+            raise UserError([*problems, *_in_the_list(problems_of(error, cls))]) from None
         if problems:
             raise UserError(problems)
         return spec
+
+    def one_by_one(self, tasks: Sequence[TaskSpec]) -> list[RunSpec]:
+        """The runs that a run of several tasks consists of: one for each, under the names that tell them apart.
+
+        Args:
+            tasks: the tasks.
+        """
+        if len(tasks) == 1:
+            return [self.model_copy(update={"task": tasks[0], "tasks": []})]
+        return [
+            self.model_copy(update={"name": f"{self.name}, {task.name}", "task": task, "tasks": []}) for task in tasks
+        ]
 
     def canonical(self) -> str:
         """JSON that is equal for equal runs: defaults are filled in, keys are sorted, the label is left out."""
@@ -343,5 +379,7 @@ class RunSpec(Strict):
             fields["task"].pop(path)
         if fields["quantize"] and fields["quantize"]["calibration"]:
             fields["quantize"]["calibration"].pop("data")
+        if fields["task"]["metric"] is None:  # as in versions that had no such field
+            fields["task"].pop("metric")
         fields["task"] |= task or {}
         return digest_json([fields, fingerprints])

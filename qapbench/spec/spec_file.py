@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from qapbench.errors import Problem, UserError, nearest
 from qapbench.methods.plugins import load_plugin_files
 
-from .run_spec import RunSpec
+from .run_spec import RunSpec, TaskSpec
 from .sweep_spec import SweepSpec, override
 from .text import shown, unfit
 from .yaml_reader import Lines, read_value, read_yaml
@@ -237,9 +237,14 @@ def _at(spec: RunSpec, folder: Path) -> RunSpec:
         folder: folder of the spec file.
     """
     paths = {name: _beside(value, folder) for name in ("model", "text_tower") if (value := getattr(spec, name))}
-    named = ("data", "include_path", *(["name"] if spec.task.names_file else []))
-    own = {name: _found(value, folder) for name in named if (value := getattr(spec.task, name))}
-    return spec.model_copy(update={**paths, "task": spec.task.model_copy(update=own)})
+    tasks = [_task_at(task, folder) for task in spec.tasks]
+    return spec.model_copy(update={**paths, "task": _task_at(spec.task, folder), "tasks": tasks})
+
+
+def _task_at(task: TaskSpec, folder: Path) -> TaskSpec:
+    """The task with its paths resolved."""
+    named = ("data", "include_path", *(["name"] if task.names_file else []))
+    return task.model_copy(update={name: _found(value, folder) for name in named if (value := getattr(task, name))})
 
 
 def _located(

@@ -123,8 +123,8 @@ def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A copy of `data` with dotted keys set.
 
     A key below a name opens it: with `prune.method.seed`, `method: random` becomes `method: {random: {}}`, and a task
-    becomes `{name: NAME}`. A sensitivity that is removed takes the fusion along, unless the changes name one: there is
-    nothing left to fuse.
+    becomes `{name: NAME}`. A key below a list of tasks changes each of them. A sensitivity that is removed takes the
+    fusion along, unless the changes name one: there is nothing left to fuse.
 
     Args:
         data: plain data of a spec.
@@ -135,6 +135,9 @@ def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     out = _copied(data)
     for key, value in changes.items():
         *path, last = key.split(".")
+        if path[:1] == ["task"] and isinstance(listed := out.get("task"), list):
+            out["task"] = [override({"task": one}, {key: value})["task"] for one in listed]
+            continue
         if value is None and not _reaches(out, path):
             continue
         node = out

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from qapbench.files import replace_synced
 
+from .task_yaml import member_names
+
 LOG = logging.getLogger(__name__)
 
 
@@ -23,12 +25,13 @@ class TaskIndex(BaseModel):
     Attributes:
         lm_eval: version of lm-eval that was indexed.
         files: name of a task -> its YAML file, relative to lm-eval's folder of tasks.
-        groups: names that stand for several tasks.
+        groups: names that stand for several tasks -> the names of these and of groups among them; none if they have no
+            names of their own.
     """
 
     lm_eval: str
     files: dict[str, str]
-    groups: list[str]
+    groups: dict[str, list[str]]
 
     @property
     def names(self) -> list[str]:
@@ -71,4 +74,6 @@ def _made(version: str) -> TaskIndex:
     subtasks = set(manager.all_subtasks)
     entries = {name: manager.task_index[name].yaml_path for name in subtasks}
     files = {name: path.relative_to(folder).as_posix() for name, path in sorted(entries.items()) if path is not None}
-    return TaskIndex(lm_eval=version, files=files, groups=sorted(set(manager.all_tasks) - subtasks))
+    others = {name: manager.task_index[name] for name in sorted(set(manager.all_tasks) - subtasks)}
+    groups = {name: member_names(one.cfg) if one.cfg else sorted(one.tags) for name, one in others.items()}
+    return TaskIndex(lm_eval=version, files=files, groups=groups)

@@ -109,7 +109,7 @@ def refuse(requests: Iterable[Instance]) -> None:
         UserError: some are not.
     """
     if any(request.request_type == "loglikelihood_rolling" for request in requests):
-        raise UserError("task: perplexity tasks (loglikelihood_rolling) are not supported")
+        raise UserError("task: tasks that roll over a whole text (loglikelihood_rolling) are not supported")
 
 
 def content_items(text: str, special: Iterable[str] = (), images: bool = True) -> list[dict[str, str]]:

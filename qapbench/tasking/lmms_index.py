@@ -13,7 +13,7 @@ from qapbench.errors import Problem, UserError, nearest
 from qapbench.hashing import code_files, digest_files, digest_json
 
 from .task_file import TaskFile
-from .task_yaml import function_names, included, read_file
+from .task_yaml import function_names, included, member_names, read_file
 
 NAME = ("task", "name")
 INSTALL = "pip install 'qapbench[lmms-eval]'"
@@ -39,7 +39,7 @@ class LmmsTaskFile(TaskFile):
                 module = beside if beside.is_file() else absolute
                 if module.is_file():
                     files |= code_files(module, ".".join(module.relative_to(root).with_suffix("").parts))
-        return digest_json([importlib.metadata.version("lmms-eval"), digest_files(files)])
+        return digest_json([importlib.metadata.version("lmms-eval"), digest_files(files)], 64)
 
 
 def find_lmms_task(name: str) -> LmmsTaskFile:
@@ -58,9 +58,21 @@ def find_lmms_task(name: str) -> LmmsTaskFile:
     if name in tasks:
         return LmmsTaskFile(name, tasks[name])
     if name in groups:
-        members = [str(member) for member in read_file(groups[name]).get("task") or []]
-        raise UserError(Problem(f"'{name}' is a group of tasks; name one of them: {', '.join(members)}", NAME))
+        raise UserError(
+            Problem(f"'{name}' is a group of tasks; name one of them: {', '.join(lmms_members(name))}", NAME)
+        )
     raise UserError(Problem(f"lmms-eval has no task '{name}'; {nearest(name, tasks)}", NAME))
+
+
+def lmms_members(name: str) -> list[str]:
+    """The tasks of a group of lmms-eval's, each once; the name itself if it is no group."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        return [name]  # looking the task up says what is missing
+    tasks, groups = _index(lmms_folder())
+    if name in tasks or name not in groups:
+        return [name]
+    members = member_names(read_file(groups[name]))
+    return list(dict.fromkeys(one for member in members if member != name for one in lmms_members(member))) or [name]
 
 
 def lmms_folder() -> Path:

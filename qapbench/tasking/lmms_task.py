@@ -28,6 +28,7 @@ from .lmms_data import DataSource, hub_error
 from .lmms_index import LIGHT, NAME, LmmsTaskFile
 
 SUBMISSION = "submission"  # lmms-eval's name of a metric that only writes a file for an evaluation server
+TRIED = 16  # questions that are looked at to find the metric that all belong to
 OUTPUTS = ("generate_until", "multiple_choice")
 GENERATION = (
     "until", "max_new_tokens", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams",
@@ -37,6 +38,10 @@ GENERATION = (
 
 class NetworkError(BaseException):
     """A function of a task wants to ask a service. No handler of theirs for exceptions catches it."""
+
+
+class JudgedError(UserError):
+    """A task has its answers judged by a service on the network."""
 
 
 class Document(dict[str, Any]):
@@ -170,7 +175,7 @@ def generation(options: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "do_sample": bool(kept.get("do_sample", (kept.get("temperature") or 0) > 0))}
 
 
-def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tuple[ConfigurableTask, str]:
+def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tuple[ConfigurableTask, str, str | None]:
     """Load a task of lmms-eval's.
 
     Args:
@@ -178,7 +183,7 @@ def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tu
         data: where its data are; None asks the hub.
 
     Returns:
-        (the task as lm-eval's, hash of its data)
+        (the task as lm-eval's, hash of its data, the metric that is its score or None for the first one)
 
     Raises:
         UserError: it cannot be loaded, its data are missing, or it is of a kind that cannot be asked.
@@ -217,8 +222,7 @@ def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tu
         message = f"lmms-eval cannot load '{found.name}': {type(error).__name__}: {first_line(error)}"
         raise UserError(Problem(message, NAME)) from None
     made = _as_lm_eval(found.name, task)
-    _try_scoring(found.name, made)
-    return made, source.fingerprint
+    return made, source.fingerprint, _overall(made)
 
 
 def _refuse(name: str, config: dict[str, Any]) -> None:
@@ -261,7 +265,7 @@ def _as_lm_eval(name: str, task: Any) -> ConfigurableTask:
         "doc_to_choice": _on_document(task.doc_to_choice) if choices else None,
         "process_results": functools.partial(_scores, task),
         "metric_list": [
-            {"metric": metric, "aggregation": _aggregation(total), "higher_is_better": better}
+            {"metric": metric, "aggregation": _aggregation(task, total), "higher_is_better": better}
             for metric, total in task.aggregation().items()
             if metric != SUBMISSION
             for better in [task.higher_is_better().get(metric, True)]
@@ -299,14 +303,14 @@ class _Filter:
 # -- scoring --
 
 
-def _scores(task: Any, doc: Document, results: Sequence[Any]) -> dict[str, Score | Any]:
+def _scores(task: Any, doc: Document, results: Sequence[Any]) -> dict[str, Score | _Unscored]:
     """The score of a question in each of the task's metrics that it belongs to, by lmms-eval's `process_results`."""
     if task.OUTPUT_TYPE == "multiple_choice":
         # lmms-eval takes the smallest: its models answer with a loss, not with a log-likelihood.
         results = [(-likelihood, greedy) for likelihood, greedy in results]
     process = getattr(type(task).process_results, "__wrapped__", type(task).process_results)  # without its retries
     extra = {"full_docs": task.task_docs} if task.config.full_docs else {}
-    with _guarded():
+    with _guarded(task):
         found = process(task, _plain(doc), list(results), **extra)
         totals = task.aggregation()
         return {
@@ -316,7 +320,7 @@ def _scores(task: Any, doc: Document, results: Sequence[Any]) -> dict[str, Score
         }
 
 
-def _score(task: Any, item: Any, total: Callable[..., Any]) -> Any:
+def _score(task: Any, item: Any, total: Callable[..., Any]) -> Score | _Unscored:
     """What lmms-eval has of a question for one metric, as a number where it has one.
 
     That is the number itself, the entry that the task declares as its score, or the aggregation over this question.
@@ -329,7 +333,7 @@ def _score(task: Any, item: Any, total: Callable[..., Any]) -> Any:
             return _Unscored(item)
     if not _is_number(value):
         return _Unscored(item)
-    score = Score(value)
+    score = Score(float(value))
     score.item = item
     return score
 
@@ -340,17 +344,20 @@ class _Unscored:
 
     item: Any
 
+    def tolist(self) -> None:
+        """The number that is stored of it: none."""
+
 
 def _is_number(value: Any) -> bool:
     return (isinstance(value, int | float) and math.isfinite(value)) or (hasattr(value, "dtype") and value.ndim == 0)
 
 
-def _aggregation(total: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
+def _aggregation(task: Any, total: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
     """An aggregation of lmms-eval's over what `_scores` gives."""
 
     @functools.wraps(total)
     def aggregate(scores: Sequence[Any]) -> Any:
-        with _guarded():
+        with _guarded(task):
             return _aggregated(total, [score.item for score in scores])
 
     return aggregate
@@ -366,44 +373,54 @@ def _aggregated(total: Callable[..., Any], items: list[Any]) -> Any:
         return total(items, args=Namespace(output_path=folder))
 
 
-def _try_scoring(name: str, task: ConfigurableTask) -> None:
-    """Score an answer that no rule can read, to find out before any question is asked whether a judge is needed.
+def _overall(task: ConfigurableTask) -> str | None:
+    """The first metric that every question belongs to; None if there is none.
+
+    An answer that no rule can read is scored for questions from all over the data. So it also comes to light, before
+    any question is asked, whether the answers are judged by a service.
 
     Raises:
-        UserError: one is.
+        JudgedError: they are.
     """
     if task.OUTPUT_TYPE != "generate_until":
-        return
+        return None
+    docs, common = task.eval_docs, list(task.aggregation())
     try:
-        scores = task.process_results(task.eval_docs[0], ["?"])
+        for at in range(0, len(docs), max(1, len(docs) // TRIED)):
+            scores = task.process_results(docs[at], ["?"])
+            common = [metric for metric in common if metric in scores]
         for metric, score in scores.items():
             task.aggregation()[metric]([score])
-    except NetworkError as error:
-        raise UserError(Problem(f"'{name}' {error}", NAME)) from None
+    except JudgedError:
+        raise
     except Exception:  # one question may be too few to be scored: scoring the run will say so
-        return
+        return common[0] if 0 < len(common) < len(task.aggregation()) else None
+    return common[0] if common else None
 
 
 @contextlib.contextmanager
-def _guarded() -> Iterator[None]:
-    """While the context is open, run functions of lmms-eval in silence, without a network, from one seed.
+def _guarded(task: Any) -> Iterator[None]:
+    """While the context is open, run functions of a task in silence, without a network, from one seed.
 
     Raises:
-        NetworkError: a function asks a service.
+        JudgedError: a function asks a service.
     """
     resolve, state = socket.getaddrinfo, random.getstate()
 
     def refuse(host: Any, *_: Any, **__: Any) -> Any:
-        raise NetworkError(
-            f"has its answers judged by a service on the network ({host}), which a run never asks; take a task that "
-            "scores by rules"
-        )
+        raise NetworkError(host)
 
     socket.getaddrinfo = refuse
     random.seed(0)
     try:
         with _silent(), contextlib.redirect_stdout(io.StringIO()):
             yield
+    except NetworkError as error:
+        message = (
+            f"'{task.config.task}' has its answers judged by a service on the network ({error}), which a run never "
+            "asks; take a task that scores by rules"
+        )
+        raise JudgedError(Problem(message, NAME)) from None
     finally:
         socket.getaddrinfo = resolve
         random.setstate(state)

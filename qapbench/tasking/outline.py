@@ -35,6 +35,8 @@ class TaskOutline:
         source: source of a registered task, or the user's own YAML file of one; None for a task that comes with
             lm-eval, whose version identifies it.
         stored_parser: name of the parser for outputs that another code base stored; None if there is none.
+        score: name of the column that is the task's score; None for the last one.
+        lower: columns in which a lower value is better.
     """
 
     name: str
@@ -49,6 +51,8 @@ class TaskOutline:
     letter: bool
     source: TaskSource | TaskFile | None = None
     stored_parser: str | None = None
+    score: str | None = None
+    lower: frozenset[str] = frozenset()
 
     @cached_property
     def ids(self) -> list[str]:
@@ -110,10 +114,11 @@ def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
     metadata = source.config["metadata"]
     letter = spec.answers == "letter" and source.has_letters
     count = min(spec.limit or len(docs), len(docs))
+    columns = [name for name in source.columns if name != UNPARSED]
     return TaskOutline(
         name=spec.name,
         docs=docs,
-        columns=[name for name in source.columns if name != UNPARSED],
+        columns=columns,
         unavailable=dict(getattr(docs, "unavailable", {})),
         embedded=bool(metadata.get("embedded")),
         asked={
@@ -128,7 +133,26 @@ def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
         letter=letter,
         source=source,
         stored_parser=metadata.get("stored_parser"),
+        score=score_column(spec, columns, columns[-1]) if columns else None,
     )
+
+
+def score_column(spec: TaskSpec, columns: Sequence[str], usual: str) -> str | None:
+    """The column that is a task's score; None for the last one.
+
+    Args:
+        spec: the task, which may name a column.
+        columns: names of the task's columns.
+        usual: the column if the spec names none.
+
+    Raises:
+        UserError: the task has no such column.
+    """
+    if spec.metric is not None and spec.metric not in columns:
+        message = f"task '{spec.name}' has no metric '{spec.metric}'; {nearest(spec.metric, columns)}"
+        raise UserError(Problem(message, ("task", "metric")))
+    named = spec.metric or usual
+    return None if named == columns[-1] else named
 
 
 def unknown_task(name: str, valid: Iterable[str]) -> UserError:

@@ -73,6 +73,25 @@ def included(path: Path) -> dict[Path, dict[str, Any]]:
     return found
 
 
+def member_names(group: dict[str, Any]) -> list[str]:
+    """Names of the tasks and groups that a group lists; none if it changes one of them, which no name stands for.
+
+    Args:
+        group: entries of the group's YAML file.
+    """
+    listed = group.get("task")
+    found: list[str] = []
+    for member in [listed] if isinstance(listed, str) else listed or []:
+        entries = {"task": member} if isinstance(member, str) else member if isinstance(member, dict) else {}
+        if entries.keys() <= {"task", "task_alias"} and isinstance(entries.get("task"), str):
+            found.append(entries["task"])
+        elif "group" in entries and (inner := member_names(entries)):
+            found += inner
+        else:
+            return []
+    return found
+
+
 def function_names(value: Any) -> list[FunctionName]:
     """All names that follow `!function` in a YAML file's entries."""
     if isinstance(value, FunctionName):

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from qapbench.spec.run_spec import TaskSpec
 
 from .index import TaskIndex, lm_eval_folder, lm_eval_index
 from .lmms_index import find_lmms_task
-from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, unknown_task
+from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, score_column, unknown_task
 from .registry import LETTER, tasks
 from .task_file import TaskFile, find_task_file
 
@@ -38,6 +39,11 @@ class LoadedTask(TaskOutline):
     """
 
     task: Any = None  # always given: it has a default only because fields of the outline have some
+
+    @cached_property
+    def means(self) -> frozenset[str]:
+        """The columns whose figure is the mean of what is per question."""
+        return frozenset(name for name, total in self.task.aggregation().items() if total.__name__ == "mean")
 
     @property
     def has_images(self) -> bool:
@@ -149,11 +155,13 @@ def _load_from_lmms_eval(spec: TaskSpec) -> LoadedTask:
     with quiet():
         from .lmms_task import load_lmms_task
 
-        task, fingerprint = load_lmms_task(found, spec.data)
-        return _as_loaded(spec, task, found.name, found, fingerprint)
+        task, fingerprint, overall = load_lmms_task(found, spec.data)
+        return _as_loaded(spec, task, found.name, found, fingerprint, overall)
 
 
-def _as_loaded(spec: TaskSpec, task: Task, name: str, own: TaskFile | None, fingerprint: str) -> LoadedTask:
+def _as_loaded(
+    spec: TaskSpec, task: Task, name: str, own: TaskFile | None, fingerprint: str, overall: str | None = None
+) -> LoadedTask:
     """A task that is not registered, ready to be asked.
 
     Args:
@@ -162,18 +170,21 @@ def _as_loaded(spec: TaskSpec, task: Task, name: str, own: TaskFile | None, fing
         name: the task's name.
         own: the file that identifies it; None for a task that comes with lm-eval.
         fingerprint: hash of its data.
+        overall: the metric that is its score; None for the first one.
     """
     letter = task.OUTPUT_TYPE == "multiple_choice"
     if "answers" in spec.model_fields_set and (spec.answers == "generate") != (task.OUTPUT_TYPE == "generate_until"):
         message = f"task '{name}' is of the kind {task.OUTPUT_TYPE}; leave `answers` out"
         raise UserError(Problem(message, ("task", "answers")))
     docs, metadata = task.eval_docs, task.get_config("metadata") or {}
+    columns = [str(name) for name in task.aggregation() if name != UNPARSED]
+    better = task.higher_is_better()
     count = min(spec.limit or len(docs), len(docs))
     asked = {"limit": count, "answers": "letter" if letter else "generate", "prompt": None, "parser": None}
     return LoadedTask(
         name=name,
         docs=docs,
-        columns=[str(name) for name in task.aggregation() if name != UNPARSED],
+        columns=columns,
         unavailable={},
         embedded=bool(metadata.get("embedded")),
         asked=asked | ({"name": name} if own else {}),  # the name in the spec may be a path
@@ -182,6 +193,8 @@ def _as_loaded(spec: TaskSpec, task: Task, name: str, own: TaskFile | None, fing
         count=count,
         letter=letter,
         source=own,
+        score=score_column(spec, columns, overall or columns[0]) if columns else None,
+        lower=frozenset(name for name in columns if better.get(name) is False),
         task=task,
     )
 

@@ -68,7 +68,7 @@ def test_a_record_of_version_0_1_is_read_as_one_of_today() -> None:
     assert record.fingerprints == data["fingerprints"]
     assert record.notes == data["notes"]
     assert record.task is not None
-    assert record.task.model_dump() == data["task"]
+    assert record.task.model_dump(exclude_none=True) == data["task"]
     for column, stored in zip(record.scores.columns, data["scores"]["columns"], strict=True):
         assert column.model_dump(exclude_none=True) == stored
         assert (column.low, column.high) == pytest.approx(Tally(column.k or 0, column.n or 0).interval)
@@ -292,7 +292,7 @@ def test_results_of_other_kinds_of_runs() -> None:
 def test_results_by_question(runs: Path) -> None:
     table = results(runs, by="question")
     assert list(table.columns) == [
-        *("run_id", "name", "id", "doc", "answer", "tokens"),
+        *("run_id", "name", "task", "id", "doc", "answer", "tokens"),
         *("Avg", "G7-12", "NAT", "TXT", "unparsed", "IMG", "G1-6", "SOC"),
     ]
     assert len(table) == 3 * 5

@@ -101,7 +101,8 @@ def test_a_file_beside_the_spec_runs_by_path_and_by_folder(folder: Path, tiny_mo
     assert first.tokens.kept == 5
     columns = {column.name: column for column in first.scores.columns}
     assert columns["acc"].n == 5
-    assert columns["brier_score"].unavailable == "not a number per question"
+    assert columns["brier_score"].figure is not None
+    assert first.score == columns["acc"]
 
 
 def test_generated_text_is_scored_by_the_users_function(folder: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from lmms_data_sets import (
 
 from qapbench import UserError
 from qapbench.spec.run_spec import TaskSpec
+from qapbench.tasking.groups import expanded
 from qapbench.tasking.images import digest_image
 from qapbench.tasking.lmms_data import DataSource
 from qapbench.tasking.lmms_index import find_lmms_task
@@ -148,8 +149,7 @@ CASES = {
     "mmstar": Case(
         [MMSTAR],
         ["A", "B", "C", "the answer is A"],
-        "Which option is shown? Options: A: cat, B: dog, C: fox, D: tree\nAnswer with the option's letter from the given "
-        "choices directly",
+        f"Which option is shown? Options: A: cat, B: dog, C: fox, D: tree{LETTER[:-1]}",
         [1] * 4,
         [1, 1, 1, 0],
         {"coarse perception": 1.0, "math": 0.5, "average": (1 + 1 + 0.5) / 3},
@@ -231,6 +231,7 @@ def test_prompts_pictures_and_scores_are_those_of_lmms_eval(
 ) -> None:
     case, task = CASES[name], loaded[name]
     assert task.count == len(case.answers)
+    assert (task.score or task.columns[-1]) == case.metric
     assert task.docs[0]["relevance_text"] == case.first
     marks = "<image>\n" * case.pictures[0]
     assert task.task.doc_to_text(task.docs[0]) == marks + case.first
@@ -357,6 +358,11 @@ def test_mistakes_are_named(name: str, more: dict[str, Any], message: str, roots
     folder = roots / ("mmbench_en_dev_static" if name == "mmbench_en_dev" else "pope")
     with pytest.raises(UserError, match=message):
         load_task(spec(name, data=str(folder), **more))
+
+
+def test_a_group_stands_for_its_tasks() -> None:
+    names = [one.name for one in expanded([spec("pope_full", limit=3)])]
+    assert names == ["pope_adv", "pope_pop", "pope_random"]
 
 
 def test_load_dataset_is_as_before_afterwards() -> None:

@@ -110,7 +110,7 @@ def test_tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     }
     (tmp_path / "sums.yaml").write_text(json.dumps(config))
 
-    index = TaskIndex(lm_eval="0", files={"sums": "sums.yaml"}, groups=["arithmetic"])
+    index = TaskIndex(lm_eval="0", files={"sums": "sums.yaml"}, groups={"arithmetic": ["sums", "products"]})
     monkeypatch.setattr("qapbench.tasking.tasks.lm_eval_index", lambda: index)
     monkeypatch.setattr("qapbench.tasking.tasks.lm_eval_folder", lambda: tmp_path)
     loaded = load_task(TaskSpec(name="sums", limit=1))

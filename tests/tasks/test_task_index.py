@@ -40,7 +40,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def make(version: str) -> TaskIndex:
         asked.append(version)
-        return TaskIndex(lm_eval=version, files={"sums": "sums.yaml"}, groups=["arithmetic"])
+        return TaskIndex(lm_eval=version, files={"sums": "sums.yaml"}, groups={"arithmetic": ["sums", "products"]})
 
     monkeypatch.setattr(index, "_made", make)
     return asked
@@ -95,7 +95,7 @@ def test_the_index_is_lm_evals(cache: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(index, "lm_eval_folder", lambda: folder)
     found = lm_eval_index()
     assert found.files == {"products": "deep/products.yaml", "sums": "deep/sums.yaml"}
-    assert found.groups == ["arithmetic"]
+    assert found.groups == {"arithmetic": ["sums", "products"]}
     assert cache.is_file()
 
 

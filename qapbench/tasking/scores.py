@@ -1,0 +1,102 @@
+"""Scores stored answers with lm-eval's evaluator: the task's own filters, metrics and aggregation functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qapbench.errors import Problem, UserError, first_line
+from qapbench.records.answer import Answer, ScoredQuestion
+from qapbench.records.tally import UNPARSED
+
+from .lm import AskingLM
+from .task_file import TaskFile
+from .tasks import LoadedTask, quiet
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What a task makes of the answers of one run.
+
+    Attributes:
+        questions: the scores of each question, in the order of the documents.
+        columns: names of the columns, in the order of the table.
+        figures: column -> the task's own figure over all questions, of columns that are not the mean of what is per
+            question.
+    """
+
+    questions: list[ScoredQuestion]
+    columns: list[str]
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def score(
+    answers: Sequence[Answer], task: LoadedTask, processor: Any, seed: int, docs: list[int] | None = None
+) -> TaskScores:
+    """Score stored answers with lm-eval's evaluator, that is, with the task's filters, metrics and aggregations.
+
+    A task with several filters has a column for every metric after each of them. Those of its first filter have the
+    metric's name, the others the filter's name too.
+
+    Args:
+        answers: the answers of one run.
+        task: the run's task.
+        processor: the model's processor, whose chat template writes the prompts.
+        seed: of few-shot examples.
+        docs: the documents that were asked, ascending; None if all were.
+
+    Raises:
+        UserError: a function or a metric of the task fails. The answers stay stored.
+    """
+    from lm_eval.evaluator import evaluate
+
+    lm = AskingLM(processor, answers=answers, docs=docs)
+    task.task.set_fewshot_seed(seed=seed)
+    try:
+        with quiet():
+            # `simple_evaluate` would also describe the machine, which takes seconds and is not used here.
+            results = evaluate(
+                lm,
+                {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
+                limit=None if docs else task.count,
+                samples={task.name: docs} if docs else None,
+                bootstrap_iters=0,
+                apply_chat_template=lm.templated,
+            )
+    except Exception as error:  # the functions and metrics that a task's YAML names have no common base
+        if not isinstance(task.source, TaskFile):
+            raise
+        what = f"{task.source.path}: scoring fails: {type(error).__name__}: {first_line(error)} (answers are kept)"
+        raise UserError(Problem(what, ("task",))) from error
+    (samples,) = results["samples"].values()
+    (totals,) = results["results"].values()
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    columns = {(name, used): name for used in filters[:1] for name in task.columns}
+    columns |= {(name, used): f"{name} ({used})" for used in filters[1:] for name in task.columns}
+    metrics: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        used, of_doc = sample["filter"], metrics.setdefault(sample["doc_id"], {})
+        of_doc |= {columns[name, used]: _plain(sample[name]) for name in task.columns if name in sample}
+        if used == filters[0] and UNPARSED in sample:
+            of_doc[UNPARSED] = _plain(sample[UNPARSED])
+    own = [(place, column) for place, column in columns.items() if place[0] not in task.means]
+    figures = {column: totals.get(",".join(place)) for place, column in own}
+    return TaskScores(
+        [ScoredQuestion(id=task.ids[doc], doc=doc, metrics=found) for doc, found in sorted(metrics.items())],
+        list(columns.values()),
+        {column: float(figure) for column, figure in figures.items() if _is_finite(figure)},
+    )
+
+
+def _is_finite(figure: Any) -> bool:
+    """Whether an aggregation gave a number. Those of lm-eval are Python's, NumPy's, or a text where there is none."""
+    return hasattr(figure, "__float__") and math.isfinite(figure)
+
+
+def _plain(value: Any) -> Any:
+    """A question's score as JSON can hold it: some metrics of lm-eval's give a tuple or an array per question."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value.tolist() if hasattr(value, "tolist") else value

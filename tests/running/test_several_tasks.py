@@ -1,0 +1,187 @@
+"""Runs of several tasks: one record, whose parts are the runs of one task each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scipy.stats import false_discovery_control
+
+import qapbench
+from qapbench import RunSpec, UserError
+from qapbench.analysis.paired import compare, find_run, read_scored
+from qapbench.analysis.relative import relative_averages
+from qapbench.analysis.table import ablation_table
+from qapbench.records.record import Record
+from qapbench.records.store import ANSWERS
+from qapbench.running.planner import Planner
+from qapbench.running.settings import find_device
+from qapbench.spec.spec_file import load_spec
+
+CASES: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {"prune": {"method": "cdpruner", "keep": 5}}}
+LABELS = ["scienceqa", "scienceqa (2)", "diagramqa"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Two rows of three tasks each: two wordings of one file of questions, and eight of diagramqa."""
+
+    spec: Path
+    runs: Path
+    dense: Record
+    pruned: Record
+    told: list[str]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("several")
+    ours = {"name": "scienceqa", "data": str(questions)}
+    task = [ours, {**ours, "prompt": "qcm_lea"}, {"name": "diagramqa", "limit": 8}]
+    spec, runs = folder / "spec.yaml", folder / "runs"
+    spec.write_text(yaml.safe_dump({"model": str(tiny_model), "task": task, "cases": CASES}))
+    specs = load_spec(spec, check=Planner(runs, find_device("cpu")).check)
+    told: list[str] = []
+    records = qapbench.run(specs, runs, device="cpu", progress=lambda name, done, total: told.append(name))
+    return Made(spec, runs, *records, told)
+
+
+def test_a_list_of_tasks_is_one_record_with_a_column_per_task(made: Made) -> None:
+    for record, name in ((made.dense, "dense"), (made.pruned, "pruned")):
+        assert record.name == name
+        assert (
+            [part.label for part in record.parts or ()] == [column.name for column in record.scores.columns] == LABELS
+        )
+    assert {"dense, scienceqa", "pruned, diagramqa"} <= set(made.told)
+    pruned = made.pruned
+    assert pruned.task is not None
+    assert pruned.task.questions == 14 + 14 + 8
+    for column, part in zip(pruned.scores.columns, pruned.parts or (), strict=True):
+        own = part.scores.columns[-1]
+        assert (column.k, column.n, column.low) == (own.k, own.n, own.low)
+    assert pruned.receipt.images == sum(part.tokens.images or 0 for part in pruned.parts or () if part.tokens)
+    assert pruned.tokens is not None
+    assert pruned.tokens.mean == 5
+    assert pruned.fingerprints["data of diagramqa"] != pruned.fingerprints["data of scienceqa"]
+    assert pruned.fingerprints["model"] == made.dense.fingerprints["model"]
+    assert {record.run_id for record in qapbench.load_records(made.runs)} == {made.dense.run_id, pruned.run_id}
+    assert len(qapbench.load_records(made.runs, parts=True)) == 8
+    table = qapbench.results(made.runs).set_index("name")
+    assert table.loc["pruned", "diagramqa"] == pruned.scores.columns[-1].accuracy
+    assert set(qapbench.results(made.runs, by="question")["task"]) == {"scienceqa", "diagramqa"}
+
+
+def test_a_task_is_the_same_run_alone_and_in_a_list(
+    made: Made, tiny_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {"name": "scienceqa", "data": str(questions)}
+    single = RunSpec.parse({"model": str(tiny_model), "task": task, **CASES["pruned"]})
+    (record,) = qapbench.run(single, tmp_path, device="cpu")
+    assert record.run_id == (made.pruned.parts or [])[0].run_id
+    for name in (ANSWERS, "scored.jsonl", "receipt.json"):
+        assert (tmp_path / record.run_id / name).read_bytes() == (made.runs / record.run_id / name).read_bytes()
+    # Nothing is made again, neither alone nor in the list.
+    monkeypatch.setattr("qapbench.running.execute.Execution.make", None)
+    before = {path: path.read_bytes() for path in made.runs.glob("*/record.json")}
+    assert qapbench.run(single, made.runs, device="cpu")[0].run_id == record.run_id
+    assert qapbench.run(load_spec(made.spec), made.runs, device="cpu") == [made.dense, made.pruned]
+    assert {path: path.read_bytes() for path in made.runs.glob("*/record.json")} == before
+
+
+def test_runs_of_several_tasks_are_compared_task_by_task(made: Made) -> None:
+    one, other = (read_scored(find_run(name, made.runs)) for name in ("dense", "pruned"))
+    found = compare(one, other)
+    assert [difference.column for difference in found.differences] == LABELS
+    alone = [
+        compare(read_scored(made.runs / a.run_id), read_scored(made.runs / b.run_id))
+        for a, b in zip(made.dense.parts or (), made.pruned.parts or (), strict=True)
+    ]
+    assert [difference.p for difference in found.differences] == [part.differences[-1].p for part in alone]
+    q = false_discovery_control([part.differences[-1].p for part in alone])
+    assert [difference.q for difference in found.differences] == pytest.approx(list(q)), "over what is shown"
+    assert found.gained == [f"{label}/{q}" for label, part in zip(LABELS, alone, strict=True) for q in part.gained]
+    answers = one.answers([*found.gained, *found.lost])
+    assert answers.keys() == {*found.gained, *found.lost}
+    part = read_scored(find_run("pruned, diagramqa", made.runs))
+    assert [difference.column for difference in compare(one, part).differences] == ["diagramqa"]
+
+
+def test_the_relative_average_is_over_the_tasks(made: Made) -> None:
+    dense, pruned = relative_averages([made.dense, made.pruned])
+    assert dense.average == 1
+    pairs = zip(made.pruned.scores.columns, made.dense.scores.columns, strict=True)
+    shares = [(own.accuracy or 0) / (full.accuracy or 0) for own, full in pairs]
+    assert pruned.average == pytest.approx(sum(shares) / 3)
+    assert relative_averages([made.pruned])[0].reason.startswith("no full-precision run of this model on scienceqa")
+    (column,) = [column for column in ablation_table([made.dense, made.pruned]).columns if column.header == "relative"]
+    assert list(column.cells) == ["100.00", f"{100 * sum(shares) / 3:.2f}"]
+
+
+def test_a_task_in_a_list_is_told_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("model: m\ntask:\n  - diagramqa\n  - {name: scienceqa, limits: 3}\n")
+    with pytest.raises(UserError, match=r"task.1.limits: unknown field; did you mean 'limit'") as caught:
+        load_spec(path)
+    assert [problem.line for problem in caught.value.problems] == [4]
+    path.write_text("model: diagram-llava\ntask:\n  - diagramqa\n  - sciencqa\n")
+    with pytest.raises(UserError, match=r"task.1.name: unknown task 'sciencqa'; did you mean 'scienceqa'") as caught:
+        load_spec(path, check=Planner(tmp_path, find_device("cpu")).check)
+    assert [problem.line for problem in caught.value.problems] == [4]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ([], "task: an empty list; name at least one task"),
+        (["diagramqa", "diagramqa"], "task 'diagramqa' is listed twice with the same options"),
+        ([3], "task.0: "),
+    ],
+)
+def test_lists_that_make_no_row_are_refused(task: list[Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        Planner(tmp_path, find_device("cpu")).parts(RunSpec.parse({"model": "diagram-llava", "task": task}))
+    with pytest.raises(UserError, match="tasks: unknown field; a list of tasks stands under `task`"):
+        RunSpec.parse({"model": "diagram-llava", "tasks": task})
+
+
+def test_set_reaches_every_task_of_the_list(made: Made) -> None:
+    for spec in load_spec(made.spec, ["task.limit=3", "task.data=null"]):
+        assert [(task.name, task.limit, task.data) for task in spec.tasks] == [
+            ("scienceqa", 3, None),
+            ("scienceqa", 3, None),
+            ("diagramqa", 3, None),
+        ]
+
+
+def test_groups_of_tasks_are_their_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "sums.yaml").write_text("task: sums\n")
+    (folder / "suite.yaml").write_text("group: suite\ntask: [sums, {group: inner, task: [diagramqa]}]\n")
+    (folder / "around.yaml").write_text("group: around\ntask: [suite, around]\n")
+    (folder / "changed.yaml").write_text("group: changed\ntask: [{task: sums, num_fewshot: 3}]\n")
+    planner = Planner(tmp_path, find_device("cpu"))
+
+    def names(**task: Any) -> list[tuple[str, str | None, int | None]]:
+        spec = RunSpec.parse({"model": "diagram-llava", "task": {"limit": 4, **task}})
+        return [(part.task.name, part.task.include_path, part.task.limit) for part in planner.parts(spec)]
+
+    expected = [("sums", str(folder), 4), ("diagramqa", None, 4)]
+    assert names(name=str(folder / "suite.yaml")) == expected
+    assert names(name="suite", include_path=str(folder)) == expected
+    with pytest.raises(UserError, match="the group 'around' contains itself"):
+        names(name="around", include_path=str(folder))
+    with pytest.raises(UserError, match="'changed' is a group whose members are defined inside of it"):
+        names(name="changed", include_path=str(folder))
+    index = planner_index({"maths": ["algebra", "shapes"], "shapes": ["circles"]})
+    monkeypatch.setattr("qapbench.tasking.groups.lm_eval_index", lambda: index)
+    assert names(name="maths") == [("algebra", None, 4), ("circles", None, 4)]
+
+
+def planner_index(groups: dict[str, list[str]]) -> Any:
+    from qapbench.tasking.index import TaskIndex
+
+    return TaskIndex(lm_eval="0", files={}, groups=groups)
