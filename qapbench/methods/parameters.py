@@ -83,7 +83,7 @@ def _fields_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]
         if not nested:
             return []
         model = nested[0]
-    return list(model.model_fields)
+    return [info.alias or name for name, info in model.model_fields.items()]
 
 
 def _flatten(annotation: Any) -> list[Any]:

@@ -13,8 +13,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -28,7 +30,7 @@ from qapbench.methods.registry import Registry
 
 from .backend import Backend, check_backend
 from .items import FusionItem, Item, MetricItem, PrunerItem, PTQItem, created, parse_item
-from .text import NameOrPath
+from .text import Data, NameOrPath
 
 Scope = Literal["language", "projector", "vision"]
 WHITE = "#ffffff"
@@ -212,9 +214,11 @@ class TaskSpec(Strict):
 
     Attributes:
         name: a task of this project, any task of lm-eval's, or the path of an lm-eval YAML file (.yaml or .yml).
+        origin: `from` in a spec. "lmms-eval" looks the name up among the tasks of lmms-eval.
         include_path: folder of the user's own lm-eval YAML files, in which the name is looked up; None looks it up
             among the tasks of this project and lm-eval's.
-        data: a parquet file, or a hub id; None takes the task's own data.
+        data: a parquet file, or a hub id; None takes the task's own data. Of a task of lmms-eval's: a folder, or a
+            mapping from hub ids to folders or parquet files, where everything that the task loads is found.
         limit: number of questions, taken from the front; None asks all.
         prompt: name of a prompt that the task knows; None takes its default.
         parser: name of a parser that the task knows; None takes its default.
@@ -227,8 +231,9 @@ class TaskSpec(Strict):
     """
 
     name: NameOrPath
+    origin: Annotated[Literal["lmms-eval"] | None, Field(alias="from")] = None  # `from` is a word of Python's
     include_path: NameOrPath | None = None
-    data: NameOrPath | None = None
+    data: Data | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     prompt: NameOrPath | None = None
     parser: NameOrPath | None = None
@@ -250,7 +255,19 @@ class TaskSpec(Strict):
     def _found_in_one_place(self) -> TaskSpec:
         if self.names_file and self.include_path is not None:
             raise ValueError(f"`include_path` is for a task's name, and '{self.name}' is a file; leave one of them out")
+        if self.origin and self.names_own_file:
+            raise ValueError("`from` is for the name of a task of lmms-eval's; leave it out for a file of your own")
+        if isinstance(self.data, dict) and not self.origin:
+            message = "a mapping from hub ids to folders is for `from: lmms-eval`; name one file, or a hub id"
+            raise UserError(Problem(message, ("data",)))
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`from` under the name that it has in a spec, and only if it is given: earlier versions had no such field."""
+        fields = plain(self)
+        origin = fields.pop("origin", None)
+        return {**fields, "from": origin} if origin else fields
 
 
 def _in_the_list(problems: list[Problem]) -> list[Problem]:

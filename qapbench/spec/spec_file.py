@@ -225,6 +225,13 @@ def _beside(name: str, folder: Path) -> str:
         return name
 
 
+def _found(named: str | dict[str, str], folder: Path) -> str | dict[str, str]:
+    """`_beside` for a path, or for every path of a mapping."""
+    if isinstance(named, dict):
+        return {key: _beside(path, folder) for key, path in named.items()}
+    return _beside(named, folder)
+
+
 def _at(spec: RunSpec, folder: Path) -> RunSpec:
     """The spec with its paths resolved.
 
@@ -240,7 +247,7 @@ def _at(spec: RunSpec, folder: Path) -> RunSpec:
 def _task_at(task: TaskSpec, folder: Path) -> TaskSpec:
     """The task with its paths resolved."""
     named = ("data", "include_path", *(["name"] if task.names_file else []))
-    return task.model_copy(update={name: _beside(value, folder) for name in named if (value := getattr(task, name))})
+    return task.model_copy(update={name: _found(value, folder) for name in named if (value := getattr(task, name))})
 
 
 def _located(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, PlainValidator
+
+from qapbench.errors import Problem, UserError
 
 LONGEST = 4096  # characters of one text, which is the longest path that Linux opens
 _UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -44,3 +46,23 @@ def _name_or_path(text: str) -> str:
 
 NameOrPath = Annotated[str, AfterValidator(_name_or_path)]
 """The name of something registered, a path, or a hub id."""
+
+
+def _data(value: Any) -> str | dict[str, str]:
+    """One name or path, or a mapping of them."""
+    if not isinstance(value, dict):
+        return _text(value, ())
+    return {_text(key, (str(key),)): _text(place, (str(key),)) for key, place in value.items()}
+
+
+def _text(value: Any, where: tuple[str, ...]) -> str:
+    try:
+        if not isinstance(value, str):
+            raise ValueError(f"a path, or a mapping from hub ids to paths; got {value!r:.60}")
+        return _name_or_path(value)
+    except ValueError as error:
+        raise UserError(Problem(str(error), where)) from None
+
+
+Data = Annotated[str | dict[str, str], PlainValidator(_data)]
+"""A `NameOrPath`, or a mapping from hub ids to paths."""

@@ -1,4 +1,4 @@
-"""Expands groups of tasks, lm-eval's and the user's own, into their tasks."""
+"""Expands groups of tasks, lm-eval's, lmms-eval's and the user's own, into their tasks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from qapbench.errors import Problem, UserError
 from qapbench.spec.run_spec import TaskSpec
 
 from .index import lm_eval_index
+from .lmms_index import lmms_members
 from .registry import tasks
 from .task_file import group_of_file, groups_of, tasks_of
 from .task_yaml import member_names
@@ -53,6 +54,8 @@ def placed(problem: Problem, at: int, among: int) -> Problem:
 
 def _members(spec: TaskSpec) -> list[TaskSpec]:
     """The tasks that a name stands for: those of a group, or the task itself."""
+    if spec.origin == "lmms-eval":
+        return [_one(spec, name, None) for name in lmms_members(spec.name)]
     if spec.names_file:
         config = group_of_file(Path(spec.name).expanduser())
         if config is None:

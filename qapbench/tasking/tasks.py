@@ -18,6 +18,7 @@ from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import TaskSpec
 
 from .index import TaskIndex, lm_eval_folder, lm_eval_index
+from .lmms_index import find_lmms_task
 from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, score_column, unknown_task
 from .registry import LETTER, tasks
 from .task_file import TaskFile, find_task_file
@@ -69,7 +70,7 @@ def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
     Raises:
         UserError: as `load_task`.
     """
-    registered = not spec.names_own_file and spec.name in tasks
+    registered = spec.origin is None and not spec.names_own_file and spec.name in tasks
     return read_outline(spec, seed) if registered else load_task(spec, seed)
 
 
@@ -78,7 +79,7 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
 
     A file of the user's own comes first, if the spec names a file or a folder; then come registered tasks. Any other
     name is looked up among lm-eval's tasks. These and the user's files bring their own data, prompt and way of
-    answering, so a spec that asks for others is refused.
+    answering, so a spec that asks for others is refused. A task `from: lmms-eval` is looked up only there.
 
     Args:
         spec: the task and its options.
@@ -87,6 +88,8 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
     Raises:
         UserError: there is no such task, it does not have one of the options, or its data cannot be read.
     """
+    if spec.origin == "lmms-eval":
+        return _load_from_lmms_eval(spec)
     own = find_task_file(spec)
     registered = own is None and spec.name in tasks
     if not registered:
@@ -149,6 +152,33 @@ def _load_from_lm_eval(spec: TaskSpec, own: TaskFile | None) -> LoadedTask:
     except Exception as error:  # lm-eval, datasets, the hub and the functions of a user's file have no common base
         message = f"lm-eval cannot load '{where}': {type(error).__name__}: {first_line(error)}"
         raise UserError(Problem(message, ("task", "name"))) from None
+    return _as_loaded(spec, task, name, own, _fingerprint(task.eval_docs))
+
+
+def _load_from_lmms_eval(spec: TaskSpec) -> LoadedTask:
+    """Load a task of lmms-eval's."""
+    _refuse_options(spec, "lmms-eval", ("prompt", "parser"))
+    found = find_lmms_task(spec.name)  # before lmms-eval and lm-eval are imported
+    with quiet():
+        from .lmms_task import load_lmms_task
+
+        task, fingerprint, overall = load_lmms_task(found, spec.data)
+        return _as_loaded(spec, task, found.name, found, fingerprint, overall)
+
+
+def _as_loaded(
+    spec: TaskSpec, task: Task, name: str, own: TaskFile | None, fingerprint: str, overall: str | None = None
+) -> LoadedTask:
+    """A task that is not registered, ready to be asked.
+
+    Args:
+        spec: the task and its options.
+        task: lm-eval's task object.
+        name: the task's name.
+        own: the file that identifies it; None for a task that comes with lm-eval.
+        fingerprint: hash of its data.
+        overall: the metric that is its score; None for the first one.
+    """
     letter = task.OUTPUT_TYPE == "multiple_choice"
     if "answers" in spec.model_fields_set and (spec.answers == "generate") != (task.OUTPUT_TYPE == "generate_until"):
         message = f"task '{name}' is of the kind {task.OUTPUT_TYPE}; leave `answers` out"
@@ -166,26 +196,28 @@ def _load_from_lm_eval(spec: TaskSpec, own: TaskFile | None) -> LoadedTask:
         embedded=bool(metadata.get("embedded")),
         asked=asked | ({"name": name} if own else {}),  # the name in the spec may be a path
         stand_in="",
-        fingerprint=_fingerprint(docs),
+        fingerprint=fingerprint,
         count=count,
         letter=letter,
         source=own,
-        score=score_column(spec, columns, columns[0]) if columns else None,
+        score=score_column(spec, columns, overall or columns[0]) if columns else None,
         lower=frozenset(name for name in columns if better.get(name) is False),
         background=spec.background,
         task=task,
     )
 
 
-def _refuse_options(spec: TaskSpec) -> None:
-    """Check that a spec sets no options that lm-eval's tasks do not have.
+def _refuse_options(
+    spec: TaskSpec, library: str = "lm-eval", fields: Sequence[str] = ("data", "prompt", "parser")
+) -> None:
+    """Check that a spec sets no options that the tasks of a library do not have.
 
     Raises:
         UserError: it does.
     """
     problems = [
-        Problem(f"lm-eval's task '{spec.name}' has its own {field}; leave `{field}` out", ("task", field))
-        for field in ("data", "prompt", "parser")
+        Problem(f"{library}'s task '{spec.name}' has its own {field}; leave `{field}` out", ("task", field))
+        for field in fields
         if getattr(spec, field) is not None
     ]
     if problems:
