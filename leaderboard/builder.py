@@ -16,6 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qapbench import UserError
+from qapbench.analysis.paired import NEEDS_IMAGE
+from qapbench.analysis.strata import Strata
 from qapbench.files import replace_all_synced
 from qapbench.records.record import Record, parse_record
 from qapbench.visible import visible
@@ -24,7 +26,7 @@ from .export import all_visible, csv_text, json_text, page_data, percent, plain,
 from .flips import Flips, find_flips
 from .paper import paper_rows, reference
 from .ranking import REFERENCES, compared, scored_runs
-from .rows import Row, clean, column_names, from_record, is_clean, mapping, stand_in_notes, text
+from .rows import CONFIDENCE, Row, Score, clean, column_names, from_record, is_clean, mapping, stand_in_notes, text
 from .studies import read_studies
 from .tasks import detail_name, paper_row_by_task, rows_by_task, task_labels
 from .unfinished import Unfinished, unfinished_runs
@@ -34,7 +36,13 @@ TITLE = "qapbench leaderboard"
 FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion")
 APP = ("dom.js", "flips.js", "details.js", "chart.js", "tokens.js", "metrics.js", "study.js", "heat.js", "table.js")
 OVERALL = "Avg"
-GROUPS = {"Subject": ("NAT", "SOC", "LAN"), "Context": ("TXT", "IMG", "NO"), "Grade": ("G1-6", "G7-12")}
+GROUPS = {
+    "Subject": ("NAT", "SOC", "LAN"),
+    "Context": ("TXT", "IMG", "NO"),
+    "Grade": ("G1-6", "G7-12"),
+    "Strata": (NEEDS_IMAGE,),
+    "Confidence": CONFIDENCE,
+}
 HINTS = {
     "NAT": "natural science",
     "SOC": "social science",
@@ -45,6 +53,9 @@ HINTS = {
     "G1-6": "grades 1 to 6",
     "G7-12": "grades 7 to 12",
     "Avg": "all questions",
+    NEEDS_IMAGE: "questions with an image that the full-precision model answers wrongly when the image is blank",
+    "ECE": "expected calibration error of the most likely option, 15 bins; lower is better",
+    "Brier": "Brier's score of the probabilities of the options, 0 to 2; lower is better",
 }
 
 
@@ -77,6 +88,9 @@ def build(
     scored = scored_runs(cleaned, folder, damaged)
     for sentence in damaged:
         LOG.warning("%s", sentence)
+    if folder and (strata := Strata(folder)):
+        scored = [strata.of(run) if run else None for run in scored]
+        cleaned = [run.record if run else record for run, record in zip(scored, cleaned, strict=True)]
     own = [from_record(record) for record in cleaned]
     labels = task_labels(cleaned)
     own = rows_by_task(own, cleaned, scored) if labels else compared(own, scored)
@@ -152,6 +166,7 @@ def _render(
         rows=rows,
         own=own,
         columns=[OVERALL] * (OVERALL in columns) + [name for name in columns if name != OVERALL],
+        charted=[name for name in columns if not any(row.cells.get(name, Score()).plain is not None for row in rows)],
         overall=labels[0] if labels else OVERALL,
         tasks={label: [name for name in columns if name.startswith(detail_name(label, ""))] for label in labels},
         groups={} if labels else _grouped(columns),

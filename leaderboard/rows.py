@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qapbench.records.record import ColumnScore, Record, Unparsed
+from qapbench.records.record import ColumnScore, Record, ScoreTable, Unparsed
 from qapbench.records.tally import Tally
 
 NONE = "none"
+CONFIDENCE = ("ECE", "Brier")
+"""Columns of a task that compares the likelihoods of options."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,15 @@ def score_of_column(column: ColumnScore) -> Score:
     return Score(column.k, column.n, reason="" if plain is not None else "the record holds no result", plain=plain)
 
 
+def confidence_cells(scores: ScoreTable) -> dict[str, Score]:
+    """The cells of CONFIDENCE; none if the options have no probabilities."""
+    if (found := scores.confidence) is None:
+        return {}
+    return {
+        name: Score(n=found.n, plain=value) for name, value in zip(CONFIDENCE, (found.ece, found.brier), strict=True)
+    }
+
+
 def _unparsed(unparsed: Unparsed) -> Score:
     """The score of the answers that the parser could not read."""
     return counted(unparsed.k, unparsed.n) if unparsed.n else Score(reason="no question was asked")
@@ -298,7 +309,8 @@ def from_record(record: Record) -> Row:
         kept=tokens.kept if tokens else None,
         merged=tokens.merged if tokens else None,
         available=tokens.available if tokens else None,
-        cells={column.name: score_of_column(column) for column in record.scores.columns},
+        cells={column.name: score_of_column(column) for column in record.scores.columns}
+        | confidence_cells(record.scores),
         unparsed=_unparsed(record.scores.unparsed),
         receipt=record.receipt.summary,
         fallbacks=len(record.receipt.fallbacks),

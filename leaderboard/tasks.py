@@ -11,7 +11,7 @@ from qapbench.analysis.relative import parts_of, relative_averages, score_of
 from qapbench.records.record import Record, TaskPart
 
 from .ranking import versus
-from .rows import Row, Score, Standing, score_of_column
+from .rows import Row, Score, Standing, confidence_cells, score_of_column
 
 PAPER = "scienceqa"
 """The task of the paper's rows."""
@@ -75,8 +75,6 @@ def _cells(part: TaskPart) -> Mapping[str, Score]:
     own = score_of(part)
     if own is None:
         return {part.label: Score(reason="the record holds no result")}
-    details = [column for column in part.scores.columns if column.name != own.name]
-    return {
-        part.label: score_of_column(own),
-        **{detail_name(part.label, column.name): score_of_column(column) for column in details},
-    }
+    details = {column.name: score_of_column(column) for column in part.scores.columns if column.name != own.name}
+    details |= confidence_cells(part.scores)
+    return {part.label: score_of_column(own), **{detail_name(part.label, name): one for name, one in details.items()}}

@@ -93,8 +93,8 @@ def _sample(
     """The keyword arguments of one document: its prompt, its answer, and its images."""
     template = lm.apply_chat_template if lm.templated else None
     context = task.task.fewshot_context(doc, num_fewshot=0, apply_chat_template=lm.templated, chat_template=template)
-    prompt, images = lm.as_prompt(context), task.task.doc_to_image(doc) or []
-    inputs = processor_inputs(lm.processor, prompt, [decoded(image) for image in task.shown(images)])
+    prompt, images = lm.as_prompt(context), task.shown(task.task.doc_to_image(doc))
+    inputs = processor_inputs(lm.processor, prompt, [decoded(image) for image in images])
     answer = torch.tensor([continuation_tokenizer.spell(prompt, _answer(task, doc))])
     labels = torch.full_like(inputs["input_ids"], PER_TOKEN["labels"])
     inputs["labels"] = torch.cat([labels, answer], dim=1)

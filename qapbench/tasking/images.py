@@ -23,6 +23,15 @@ class UnreadablePictureError(UserError):
     """A picture cannot be decoded, or not without a guess."""
 
 
+GREY = (128, 128, 128)  # colour of a blank image
+
+
+def listed_images(images: Any) -> list[Any]:
+    """What a task gives for the images of a document, as a list: it may be a list, a single image, or None."""
+    listed = images if isinstance(images, list | tuple) else [images]
+    return [image for image in listed if image is not None]
+
+
 class Decoded(NamedTuple):
     """A decoded picture.
 
@@ -33,6 +42,25 @@ class Decoded(NamedTuple):
 
     picture: Image.Image
     transparent: bool
+
+
+class BlankImage:
+    """A lazy handle of a grey image of the size of another, for questions that are asked without their images.
+
+    Args:
+        image: the image whose place it takes.
+    """
+
+    def __init__(self, image: Any) -> None:
+        self.image = image
+
+    def decode(self, background: str | None = None) -> Decoded:
+        """The grey image; see `decode`. The background is not seen."""
+        return Decoded(Image.new("RGB", decoded(self.image).size, GREY), False)
+
+    def digest(self) -> str:
+        """Hash of its content: of its size."""
+        return hashlib.sha256(f"blank {decoded(self.image).size}".encode()).hexdigest()
 
 
 class OnBackground:

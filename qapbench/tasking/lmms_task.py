@@ -22,7 +22,7 @@ from PIL import Image
 
 from qapbench.errors import Problem, UserError, first_line
 
-from .images import as_rgb, digest_image
+from .images import Decoded, as_rgb, digest_image
 from .lm import MARK
 from .lmms_data import DataSource, hub_error
 from .lmms_index import LIGHT, NAME, LmmsTaskFile
@@ -84,9 +84,9 @@ class Picture:
         """Hash of the picture's content."""
         return self.content
 
-    def load(self) -> Image.Image:
-        """The picture in RGB."""
-        return self.documents.visuals(self.doc)[self.index]
+    def decode(self, background: str | None = None) -> Decoded:
+        """The picture in RGB; see `qapbench.tasking.images.decode`."""
+        return as_rgb(self.documents.visuals(self.doc)[self.index], background)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Picture, (None, self.doc, self.index, self.content)
@@ -123,7 +123,7 @@ class Documents(Sequence[Document]):
         return doc
 
     def visuals(self, index: int) -> list[Image.Image]:
-        """The decoded pictures of a document, in RGB.
+        """The pictures of a document, as the task gives them.
 
         Raises:
             UserError: one of them is no picture, such as a video.
@@ -135,7 +135,7 @@ class Documents(Sequence[Document]):
                     kind = type(visual).__name__
                     message = f"'{self.task.config.task}' asks about more than pictures (document {index}: {kind})"
                     raise UserError(Problem(message, NAME))
-            self._latest = index, [as_rgb(visual) for visual in found]
+            self._latest = index, list(found)
         return self._latest[1]
 
     def pictures(self, index: int) -> list[Picture]:

@@ -13,7 +13,7 @@ from qapbench.hashing import digest_file
 from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import CalibrationSpec, TaskSpec
 
-from .images import OnBackground
+from .images import BlankImage, OnBackground, listed_images
 from .registry import LETTER, TaskSource, tasks
 from .task_file import TaskFile
 
@@ -39,6 +39,7 @@ class TaskOutline:
         score: name of the column that is the task's score; None for the last one.
         lower: columns in which a lower value is better.
         background: the colour that transparent pixels of images are put on, `#rrggbb`; None for none.
+        blank: whether questions are asked with grey images in the place of their own.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TaskOutline:
     score: str | None = None
     lower: frozenset[str] = frozenset()
     background: str | None = None
+    blank: bool = False
 
     @cached_property
     def ids(self) -> list[str]:
@@ -94,10 +96,15 @@ class TaskOutline:
         image = self.docs[doc].get("image")
         return [] if image is None else [image]
 
-    def shown(self, images: Sequence[Any]) -> list[Any]:
-        """Images of a document as the model is shown them: on the background that the spec names, if it names one."""
-        background = self.background
-        return list(images) if background is None else [OnBackground(image, background) for image in images]
+    def shown(self, images: Any) -> list[Any]:
+        """What a task gives for the images of a document, as the model is shown them.
+
+        They are blank if the spec asks for that; otherwise they are on the background that it names, if it names one.
+        """
+        listed, background = listed_images(images), self.background
+        if self.blank:
+            return [BlankImage(image) for image in listed]
+        return listed if background is None else [OnBackground(image, background) for image in listed]
 
 
 def read_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
@@ -160,6 +167,7 @@ def outline_of(spec: TaskSpec, source: TaskSource, docs: Any) -> TaskOutline:
         stored_parser=metadata.get("stored_parser"),
         score=score_column(spec, columns, columns[-1]) if columns else None,
         background=spec.background,
+        blank=spec.blank_images,
     )
 
 

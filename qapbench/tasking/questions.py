@@ -145,15 +145,15 @@ def ask(task: LoadedTask, lm: AskingLM, seed: int) -> list[Question]:
     except Exception as error:  # the functions that a task's YAML names have no common base
         raise task.failure("writing its prompts fails", error) from error.__cause__
     for request in task.task.instances:
-        request.arguments = (lm.as_prompt(request.args[0]), *_shown(task, request.args[1:]))
+        request.arguments = (lm.as_prompt(request.args[0]), *(_with_images(task, part) for part in request.args[1:]))
     return in_order([request for request in task.task.instances for _ in range(request.repeats)])
 
 
-def _shown(task: LoadedTask, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a request behind its context, with its images as the model is shown them."""
-    if len(arguments) < 2 or not arguments[1].get("visual"):
-        return arguments
-    return arguments[0], {**arguments[1], "visual": task.shown(arguments[1]["visual"])}, *arguments[2:]
+def _with_images(task: LoadedTask, part: Any) -> Any:
+    """A part of a request's arguments; one that has images has them as the model is shown them."""
+    if not isinstance(part, dict) or "visual" not in part:
+        return part
+    return {**part, "visual": task.shown(part["visual"])}
 
 
 def in_order(requests: list[Instance]) -> list[Question]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from qapbench.errors import Problem, UserError, first_line
 from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import TaskSpec
 
+from .images import listed_images
 from .index import TaskIndex, lm_eval_folder, lm_eval_index
 from .lmms_index import find_lmms_task
 from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, score_column, unknown_task
@@ -56,8 +57,7 @@ class LoadedTask(TaskOutline):
         Args:
             doc: number of the document.
         """
-        images = self.task.doc_to_image(self.docs[doc]) if self.has_images else None
-        return (images if isinstance(images, list) else [images]) if images else []
+        return listed_images(self.task.doc_to_image(self.docs[doc])) if self.has_images else []
 
 
 def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
@@ -89,7 +89,7 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
         UserError: there is no such task, it does not have one of the options, or its data cannot be read.
     """
     if spec.origin == "lmms-eval":
-        return _load_from_lmms_eval(spec)
+        return replace(_load_from_lmms_eval(spec), background=spec.background, blank=spec.blank_images)
     own = find_task_file(spec)
     registered = own is None and spec.name in tasks
     if not registered:
@@ -97,7 +97,8 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
             _refuse_unknown(spec.name)  # before lm-eval is imported, which takes seconds
         _refuse_options(spec)
     with quiet():
-        return _load_registered(spec, seed) if registered else _load_from_lm_eval(spec, own)
+        loaded = _load_registered(spec, seed) if registered else _load_from_lm_eval(spec, own)
+    return replace(loaded, background=spec.background, blank=spec.blank_images)
 
 
 def _load_registered(spec: TaskSpec, seed: int) -> LoadedTask:
@@ -202,7 +203,6 @@ def _as_loaded(
         source=own,
         score=score_column(spec, columns, overall or columns[0]) if columns else None,
         lower=frozenset(name for name in columns if better.get(name) is False),
-        background=spec.background,
         task=task,
     )
 
