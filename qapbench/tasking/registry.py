@@ -15,6 +15,7 @@ from typing import Any
 from qapbench.errors import UserError
 from qapbench.hashing import code_files, digest_files
 from qapbench.methods.registry import Entry, Registry
+from qapbench.spec.run_spec import TaskSpec
 
 from .task_yaml import included, read_config
 
@@ -87,3 +88,12 @@ def own_tasks() -> list[str]:
     """
     own = [entry.name for entry in tasks if inspect.unwrap(entry.target).__module__.startswith("qapbench.tasks.")]
     return sorted(own)
+
+
+def runs_only_own_code(task: TaskSpec) -> bool:
+    """Whether a task comes with qapbench, so that reading it runs no code of anybody else's.
+
+    Args:
+        task: the task, as a record of a stranger may name it.
+    """
+    return task.origin is None and not task.names_own_file and task.name in own_tasks()
