@@ -16,6 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qapbench import UserError
+from qapbench.analysis.paired import NEEDS_IMAGE
+from qapbench.analysis.strata import Strata
 from qapbench.files import replace_all_synced
 from qapbench.records.record import Record, parse_record
 from qapbench.visible import visible
@@ -24,8 +26,9 @@ from .export import all_visible, csv_text, json_text, page_data, percent, plain,
 from .flips import Flips, find_flips
 from .paper import paper_rows, reference
 from .ranking import REFERENCES, compared, scored_runs
-from .rows import Row, clean, column_names, from_record, is_clean, mapping, stand_in_notes, text
+from .rows import CONFIDENCE, Row, Score, clean, column_names, from_record, is_clean, mapping, stand_in_notes, text
 from .studies import read_studies
+from .tasks import detail_name, paper_row_by_task, rows_by_task, task_labels
 from .unfinished import Unfinished, unfinished_runs
 
 LOG = logging.getLogger(__name__)
@@ -33,7 +36,13 @@ TITLE = "qapbench leaderboard"
 FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion")
 APP = ("dom.js", "flips.js", "details.js", "chart.js", "tokens.js", "metrics.js", "study.js", "heat.js", "table.js")
 OVERALL = "Avg"
-GROUPS = {"Subject": ("NAT", "SOC", "LAN"), "Context": ("TXT", "IMG", "NO"), "Grade": ("G1-6", "G7-12")}
+GROUPS = {
+    "Subject": ("NAT", "SOC", "LAN"),
+    "Context": ("TXT", "IMG", "NO"),
+    "Grade": ("G1-6", "G7-12"),
+    "Strata": (NEEDS_IMAGE,),
+    "Confidence": CONFIDENCE,
+}
 HINTS = {
     "NAT": "natural science",
     "SOC": "social science",
@@ -44,6 +53,9 @@ HINTS = {
     "G1-6": "grades 1 to 6",
     "G7-12": "grades 7 to 12",
     "Avg": "all questions",
+    NEEDS_IMAGE: "questions with an image that the full-precision model answers wrongly when the image is blank",
+    "ECE": "expected calibration error of the most likely option, 15 bins; lower is better",
+    "Brier": "Brier's score of the probabilities of the options, 0 to 2; lower is better",
 }
 
 
@@ -76,16 +88,25 @@ def build(
     scored = scored_runs(cleaned, folder, damaged)
     for sentence in damaged:
         LOG.warning("%s", sentence)
-    own = compared([from_record(record) for record in cleaned], scored)
-    rows = [*own, *paper_rows(len(own))]
+    if folder and (strata := Strata(folder)):
+        scored = [strata.of(run) if run else None for run in scored]
+        cleaned = [run.record if run else record for run, record in zip(scored, cleaned, strict=True)]
+    own = [from_record(record) for record in cleaned]
+    labels = task_labels(cleaned)
+    own = rows_by_task(own, cleaned, scored) if labels else compared(own, scored)
+    paper = paper_rows(len(own))
+    rows = [*own, *([paper_row_by_task(row, labels, OVERALL) for row in paper] if labels else paper)]
     columns = column_names(rows)
     flips = find_flips(own, scored)
     studies = read_studies(folder) if folder else []
     data = page_data(rows, cleaned, columns, flips, studies)
     unfinished = unfinished_runs(folder) if folder else []
-    page = _render(title, cleaned, rows, columns, flips, unfinished, data, damaged)
+    page = _render(title, cleaned, rows, columns, labels, flips, unfinished, data, damaged)
     out.parent.mkdir(parents=True, exist_ok=True)
-    table = {out.with_suffix(".csv"): csv_text(rows, columns), out.with_suffix(".json"): json_text(data["rows"])}
+    table = {
+        out.with_suffix(".csv"): csv_text(rows, columns, labels),
+        out.with_suffix(".json"): json_text(data["rows"]),
+    }
     replace_all_synced({**table, out: page})
     return out
 
@@ -111,6 +132,7 @@ def _render(
     records: Sequence[Record],
     rows: Sequence[Row],
     columns: Sequence[str],
+    labels: Sequence[str],
     flips: Flips,
     unfinished: Sequence[Unfinished],
     data: dict[str, Any],
@@ -123,6 +145,7 @@ def _render(
         records: the records.
         rows: rows of the records, then those of the paper.
         columns: names of the score columns.
+        labels: labels of the tasks, if some run asked several.
         flips: questions whose answers changed.
         unfinished: runs that have no row yet.
         data: what the page's script reads.
@@ -143,7 +166,10 @@ def _render(
         rows=rows,
         own=own,
         columns=[OVERALL] * (OVERALL in columns) + [name for name in columns if name != OVERALL],
-        groups=_grouped(columns),
+        charted=[name for name in columns if not any(row.cells.get(name, Score()).plain is not None for row in rows)],
+        overall=labels[0] if labels else OVERALL,
+        tasks={label: [name for name in columns if name.startswith(detail_name(label, ""))] for label in labels},
+        groups={} if labels else _grouped(columns),
         hints=HINTS,
         references=REFERENCES,
         facets={name: sorted({getattr(row, name) for row in rows}) for name in FACETS},

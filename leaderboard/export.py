@@ -16,7 +16,7 @@ from qapbench.visible import HIDDEN, json_visible, visible
 
 from .flips import Flips
 from .ranking import REFERENCES
-from .rows import Row, Score, mapping
+from .rows import Row, Score, Standing, Versus, mapping
 
 FIELDS = ["kind", "rank", "name", "model", "quantization", "pruner", "sensitivity", "fusion", "keep"]
 FIELDS += ["tokens", "tokens_min", "tokens_max", "kept", "merged", "available"]
@@ -60,35 +60,52 @@ def plain(value: float | int | None, digits: int = 1) -> str:
     return str(int(value)) if value == int(value) else f"{value:.{digits}f}"
 
 
-def csv_text(rows: Iterable[Row], columns: Sequence[str]) -> str:
+def csv_text(rows: Iterable[Row], columns: Sequence[str], labels: Sequence[str] = ()) -> str:
     """The rows as CSV, one line per row.
 
     Accuracies are in percent as in the table, each followed by k, n and its interval. Then come the references, each
-    with the difference in percentage points. A text that a spreadsheet would read as a formula gets an apostrophe in
+    with the difference in percentage points; on a page with several tasks these are listed for each task, with the rank
+    in it, and the relative average comes first. A text that a spreadsheet would read as a formula gets an apostrophe in
     front.
 
     Args:
         rows: the rows.
         columns: names of the score columns.
+        labels: labels of the tasks, if some run asked several.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     scores = [*columns, "unparsed"]
     heads = [f"{name}{part}" for name in scores for part in ("", " k", " n", " low", " high")]
-    heads += [f"{kind} {part}" for kind in REFERENCES for part in VERSUS]
+    if labels:
+        heads.append("relative average")
+    for label in labels or [""]:
+        heads += [f"{label} rank"] if label else []
+        heads += [f"{label} {kind} {part}".strip() for kind in REFERENCES for part in VERSUS]
     writer.writerow([_harmless(name) for name in (*FIELDS, *heads, *LAST_FIELDS)])
     for row in rows:
         line = [getattr(row, name) for name in FIELDS]
         for cell in (*(row.cells.get(name, Score()) for name in columns), row.unparsed):
-            line += [percent(cell.accuracy), cell.k, cell.n, percent(cell.low), percent(cell.high)]
-        for kind in REFERENCES:
-            versus = row.against.get(kind)
-            shares = [percent(getattr(versus, part)) for part in VERSUS[1:4]] if versus else [""] * 3
-            rest = [getattr(versus, part) for part in VERSUS[4:]] if versus else [None] * len(VERSUS[4:])
-            line += [versus.name if versus else "", *shares, *rest]
+            shown = percent(cell.accuracy) if cell.plain is None else cell.plain
+            line += [shown, cell.k, cell.n, percent(cell.low), percent(cell.high)]
+        if labels:
+            line.append(percent(row.relative.accuracy if row.relative else None))
+        for label in labels or [""]:
+            standing = row.by_task.get(label, Standing()) if label else Standing(against=row.against)
+            line += [standing.rank] if label else []
+            for kind in REFERENCES:
+                line += _versus_cells(standing.against.get(kind))
         line += [getattr(row, name) for name in LAST_FIELDS]
         writer.writerow([_harmless(value) for value in line])
     return buffer.getvalue()
+
+
+def _versus_cells(versus: Versus | None) -> list[Any]:
+    """The cells of one comparison, as VERSUS names them."""
+    if versus is None:
+        return ["", *[""] * 3, *[None] * len(VERSUS[4:])]
+    shares = [percent(getattr(versus, part)) for part in VERSUS[1:4]]
+    return [versus.name, *shares, *(getattr(versus, part) for part in VERSUS[4:])]
 
 
 def _harmless(value: Any) -> Any:

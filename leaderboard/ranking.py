@@ -41,7 +41,7 @@ def scored_runs(records: Sequence[Record], runs: Path | None, damaged: list[str]
                 damaged += [scored.damage] if scored.damage else []
             except UserError as error:
                 damaged.append(f"{record.name}: no rank and no comparison; {error}")
-        found.append(scored if scored and scored.columns else None)
+        found.append(scored if scored and (scored.columns or scored.parts) else None)
     return found
 
 
@@ -68,12 +68,18 @@ def with_ranking(row: Row, ranking: Ranking, rows: Sequence[Row], start: int, mo
         start: index on the page of the first of them.
         moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
     """
-    against: dict[str, Versus] = {k: _versus(one, rows, start) for k, one in (ranking.against or {}).items()}
+    against: dict[str, Versus] = {k: versus(one, rows, start) for k, one in (ranking.against or {}).items()}
     return replace(row, rank=ranking.rank, among=ranking.among, against=against, moved=moved)
 
 
-def _versus(against: Against, rows: Sequence[Row], start: int) -> Versus:
-    """A comparison with a reference, as the page shows it."""
+def versus(against: Against, rows: Sequence[Row], start: int) -> Versus:
+    """A comparison with a reference, as the page shows it.
+
+    Args:
+        against: the comparison.
+        rows: all rows that were compared together.
+        start: index on the page of the first of them.
+    """
     d = against.difference
     flips = (d.gained, d.lost) if against.paired else (None, None)
     name = rows[against.row].name

@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qapbench.records.record import ColumnScore, Record, Unparsed
+from qapbench.records.record import ColumnScore, Record, ScoreTable, Unparsed
 from qapbench.records.tally import Tally
 
 NONE = "none"
+CONFIDENCE = ("ECE", "Brier")
+"""Columns of a task that compares the likelihoods of options."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Score:
         low: lower end of its 95 % interval.
         high: upper end of that interval.
         reason: why there is no accuracy.
+        plain: a score that is no share of questions, such as a perplexity, as it is.
     """
 
     k: int | None = None
@@ -36,6 +39,7 @@ class Score:
     low: float | None = None
     high: float | None = None
     reason: str = ""
+    plain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,25 @@ class Versus:
     q: float
     gained: int | None = None
     lost: int | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a row stands in one task, on a page with several.
+
+    Attributes:
+        rank: rank among the rows on the same questions of the task; None if there are no others.
+        among: number of rows that were ranked together.
+        against: "dense" and "semantic" -> comparison with that reference in the task's score.
+    """
+
+    rank: int | None = None
+    among: int = 0
+    against: dict[str, Versus] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The standing as plain data."""
+        return {**vars(self), "against": {kind: vars(versus) for kind, versus in self.against.items()}}
 
 
 @dataclass(frozen=True)
@@ -97,6 +120,9 @@ class Row:
         among: number of rows that were ranked together.
         against: "dense" and "semantic" -> comparison with that reference.
         moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
+        by_task: label of a task -> how the row stands in it, on a page on which some run asked several tasks. There no
+            rank and no comparison is over all of them.
+        relative: the relative average over tasks, on such a page.
     """
 
     kind: str = "run"
@@ -124,12 +150,17 @@ class Row:
     among: int = 0
     against: dict[str, Versus] = field(default_factory=dict)
     moved: str = ""
+    by_task: dict[str, Standing] = field(default_factory=dict)
+    relative: Score | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data."""
+        """The row as plain data. What there is only on a page with several tasks is left out elsewhere."""
         cells = {name: vars(score) for name, score in self.cells.items()}
         against = {kind: vars(versus) for kind, versus in self.against.items()}
-        return {**vars(self), "cells": cells, "unparsed": vars(self.unparsed), "against": against}
+        data = {**vars(self), "cells": cells, "unparsed": vars(self.unparsed), "against": against}
+        standings = {label: standing.to_json() for label, standing in self.by_task.items()}
+        tasks = {"by_task": standings, "relative": vars(self.relative)} if self.relative else {}
+        return {**{key: value for key, value in data.items() if key not in ("by_task", "relative")}, **tasks}
 
     @property
     def position(self) -> float | None:
@@ -222,7 +253,7 @@ def quantization_label(quantize: Any, dtype: Any = None) -> str:
     return " ".join(parts)
 
 
-def _score(column: ColumnScore) -> Score:
+def score_of_column(column: ColumnScore) -> Score:
     """The score of a record's column. If it has k and n, the accuracy is derived from them again."""
     if column.unavailable is not None:
         return Score(reason=column.unavailable)
@@ -232,9 +263,19 @@ def _score(column: ColumnScore) -> Score:
             return derived
         return Score(column.k, column.n, derived.accuracy, column.low, column.high)
     value = column.accuracy if column.accuracy is not None else column.mean
-    share = value if value is not None and 0 <= value <= 1 else None
-    reason = "" if share is not None else "the record holds no result"
-    return Score(column.k, column.n, share, column.low, column.high, reason)
+    if value is not None and 0 <= value <= 1:
+        return Score(column.k, column.n, value, column.low, column.high)
+    plain = column.figure if column.figure is not None else column.mean
+    return Score(column.k, column.n, reason="" if plain is not None else "the record holds no result", plain=plain)
+
+
+def confidence_cells(scores: ScoreTable) -> dict[str, Score]:
+    """The cells of CONFIDENCE; none if the options have no probabilities."""
+    if (found := scores.confidence) is None:
+        return {}
+    return {
+        name: Score(n=found.n, plain=value) for name, value in zip(CONFIDENCE, (found.ece, found.brier), strict=True)
+    }
 
 
 def _unparsed(unparsed: Unparsed) -> Score:
@@ -260,7 +301,8 @@ def from_record(record: Record) -> Row:
         kept=tokens.kept if tokens else None,
         merged=tokens.merged if tokens else None,
         available=tokens.available if tokens else None,
-        cells={column.name: _score(column) for column in record.scores.columns},
+        cells={column.name: score_of_column(column) for column in record.scores.columns}
+        | confidence_cells(record.scores),
         unparsed=_unparsed(record.scores.unparsed),
         receipt=record.receipt.summary,
         fallbacks=len(record.receipt.fallbacks),

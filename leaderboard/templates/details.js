@@ -37,7 +37,8 @@ function yamlBlock(yaml) {
 
 function scoreTable(row) {
   const lines = [...Object.entries(row.cells), ["unparsed", row.unparsed]].map(([name, cell]) =>
-    cell.accuracy === null
+    cell.plain !== null ? [name, cell.plain.toPrecision(4), plain(cell.n), "", "over all questions"]
+    : cell.accuracy === null
       ? [name, "–", "", "", cell.reason]
       : [name, percent(cell.accuracy), `${plain(cell.k)} / ${plain(cell.n)}`,
         cell.low === null ? "–" : `${percent(cell.low)} – ${percent(cell.high)}`, ""]);
@@ -46,10 +47,15 @@ function scoreTable(row) {
 
 /** Against its references, on all questions. */
 function versusTable(row) {
-  const kinds = Object.entries(row.against);
+  const named = ([kind, one]) => [kind === "semantic" ? "semantic only" : kind, one];
+  const kinds = [
+    ...Object.entries(row.against).map(named),
+    ...Object.entries(row.by_task ?? {}).flatMap(([label, { against }]) =>
+      Object.entries(against).map(named).map(([kind, one]) => [`${label}, ${kind}`, one])),
+  ];
   if (!kinds.length) return null;
   const lines = kinds.map(([kind, one]) => [
-    kind === "semantic" ? "semantic only" : kind, one.name, signed(one.difference),
+    kind, one.name, signed(one.difference),
     `${signed(one.low)} … ${signed(one.high)}`,
     one.gained === null ? "unpaired" : `+${one.gained} −${one.lost}`, shortP(one.p), shortP(one.q),
   ]);

@@ -9,7 +9,7 @@ function heatColour(value, span) {
 
 function drawHeat() {
   const mode = byId("heat-mode").value;
-  const columns = data.columns.filter((name) => name !== "Avg");
+  const columns = data.columns.filter((name) => name !== "Avg" && !data.rows.some((row) => row.cells[name]?.plain != null));
   const reference = (row) => (row.against.dense ? data.rows[row.against.dense.row] : null);
   const valueOf = (row, name) => {
     const cell = cellOf(row, name);

@@ -2,7 +2,8 @@
 const heads = [...document.querySelectorAll("#table th[data-key]")];
 const keys = heads.map((head) => head.dataset.key);
 const numeric = heads.flatMap((head, i) => (head.classList.contains("num") ? [i] : []));
-const scores = keys.indexOf("Avg");
+const scores = keys.findIndex((key) => key === "Avg" || key === "relative");
+const ranks = keys.flatMap((key, i) => (key === "rank" || key.endsWith(" rank") ? [i] : []));
 const DESCRIBED = ["model", "quantization", "pruner", "sensitivity", "fusion"];
 
 const table = window.$("#table").DataTable({
@@ -12,8 +13,8 @@ const table = window.$("#table").DataTable({
   layout: { topStart: null, topEnd: null, bottomStart: null, bottomEnd: null },
   order: scores < 0 ? [] : [[scores, "desc"]],
   columnDefs: [
-    { targets: keys.indexOf("rank"), type: "num", searchable: false, orderSequence: ["asc", "desc"] },
-    { targets: numeric.filter((i) => keys[i] !== "rank"), type: "num", searchable: false, orderSequence: ["desc", "asc"] },
+    { targets: ranks, type: "num", searchable: false, orderSequence: ["asc", "desc"] },
+    { targets: numeric.filter((i) => !ranks.includes(i)), type: "num", searchable: false, orderSequence: ["desc", "asc"] },
   ],
   language: { zeroRecords: data.details.length ? "No row fits these filters." : "No runs yet." },
 });
@@ -24,7 +25,7 @@ const table = window.$("#table").DataTable({
 const groups = [...document.querySelectorAll("#table tr.groups th")].flatMap((head) =>
   Array.from({ length: head.colSpan }, () => head.dataset.group ?? ""));
 const chips = [...document.querySelectorAll("[data-columns]")];
-const WIDE_ONLY = ["Compression", "Subject", "Context", "Grade", "Other", "Provenance"]; // what a phone leaves out at first
+const WIDE_ONLY = ["Compression", "Subject", "Context", "Grade", "Strata", "Confidence", "Other", "Provenance"]; // what a phone leaves out at first
 
 function press(chip, pressed) {
   chip.setAttribute("aria-pressed", String(pressed));

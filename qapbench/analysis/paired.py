@@ -23,6 +23,8 @@ from qapbench.records.store import answers_of
 
 BOOTSTRAP = 10_000  # resamples
 OVERALL = -1  # index of a task's overall accuracy among its columns
+NEEDS_IMAGE = "needs image"
+"""Column of the questions that cannot be answered without their image (analysis/strata.py)."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
                 untested.append(f"{label}: no column has a number for every question, so nothing can be paired")
                 continue
             found, more, less = _differences(one, other, seed)
-            differences += [replace(found[OVERALL], column=label)]
+            apart = [replace(one, column=f"{label}, {NEEDS_IMAGE}") for one in found if one.column == NEEDS_IMAGE]
+            differences += [*apart, replace(found[OVERALL], column=label)]
             gained += [place_in(label, question) for question in more]
             lost += [place_in(label, question) for question in less]
     return Comparison(first.name, second.name, corrected(differences), gained, lost, untested)
@@ -348,12 +351,12 @@ def _mean_difference(column: str, pair: np.ndarray) -> Difference:
     first, second = (float(side) for side in pair.sum(axis=0))
     mean, error = float(change.mean()), float(change.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     half = float(student.ppf(0.975, n - 1)) * error if n > 1 else 0.0
-    p = float(t_test(np.float64(mean), np.float64(error), n))
+    p = float(t_test(mean, error, n))
     gained, lost = int((change > 0).sum()), int((change < 0).sum())
     return Difference(column, n, first, second, gained, lost, mean - half, mean + half, p, counts=False)
 
 
-def t_test(mean: np.ndarray, error: np.ndarray, n: int) -> np.ndarray:
+def t_test(mean: np.ndarray | float, error: np.ndarray | float, n: int) -> np.ndarray:
     """Two-sided p-value of the paired t test, elementwise; 1 where the scores have no spread to judge by.
 
     Args:
@@ -362,7 +365,7 @@ def t_test(mean: np.ndarray, error: np.ndarray, n: int) -> np.ndarray:
         n: number of questions.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(error > 0, 2 * student.sf(np.abs(mean) / error, max(n - 1, 1)), 1.0)
+        return np.where(np.greater(error, 0), 2 * student.sf(np.divide(np.abs(mean), error), max(n - 1, 1)), 1.0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -98,5 +98,6 @@ def _asked(record: Record, part: TaskPart) -> list[Any]:
     listed = record.spec.get("task")
     specs = listed if isinstance(listed, list) else [listed]
     place = [one.run_id for one in parts_of(record)].index(part.run_id)
-    spec = specs[place] if place < len(specs) and isinstance(specs[place], dict) else {}
+    named = specs[place] if place < len(specs) else None
+    spec = named if isinstance(named, dict) else {}
     return [spec.get(name) for name in ("answers", "prompt", "parser")]

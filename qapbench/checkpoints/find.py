@@ -17,6 +17,10 @@ HOW_TO_CONVERT = (
 )
 
 
+HASHES = "hashes.safetensors"
+"""File in a folder that stands for a model which was loaded in Python: hashes in the place of its weights."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk.

@@ -45,9 +45,11 @@ def compare(
 ) -> None:
     """Compare two runs question by question: paired differences by column, exact McNemar test, flipped questions."""
     from qapbench.analysis import paired
+    from qapbench.analysis.strata import Strata
     from qapbench.analysis.table import comparison_table, flips_table
 
-    one, other = (paired.read_scored(paired.find_run(name, runs)) for name in (first, second))
+    folders = [paired.find_run(name, runs) for name in (first, second)]
+    one, other = (Strata(folder.resolve().parent).of(paired.read_scored(folder)) for folder in folders)
     for damage in dict.fromkeys(run.damage for run in (one, other) if run.damage):
         err.print(f"[yellow]warning:[/] {escape(damage)}", highlight=False, soft_wrap=True)
     comparison = paired.compare(one, other)

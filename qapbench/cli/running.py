@@ -63,13 +63,14 @@ def run(
         for line in planner.shared([plan for _, plan in plans if not isinstance(plan, UserError)]).lines:
             out.print(line, highlight=False)
         return
-    from qapbench.analysis.table import ablation_table  # imported here because it takes a second
+    from qapbench.analysis.strata import Strata  # imported here because it takes a second
+    from qapbench.analysis.table import ablation_table
 
     collect_as_usual()
     bars = Progress()
     with bars:
         records = make_runs(specs, settings, fresh, fast, bars.report, planner)
-    out.print(ablation_table(records, out.width))
+    out.print(ablation_table(Strata(runs).records(records, runs), out.width))
     spent = [record.timing for record in records]
     out.print(
         f"{sum(t.questions for t in spent)} questions in {sum(t.seconds for t in spent):.0f} s as made, "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qapbench.checkpoints.find import find_checkpoint
+from qapbench.checkpoints.find import HASHES, find_checkpoint
 from qapbench.errors import Problem, UserError, first_line
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import family_class, family_of
@@ -31,6 +31,9 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
     from transformers import AutoModelForImageTextToText
 
     folder, config, dtype = find_checkpoint(spec.model).folder, read_config(spec), precision(spec, device)
+    if (folder / HASHES).is_file():
+        what = f"{folder} stands for a model that was loaded in Python, and holds no weights: use run(model=...) again"
+        raise UserError(Problem(what, ("model",)))
     try:
         if layout := format_of(config):
             model, processor = layout(folder, config).load(dtype)

@@ -28,11 +28,12 @@ def load_records(runs: str | Path = "runs", *, parts: bool = False) -> list[Reco
 
     Args:
         runs: folder of the results.
-        parts: whether to list also the runs of one task that a run of several tasks consists of. That run is one
-            record, and has their scores in `parts`.
+        parts: whether to list also runs that serve others: those of one task that a run of several tasks consists of,
+            whose scores are in the `parts` of that one record, and those on blank images, which define a stratum.
     """
     records = [record for _, record in _found(Path(runs))]
     inside = {part.run_id for record in records for part in record.parts or ()}
+    inside |= {record.run_id for record in records if record.asked_blank}
     return [record for record in records if parts or record.run_id not in inside]
 
 
@@ -69,7 +70,8 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
     Args:
         runs: folder of the results. With `by="run"`, also records.
         by: "run" gives one row per run: name, model, quantization, pruner, budget, measured tokens, the accuracy,
-            interval and counts of every column, seconds and receipt. "question" gives one row per question of each run:
+            interval and counts of every column, ECE and Brier's score where options have probabilities, seconds and
+            receipt. "question" gives one row per question of each run:
             run_id, name, task, id, doc, answer, tokens (kept and merged, summed over its images; None without an
             image), and one column per score. A run of several tasks is there as its runs of one task each. A run whose
             answers or scores are damaged is left out with a warning.
@@ -88,7 +90,7 @@ def results(runs: str | Path | Iterable[Record] = "runs", by: Literal["run", "qu
         raise UserError("by='question' reads the stored answers: name the folder of the results")
     rows: list[dict[str, Any]] = []
     for folder, record in _found(Path(runs)):
-        if record.parts:
+        if record.parts or record.asked_blank:
             continue
         try:
             rows += _questions(folder, record)
@@ -119,6 +121,8 @@ def _row(record: Record) -> dict[str, Any]:
     for column in record.scores.columns:
         row[column.name] = column.value
         row |= {f"{column.name} {part}": getattr(column, part) for part in ("k", "n", "low", "high")}
+    if confidence := record.scores.confidence:
+        row |= {"ECE": confidence.ece, "Brier": confidence.brier}
     row |= {"unparsed": record.scores.unparsed.k, "seconds": record.timing.seconds}
     return row | {"receipt": record.receipt.summary, "stopped": record.stopped is not None}
 

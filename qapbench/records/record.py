@@ -89,6 +89,24 @@ class Unparsed(Part):
     rate: FiniteFloat = 0.0
 
 
+class Confidence(Part):
+    """How far the probabilities of the options can be relied on, where a task compares likelihoods.
+
+    A probability is the option's share: the softmax of the log-likelihoods over the options of the question.
+
+    Attributes:
+        ece: expected calibration error of the most likely option (Guo et al., ICML 2017): the mean over 15 bins of
+            confidence of |accuracy - confidence|, weighted by the questions in each.
+        brier: Brier's score (1950): the mean over questions of the sum over options of (probability - 1 if it is the
+            right one, else 0) squared, between 0 and 2.
+        n: number of questions with one right option.
+    """
+
+    ece: FiniteFloat
+    brier: FiniteFloat
+    n: Count
+
+
 class ScoreTable(Part):
     """The scores of a run.
 
@@ -98,12 +116,14 @@ class ScoreTable(Part):
         unparsed: answers that the parser could not read.
         missing: number of questions without a stored output, which count as wrong.
         unknown: number of stored outputs for questions that are not in the data.
+        confidence: how reliable the probabilities of the options are; None where there are none.
     """
 
     columns: list[ColumnScore]
     unparsed: Unparsed
     missing: Count = 0
     unknown: Count = 0
+    confidence: Confidence | None = None
 
     def column(self, name: str) -> ColumnScore | None:
         """The column with that name; None if there is none."""
@@ -312,6 +332,12 @@ class Record(Part):
         """The column that is the task's score; None if there are no columns."""
         named = self.scores.column(self.task.score) if self.task and self.task.score else None
         return named or next(reversed(self.scores.columns), None)
+
+    @property
+    def asked_blank(self) -> bool:
+        """Whether the questions were asked with blank images."""
+        task = self.spec.get("task")
+        return isinstance(task, dict) and task.get("blank_images") is True
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain data, as it is stored; fields without a value are left out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +25,22 @@ from .quiet import no_foreign_bars
 from .settings import BATCH, EngineName, Settings, find_device
 
 if TYPE_CHECKING:
+    from qapbench.tasking.outline import TaskOutline
     from qapbench.tasking.tasks import LoadedTask
 
     from .active_run import ActiveRun
     from .fast import Verdict
+    from .loaded import Loaded
     from .session import Session
 
 
 def run(
-    spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec],
+    spec: str | Path | RunSpec | SweepSpec | Mapping[str, Any] | Iterable[RunSpec],
     runs: str | Path = "runs",
     *,
+    tasks: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
+    model: Any = None,
+    processor: Any = None,
     fresh: bool = False,
     fast: bool = False,
     batch_size: int | None = None,
@@ -50,8 +55,13 @@ def run(
     """Make the runs that are missing, and return the record of each run in order.
 
     Args:
-        spec: a spec file, the name of a shipped spec, a spec, or several specs.
+        spec: a spec file, the name of a shipped spec, a spec, several specs, or the content of a spec file as a
+            dictionary, from which the model and the task may be left out if they are given here.
         runs: folder of the results, one sub-folder per run. Results that are there already are used, never made twice.
+        tasks: a task or several, as they stand under `task` in a spec; they replace those of the spec.
+        model: a loaded model to use in place of the one that the spec names. A run is identified by its weights. After
+            the run it is as before.
+        processor: the processor of that model.
         fresh: make every run anew. Earlier results are set aside, not deleted.
         fast: ask a stratified subset first, and stop the rows that are out of reach there.
         batch_size: number of questions answered together, 8 if None. No answer depends on it.
@@ -72,17 +82,46 @@ def run(
         import warnings
 
         warnings.warn("run(report=...) is now run(progress=...); report goes in 0.3", DeprecationWarning, stacklevel=2)
-    settings = Settings(Path(runs), find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
-    specs = as_specs(spec)
+    if model is not None and (workers != 1 or device is not None):
+        raise UserError("run(model=...) uses the model where it is: leave `workers` and `device` out")
+    specs = as_specs(spec, {"model": "?"} if model is not None else {}, tasks)
     with no_foreign_bars(), contextlib.ExitStack() as stack:
         told = report or progress
         if told is True:
             told = stack.enter_context(shown())
-        return make_runs(specs, settings, fresh, fast, told or silent)
+        loaded: Loaded | None = None
+        if model is not None:
+            from .loaded import standing_for
+
+            loaded = stack.enter_context(standing_for(model, processor, Path(runs)))
+            specs = [loaded.of(one) for one in specs]
+        place = loaded.device if loaded else find_device(device)
+        settings = Settings(Path(runs), place, batch_size or BATCH, workers, engine, spill, trust_remote_code)
+        session = loaded.session(specs, settings, told or silent) if loaded else None
+        return make_runs(specs, settings, fresh, fast, told or silent, session=session)
 
 
-def as_specs(spec: str | Path | RunSpec | SweepSpec | Iterable[RunSpec]) -> list[RunSpec]:
-    """The runs that `spec` stands for, in any form that `run` accepts."""
+def as_specs(
+    spec: str | Path | RunSpec | SweepSpec | Mapping[str, Any] | Iterable[RunSpec],
+    defaults: Mapping[str, Any] | None = None,
+    tasks: Any = None,
+) -> list[RunSpec]:
+    """The runs that `spec` stands for, in any form that `run` accepts.
+
+    Args:
+        spec: the spec.
+        defaults: fields for a dictionary that lacks them.
+        tasks: what stands under `task` in their place; None keeps the tasks of the spec.
+    """
+    if tasks is not None:
+        asked = [tasks] if isinstance(tasks, str | Mapping) else list(tasks)
+        if isinstance(spec, Mapping):
+            return as_specs({**spec, "task": asked}, defaults)
+        of_tasks = RunSpec.parse({"model": "?", "task": asked})
+        update = {"task": of_tasks.task, "tasks": of_tasks.tasks}
+        return [one.model_copy(update=update) for one in as_specs(spec, defaults)]
+    if isinstance(spec, Mapping):
+        return as_specs(SweepSpec.parse({**(defaults or {}), **spec}))
     if isinstance(spec, RunSpec):
         return [spec]
     if isinstance(spec, SweepSpec):
@@ -121,6 +160,7 @@ def make_runs(
     planner = planner or Planner(settings.runs, settings.device)
     rows = [(spec, planner.parts(spec)) for spec in specs]
     plans = [planner.plan(part, fresh=fresh) for _, parts in rows for part in parts]
+    plans += _blank_plans([part for spec, parts in rows if spec.strata for part in parts], planner, fresh)
     todo = {plan.id: plan for plan in plans if fresh or not (plan.done or (fast and plan.stopped))}
     for plan in plans:
         if plan.id not in todo:
@@ -139,6 +179,16 @@ def make_runs(
                 execution.make(some, fast)
     done = iter([read_record(plan.folder).named(plan.spec.name) for plan in plans])
     return [_row(spec, parts, [next(done) for _ in parts], settings.runs) for spec, parts in rows]
+
+
+def _blank_plans(parts: Iterable[RunSpec], planner: Planner, fresh: bool) -> list[Planned]:
+    """The plans of the runs on blank images that tell which questions need their image, each once."""
+    plans = [planner.plan(part.without_images(), fresh=fresh) for part in parts if _has_images(planner.task(part))]
+    return list({plan.id: plan for plan in plans}.values())
+
+
+def _has_images(task: TaskOutline) -> bool:
+    return any(len(task.images(doc)) for doc in range(task.count))
 
 
 def _row(spec: RunSpec, parts: Sequence[RunSpec], records: Sequence[Record], runs: Path) -> Record:

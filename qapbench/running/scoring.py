@@ -63,6 +63,7 @@ def finish(
     seconds = sum(active.seconds.values())
     metrics = [question.metrics for question in scored.questions]
     scores = tally(metrics, scored.columns, task.unavailable, scored.figures).to_json()
+    scores["confidence"] = scored.confidence
     for column in scores["columns"]:
         column |= {"lower": True} if column["name"] in task.lower else {}
     said = notes(spec, task, receipt)

@@ -55,13 +55,19 @@ class Session:
         Raises:
             UserError: the checkpoint cannot be loaded.
         """
-        device = self.settings.device
-        folder = find_checkpoint(spec.model).folder
-        key = (folder, state_of_tree(folder), precision(spec, device))
+        key = self._model_key(spec)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
-            self._loaded = (key, *load_model(spec, device, self.settings.trust_remote_code))
+            self._loaded = (key, *load_model(spec, self.settings.device, self.settings.trust_remote_code))
         return self._loaded[1], self._loaded[2]
+
+    def adopt(self, spec: RunSpec, model: Any, processor: Any) -> None:
+        """Take a model that is loaded already for the one that a spec names."""
+        self._loaded = (self._model_key(spec), model, processor)
+
+    def _model_key(self, spec: RunSpec) -> Hashable:
+        folder = find_checkpoint(spec.model).folder
+        return folder, state_of_tree(folder), precision(spec, self.settings.device)
 
     def processor(self, spec: RunSpec) -> Any:
         """The processor of a run. The model is not loaded for it if only worker processes need the model."""

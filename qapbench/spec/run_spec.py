@@ -213,6 +213,7 @@ class TaskSpec(Strict):
         answers: "letter" takes the most likely option letter from one prefill; "generate" generates text and parses it.
         metric: name of the task's metric that is its score; None takes the overall one of a task of this project, and
             the first one of any other.
+        blank_images: ask with grey images in the place of the questions' own, to see what can be answered without.
     """
 
     name: NameOrPath
@@ -224,6 +225,7 @@ class TaskSpec(Strict):
     parser: NameOrPath | None = None
     answers: Literal["letter", "generate"] = "letter"
     metric: NameOrPath | None = None
+    blank_images: bool = False
 
     @property
     def names_file(self) -> bool:
@@ -277,6 +279,9 @@ class RunSpec(Strict):
         prune: the pruning; None keeps all tokens.
         seed: seed of everything random, unless a section has its own.
         tasks: all tasks of a spec whose `task` is a list; `task` is then the first one. Empty if it is one task.
+        strata: parts of the questions whose scores are shown apart. "needs_image" are those with an image that the
+            full-precision model, with nothing pruned, answers wrongly when the image is blank. It is asked that once
+            per model and task. The run itself does not depend on it.
     """
 
     name: str = "run"
@@ -289,6 +294,7 @@ class RunSpec(Strict):
     prune: PruneSpec | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tasks: Annotated[list[TaskSpec], Field(exclude=True)] = []
+    strata: Annotated[list[Literal["needs_image"]], Field(exclude=True)] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -296,6 +302,8 @@ class RunSpec(Strict):
         """Accept `task: NAME` for `task: {name: NAME}`, and a list of either."""
         if not isinstance(data, dict):
             return data
+        if isinstance(data.get("strata"), str):
+            data = {**data, "strata": [data["strata"]]}
         task = data.get("task")
         if "tasks" in data:
             raise UserError(Problem("unknown field; a list of tasks stands under `task`", ("tasks",)))
@@ -362,6 +370,12 @@ class RunSpec(Strict):
             self.model_copy(update={"name": f"{self.name}, {task.name}", "task": task, "tasks": []}) for task in tasks
         ]
 
+    def without_images(self) -> RunSpec:
+        """The run that finds out which questions of the task need their image: nothing compressed, images blank."""
+        task = self.task.model_copy(update={"blank_images": True})
+        update = {"name": f"blank images, {task.name}", "task": task, "quantize": None, "prune": None, "strata": []}
+        return self.model_copy(update=update | {"plugins": [], "text_tower": None})
+
     def canonical(self) -> str:
         """JSON that is equal for equal runs: defaults are filled in, keys are sorted, the label is left out."""
         return json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
@@ -379,7 +393,8 @@ class RunSpec(Strict):
             fields["task"].pop(path)
         if fields["quantize"] and fields["quantize"]["calibration"]:
             fields["quantize"]["calibration"].pop("data")
-        if fields["task"]["metric"] is None:  # as in versions that had no such field
-            fields["task"].pop("metric")
+        for later in ("metric", "blank_images"):
+            if not fields["task"][later]:  # as in versions that had no such field
+                fields["task"].pop(later)
         fields["task"] |= task or {}
         return digest_json([fields, fingerprints])

@@ -13,6 +13,7 @@ from qapbench.prune.pruning import PER_TOKEN
 from qapbench.quantize.calibration import CalibrationSamples
 from qapbench.spec.run_spec import CalibrationSpec
 
+from .images import listed_images
 from .lm import AskingLM
 from .questions import ContinuationTokenizer, processor_inputs
 from .tasks import LoadedTask, quiet
@@ -80,7 +81,7 @@ def _sample(
     """The keyword arguments of one document: its prompt, its answer, and its images."""
     template = lm.apply_chat_template if lm.templated else None
     context = task.task.fewshot_context(doc, num_fewshot=0, apply_chat_template=lm.templated, chat_template=template)
-    prompt, images = lm.as_prompt(context), task.task.doc_to_image(doc) or []
+    prompt, images = lm.as_prompt(context), listed_images(task.task.doc_to_image(doc))
     inputs = processor_inputs(lm.processor, prompt, images)
     answer = torch.tensor([continuation_tokenizer.spell(prompt, _answer(task, doc))])
     labels = torch.full_like(inputs["input_ids"], PER_TOKEN["labels"])

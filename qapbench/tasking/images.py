@@ -19,6 +19,38 @@ class UnreadablePictureError(UserError):
     """A picture cannot be decoded, or not without a guess."""
 
 
+def listed_images(images: Any) -> list[Any]:
+    """What a task gives for the images of a document, as a list: it may be a list, a single image, or None."""
+    listed = images if isinstance(images, list | tuple) else [images]
+    return [image for image in listed if image is not None]
+
+
+GREY = (128, 128, 128)  # colour of a blank image
+
+
+class BlankImage:
+    """A grey image of the size of another, for questions that are asked without their images.
+
+    Args:
+        image: the image whose place it takes.
+    """
+
+    def __init__(self, image: Any) -> None:
+        self.image = image
+
+    def load(self) -> Image.Image:
+        """The grey image.
+
+        Raises:
+            UnreadablePictureError: the other one cannot be decoded.
+        """
+        return Image.new("RGB", decoded(self.image).size, GREY)
+
+    def digest(self) -> str:
+        """Hash of its content: of its size."""
+        return hashlib.sha256(f"blank {decoded(self.image).size}".encode()).hexdigest()
+
+
 def decoded(image: Any) -> Image.Image:
     """The image in RGB, upright.
 

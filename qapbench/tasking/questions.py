@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 
 from qapbench.errors import UserError
 
-from .images import decoded, digest_image
+from .images import BlankImage, decoded, digest_image, listed_images
 from .lm import AskingLM, refuse
 from .tasks import LoadedTask, quiet
 from .text import literally, quote_last, quoted, special_tokens, unquoted
@@ -115,8 +115,22 @@ def ask(task: LoadedTask, lm: AskingLM, seed: int) -> list[Question]:
             tokenizer_name=lm.tokenizer_name if lm.templated else "",
         )
     for request in task.task.instances:
-        request.arguments = (lm.as_prompt(request.args[0]), *request.args[1:])
+        rest = [_with_images(part, task.blank) for part in request.args[1:]]
+        request.arguments = (lm.as_prompt(request.args[0]), *rest)
     return in_order([request for request in task.task.instances for _ in range(request.repeats)])
+
+
+def _with_images(part: Any, blank: bool) -> Any:
+    """A part of a request's arguments, with its images as a list; a task may give a single one, or None.
+
+    Args:
+        part: the part; only one that has images is changed.
+        blank: whether to put grey images in their place.
+    """
+    if not isinstance(part, dict) or "visual" not in part:
+        return part
+    images = listed_images(part["visual"])
+    return {**part, "visual": [BlankImage(image) for image in images] if blank else images}
 
 
 def in_order(requests: list[Instance]) -> list[Question]:

@@ -9,11 +9,16 @@ from typing import Any
 
 from qapbench.errors import Problem, UserError, first_line
 from qapbench.records.answer import Answer, ScoredQuestion
+from qapbench.records.record import Confidence
 from qapbench.records.tally import UNPARSED
 
 from .lm import AskingLM
 from .task_file import TaskFile
 from .tasks import LoadedTask, quiet
+
+INVALID = "[invalid]"
+"""What lm-eval's filters make of a text in which they find no answer."""
+BINS = 15  # of confidence, for the expected calibration error
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,13 @@ class TaskScores:
         columns: names of the columns, in the order of the table.
         figures: column -> the task's own figure over all questions, of columns that are not the mean of what is per
             question.
+        confidence: how reliable the probabilities of the options are; None where there are none.
     """
 
     questions: list[ScoredQuestion]
     columns: list[str]
     figures: dict[str, float] = field(default_factory=dict)
+    confidence: Confidence | None = None
 
 
 def score(
@@ -79,15 +86,64 @@ def score(
     for sample in samples:
         used, of_doc = sample["filter"], metrics.setdefault(sample["doc_id"], {})
         of_doc |= {columns[name, used]: _plain(sample[name]) for name in task.columns if name in sample}
-        if used == filters[0] and UNPARSED in sample:
-            of_doc[UNPARSED] = _plain(sample[UNPARSED])
+        if used == filters[0] and (UNPARSED in sample or INVALID in sample["filtered_resps"]):
+            of_doc[UNPARSED] = _plain(sample.get(UNPARSED, 1.0))
     own = [(place, column) for place, column in columns.items() if place[0] not in task.means]
     figures = {column: totals.get(",".join(place)) for place, column in own}
     return TaskScores(
         [ScoredQuestion(id=task.ids[doc], doc=doc, metrics=found) for doc, found in sorted(metrics.items())],
         list(columns.values()),
         {column: float(figure) for column, figure in figures.items() if _is_finite(figure)},
+        confidence_in(answers, task),
     )
+
+
+def confidence_in(answers: Sequence[Answer], task: LoadedTask) -> Confidence | None:
+    """How reliable the probabilities of the options are; None if the task does not compare options.
+
+    Args:
+        answers: the answers of one run.
+        task: the run's task.
+    """
+    if not task.letter:
+        return None
+    pairs = [(answer, _right_option(task, answer)) for answer in answers]
+    known = [(_shares([output[0] for output in answer.outputs]), right) for answer, right in pairs if right is not None]
+    return confidence(known) if known else None
+
+
+def confidence(questions: Sequence[tuple[Sequence[float], int]]) -> Confidence:
+    """Expected calibration error and Brier's score.
+
+    Args:
+        questions: for each question the probabilities of its options, and the index of the right one.
+    """
+    brier = [sum((p - (at == right)) ** 2 for at, p in enumerate(shares)) for shares, right in questions]
+    bins: dict[int, list[float]] = {}
+    for shares, right in questions:
+        best = max(shares)
+        bins.setdefault(min(int(best * BINS), BINS - 1), []).append((shares.index(best) == right) - best)
+    n = len(questions)
+    return Confidence(ece=sum(abs(math.fsum(gaps)) for gaps in bins.values()) / n, brier=math.fsum(brier) / n, n=n)
+
+
+def _right_option(task: LoadedTask, answer: Answer) -> int | None:
+    """Index of the right option of a question; None if there is not exactly one, or options are no continuations."""
+    if getattr(task.task, "multiple_input", 0):
+        return None
+    doc = task.docs[answer.doc]
+    options, target = task.task.doc_to_choice(doc), task.task.doc_to_target(doc)
+    if isinstance(target, str):
+        target = options.index(target) if target in options else None
+    whole = isinstance(target, int) and 0 <= target < len(options) == len(answer.outputs)
+    return int(target) if whole else None
+
+
+def _shares(likelihoods: Sequence[float]) -> list[float]:
+    """The softmax of log-likelihoods."""
+    best = max(likelihoods)
+    powers = [math.exp(one - best) for one in likelihoods]
+    return [power / math.fsum(powers) for power in powers]
 
 
 def _is_finite(figure: Any) -> bool:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from qapbench.errors import Problem, UserError, first_line
 from qapbench.records.tally import UNPARSED
 from qapbench.spec.run_spec import TaskSpec
 
+from .images import listed_images
 from .index import TaskIndex, lm_eval_folder, lm_eval_index
 from .lmms_index import find_lmms_task
 from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, score_column, unknown_task
@@ -36,9 +37,11 @@ class LoadedTask(TaskOutline):
 
     Attributes:
         task: lm-eval's task object, for its evaluator.
+        blank: whether questions are asked with grey images in the place of their own.
     """
 
     task: Any = None  # always given: it has a default only because fields of the outline have some
+    blank: bool = False
 
     @cached_property
     def means(self) -> frozenset[str]:
@@ -56,8 +59,7 @@ class LoadedTask(TaskOutline):
         Args:
             doc: number of the document.
         """
-        images = self.task.doc_to_image(self.docs[doc]) if self.has_images else None
-        return (images if isinstance(images, list) else [images]) if images else []
+        return listed_images(self.task.doc_to_image(self.docs[doc])) if self.has_images else []
 
 
 def find_outline(spec: TaskSpec, seed: int = 0) -> TaskOutline:
@@ -97,7 +99,8 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
             _refuse_unknown(spec.name)  # before lm-eval is imported, which takes seconds
         _refuse_options(spec)
     with quiet():
-        return _load_registered(spec, seed) if registered else _load_from_lm_eval(spec, own)
+        loaded = _load_registered(spec, seed) if registered else _load_from_lm_eval(spec, own)
+    return replace(loaded, blank=spec.blank_images)
 
 
 def _load_registered(spec: TaskSpec, seed: int) -> LoadedTask:

@@ -20,6 +20,7 @@ from qapbench.records.record import Record, parse_record
 from qapbench.records.store import answers_of, write_json, write_lines
 from qapbench.records.tally import tally
 from qapbench.running.notes import labels
+from qapbench.running.several import joined
 from qapbench.spec.run_spec import RunSpec, TaskSpec
 from qapbench.tasking.tasks import LoadedTask, load_task
 
@@ -55,6 +56,21 @@ def write_runs(folder: Path, data: Path, names: Sequence[str] = FIRST, moved: bo
     """A run for each name; `moved`: the answers to questions without images move with the pruning."""
     task = load_task(TaskSpec(name="scienceqa", data=str(data)))
     return [_write(folder, task, str(data), name, moved) for name in names]
+
+
+def write_several(folder: Path, names: Sequence[str] = FIRST) -> list[Record]:
+    """A run of two tasks for each name, which are two files of questions."""
+    tasks = [write_questions(folder.with_name(f"{folder.name} {part}.parquet"), part == "b") for part in "ab"]
+    columns = [write_runs(folder, data, names) for data in tasks]
+    made = []
+    for name, records in zip(names, zip(*columns, strict=True), strict=True):
+        parts = [spec_of(str(data), name) for data in tasks]
+        spec = parts[0].model_copy(update={"tasks": [part.task for part in parts]})
+        made.append(joined(spec, parts, records))
+        place = folder / made[-1].run_id
+        place.mkdir()
+        write_json(place / "record.json", made[-1].to_json())
+    return made
 
 
 def spec_of(data: str, name: str) -> RunSpec:
@@ -113,6 +129,7 @@ def _write(folder: Path, task: LoadedTask, data: str, name: str, moved: bool) ->
             "created": f"2026-11-0{1 + len(name)}T19:00:00Z",
             "spec": spec.model_dump(mode="json"),
             "labels": labels(spec),
+            "task": {"name": task.name, "questions": task.count},
             "scores": tally((line.metrics for line in scored), task.columns, task.unavailable).to_json(),
             "tokens": receipt.tokens,
             "receipt": {"summary": "rtn: W4A4", "linears": [linear] if spec.quantize else [], "fallbacks": []},

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from leaderboard_records import IMG, SCRIPT_END, ablation, damaged, hostile
-from leaderboard_runs import KEEP, QUESTIONS, TOKENS, write_questions, write_runs, write_study
+from leaderboard_runs import FIRST, KEEP, QUESTIONS, TOKENS, write_questions, write_runs, write_several, write_study
+from scipy.stats import false_discovery_control
 
 from qapbench.leaderboard import build
 from qapbench.records.load import load_records
@@ -23,6 +25,7 @@ from qapbench.visible import visible
 RECORDS = ablation(12)
 HOSTILE = ablation(6) + hostile()
 PAPER_ROWS = 28
+TASKS = ("scienceqa", "scienceqa (2)")
 SCORES = ("Avg", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 Show = Callable[..., Any]
 
@@ -37,6 +40,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_runs(runs, write_questions(folder / f"{name}.parquet", hostile=name == "attacked"))
         write_study(runs, hostile=name == "attacked")
         built[name] = build(load_records(runs), folder / f"{name}.html", runs=runs)
+    write_several(folder / "several runs")
+    runs = folder / "several runs"
+    built["several"] = build(load_records(runs), folder / "several.html", runs=runs)
     return built
 
 
@@ -538,3 +544,47 @@ def test_hostile_questions_answers_and_studies_stay_text(show: Show, pages: dict
     open_row(page, row_named(page, "l2"))
     assert page.locator("img").count() == 0
     assert page.locator("script").count() == show(pages["plain"]).locator("script").count()
+
+
+def rows_of(page: Path) -> dict[str, dict[str, Any]]:
+    """The rows of runs in the JSON beside a page, by their names."""
+    listed = json.loads(page.with_suffix(".json").read_text())
+    return {row["name"]: row for row in listed if row["kind"] == "run"}
+
+
+def test_several_tasks_have_a_group_of_columns_each(show: Show, pages: dict[str, Path]) -> None:
+    page = show(pages["several"])
+    assert visible_rows(page) == len(FIRST), "the runs of one task each have no rows of their own"
+    heads = [text.strip() for text in page.locator("#table tr.groups th").all_text_contents()]
+    assert heads[3:6] == ["Overall", "scienceqa", "scienceqa (2)"], "the other columns of a task wait for their button"
+    relative = values(page, "Relative")
+    assert relative == sorted(relative, reverse=True)
+    rows = rows_of(pages["several"])
+    for name in FIRST:
+        cells = rows[name]["cells"]
+        shares = [cells[task]["accuracy"] / rows["full"]["cells"][task]["accuracy"] for task in TASKS]
+        assert rows[name]["relative"]["accuracy"] == pytest.approx(sum(shares) / 2)
+    against = [rows[name]["by_task"][task]["against"] for name in FIRST for task in TASKS]
+    tests = [one for references in against for one in references.values()]
+    q = false_discovery_control([one["p"] for one in tests])
+    assert [one["q"] for one in tests] == pytest.approx(list(q)), "corrected over all that is shown"
+    assert tests
+    sort(page, "Relative", "asc")
+    page.locator("[data-columns='scienceqa, by column']").click()
+    assert column(page, "NAT") < column(page, "G7-12")
+    details = open_row(page, 2)
+    assert details.get_by_text("scienceqa (2), dense").count() == 1
+
+
+def test_the_csv_of_several_tasks_has_all_of_them(pages: dict[str, Path]) -> None:
+    table = pd.read_csv(pages["several"].with_suffix(".csv"))
+    table = table[table["kind"] == "run"].set_index("name")
+    rows = rows_of(pages["several"])
+    for name in FIRST:
+        assert table.loc[name, "relative average"] == pytest.approx(100 * rows[name]["relative"]["accuracy"], abs=0.005)
+        for task in TASKS:
+            assert table.loc[name, task] == pytest.approx(100 * rows[name]["cells"][task]["accuracy"], abs=0.005)
+            assert table.loc[name, f"{task} rank"] == rows[name]["by_task"][task]["rank"]
+            dense = rows[name]["by_task"][task]["against"].get("dense")
+            shown = table.loc[name, f"{task} dense q"]
+            assert pd.isna(shown) if dense is None else shown == pytest.approx(dense["q"])

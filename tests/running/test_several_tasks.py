@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from scipy.stats import false_discovery_control
 
 import qapbench
 from qapbench import RunSpec, UserError
-from qapbench.analysis.paired import compare, find_run, read_scored
+from qapbench.analysis.paired import NEEDS_IMAGE, compare, find_run, read_scored
 from qapbench.analysis.relative import relative_averages
+from qapbench.analysis.strata import Strata
 from qapbench.analysis.table import ablation_table
+from qapbench.leaderboard import build
 from qapbench.records.record import Record
-from qapbench.records.store import ANSWERS
+from qapbench.records.store import ANSWERS, answers_of
 from qapbench.running.planner import Planner
 from qapbench.running.settings import find_device
+from qapbench.spec.run_spec import TaskSpec
 from qapbench.spec.spec_file import load_spec
+from qapbench.tasking.tasks import load_task
 
 CASES: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {"prune": {"method": "cdpruner", "keep": 5}}}
 LABELS = ["scienceqa", "scienceqa (2)", "diagramqa"]
@@ -42,7 +48,7 @@ def made(tiny_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFac
     ours = {"name": "scienceqa", "data": str(questions)}
     task = [ours, {**ours, "prompt": "qcm_lea"}, {"name": "diagramqa", "limit": 8}]
     spec, runs = folder / "spec.yaml", folder / "runs"
-    spec.write_text(yaml.safe_dump({"model": str(tiny_model), "task": task, "cases": CASES}))
+    spec.write_text(yaml.safe_dump({"model": str(tiny_model), "task": task, "cases": CASES, "strata": "needs_image"}))
     specs = load_spec(spec, check=Planner(runs, find_device("cpu")).check)
     told: list[str] = []
     records = qapbench.run(specs, runs, device="cpu", progress=lambda name, done, total: told.append(name))
@@ -68,7 +74,7 @@ def test_a_list_of_tasks_is_one_record_with_a_column_per_task(made: Made) -> Non
     assert pruned.fingerprints["data of diagramqa"] != pruned.fingerprints["data of scienceqa"]
     assert pruned.fingerprints["model"] == made.dense.fingerprints["model"]
     assert {record.run_id for record in qapbench.load_records(made.runs)} == {made.dense.run_id, pruned.run_id}
-    assert len(qapbench.load_records(made.runs, parts=True)) == 8
+    assert len(qapbench.load_records(made.runs, parts=True)) == 8 + 3, "a run on blank images per task"
     table = qapbench.results(made.runs).set_index("name")
     assert table.loc["pruned", "diagramqa"] == pruned.scores.columns[-1].accuracy
     assert set(qapbench.results(made.runs, by="question")["task"]) == {"scienceqa", "diagramqa"}
@@ -118,6 +124,66 @@ def test_the_relative_average_is_over_the_tasks(made: Made) -> None:
     assert relative_averages([made.pruned])[0].reason.startswith("no full-precision run of this model on scienceqa")
     (column,) = [column for column in ablation_table([made.dense, made.pruned]).columns if column.header == "relative"]
     assert list(column.cells) == ["100.00", f"{100 * sum(shares) / 3:.2f}"]
+
+
+def blank_of(made: Made, label: str) -> Record:
+    """The run on blank images of one task."""
+    (part,) = [part for part in made.dense.parts or () if part.label == label]
+    spec = made.dense.spec["task"][LABELS.index(label)]
+    (found,) = [
+        record
+        for record in qapbench.load_records(made.runs, parts=True)
+        if record.asked_blank
+        and record.fingerprints["data"] == part.data
+        and record.spec["task"]["prompt"] == spec["prompt"]
+    ]
+    return found
+
+
+def test_questions_that_need_their_image_are_scored_apart(made: Made) -> None:
+    one, other = (Strata(made.runs).of(read_scored(made.runs / record.run_id)) for record in (made.dense, made.pruned))
+    needing: dict[str, set[str]] = {}
+    guessed: dict[str, set[str]] = {}
+    for label, part in other.tasks.items():
+        asked = read_scored(made.runs / blank_of(made, label).run_id)
+        images = {answer.id for answer in answers_of(asked.folder or made.runs).read() if answer.images}
+        needed = needing[label] = {q for q, row in asked.rows.items() if q in images and row["Avg"] == 0}
+        guessed[label] = images - needed
+        column = part.record.scores.column(NEEDS_IMAGE)
+        assert column is not None
+        assert (column.k or 0, column.n or 0) == (sum(part.rows[q]["Avg"] for q in needed), len(needed))
+        assert part.record.scores.columns[-1].name == "Avg"
+    assert all(any(sets.values()) for sets in (needing, guessed)), "some are answered right by chance"
+    columns = [difference.column for difference in compare(one, other).differences]
+    expected = [[f"{label}, {NEEDS_IMAGE}"] * bool(needing[label]) + [label] for label in LABELS]
+    assert columns == [name for names in expected for name in names]
+    dense = answers_of(made.runs / (made.dense.parts or [])[0].run_id).read()
+    grey = answers_of(made.runs / blank_of(made, "scienceqa").run_id).read()
+    moved = [a.outputs != b.outputs for a, b in zip(dense, grey, strict=True)]
+    assert moved == [bool(answer.images) for answer in dense], "only the images are blank"
+    page = build(qapbench.load_records(made.runs), made.runs / "page.html", runs=made.runs)
+    row = json.loads(page.with_suffix(".json").read_text())[0]
+    assert [row["cells"][f"{label} · {NEEDS_IMAGE}"]["n"] or 0 for label in LABELS] == list(map(len, needing.values()))
+
+
+def test_probabilities_of_options_have_a_calibration_error(made: Made) -> None:
+    part = (made.dense.parts or [])[2]
+    task = load_task(TaskSpec(name="diagramqa", limit=8))
+    shares, rights = [], []
+    for answer in sorted(answers_of(made.runs / part.run_id).read(), key=lambda answer: answer.doc):
+        shares.append(np.exp([output[0] for output in answer.outputs]) / sum(np.exp([o[0] for o in answer.outputs])))
+        rights.append(task.docs[answer.doc]["answer"])
+    found = part.scores.confidence
+    assert found is not None
+    assert found.n == 8
+    assert found.brier == pytest.approx(
+        np.mean([sum((p - np.eye(len(p))[right]) ** 2) for p, right in zip(shares, rights, strict=True)])
+    )
+    best = np.array([p.max() for p in shares])
+    right = np.array([p.argmax() == at for p, at in zip(shares, rights, strict=True)])
+    bins = np.minimum((best * 15).astype(int), 14)
+    gaps = [abs(right[bins == at].mean() - best[bins == at].mean()) * (bins == at).mean() for at in set(bins)]
+    assert found.ece == pytest.approx(sum(gaps))
 
 
 def test_a_task_in_a_list_is_told_with_its_line(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Rows of a page on which some run asked several tasks: every score stands under its task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from qapbench.analysis.paired import Scored
+from qapbench.analysis.ranking import rankings_by_task
+from qapbench.analysis.relative import parts_of, relative_averages, score_of
+from qapbench.records.record import Record, TaskPart
+
+from .ranking import versus
+from .rows import Row, Score, Standing, confidence_cells, score_of_column
+
+PAPER = "scienceqa"
+"""The task of the paper's rows."""
+
+
+def task_labels(records: Sequence[Record]) -> list[str]:
+    """Labels of the tasks, in the order of the rows; none if every run asked a single one."""
+    if not any(record.parts for record in records):
+        return []
+    return list(dict.fromkeys(part.label for record in records for part in parts_of(record)))
+
+
+def detail_name(label: str, column: str) -> str:
+    """Name on the page of a column of a task that is not its score."""
+    return f"{label} · {column}"
+
+
+def rows_by_task(rows: Sequence[Row], records: Sequence[Record], scored: Sequence[Scored | None]) -> list[Row]:
+    """The rows with their scores under their tasks, compared with others task by task, and their relative averages.
+
+    Args:
+        rows: one row per record.
+        records: the records.
+        scored: scores of each run; None if they cannot be read.
+    """
+    rankings = rankings_by_task([run.tasks if run else {} for run in scored])
+    found = []
+    for index, (row, record, share) in enumerate(zip(rows, records, relative_averages(records), strict=True)):
+        cells: dict[str, Score] = {}
+        standings: dict[str, Standing] = {}
+        for part in parts_of(record):
+            cells |= _cells(part)
+            ranking = rankings[part.label][index] if part.label in rankings else None
+            if ranking is not None:
+                against = {kind: versus(one, rows, 0) for kind, one in (ranking.against or {}).items()}
+                standings[part.label] = Standing(ranking.rank, ranking.among, against)
+        relative = Score(accuracy=share.average, reason=share.reason)
+        found.append(replace(row, cells=cells, by_task=standings, relative=relative))
+    return found
+
+
+def paper_row_by_task(row: Row, labels: Sequence[str], overall: str) -> Row:
+    """A row of the paper with its scores under their task; without any, if no run on the page asked it.
+
+    Args:
+        row: the row.
+        labels: the tasks on the page.
+        overall: name of the column that is the score.
+    """
+    missing = Score(reason="the paper does not state it")
+    if PAPER not in labels:
+        return replace(row, cells={}, rank=None, against={}, moved="", relative=missing)
+    cells = {PAPER if name == overall else detail_name(PAPER, name): score for name, score in row.cells.items()}
+    standing = {PAPER: Standing(row.rank, row.among, row.against)}
+    ordered = {PAPER: cells.pop(PAPER), **cells}
+    return replace(row, cells=ordered, by_task=standing, rank=None, against={}, relative=missing)
+
+
+def _cells(part: TaskPart) -> Mapping[str, Score]:
+    """The scores of a task: its score under the task's label, then every other column."""
+    own = score_of(part)
+    if own is None:
+        return {part.label: Score(reason="the record holds no result")}
+    details = {column.name: score_of_column(column) for column in part.scores.columns if column.name != own.name}
+    details |= confidence_cells(part.scores)
+    return {part.label: score_of_column(own), **{detail_name(part.label, name): one for name, one in details.items()}}
