@@ -25,7 +25,7 @@ from qapbench.records.record import Record
 from qapbench.spec.run_spec import TaskSpec
 from qapbench.tasking.images import decoded
 from qapbench.tasking.outline import TaskOutline, read_outline
-from qapbench.tasking.registry import own_tasks
+from qapbench.tasking.registry import runs_only_own_code
 
 from .rows import Row, mapping, sequence, text
 
@@ -179,7 +179,7 @@ class _Sources:
             try:
                 asked = TaskSpec.model_validate(spec)
                 # A record may come from a stranger: only this project's own tasks run no other code and fetch nothing.
-                if asked.name not in own_tasks() or (asked.data and not Path(asked.data).is_file()):
+                if not runs_only_own_code(asked) or (asked.data and not Path(str(asked.data)).is_file()):
                     raise UserError("they are not on this machine")
                 task = read_outline(asked)
                 pa.default_memory_pool().release_unused()  # by itself, Arrow keeps what reading the images took

@@ -12,7 +12,7 @@ from qapbench.records.record import RECORD, read_json
 from qapbench.records.store import answers_of
 from qapbench.spec.run_spec import TaskSpec
 from qapbench.tasking.outline import read_outline
-from qapbench.tasking.registry import own_tasks
+from qapbench.tasking.registry import runs_only_own_code
 
 from .rows import clean, mapping, text
 
@@ -56,7 +56,7 @@ def _questions(task: dict[str, object]) -> int | None:
     """Number of questions of a task; None if it is not one of this project's own, or its data are not here."""
     try:
         asked = TaskSpec.model_validate(task)
-        if asked.name not in own_tasks() or (asked.data and not Path(asked.data).is_file()):
+        if not runs_only_own_code(asked) or (asked.data and not Path(str(asked.data)).is_file()):
             return None
         return read_outline(asked).count
     except (UserError, ValidationError):

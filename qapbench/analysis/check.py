@@ -100,7 +100,8 @@ def _spec(record: Record, data: str | None) -> RunSpec:
             "record.spec.plugins: a record with plugin files cannot be verified; add the strategy here first"
         )
     asked = raw.get("task")
-    if not isinstance(asked, dict) or asked.get("name") not in own_tasks():
+    elsewhere = isinstance(asked, dict) and (asked.get("from") or asked.get("include_path"))
+    if not isinstance(asked, dict) or elsewhere or asked.get("name") not in own_tasks():
         raise UserError(f"record.spec.task: only {', '.join(sorted(own_tasks()))} can be verified")
     if data is not None:
         raw["task"] = {**asked, "data": data}

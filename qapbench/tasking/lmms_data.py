@@ -66,13 +66,11 @@ class DataSource:
 
     def _built(self, build: Any, path: str, name: str | None, options: dict[str, Any]) -> Any:
         """`load_dataset_builder` of what is found in place of a hub id."""
-        if path in LOCAL or Path(path).exists():
+        if path in LOCAL or self.given is None:
             builder = build(path, name, **options)
-            self.loaded.append(("", name or "", _digest(builder)))
-            return builder
-        if self.given is None:
-            builder = build(path, name, **options)
-            self.loaded.append((path, name or "", str(builder.hash)))
+            known = path if path not in LOCAL else ""
+            content = _digest(builder) if path in LOCAL or Path(path).exists() else str(builder.hash)
+            self.loaded.append((known, name or "", content))
             return builder
         place = self._place(path)
         hub = ("revision", "token", "data_dir", "data_files")  # they say where on the hub

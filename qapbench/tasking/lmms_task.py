@@ -18,22 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
-from PIL import Image
 
 from qapbench.errors import Problem, UserError, first_line
 
-from .images import Decoded, as_rgb, digest_image
-from .lm import MARK
 from .lmms_data import DataSource, hub_error
 from .lmms_index import LIGHT, NAME, LmmsTaskFile
+from .lmms_pictures import Picture, Pictures
+from .lmms_requests import generation, marked
 
 SUBMISSION = "submission"  # lmms-eval's name of a metric that only writes a file for an evaluation server
 TRIED = 16  # questions that are looked at to find the metric that all belong to
 OUTPUTS = ("generate_until", "multiple_choice")
-GENERATION = (
-    "until", "max_new_tokens", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams",
-    "repetition_penalty", "length_penalty",
-)  # fmt: skip
 
 
 class NetworkError(BaseException):
@@ -64,34 +59,6 @@ class Score(float):
     item: Any
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture of a document, decoded when it is needed.
-
-    Attributes:
-        documents: the documents.
-        doc: number of the document.
-        index: number of the picture in the document.
-        content: hash of its pixels.
-    """
-
-    documents: Documents
-    doc: int
-    index: int
-    content: str
-
-    def digest(self) -> str:
-        """Hash of the picture's content."""
-        return self.content
-
-    def decode(self, background: str | None = None) -> Decoded:
-        """The picture in RGB; see `qapbench.tasking.images.decode`."""
-        return as_rgb(self.documents.visuals(self.doc)[self.index], background)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Picture, (None, self.doc, self.index, self.content)
-
-
 class Documents(Sequence[Document]):
     """The documents of one split, as lm-eval iterates over them.
 
@@ -105,8 +72,8 @@ class Documents(Sequence[Document]):
         self.split = split
         self.plain = task.dataset_no_image[split]
         self.features = self.plain.features
-        self._pictures: dict[int, list[Picture]] = {}
-        self._latest: tuple[int, list[Image.Image]] = (-1, [])
+        with_media = task.dataset[split]
+        self.pictures = Pictures(task.config.task, lambda index: task.doc_to_visual(with_media[index]))
 
     def __len__(self) -> int:
         return len(self.plain)
@@ -122,29 +89,6 @@ class Documents(Sequence[Document]):
         doc["relevance_text"] = context(self.task, doc)
         return doc
 
-    def visuals(self, index: int) -> list[Image.Image]:
-        """The pictures of a document, as the task gives them.
-
-        Raises:
-            UserError: one of them is no picture, such as a video.
-        """
-        if self._latest[0] != index:
-            found = self.task.doc_to_visual(self.task.dataset[self.split][index]) or []
-            for visual in found:
-                if not isinstance(visual, Image.Image):
-                    kind = type(visual).__name__
-                    message = f"'{self.task.config.task}' asks about more than pictures (document {index}: {kind})"
-                    raise UserError(Problem(message, NAME))
-            self._latest = index, list(found)
-        return self._latest[1]
-
-    def pictures(self, index: int) -> list[Picture]:
-        """The pictures of a document, to be decoded later."""
-        if index not in self._pictures:
-            contents = [digest_image(visual) for visual in self.visuals(index)]
-            self._pictures[index] = [Picture(self, index, at, content) for at, content in enumerate(contents)]
-        return self._pictures[index]
-
 
 def context(task: Any, doc: dict[str, Any]) -> str:
     """The text that lmms-eval gives a model for a document: description, examples and question.
@@ -154,25 +98,6 @@ def context(task: Any, doc: dict[str, Any]) -> str:
         doc: the document.
     """
     return str(task.fewshot_context(doc, task.config.num_fewshot or 0))
-
-
-def marked(text: str, pictures: int) -> str:
-    """A text with a mark for each of its pictures, in front unless the text has them where they belong.
-
-    Args:
-        text: the text.
-        pictures: number of pictures.
-    """
-    return text if text.count(MARK) == pictures else f"{MARK}\n" * pictures + text
-
-
-def generation(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of generation that a task asks for, without those of particular models.
-
-    As in lmms-eval's own models, a temperature above 0 asks for sampling, unless the task says otherwise.
-    """
-    kept = {name: options[name] for name in GENERATION if options.get(name) is not None}
-    return {**kept, "do_sample": bool(kept.get("do_sample", (kept.get("temperature") or 0) > 0))}
 
 
 def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tuple[ConfigurableTask, str, str | None]:
@@ -246,7 +171,7 @@ def _as_lm_eval(name: str, task: Any) -> ConfigurableTask:
 
     def pictures(doc: Document) -> list[Picture]:
         part, index = doc.place
-        return documents[part].pictures(index)
+        return documents[part].pictures.of(index)
 
     def text(doc: Document) -> str:
         shown = len(pictures(doc)) if task.config.doc_to_visual is not None else 0

@@ -19,6 +19,7 @@ from qapbench.hashing import code_files, digest_files
 from qapbench.methods.parameters import problems_of
 from qapbench.methods.plugins import error_and_place, plugin_of
 from qapbench.methods.registry import Entry, Registry
+from qapbench.spec.run_spec import TaskSpec
 
 from .task_yaml import included, read_config
 
@@ -181,3 +182,12 @@ def own_tasks() -> list[str]:
     """
     own = [entry.name for entry in tasks if inspect.unwrap(entry.target).__module__.startswith("qapbench.tasks.")]
     return sorted(own)
+
+
+def runs_only_own_code(task: TaskSpec) -> bool:
+    """Whether a task comes with qapbench, so that reading it runs no code of anybody else's.
+
+    Args:
+        task: the task, as a record of a stranger may name it.
+    """
+    return task.origin is None and not task.names_own_file and task.name in own_tasks()
