@@ -98,6 +98,7 @@ class Row:
         against: "dense" and "semantic" -> comparison with that reference.
         moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
         transparent: number of images with transparent pixels.
+        too_long: number of questions whose prompts need more positions than the model was made for.
         unanswered: number of questions that could not be asked.
         left_out: number of questions that its rank and comparisons leave out, because not all rows were asked them.
     """
@@ -128,6 +129,7 @@ class Row:
     against: dict[str, Versus] = field(default_factory=dict)
     moved: str = ""
     transparent: int = 0
+    too_long: int = 0
     unanswered: int = 0
     left_out: int = 0
 
@@ -274,6 +276,7 @@ def from_record(record: Record) -> Row:
         created=record.created,
         stand_in=bool(stand_in_notes(record)),
         transparent=record.receipt.transparent,
+        too_long=record.receipt.too_long,
         unanswered=len(record.unanswered),
     )
 

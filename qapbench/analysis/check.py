@@ -216,12 +216,16 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
             if wanted and (not reached or any(bits is None or bits > wanted.bits for bits in reached)):
                 problems.append(f"receipt: {what} of some linear did not reach {wanted.bits} bits")
     counted = Receipt()
-    counted.recount(image for answer in answers for image in answer.images or [])
+    beyond = [answer.positions for answer in answers if answer.positions is not None]
+    counted.recount((image for answer in answers for image in answer.images or []), beyond)
     given = record.tokens.model_dump() if record.tokens else {}
     if any(not _close(given.get(name), value) for name, value in counted.tokens.items()):
         problems.append("tokens are not those of the stored answers")
     if counted.transparent != record.receipt.transparent:
         said = f"{record.receipt.transparent} transparent pictures, the stored answers give {counted.transparent}"
+        problems.append(f"receipt: {said}")
+    if (counted.too_long, counted.longest) != (record.receipt.too_long, record.receipt.longest):
+        said = f"{record.receipt.too_long} prompts are too long, the stored answers give {counted.too_long}"
         problems.append(f"receipt: {said}")
     if spec.prune and counted.most is not None:
         few = counted.most < min(spec.prune.keep, counted.available // counted.images)
