@@ -335,8 +335,9 @@ class Sweep:
             self._flushed = time.monotonic()
 
     def _report(self, runs: Sequence[ActiveRun]) -> None:
+        refused = sum(question.refused is not None for question in self.questions)
         for active in runs:
-            self.session.progress(active.spec.name, len(active.have), active.planned.total)
+            self.session.progress(active.spec.name, len(active.have) + refused, active.planned.total)
 
 
 def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], key: str, beyond: int | None) -> Answer:
