@@ -144,9 +144,12 @@ def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path, unansw
         return [f"unanswered: {len(unanswered)} questions, where a run may leave out {most(task.count)}"]
     if any(not task.images(doc) for doc in told):
         return ["unanswered: a question without an image can be asked of every model"]
-    wrong = [one for one in (*answers, *unanswered) if one.id != task.ids[one.doc]]
-    where = ANSWERS if wrong and wrong[0] in answers else "unanswered"
-    return [f"{where}: question {wrong[0].doc} has another id in the data"] if wrong else []
+    named: list[tuple[str, int, str]] = [(ANSWERS, one.doc, one.id) for one in answers]
+    named += [("unanswered", one.doc, one.id) for one in unanswered]
+    wrong = [
+        f"{where}: question {doc} has another id in the data" for where, doc, name in named if name != task.ids[doc]
+    ]
+    return wrong[:1]
 
 
 def _check_scores(record: Record, task: LoadedTask, answers: list[Answer], folder: Path) -> list[str]:
