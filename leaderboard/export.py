@@ -21,7 +21,7 @@ from .rows import Row, Score, Standing, Versus, mapping
 FIELDS = ["kind", "rank", "name", "model", "quantization", "pruner", "sensitivity", "fusion", "keep"]
 FIELDS += ["tokens", "tokens_min", "tokens_max", "kept", "merged", "available"]
 VERSUS = ["name", "difference", "low", "high", "p", "q", "gained", "lost"]
-LAST_FIELDS = ["moved", "transparent", "unanswered", "left_out"]
+LAST_FIELDS = ["moved", "transparent", "too_long", "unanswered", "left_out"]
 LAST_FIELDS += ["receipt", "fallbacks", "run_id", "created", "stand_in"]
 _NUMBER = re.compile(r"-\d+(\.\d+)?")
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

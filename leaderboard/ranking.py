@@ -69,8 +69,8 @@ def with_ranking(row: Row, ranking: Ranking, rows: Sequence[Row], start: int, mo
         moved: remark on answers that pruning cannot change, but that changed; "" if there are none.
     """
     against: dict[str, Versus] = {k: versus(one, rows, start) for k, one in (ranking.against or {}).items()}
-    found = {"rank": ranking.rank, "among": ranking.among, "left_out": ranking.left_out}
-    return replace(row, **found, against=against, moved=moved)
+    rank, among, left_out = ranking.rank, ranking.among, ranking.left_out
+    return replace(row, rank=rank, among=among, left_out=left_out, against=against, moved=moved)
 
 
 def versus(against: Against, rows: Sequence[Row], start: int) -> Versus:

@@ -124,6 +124,7 @@ class Row:
             rank and no comparison is over all of them.
         relative: the relative average over tasks, on such a page.
         transparent: number of images with transparent pixels.
+        too_long: number of questions whose prompts need more positions than the model was made for.
         unanswered: number of questions that could not be asked.
         left_out: number of questions that its rank and comparisons leave out, because not all rows were asked them.
     """
@@ -156,6 +157,7 @@ class Row:
     by_task: dict[str, Standing] = field(default_factory=dict)
     relative: Score | None = None
     transparent: int = 0
+    too_long: int = 0
     unanswered: int = 0
     left_out: int = 0
 
@@ -318,6 +320,7 @@ def from_record(record: Record) -> Row:
         created=record.created,
         stand_in=bool(stand_in_notes(record)),
         transparent=record.receipt.transparent,
+        too_long=record.receipt.too_long,
         unanswered=len(record.unanswered),
     )
 

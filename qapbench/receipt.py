@@ -72,6 +72,10 @@ class ReceiptFields(BaseModel):
         relevance_sign: which sign of the similarity between image and question counts as relevance, and why; None for a
             pruner that compares no similarity.
         transparent: number of images with transparent pixels.
+        positions: number of positions that the decoder was made for; None if it is not known.
+        too_long: number of questions whose prompts need more of them, as they are after pruning in front of the
+            decoder.
+        longest: positions that the longest of these prompts needs; None if there are none.
     """
 
     quantization: str | None = None
@@ -92,6 +96,9 @@ class ReceiptFields(BaseModel):
     separators: int = 0
     relevance_sign: str | None = None
     transparent: int = 0
+    positions: int | None = None
+    too_long: int = 0
+    longest: int | None = None
 
 
 class Receipt(ReceiptFields):
@@ -121,8 +128,14 @@ class Receipt(ReceiptFields):
         self.least = budget if self.least is None else min(self.least, budget)
         self.most = budget if self.most is None else max(self.most, budget)
 
-    def recount(self, images: Iterable[ImageTokens]) -> None:
-        """Count images anew, from what was stored with answers, so that those of earlier sessions are counted too."""
+    def recount(self, images: Iterable[ImageTokens], beyond: Sequence[int] = ()) -> None:
+        """Count anew, from what was stored with answers, so that those of earlier sessions are counted too.
+
+        Args:
+            images: the images of all answers.
+            beyond: positions that each prompt needs which is too long for the decoder.
+        """
+        self.too_long, self.longest = len(beyond), max(beyond, default=None)
         self.images = self.available = self.kept = self.merged = self.separators = self.transparent = 0
         self.least = self.most = None
         self.layers = []
@@ -194,6 +207,8 @@ class Receipt(ReceiptFields):
             parts.append(f"{self.pruning}: {t['mean']:g} of {t['available']:g} tokens{merged}{lines}{layers}")
         if self.transparent:
             parts.append(f"{self.transparent} transparent picture(s)")
+        if self.too_long:
+            parts.append(f"{self.too_long} prompt(s) beyond {self.positions} positions")
         if self.fallbacks:
             parts.append(f"{len(self.fallbacks)} fallback(s)")
         return "; ".join(parts)

@@ -145,9 +145,12 @@ def _check_answers(answers: list[Answer], task: LoadedTask, folder: Path, unansw
         return [f"unanswered: {len(unanswered)} questions, where a run may leave out {most(task.count)}"]
     if any(not task.images(doc) for doc in told):
         return ["unanswered: a question without an image can be asked of every model"]
-    wrong = [one for one in (*answers, *unanswered) if one.id != task.ids[one.doc]]
-    where = ANSWERS if wrong and wrong[0] in answers else "unanswered"
-    return [f"{where}: question {wrong[0].doc} has another id in the data"] if wrong else []
+    named: list[tuple[str, int, str]] = [(ANSWERS, one.doc, one.id) for one in answers]
+    named += [("unanswered", one.doc, one.id) for one in unanswered]
+    wrong = [
+        f"{where}: question {doc} has another id in the data" for where, doc, name in named if name != task.ids[doc]
+    ]
+    return wrong[:1]
 
 
 def _check_scores(record: Record, task: LoadedTask, answers: list[Answer], folder: Path) -> list[str]:
@@ -217,12 +220,16 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
             if wanted and (not reached or any(bits is None or bits > wanted.bits for bits in reached)):
                 problems.append(f"receipt: {what} of some linear did not reach {wanted.bits} bits")
     counted = Receipt()
-    counted.recount(image for answer in answers for image in answer.images or [])
+    beyond = [answer.positions for answer in answers if answer.positions is not None]
+    counted.recount((image for answer in answers for image in answer.images or []), beyond)
     given = record.tokens.model_dump() if record.tokens else {}
     if any(not _close(given.get(name), value) for name, value in counted.tokens.items()):
         problems.append("tokens are not those of the stored answers")
     if counted.transparent != record.receipt.transparent:
         said = f"{record.receipt.transparent} transparent pictures, the stored answers give {counted.transparent}"
+        problems.append(f"receipt: {said}")
+    if (counted.too_long, counted.longest) != (record.receipt.too_long, record.receipt.longest):
+        said = f"{record.receipt.too_long} prompts are too long, the stored answers give {counted.too_long}"
         problems.append(f"receipt: {said}")
     if spec.prune and counted.most is not None:
         few = counted.most < min(spec.prune.keep, counted.available // counted.images)

@@ -29,6 +29,7 @@ class Answer(BaseModel):
         outputs: what lm-eval scores: `[text]`, or `[log-likelihood, is most likely]` for each continuation.
         key: hash of everything that the outputs depend on; equal keys have equal outputs.
         images: token counts of each image; None for a question without an image.
+        positions: number of positions that the prompt needs, if the model's decoder has fewer; else None.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -41,6 +42,7 @@ class Answer(BaseModel):
     outputs: Annotated[list[Any], AfterValidator(_scorable)]
     key: str | None = None
     images: list[ImageTokens] | None = None
+    positions: Annotated[int, Field(gt=0)] | None = None
 
     @property
     def place(self) -> tuple[str, int]:
@@ -51,6 +53,7 @@ class Answer(BaseModel):
         """The answer as plain data, as it is stored."""
         said = {"task": self.task, "doc": self.doc, "id": self.id, "answer": self.answer, "outputs": self.outputs}
         said |= {"key": self.key} if self.key is not None else {}
+        said |= {"positions": self.positions} if self.positions is not None else {}
         return said | ({"images": [image.to_json() for image in self.images]} if self.images else {})
 
 

@@ -92,7 +92,7 @@ class ActiveRun:
             self.store.append(self._pending)
             self._pending = []
 
-    def write_receipt(self, receipt: Receipt, pruned: Receipt) -> None:
+    def write_receipt(self, receipt: Receipt, pruned: Receipt, positions: int | None) -> None:
         """Store what was measured at the first question, so that every session ends with the same receipt.
 
         The number of calls of a linear is stored as 0 or 1, since runs of a sweep share forward passes.
@@ -100,12 +100,13 @@ class ActiveRun:
         Args:
             receipt: what was measured on the quantized model.
             pruned: the receipt of the run's pruning; an empty one if it does not prune.
+            positions: number of positions that the model's decoder was made for; None if it is not known.
         """
         lines = [line.model_copy(update={"calls": min(line.calls, 1)}) for line in receipt.linears]
         pruning = self.spec.prune.label if self.spec.prune else None
-        of_pruning = {"pruning": pruning, "relevance_sign": pruned.relevance_sign}
+        more = {"pruning": pruning, "relevance_sign": pruned.relevance_sign, "positions": positions}
         found = [*receipt.fallbacks, *pruned.fallbacks]
-        said = receipt.model_copy(update={"linears": lines, "fallbacks": found, **of_pruning})
+        said = receipt.model_copy(update={"linears": lines, "fallbacks": found, **more})
         write_json(self.planned.folder / RECEIPT, StoredReceipt(group=self.planned.group, receipt=said))
 
     def read_receipt(self, answers: Sequence[Answer]) -> Receipt:
@@ -122,7 +123,8 @@ class ActiveRun:
         if stored is None:
             raise RunFailedError(f"{path} is gone or damaged: the same command measures it again")
         receipt = stored.receipt
-        receipt.recount(image for answer in answers for image in answer.images or [])
+        beyond = [answer.positions for answer in answers if answer.positions is not None]
+        receipt.recount((image for answer in answers for image in answer.images or []), beyond)
         return receipt
 
 

@@ -70,6 +70,11 @@ def notes(spec: RunSpec, task: TaskOutline, receipt: Receipt, unanswered: Sequen
         said.append(f"Stand-in data: {task.stand_in}")
     if receipt.transparent:
         said.append(_transparent(receipt, spec.task.background))
+    if receipt.too_long:
+        said.append(
+            f"Long prompts: {counted(receipt.too_long, 'question')} beyond the {receipt.positions} positions that the "
+            f"model was made for (the longest needs {receipt.longest}), counted after pruning in front of the decoder."
+        )
     if unanswered:
         said.append(_left_out(unanswered))
     return said + [f"Fallback: {what}" for what in receipt.fallbacks]

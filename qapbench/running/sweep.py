@@ -16,6 +16,7 @@ from typing import Any
 from qapbench.hashing import add_tensor
 from qapbench.memory import peak_memory
 from qapbench.models import Family, family_of
+from qapbench.models.positions import positions_needed, positions_of
 from qapbench.prune.prompt import PrunedPrompt
 from qapbench.prune.pruning import Pruning
 from qapbench.receipt import ImageTokens, Receipt
@@ -93,6 +94,7 @@ class Sweep:
         model, self.processor = session.model(spec)
         self.session = session
         self.family = family_of(model)
+        self.positions = positions_of(model)
         self.questions = questions
         self.active_runs = active_runs
         self.batch_size = settings.batch_size
@@ -251,7 +253,9 @@ class Sweep:
                 prompt.inside is None for prompt in own
             ):  # a run with equal content may have selected its tokens in another way
                 images = [image for prompt in own for image in prompt.images]
-            active.add(_answer(question, outputs, images[: len(question.images)], key))
+            needed = max(positions_needed(prompt.inputs) for prompt in own)
+            beyond = needed if self.positions is not None and needed > self.positions else None
+            active.add(_answer(question, outputs, images[: len(question.images)], key, beyond))
         self._flush(runs)
 
     def _encode(
@@ -298,7 +302,7 @@ class Sweep:
         receipt.check()  # a run that is not quantized as asked fails now, not after hours
         for active in runs:
             pruning = encoder.prunings.get(active.prune_key) if active.prune_key else None
-            active.write_receipt(receipt, pruning.receipt if pruning else Receipt())
+            active.write_receipt(receipt, pruning.receipt if pruning else Receipt(), self.positions)
         return result
 
     def _compute(self, jobs: dict[str, tuple[list[Row], list[ActiveRun]]], longest: int) -> dict[str, Result]:
@@ -331,11 +335,12 @@ class Sweep:
             self._flushed = time.monotonic()
 
     def _report(self, runs: Sequence[ActiveRun]) -> None:
+        refused = sum(question.refused is not None for question in self.questions)
         for active in runs:
-            self.session.progress(active.spec.name, len(active.have), active.planned.total)
+            self.session.progress(active.spec.name, len(active.have) + refused, active.planned.total)
 
 
-def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], key: str) -> Answer:
+def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], key: str, beyond: int | None) -> Answer:
     task, doc = question.place
     marked = [
         image.model_copy(update={"transparent": transparent})
@@ -349,6 +354,7 @@ def _answer(question: Question, outputs: list[Any], images: list[ImageTokens], k
         outputs=outputs,
         key=key,
         images=marked or None,
+        positions=beyond,
     )
 
 

@@ -131,8 +131,7 @@ def as_rgb(image: Image.Image, background: str | None = None) -> Decoded:
         if not upright.has_transparency_data:
             return Decoded(upright.convert("RGB"), False)
         layer = upright.convert("RGBA")
-        least, _ = layer.getchannel("A").getextrema()
-        transparent = least < OPAQUE
+        transparent = layer.getchannel("A").histogram()[OPAQUE] < layer.width * layer.height
         if transparent and background is not None:
             upright = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
         return Decoded(upright.convert("RGB"), transparent)
