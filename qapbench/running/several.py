@@ -101,7 +101,7 @@ def _unparsed(records: Sequence[Record]) -> Unparsed:
 def _receipt(records: Sequence[Record]) -> Receipt:
     """The receipt of all parts: what is counted per image is added up, the rest is that of the first part."""
     receipts = [record.receipt for record in records]
-    summed = ("images", "available", "kept", "merged", "separators", "transparent")
+    summed = ("images", "available", "kept", "merged", "separators", "transparent", "too_long")
     totals: dict[str, Any] = {name: sum(getattr(one, name) for one in receipts) for name in summed}
     totals["layers"] = [sum(layer) for layer in itertools.zip_longest(*(one.layers for one in receipts), fillvalue=0)]
     for name, extreme in (("least", min), ("most", max)):
