@@ -81,6 +81,7 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
             "last_cls_attention",
             "attention_received",
             "middle_attention_received",
+            "shallow_cls_attention",
             "query_attention",
             "context_attention",
         )

@@ -180,7 +180,7 @@ class Pruning:
         questions = [ids[row, text] for (row, _), text in zip(spans, asked, strict=True)]
         parts = self._select(encoded, questions, relevance_text, Memo() if memo is None else memo)
         images = [splice(image, own) for image, own in zip(encoded.images, parts, strict=True)]
-        if self.spec.positions == "keep" and any(image.merged for image in images):
+        if self.spec.positions == "keep" and any(part.between for own in parts for part in own):
             raise UserError(
                 f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
             )
@@ -270,9 +270,10 @@ class Pruning:
                     tokens = memoized(mine.question, key, make)
                     selection = self._choose(tokens, keep, mine, [views.owners[view] for view in span])
                 features = self._features(tokens, selection)
-                for view, made, kept in zip(span, features, selection.indices, strict=True):
-                    places = views.places[view]
-                    parts[views.owners[view]].append(Part(made, places[kept], places, selection.front))
+                for row, view in enumerate(span):
+                    places, made = views.places[view], None if selection.made is None else selection.made[row]
+                    part = Part(features[row], places[selection.indices[row]], places, selection.front, made)
+                    parts[views.owners[view]].append(part)
         return parts
 
     def _tokens(self, views: Views, span: slice, question: Tensor, text: str | None, memo: Memo) -> VisionTokens:
