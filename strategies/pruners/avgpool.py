@@ -32,18 +32,33 @@ class AvgPool(Pruner):
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         grid = tokens.grid or (1, tokens.count)
         member = one_hot(cells(grid, keep).to(scores.device), keep).T  # [keep, N]
-        size = member.sum(dim=1)
-        rows, columns = (axis.flatten().to(scores) for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
-        centre = member.float() @ torch.stack([rows, columns], dim=1) / size.unsqueeze(1)
-        away = (rows - centre[:, :1]).square() + (columns - centre[:, 1:]).square()
-        own = torch.where(member.bool(), scores.unsqueeze(1), -torch.inf)  # [B, keep, N]
-        best = own == own.amax(dim=-1, keepdim=True)
-        place = torch.where(best, away, torch.inf).argmin(dim=-1)
         weights = member * (scores + torch.finfo(scores.dtype).tiny).unsqueeze(1)
         mean = (weights / weights.sum(dim=-1, keepdim=True)) @ tokens.projected.float()
-        order = place.argsort(dim=-1)
-        updated = mean.gather(1, order.unsqueeze(-1).expand_as(mean))
-        return Selection(place.gather(1, order), updated=updated, made=(size > 1)[order])
+        return placed(mean, member.sum(dim=1) > 1, member.bool(), scores, grid)
+
+
+def placed(values: Tensor, made: Tensor, member: Tensor, scores: Tensor, grid: tuple[int, int]) -> Selection:
+    """The selection of one token per cell, each at the place of its cell's highest score.
+
+    Of equal scores the one nearest to the cell's centre counts, and of equally near ones that with the lower index.
+
+    Args:
+        values: [B, K, D] the cells' tokens.
+        made: [K] whether a cell's token was made from several.
+        member: [K, N] bool, which tokens of the grid a cell has.
+        scores: [B, N].
+        grid: (height, width) of the N tokens.
+    """
+    axes = (torch.arange(size, device=scores.device, dtype=scores.dtype) for size in grid)
+    at = torch.cartesian_prod(*axes)  # [N, 2]
+    centre = member.to(at) @ at / member.sum(dim=1, keepdim=True)
+    own = torch.where(member, scores.unsqueeze(1), -torch.inf)  # [B, K, N]
+    best = own == own.amax(dim=-1, keepdim=True)
+    away = (at - centre.unsqueeze(1)).square().sum(dim=-1)
+    place = torch.where(best, away, torch.inf).argmin(dim=-1)
+    order = place.argsort(dim=-1)
+    updated = values.gather(1, order.unsqueeze(-1).expand_as(values))
+    return Selection(place.gather(1, order), updated=updated, made=made[order])
 
 
 def cells(grid: tuple[int, int], keep: int) -> Tensor:

@@ -36,7 +36,7 @@ def test_every_combination(family: str) -> None:
         assert bool(cell.reason) == (cell.outcome == "refused")
         if cell.outcome == "refused":
             assert cell.pruner in cell.reason
-            assert str(cell.ptq) in cell.reason
+            assert str(cell.ptq) in cell.reason or "which this model does not offer" in cell.reason
         else:
             assert cell.tokens["mean"] < cell.tokens["available"]
 

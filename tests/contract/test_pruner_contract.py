@@ -30,11 +30,12 @@ PER_TOKEN = (
     "rotated_keys",
     "final_states",
 )
-PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds", "text_keys", "text_states", "embedded")
+PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds", "text_keys", "text_states", "downsampled", "embedded")
 
 # Where permuting the tokens need not permute the answer: what of it does not follow, and why.
 NOT_EQUIVARIANT = {
     "avgpool": ("indices", "cells are neighbours in the grid"),
+    "downsample": ("indices", "cells are neighbours in the grid"),
     "divprune": ("indices", "two tokens that are each other's nearest tie for the first place, and the lower wins"),
     "hiprune": ("indices", "buffers are neighbours in the grid"),
     "prumerge_plus": ("indices", "samples are spread over the raster order"),
