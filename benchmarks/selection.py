@@ -81,6 +81,7 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
             "last_cls_attention",
             "attention_received",
             "middle_attention_received",
+            "shallow_cls_attention",
             "query_attention",
             "context_attention",
         )
@@ -101,6 +102,7 @@ def make_tokens(batch: int, kind: str, seed: int = 0) -> VisionTokens:
         final_states=projected,
         text_states=normal(WORDS, WIDTH),
         embedded=projected,
+        downsampled=normal(WIDTH, 6, 6),
         grid=(SIDE, SIDE),
         image_ids=tuple(map(str, range(batch))),
         **attention,

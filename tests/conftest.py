@@ -44,6 +44,8 @@ def make_tokens(batch: int = 3, grid: tuple[int, int] = (7, 7), seed: int = 0) -
         final_states=normal(count, 96),
         text_states=normal(5, 96),
         context_attention=normal(count).softmax(dim=-1),
+        shallow_cls_attention=normal(count).softmax(dim=-1),
+        downsampled=normal(96, *grid),
     )
 
 

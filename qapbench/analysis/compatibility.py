@@ -68,7 +68,9 @@ def run_matrix() -> Iterator[CompatibilityResult]:
             yield _run(name, pruner, model, inputs)
 
 
-def run_ptq_matrix(names: Iterable[str] | None = None, new_tokens: int = 2) -> Iterator[CompatibilityResult]:
+def run_ptq_matrix(
+    names: Iterable[str] | None = None, new_tokens: int = 2, sample: bool = False
+) -> Iterator[CompatibilityResult]:
     """Run every registered pruner under every quantization method on every model family and yield one result each.
 
     A method runs with its own formats or, if it has none, with the first of a few that it makes; if it makes
@@ -77,6 +79,7 @@ def run_ptq_matrix(names: Iterable[str] | None = None, new_tokens: int = 2) -> I
     Args:
         names: the model families; None for all.
         new_tokens: how many tokens each answer has.
+        sample: whether to run each pruner under each method on one family only; see `sampled`.
     """
     for name in families.names() if names is None else names:
         model, inputs = _tiny(name)
@@ -85,8 +88,23 @@ def run_ptq_matrix(names: Iterable[str] | None = None, new_tokens: int = 2) -> I
         with tempfile.TemporaryDirectory() as kept:
             samples = CalibrationSamples([{**inputs, "labels": labels}], cache=Path(kept))
             for ptq in ptqs.names():
-                for weights, activations in _formats(ptqs.create(ptq)):
-                    yield from _run_quantized(name, ptq, weights, activations, model, inputs, samples, new_tokens)
+                taken = sampled(name, ptq) if sample else pruners.names()
+                for weights, activations in _formats(ptqs.create(ptq)) if taken else ():
+                    formats = weights, activations
+                    yield from _run_quantized(name, ptq, formats, model, inputs, samples, new_tokens, taken)
+
+
+def sampled(family: str, ptq: str) -> list[str]:
+    """Names of the pruners that a sample of the matrix runs under a quantization method on a model family.
+
+    Over all families every pruner meets every method once. A method is tried on every second family, because
+    calibrating takes the most time.
+    """
+    turn = ptqs.names().index(ptq)
+    tried = families.names()[turn % 2 :: 2] or families.names()
+    if family not in tried:
+        return []
+    return [name for at, name in enumerate(pruners.names()) if (at + turn) % len(tried) == tried.index(family)]
 
 
 def _tiny(family: str) -> tuple[Any, dict[str, Any]]:
@@ -130,16 +148,16 @@ def _run(family: str, pruner: str, model: Any, inputs: dict[str, Any]) -> Compat
 def _run_quantized(
     family: str,
     ptq: str,
-    weights: Format | None,
-    activations: Format | None,
+    formats: tuple[Format | None, Format | None],
     model: Any,
     inputs: dict[str, Any],
     samples: CalibrationSamples,
     new_tokens: int,
+    taken: list[str],
 ) -> Iterator[CompatibilityResult]:
-    """Quantize the model once, as a sweep does, and run every pruner on it."""
-    formats = {"weights": weights, "activations": activations}
-    section = {"method": ptq, **{side: format.model_dump() for side, format in formats.items() if format is not None}}
+    """Quantize the model once, as a sweep does, and run the pruners in `taken` on it."""
+    sides = {"weights": formats[0], "activations": formats[1]}
+    section = {"method": ptq, **{side: format.model_dump() for side, format in sides.items() if format is not None}}
     with contextlib.ExitStack() as stack:
         quantization: Receipt | None = None
         why: Exception | None = None
@@ -147,7 +165,7 @@ def _run_quantized(
             quantization = stack.enter_context(compress(model, {"quantize": section}, calibration=samples))
         except Exception as error:  # told for every pruner, like their own errors
             why = error
-        for pruner in pruners.names():
+        for pruner in taken:
 
             @torch.inference_mode()
             def answer(pruner: str = pruner) -> tuple[torch.Tensor, Receipt]:
@@ -167,7 +185,7 @@ def _run_quantized(
                 quantization.check()
                 return torch.cat(out.logits), receipt
 
-            said = str(activations) if activations is not None else None
+            said = str(formats[1]) if formats[1] is not None else None
             yield _result(CompatibilityResult(family, pruner, "runs", ptq=ptq, activations=said), answer)
 
 

@@ -31,6 +31,8 @@ _SHAPES = {
     "last_keys": "B N K",
     "attention_received": "B N",
     "middle_attention_received": "B N",
+    "shallow_cls_attention": "B N",
+    "downsampled": "B D Y X",
     "query_attention": "B N",
     "text_attention": "B N L",
     "context_attention": "B N",
@@ -69,6 +71,9 @@ class VisionTokens:
         attention_received: [B, N] attention that each patch receives, averaged over heads and over all queries
             including CLS, in the layer whose output the projector takes. The CLS column is dropped.
         middle_attention_received: [B, N] the same in a middle layer of the tower, the ninth of 24.
+        shallow_cls_attention: [B, N] like `cls_attention`, but in a shallow layer of the tower, the sixth of 24.
+        downsampled: [B, D, Y, X] what tower and projector make of the image after it was scaled down, so far that a
+            grid of about its shape holds as many tokens as the budget, or the few more that the shape asks for.
         query_attention: [B, N] inside the decoder: attention from the prompt's last token to each visual token in one
             layer, averaged over heads. The columns of text tokens are dropped and the rest is not renormalised.
         text_attention: [B, N, L] inside the decoder: the same from each of the L text tokens after the image.
@@ -103,6 +108,8 @@ class VisionTokens:
     last_keys: Tensor | None = None
     attention_received: Tensor | None = None
     middle_attention_received: Tensor | None = None
+    shallow_cls_attention: Tensor | None = None
+    downsampled: Tensor | None = None
     query_attention: Tensor | None = None
     text_attention: Tensor | None = None
     context_attention: Tensor | None = None
@@ -241,7 +248,7 @@ class Selection:
         updated: [B, K, width] new values for the kept tokens, if they absorb others (PruMerge's cluster centres). None
             leaves the kept tokens as they are.
         made: [B, K] bool, True where `updated` holds a token made from several (SparseVLM's clusters). Such a token
-            counts as merged and not as kept. None if there are no such tokens.
+            counts as merged and not as kept, and stands at its index. None if there are no such tokens.
     """
 
     indices: Tensor

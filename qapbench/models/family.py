@@ -116,6 +116,17 @@ class Family(abc.ABC):
             UserError: this model cannot record a field, or an input is missing.
         """
 
+    def downsampled(self, inputs: Mapping[str, Any], count: int) -> Tensor:
+        """The images of a call at a lower size, through tower and projector: [B, D, Y, X] with Y * X >= count.
+
+        A family that names `downsampled` among its `available_fields` defines it.
+
+        Args:
+            inputs: keyword arguments of the call, one view per image.
+            count: number of tokens that are needed.
+        """
+        raise NotImplementedError
+
     def positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Position ids [..., B, T] of the whole prompt if they are more than a running count (M-RoPE); else None."""
         return None

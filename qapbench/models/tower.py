@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from qapbench.errors import UserError
 from .family import Family
 
 MIDDLE = 9 / 24  # relative depth of the layer in which HiPrune finds objects: the ninth of 24
+SHALLOW = 6 / 24  # relative depth of the layer in which VScan finds details: the sixth of 24
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 EMPTY: Mapping[nn.Module, str] = {}
+OF_CLS = ("cls_attention", "last_cls_attention", "shallow_cls_attention")  # fields that need a CLS token
 RECEIVED = "the tower has no CLS token; attention received from all patches stands in"
 
 
@@ -66,7 +68,7 @@ class TowerFamily(Family):
     def available_fields(self) -> frozenset[str]:
         """All fields of the vision tower; `cls_token` only for CLIP."""
         fields = {"patches", "image_ids", "grid", "cls_attention", "keys", "last_cls_attention", "last_keys"}
-        fields |= {"attention_received", "middle_attention_received"}
+        fields |= {"attention_received", "middle_attention_received", "shallow_cls_attention"}
         return frozenset(fields | {"cls_token"} if self.skip else fields)
 
     @property
@@ -75,7 +77,7 @@ class TowerFamily(Family):
 
         SigLIP has no CLS token, so attention received from all patches takes the place of CLS attention.
         """
-        return {} if self.skip else dict.fromkeys(("cls_attention", "last_cls_attention"), RECEIVED)
+        return {} if self.skip else dict.fromkeys(OF_CLS, RECEIVED)
 
     @property
     def clip_width(self) -> int | None:
@@ -120,6 +122,8 @@ class TowerFamily(Family):
             found["cls_attention"] = row(seen["queries"], seen["keys"], heads)[:, skip:]
         if "last_cls_attention" in needs:
             found["last_cls_attention"] = row(seen["last_queries"], seen["last_keys"], 1)[:, skip:]
+        if "shallow_cls_attention" in needs:
+            found["shallow_cls_attention"] = row(seen["shallow_queries"], seen["shallow_keys"], heads)[:, skip:]
         if "attention_received" in needs:
             found["attention_received"] = received(seen["queries"], seen["keys"], heads)[:, skip:]
         if "middle_attention_received" in needs:
@@ -138,7 +142,7 @@ class TowerFamily(Family):
 
         Yields:
             A dict that fills when the tower runs: `projected`, `patches`, `hidden`, `queries`, `keys`, and the latter
-            two with the prefixes `last_` and `middle_`.
+            two with the prefixes `last_`, `middle_` and `shallow_`.
         """
         self.check_available(needs)
         projector, layers = self.model.model.multi_modal_projector, self.model.model.vision_tower.encoder.layers
@@ -149,7 +153,8 @@ class TowerFamily(Family):
         for prefix, source, fields in (
             ("", layer, {"cls_attention", "keys", "attention_received"}),
             ("last_", layers[-1], {"last_cls_attention", "last_keys"}),
-            ("middle_", layers[max(round(len(layers) * MIDDLE), 1) - 1], {"middle_attention_received"}),
+            ("middle_", at_depth(layers, MIDDLE), {"middle_attention_received"}),
+            ("shallow_", at_depth(layers, SHALLOW), {"shallow_cls_attention"}),
         ):
             if needs & fields:
                 attention = source.self_attn
@@ -205,6 +210,11 @@ def recorded(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def at_depth(layers: Sequence[Any], depth: float) -> Any:
+    """The layer at a relative depth of a tower, where 1 is the last layer."""
+    return layers[max(round(len(layers) * depth), 1) - 1]
 
 
 def cls_row(queries: Tensor, keys: Tensor, heads: int) -> Tensor:

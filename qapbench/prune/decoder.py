@@ -264,19 +264,18 @@ class DecoderPruning:
         """
         layout, entering = state.layouts[index], hidden
         gone = torch.zeros_like(layout.valid)
-        chosen: list[tuple[ViewState, Selection | None]] = []
+        chosen: list[tuple[ViewState, Selection]] = []
         for view in state.view_states:  # one by one, so that no result depends on the batch
             if index not in view.budgets:
                 continue
             places, columns = layout.row(view.row)
             own = places[torch.searchsorted(columns, view.columns)]
             gone[view.row, own] = True
-            selection = self._select(state, index, view, entering, rotary) if view.budgets[index] else None
-            if selection is not None:
-                gone[view.row, own[selection.indices[0]]] = False
-                if selection.updated is not None:
-                    hidden = hidden.clone() if hidden is entering else hidden
-                    hidden[view.row, own[selection.indices[0]]] = selection.updated[0].to(hidden.dtype)
+            selection = self._select(state, index, view, entering, rotary)
+            gone[view.row, own[selection.indices[0]]] = False
+            if selection.updated is not None:
+                hidden = hidden.clone() if hidden is entering else hidden
+                hidden[view.row, own[selection.indices[0]]] = selection.updated[0].to(hidden.dtype)
             chosen.append((view, selection))
         for view, selection in chosen:
             view.narrow(selection)
@@ -290,12 +289,15 @@ class DecoderPruning:
     def _select(
         self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> Selection:
-        """The selection of one view before a layer."""
+        """The selection of one view before a layer. It is empty if no token is to stay."""
+        budget, on_view = view.budgets[index], None if state.again else self.on_view
+        none = Selection(view.left.new_empty(1, 0))
+        if not budget and on_view is None:
+            return none
         tokens = self.fields.tokens(state, index, view, hidden, rotary)
         sensitivity = self.sensitivity(tokens.projected) if self.sensitivity else None
-        on_view = None if state.again else self.on_view
         relevance = self.pruner.relevance(tokens) if on_view else None
-        selection = self.pruner.select(tokens, view.budgets[index], sensitivity, self.fusion, relevance)
+        selection = self.pruner.select(tokens, budget, sensitivity, self.fusion, relevance) if budget else none
         if selection.merged is not None or (selection.updated is not None and selection.space != "projected"):
             raise RuntimeError(f"{self._name}: what is merged inside the decoder needs a place: use `updated`")
         if on_view is not None:

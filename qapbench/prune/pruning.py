@@ -162,7 +162,8 @@ class Pruning:
         Runs, `compress`, calibration, `explain` and `study` all use this method.
 
         Args:
-            prompt: the model's keyword arguments, with an attention mask. Its pixels are not used.
+            prompt: the model's keyword arguments, with an attention mask. Its pixels are used only by a method that
+                reads the image at a lower size.
             encoded: its images, with at least the fields of `needs`.
             relevance_text: one question per image; None reads the prompt.
             memo: results for these images and this prompt that several selections share.
@@ -178,9 +179,9 @@ class Pruning:
         if self.decoder:
             return self._prune_inside(self.decoder, prompt, encoded, spans, asked)
         questions = [ids[row, text] for (row, _), text in zip(spans, asked, strict=True)]
-        parts = self._select(encoded, questions, relevance_text, Memo() if memo is None else memo)
+        parts = self._select(prompt, encoded, questions, relevance_text, Memo() if memo is None else memo)
         images = [splice(image, own) for image, own in zip(encoded.images, parts, strict=True)]
-        if self.spec.positions == "keep" and any(image.merged for image in images):
+        if self.spec.positions == "keep" and any(part.between for own in parts for part in own):
             raise UserError(
                 f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
             )
@@ -234,6 +235,7 @@ class Pruning:
 
     def _select(
         self,
+        prompt: dict[str, Any],
         encoded: EncodedImages,
         questions: list[Tensor],
         relevance_text: list[str] | None,
@@ -242,6 +244,7 @@ class Pruning:
         """For every image, its views after their selections.
 
         Args:
+            prompt: the model's keyword arguments.
             encoded: the images.
             questions: for each image, token ids [L] of the text that the pruner may read.
             relevance_text: one question per image; None reads `questions`.
@@ -260,27 +263,40 @@ class Pruning:
                 mine = memo.of((index, span[0], span[-1]))
                 image = views.owners[span[0]]
                 text = relevance_text[image] if relevance_text else None
-                key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower))
+                budget = keep if "downsampled" in self.needs else None
+                key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower), budget)
                 batch = slice(span[0], span[-1] + 1)
                 if keep == views.tokens.count and self.on_view is None:  # whatever the question is
                     tokens = views.tokens[batch]
                     selection = Selection.everything(tokens)
                 else:
-                    make = functools.partial(self._tokens, views, batch, questions[image], text, mine)
+                    make = functools.partial(self._tokens, prompt, views, batch, budget, questions[image], text, mine)
                     tokens = memoized(mine.question, key, make)
                     selection = self._choose(tokens, keep, mine, [views.owners[view] for view in span])
                 features = self._features(tokens, selection)
-                for view, made, kept in zip(span, features, selection.indices, strict=True):
-                    places = views.places[view]
-                    parts[views.owners[view]].append(Part(made, places[kept], places, selection.front))
+                for row, view in enumerate(span):
+                    places, made = views.places[view], None if selection.made is None else selection.made[row]
+                    part = Part(features[row], places[selection.indices[row]], places, selection.front, made)
+                    parts[views.owners[view]].append(part)
         return parts
 
-    def _tokens(self, views: Views, span: slice, question: Tensor, text: str | None, memo: Memo) -> VisionTokens:
+    def _tokens(
+        self,
+        prompt: dict[str, Any],
+        views: Views,
+        span: slice,
+        budget: int | None,
+        question: Tensor,
+        text: str | None,
+        memo: Memo,
+    ) -> VisionTokens:
         """The fields of some views that the pruner reads. Pruners that read the same fields share them.
 
         Args:
+            prompt: the model's keyword arguments.
             views: views of equal size.
             span: which of them.
+            budget: number of tokens to read the image at; None if the pruner does not read it at a lower size.
             question: [L] token ids of the text that the pruner may read.
             text: the question in words that the caller gave; None reads `question`.
             memo: results for these views.
@@ -289,6 +305,9 @@ class Pruning:
             UserError: there is no question.
         """
         tokens = views.tokens[span].only(self.needs)
+        if budget is not None:
+            small = memoized(memo.image, ("downsampled", budget), lambda: self.family.downsampled(prompt, budget))
+            tokens = dataclasses.replace(tokens, downsampled=small[span])
         if not self.reader.needs:
             return tokens
         if text is None and not len(question):

@@ -57,12 +57,19 @@ class Part(NamedTuple):
         kept: [K] places of the kept tokens.
         view: [N] places of all tokens of the view.
         front: number of merged tokens before the kept ones.
+        made: [K] bool, True for a kept token that was made from several; None if there is none.
     """
 
     features: Tensor
     kept: Tensor
     view: Tensor
     front: int
+    made: Tensor | None = None
+
+    @property
+    def between(self) -> int:
+        """Number of merged tokens that have no place of their own."""
+        return len(self.features) - len(self.kept)
 
 
 def budgets(encoded: EncodedImages, keep: int, per_image: bool) -> list[list[int]]:
@@ -105,7 +112,7 @@ def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:
     device = image.features.device
     features, keys, indices, merged = [], [], [], 0
     for part in parts:
-        made = len(part.features) - len(part.kept)
+        made = part.between
         # Merged tokens come before the first or after the last token of their view.
         places = torch.cat([part.view[:1].expand(part.front), part.kept, part.view[-1:].expand(made - part.front)])
         sides = torch.ones(len(places), dtype=torch.long, device=device)
@@ -113,8 +120,8 @@ def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:
         sides[part.front + len(part.kept) :] = 2
         features.append(part.features)
         keys.append(places * 3 + sides)  # sort key: the place, and before (0), at (1) or after (2) it
-        indices.append(part.kept)
-        merged += made
+        indices.append(part.kept if part.made is None else part.kept[~part.made])
+        merged += made + len(part.kept) - len(indices[-1])
     separators = _separators(image, torch.cat(keys) // 3) if image.separators is not None else None
     if separators is not None:
         features.append(image.features[separators])

@@ -55,15 +55,15 @@ class ViewState:
         """Columns [n] of the tokens that are left."""
         return self.entered[self.left]
 
-    def narrow(self, selection: Selection | None) -> None:
-        """Keep only the tokens that `selection` keeps; none if it is None.
+    def narrow(self, selection: Selection) -> None:
+        """Keep only the tokens that `selection` keeps.
 
         Args:
             selection: a selection from the tokens that are left, as a batch of one.
         """
-        kept = self.left[:0] if selection is None else selection.indices[0]
+        kept = selection.indices[0]
         self.left, self.made = self.left[kept], self.made[kept]
-        if selection is not None and selection.made is not None:
+        if selection.made is not None:
             self.made = self.made | selection.made[0]
 
 

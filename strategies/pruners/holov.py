@@ -21,9 +21,9 @@ class HoloV(Pruner):
     """Deal the budget to runs of consecutive tokens, and keep in each run the tokens with most CLS attention.
 
     The score of a token is 1000 a + context * v * mean(1000 a) / mean(v), with the means over its run: a is the CLS
-    token's attention, v the variance of the token's cosines with the other tokens of the run, after the projector. A run
-    gets floor(w K) tokens, where w is its share of the sum of the runs' mean scores; what is left goes to the heaviest
-    runs, one each. Sensitivity is fused with the attention, on its scale, and thus counts for both.
+    token's attention, v the variance of the token's cosines with the other tokens of the run, after the projector. A
+    run gets floor(w K) tokens, where w is its share of the sum of the runs' mean scores; what is left goes to the
+    heaviest runs, one each. Sensitivity is fused with the attention, on its scale, and thus counts for both.
 
     Two things differ from the released code. If a run is dealt more than it holds, the rest goes to the heaviest other
     runs, one each in turn; the release loses it and fills up with zeros. Tokens stand by position, where the release

@@ -20,8 +20,8 @@ class VTW(DecoderPruner):
     sensitivity, because the method tells no tokens apart.
 
     Two things differ from the released code. It takes the layer as a parameter, 15 by default, or finds it by the
-    divergence of the answers of 20 samples, and expects the image at the positions 35 to 611. Positions are always kept,
-    as by its default; it can also number them anew.
+    divergence of the answers of 20 samples, and expects the image at the positions 35 to 611. Positions are always
+    kept, as by its default; it can also number them anew.
 
     Source:
         VTW (arXiv 2405.05803); released code lzhxmu/VTW at a3d8cfc.

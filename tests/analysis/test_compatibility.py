@@ -57,10 +57,10 @@ def test_refusals_and_faults_are_found(monkeypatch: Any) -> None:
 
 
 def test_the_command(cells: list[CompatibilityResult], monkeypatch: Any) -> None:
+    monkeypatch.setattr("qapbench.analysis.compatibility.run_matrix", lambda: cells)
     run = CliRunner().invoke(app, ["list", "--matrix", "--json"])
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout) == [cell.to_json() for cell in cells]
-    monkeypatch.setattr("qapbench.analysis.compatibility.run_matrix", lambda: cells)
     monkeypatch.setattr("qapbench.cli.items.out", Console(width=200))
     table = CliRunner().invoke(app, ["list", "--matrix"])
     assert all(name in table.stdout for name in (*families.names(), *pruners.names()))

@@ -1,8 +1,9 @@
-"""Every quantization method with every pruner on every family: an answer with a right receipt, or one sentence why not.
+"""Every quantization method with every pruner: an answer with a right receipt, or one sentence why not.
 
-`qapbench list --matrix ptq` shows these outcomes.
+Here each of these pairs runs on one of the families; `qapbench list --matrix ptq` runs and shows it on all of them.
 """
 
+import itertools
 import json
 from typing import Any
 
@@ -14,22 +15,28 @@ from typer.testing import CliRunner
 
 from qapbench import Format, LinearPlan, Tokens, UserError, compress, fusions, pruners, ptqs
 from qapbench.analysis import compatibility
-from qapbench.analysis.compatibility import KEEP, CompatibilityResult, run_ptq_matrix
+from qapbench.analysis.compatibility import KEEP, CompatibilityResult, run_ptq_matrix, sampled
 from qapbench.cli import app
 from qapbench.models.family import families
 from qapbench.quantize.receipts import measured_bits
 
 
+def test_the_sample_has_every_pair_once() -> None:
+    taken = {(family, ptq): sampled(family, ptq) for family in families.names() for ptq in ptqs.names()}
+    pairs = [(ptq, pruner) for (_, ptq), some in taken.items() for pruner in some]
+    assert sorted(pairs) == sorted(itertools.product(ptqs.names(), pruners.names()))
+
+
 @pytest.mark.parametrize("family", families.names())
 def test_every_combination(family: str) -> None:
-    cells = list(run_ptq_matrix([family], new_tokens=1))
-    assert {(cell.ptq, cell.pruner) for cell in cells} == {(q, p) for q in ptqs.names() for p in pruners.names()}
+    cells = list(run_ptq_matrix([family], new_tokens=1, sample=True))
+    assert {(q, p) for q in ptqs.names() for p in sampled(family, q)} == {(cell.ptq, cell.pruner) for cell in cells}
     assert [cell for cell in cells if cell.outcome == "failed"] == []
     for cell in cells:
         assert bool(cell.reason) == (cell.outcome == "refused")
         if cell.outcome == "refused":
             assert cell.pruner in cell.reason
-            assert str(cell.ptq) in cell.reason
+            assert str(cell.ptq) in cell.reason or "which this model does not offer" in cell.reason
         else:
             assert cell.tokens["mean"] < cell.tokens["available"]
 

@@ -23,20 +23,26 @@ PER_TOKEN = (
     "last_keys",
     "attention_received",
     "middle_attention_received",
+    "shallow_cls_attention",
     "query_attention",
     "text_attention",
     "context_attention",
     "rotated_keys",
     "final_states",
 )
-PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds", "text_keys", "text_states", "embedded")
+PER_IMAGE = ("cls_token", "text_embeds", "prompt_embeds", "text_keys", "text_states", "downsampled", "embedded")
 
 # Where permuting the tokens need not permute the answer: what of it does not follow, and why.
 NOT_EQUIVARIANT = {
+    "avgpool": ("indices", "cells are neighbours in the grid"),
+    "downsample": ("indices", "cells are neighbours in the grid"),
     "divprune": ("indices", "two tokens that are each other's nearest tie for the first place, and the lower wins"),
     "hiprune": ("indices", "buffers are neighbours in the grid"),
     "prumerge_plus": ("indices", "samples are spread over the raster order"),
     "random": ("indices", "noise is drawn by position"),
+    "holov": ("indices", "runs are neighbours in the raster order"),
+    "tome": ("indices", "every second token of the raster order looks for one among the others"),
+    "vscan": ("indices", "windows are neighbours in the grid"),
     "vtw": ("indices", "without a sensitivity no token is worth more than another, and the lower wins"),
     "visionzip": ("merged", "contextual targets are every step-th token of the raster order"),
 }

@@ -9,7 +9,7 @@ import torch
 from llava_checkpoints import THREE, TOKENS, batch_of, picture, save_clip
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from qapbench import UserError, compress, pruners
+from qapbench import DecoderPruner, UserError, compress, pruners
 from qapbench.models import family_of
 from qapbench.prune.splice import PrunedImage
 
@@ -69,8 +69,13 @@ def test_every_pruner_runs_in_a_mixed_padded_batch(
     assert torch.equal(out[:, :longest], three["input_ids"])
     assert out.shape[1] <= longest + 6
     assert torch.isfinite(scored[:, -1]).all()
-    assert {"images": 4, "available": TOKENS, "mean": 5, "min": 5, "max": 5}.items() <= receipt.tokens.items()
-    assert receipt.tokens["kept"] + receipt.tokens["merged"] == 5
+    pruner = pruners.create(method)
+    if isinstance(pruner, DecoderPruner) and pruner.counts == "mean":  # one of two layers sees all
+        mean, left = TOKENS // 2, 0
+    else:
+        mean = left = 5
+    assert {"images": 4, "available": TOKENS, "mean": mean, "min": mean, "max": mean}.items() <= receipt.tokens.items()
+    assert receipt.tokens["kept"] + receipt.tokens["merged"] == left
 
 
 def test_the_model_is_as_before_to_the_bit(model: Any, three: dict[str, Any]) -> None:
@@ -225,6 +230,7 @@ def test_attention_of_other_layers(llava_folder: Path, one: dict[str, Any]) -> N
     """Received attention equals eager's; the last layer's single-head row is computed here from its projections."""
     eager = AutoModelForImageTextToText.from_pretrained(llava_folder, attn_implementation="eager").eval()
     needs = {"attention_received", "middle_attention_received", "last_cls_attention", "last_keys"}
+    needs |= {"shallow_cls_attention"}
     seen = family_of(eager).see(one["pixel_values"], frozenset(needs))
     layers, states = eager.model.vision_tower.encoder.layers, {}
     handles = [
@@ -240,6 +246,8 @@ def test_attention_of_other_layers(llava_folder: Path, one: dict[str, Any]) -> N
     for name, layer in (("attention_received", -2), ("middle_attention_received", 0)):
         expected = tower.attentions[layer].mean(dim=1).mean(dim=1)[:, 1:]
         torch.testing.assert_close(getattr(seen, name), expected, rtol=1e-4, atol=1e-6)
+    shallow = tower.attentions[0].mean(dim=1)[:, 0, 1:]
+    torch.testing.assert_close(seen.shallow_cls_attention, shallow, rtol=1e-4, atol=1e-6)
     width = states["k_proj"].shape[-1]
     row = (states["q_proj"][:, :1] @ states["k_proj"].mT / width**0.5).softmax(dim=-1)[:, 0, 1:]
     torch.testing.assert_close(seen.last_cls_attention, row, rtol=1e-4, atol=1e-6)
@@ -340,6 +348,63 @@ def test_without_a_text_tower_relevance_falls_back_and_says_so(tmp_path: Path, o
     with compress(model, prune("attention")) as receipt:
         logits(model, one)
     assert receipt.fallbacks == []
+
+
+def test_the_given_question_is_read_as_words(model: Any, one: dict[str, Any], processor: Any) -> None:
+    """Also with a text tower: the words of `relevance_text` take the place of the prompt's."""
+    words = processor.tokenizer("tree fox", add_special_tokens=False, split_special_tokens=True).input_ids
+    with torch.no_grad():
+        pruner = pruners.create("mmtok")
+        seen = family_of(model).see(one["pixel_values"], frozenset({"patches"}))
+        text = model.get_input_embeddings()(torch.tensor([words]))
+        expected = pruner.select(dataclasses.replace(seen, prompt_embeds=text), 5).indices[0]
+    kept: list[list[PrunedImage]] = []
+    with compress(model, prune("mmtok"), processor, on_images=kept.append):
+        logits(model, one, relevance_text=["tree fox"])
+        logits(model, one)
+    (given,), (prompt,) = kept
+    assert given.indices.tolist() == expected.tolist()
+    assert given.indices.tolist() != prompt.indices.tolist()
+
+
+def test_an_image_at_a_lower_size(model: Any, one: dict[str, Any]) -> None:
+    """The tower sees as many patches as are asked for, and what it makes of them is what the decoder gets."""
+    pixels = torch.nn.functional.interpolate(one["pixel_values"], (16, 16), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        core = model.model
+        hidden = core.vision_tower(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-2]
+        expected = core.multi_modal_projector(hidden[:, 1:])
+        small = family_of(model).downsampled(one, 4)
+        assert small.shape[2:] == (2, 2)
+        assert torch.equal(small.flatten(2).mT, expected)
+        assert family_of(model).downsampled(one, 5).shape[2:] == (3, 2)
+        whole = family_of(model).see(one["pixel_values"], frozenset()).projected
+        torch.testing.assert_close(family_of(model).downsampled(one, TOKENS).flatten(2).mT, whole)
+    given: list[torch.Tensor] = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad(), compress(model, prune("downsample", 4)) as receipt:
+        model(**one)
+    handle.remove()
+    visual = (one["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    assert torch.equal(given[0][:, visual[0] : visual[0] + 4], expected)
+    assert (receipt.tokens["kept"], receipt.tokens["merged"]) == (0, 4)
+
+
+@pytest.mark.parametrize("positions", ["compact", "keep"])
+def test_a_merged_token_with_a_place_keeps_its_position(positions: str, model: Any, one: dict[str, Any]) -> None:
+    """Four cells of 4 x 4 tokens: the first of the tokens nearest to the middle of each."""
+    seen: list[torch.Tensor] = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with torch.no_grad(), compress(model, prune("avgpool", 4, positions=positions)):
+        model(**one)
+    handle.remove()
+    start = int((one["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+    places = [0, 2, 8, 10] if positions == "keep" else [0, 1, 2, 3]
+    assert seen[0][0, start : start + 4].tolist() == [start + place for place in places]
 
 
 @pytest.mark.parametrize("method", ["cdpruner", "trim"])

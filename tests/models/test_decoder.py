@@ -158,7 +158,7 @@ def test_a_padded_batch_decodes_as_each_row_by_hand(
     _, seen = by_hand(model, method, alone(processor, 0), sensitivity)
     assert receipt.layers == [2 * count for count in seen]
     assert seen[0] == TOKENS
-    assert KEEP == (seen[-1] if pruners.create(method).counts == "last" else np.mean(seen))
+    assert (seen[-1] if pruners.create(method).counts == "last" else np.mean(seen)) == KEEP
     assert receipt.tokens["layer_mean"] == np.mean(seen)
     lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
     assert lengths == sorted(lengths, reverse=True)

@@ -1,5 +1,6 @@
 """DART against its rule taken literally, in float64, and VTW's layer."""
 
+import itertools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -18,7 +19,7 @@ LEAD = 1e-5  # float32 may decide otherwise below it
 def best(values: oracle.Array, most: int) -> tuple[list[int], float]:
     """The `most` highest values' places, the highest first, and the smallest lead of one over the next."""
     order = sorted(range(len(values)), key=lambda place: (-values[place], place))
-    leads = [values[a] - values[b] for a, b in zip(order[:most], order[1:], strict=False)]
+    leads = [values[a] - values[b] for a, b in itertools.pairwise(order[: most + 1])]
     return order[:most], min(leads, default=np.inf) / max(np.abs(values).max(), 1e-30)
 
 

@@ -1,5 +1,6 @@
 """HoloV against its rule taken literally, in float64."""
 
+import itertools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -53,7 +54,7 @@ def loop(attention: oracle.Array, features: oracle.Array, keep: int, runs: int, 
     shares = [min(int(share), size) for share, size in zip(exact, sizes, strict=True)]
     order = sorted(range(runs), key=lambda run: (-scores[run], run))
     if runs > 1:
-        lead = min(lead, min(scores[a] - scores[b] for a, b in zip(order, order[1:], strict=False)) / scores.max())
+        lead = min(lead, min(scores[a] - scores[b] for a, b in itertools.pairwise(order)) / scores.max())
     while sum(shares) < keep:
         for run in order:
             if shares[run] < sizes[run] and sum(shares) < keep:

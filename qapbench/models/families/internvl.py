@@ -13,7 +13,7 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImage, EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
-from qapbench.models.tower import MIDDLE, cls_row, digest, received, recorded
+from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded
 
 
 @family("internvl")
@@ -49,7 +49,7 @@ class InternVL(Family):
     def available_fields(self) -> frozenset[str]:
         """All fields of the vision tower except `cls_token`."""
         fields = {"patches", "image_ids", "grid", "cls_attention", "keys", "last_cls_attention", "last_keys"}
-        return frozenset(fields | {"attention_received", "middle_attention_received"})
+        return frozenset(fields | {"attention_received", "middle_attention_received", "shallow_cls_attention"})
 
     @property
     def view_tokens(self) -> int | None:
@@ -82,7 +82,8 @@ class InternVL(Family):
         used = {
             "": layers[(chosen if chosen >= 0 else len(layers) + 1 + chosen) - 1],
             "last_": layers[-1],
-            "middle_": layers[max(round(len(layers) * MIDDLE), 1) - 1],
+            "middle_": at_depth(layers, MIDDLE),
+            "shallow_": at_depth(layers, SHALLOW),
         }
         outputs = [
             (getattr(layer.attention, f"{kind}_norm"), f"{prefix}{kind}")
@@ -129,6 +130,7 @@ class InternVL(Family):
             "last_cls_attention": (cls_row, "last_", 1),
             "attention_received": (received, "", heads),
             "middle_attention_received": (received, "middle_", heads),
+            "shallow_cls_attention": (cls_row, "shallow_", heads),
         }
         for name in attention.keys() & needs:
             measure, prefix, parts = attention[name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImages
@@ -53,6 +55,22 @@ class Llava(TowerFamily):
         with self.recording(needs) as captured:
             self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
         return VisionTokens(**self.fields(captured, needs, pixels))
+
+    @property
+    def available_fields(self) -> frozenset[str]:
+        """All fields of the vision tower, and the image at a lower size."""
+        return super().available_fields | {"downsampled"}
+
+    @torch.no_grad()
+    def downsampled(self, inputs: Mapping[str, Any], count: int) -> Tensor:
+        """The images at a lower size, with position embeddings interpolated; see `Family.downsampled`."""
+        pixels, patch = inputs["pixel_values"], self.vision.patch_size
+        height, width = (side // patch for side in pixels.shape[-2:])
+        rows = min(math.ceil(math.sqrt(count * height / width)), height)
+        size = rows * patch, math.ceil(count / rows) * patch
+        small = interpolate(pixels.float(), size, mode="bilinear", antialias=True).to(pixels.dtype)
+        made = self.model.model.get_image_features(pixel_values=small, interpolate_pos_encoding=True, return_dict=True)
+        return torch.stack(list(made.pooler_output)).mT.unflatten(-1, (rows, -1))
 
     @classmethod
     def tiny(cls) -> tuple[Any, dict[str, Any]]:

@@ -13,11 +13,12 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImage, EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, Family, family
-from qapbench.models.tower import MIDDLE, RECEIVED, digest, received, recorded
+from qapbench.models.tower import MIDDLE, OF_CLS, RECEIVED, digest, received, recorded
 
 QUERIES = 512  # rows of an attention map held in memory at once: an image has up to 16,384 patches
 # Fields that need a block with full attention.
-ATTENTION = frozenset({"attention_received", "cls_attention", "last_cls_attention", "middle_attention_received"})
+ELSEWHERE = frozenset({"middle_attention_received", "shallow_cls_attention"})
+ATTENTION = frozenset({"attention_received", "cls_attention", "last_cls_attention"}) | ELSEWHERE
 
 
 @family("qwen2_5_vl")
@@ -26,7 +27,8 @@ class Qwen25VL(Family):
 
     `patches` holds the merger's normalised input, four patches side by side, so `project` is the rest of the merger. A
     token's attention and keys are the means over its patches. Attention is that of the last block with full attention,
-    and for `middle_attention_received` that of the block with full attention nearest to the middle. Attention received
+    for `middle_attention_received` that of the block with full attention nearest to the middle, and for
+    `shallow_cls_attention` that of the first block with full attention. Attention received
     also takes the place of CLS attention, because the tower has no CLS token. Kept tokens and text keep their M-RoPE
     positions, whether `prune.positions` in the spec is "compact" or "keep".
     """
@@ -49,7 +51,7 @@ class Qwen25VL(Family):
     @property
     def substitutes(self) -> Mapping[str, str]:
         """Attention received from all patches takes the place of CLS attention."""
-        return dict.fromkeys(("cls_attention", "last_cls_attention"), RECEIVED)
+        return dict.fromkeys(OF_CLS, RECEIVED)
 
     @property
     def _full(self) -> list[int]:
@@ -107,19 +109,21 @@ class Qwen25VL(Family):
     def _recording(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
         """Capture the tensors that the fields in `needs` are made from, while the context is open.
 
-        These are the queries, keys and values of the blocks concerned (`last`, `full`, `middle`), the rotary embedding
-        that is applied to them (in `call`), and the normalised input of the merger (`patches`).
+        These are the queries, keys and values of the blocks concerned (`last`, `full`, `middle`, `shallow`), the rotary
+        embedding that is applied to them (in `call`), and the normalised input of the merger (`patches`).
         """
         self.check_available(needs)
         visual = self.model.model.visual
         last, blocks = len(visual.blocks) - 1, {}
         if needs & {"keys", "last_keys"}:
             blocks["last"] = last
-        if needs & ATTENTION - {"middle_attention_received"}:
+        if needs & ATTENTION - ELSEWHERE:
             blocks["full"] = self._full[-1]
         if "middle_attention_received" in needs:
             middle = max(round(len(visual.blocks) * MIDDLE), 1) - 1
             blocks["middle"] = min(self._full, key=lambda index: (abs(index - middle), index))
+        if "shallow_cls_attention" in needs:
+            blocks["shallow"] = self._full[0]
         outputs = [(visual.blocks[at].attn.qkv, name) for name, at in blocks.items()]
         inputs = {visual.merger.mlp: "patches"} if "patches" in needs else {}
         with recorded(outputs, inputs, {visual.blocks[last].attn: "call"}) as captured:
@@ -154,6 +158,8 @@ class Qwen25VL(Family):
             found["last_cls_attention"] = attention("full", 1)
         if "middle_attention_received" in needs:
             found["middle_attention_received"] = attention("middle", heads)
+        if "shallow_cls_attention" in needs:
+            found["shallow_cls_attention"] = attention("shallow", heads)
         return found
 
     @classmethod
