@@ -79,7 +79,7 @@ class KVSide(BaseModel):
             return (E4M3.round(x.float() / scale) * scale).to(x.dtype)
         rows = x.transpose(-1, -2) if self.granularity == "channel" else x
         if self.format == "fp8":
-            out = Format(format="fp8", group_size=self.group_size)(rows)
+            out = Format(format="fp8", bits=8, group_size=self.group_size)(rows)
         else:
             parts = [_from_lowest(part, self.bits).flatten(1) for part in grouped(rows, self.group_size)]
             out = torch.cat(parts, dim=1).view(rows.shape)

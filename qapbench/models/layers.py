@@ -50,33 +50,45 @@ class DecoderLayers:
         return attention.q_proj, attention.k_proj
 
     def rows(self, index: int, queries: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
-        """Compute rows of a layer's attention matrix over one sequence: [R, S], averaged over heads, in float32.
+        """Compute rows of a layer's attention matrix over one sequence, see `attention_rows`.
 
         Args:
             index: index of the layer.
             queries: [R, heads * width] queries at the places `at`, before the rotary embedding.
             keys: [S, key heads * width] keys at all places, before the rotary embedding.
             rotary: cosine and sine of all places, each [S, width].
-            at: [R] places of the queries. Each attends to itself and to the places before it.
+            at: [R] places of the queries.
         """
-        attention = self.layers[index].self_attn
-        cos, sin = rotary
-        query = self._rotated(queries, getattr(attention, "q_norm", None), attention.head_dim, cos[at], sin[at])
-        key = self._rotated(keys, getattr(attention, "k_norm", None), attention.head_dim, cos, sin)
-        groups = query.shape[1] // key.shape[1]
-        logits = torch.einsum("rhgd,shd->hgrs", query.unflatten(1, (-1, groups)), key) * attention.scaling
-        later = torch.arange(len(keys), device=at.device) > at.unsqueeze(1)
-        return logits.masked_fill(later, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+        return attention_rows(self.layers[index].self_attn, queries, keys, rotary, at)
 
-    @staticmethod
-    def _rotated(states: Tensor, norm: nn.Module | None, width: int, cos: Tensor, sin: Tensor) -> Tensor:
-        """Split into heads and apply the rotary embedding: [S, heads, width] in float32.
 
-        As in Llama, the two halves of a head form the pairs that are rotated.
-        """
-        heads = states.unflatten(-1, (-1, width))
-        heads = (norm(heads) if norm is not None else heads).float()
-        turned, rest = heads.split([cos.shape[-1], width - cos.shape[-1]], dim=-1)
-        one, two = turned.chunk(2, dim=-1)
-        cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-        return torch.cat([turned * cos + torch.cat([-two, one], dim=-1) * sin, rest], dim=-1)
+def attention_rows(attention: Any, queries: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
+    """Compute rows of an attention matrix over one sequence: [R, S], averaged over heads, in float32.
+
+    Args:
+        attention: the attention module of a decoder layer.
+        queries: [R, heads * width] queries at the places `at`, before the rotary embedding.
+        keys: [S, key heads * width] keys at all places, before the rotary embedding.
+        rotary: cosine and sine of all places, each [S, width].
+        at: [R] places of the queries. Each attends to itself and to the places before it.
+    """
+    cos, sin = rotary
+    query = _rotated(queries, getattr(attention, "q_norm", None), attention.head_dim, cos[at], sin[at])
+    key = _rotated(keys, getattr(attention, "k_norm", None), attention.head_dim, cos, sin)
+    groups = query.shape[1] // key.shape[1]
+    logits = torch.einsum("rhgd,shd->hgrs", query.unflatten(1, (-1, groups)), key) * attention.scaling
+    later = torch.arange(len(keys), device=at.device) > at.unsqueeze(1)
+    return logits.masked_fill(later, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+
+
+def _rotated(states: Tensor, norm: nn.Module | None, width: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Split into heads and apply the rotary embedding: [S, heads, width] in float32.
+
+    As in Llama, the two halves of a head form the pairs that are rotated.
+    """
+    heads = states.unflatten(-1, (-1, width))
+    heads = (norm(heads) if norm is not None else heads).float()
+    turned, rest = heads.split([cos.shape[-1], width - cos.shape[-1]], dim=-1)
+    one, two = turned.chunk(2, dim=-1)
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    return torch.cat([turned * cos + torch.cat([-two, one], dim=-1) * sin, rest], dim=-1)

@@ -32,6 +32,9 @@ class QuantizedLayer(DynamicLayer):
         use: receives what the first prompt occupies.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, format: KVFormat, tokens: TokenContext, index: int, use: KVUse) -> None:
         super().__init__()
         self.format, self.tokens, self.index, self.use = format, tokens, index, use
@@ -127,7 +130,7 @@ class QuantizedLayer(DynamicLayer):
         self.valid = None if self.valid is None else change(self.valid)
         self.scales = {name: change(scale) for name, scale in self.scales.items()}
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Put the rows of beams in another order."""
         super().reorder_cache(beam_idx)
         self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))

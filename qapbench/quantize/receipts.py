@@ -103,7 +103,7 @@ class KVUse(BaseModel):
         self.token_bits = sum(row[0] * row[1] for row in rows) / len(rows)
         self.bits = self.token_bits / self.tokens if self.tokens else 0.0
         self.quantized = sum(row[2] for row in rows) / len(rows)
-        self.key_levels, self.value_levels = (max(row[at] for row in rows) for at in (3, 4))
+        self.key_levels, self.value_levels = max(row[3] for row in rows), max(row[4] for row in rows)
 
     def check(self) -> None:
         """Check that the cache was read, and that what was read has no more levels than the format.

@@ -63,6 +63,8 @@ def fingerprints(
         except UserError as error:
             where = ("quantize" if kind == ptqs.kind else "prune", "method" if kind in ("ptq", "pruner") else kind)
             raise UserError(Problem(f"{kind} '{entry.name}': {error}", where)) from None
+    for name in created(ptqs, spec.quantize.method).used_metrics if spec.quantize else ():
+        found[f"ptq metric {name}"] = digest_code(metrics.entry(name).target)
     if spec.quantize and spec.quantize.kv:
         found["kv cache"] = digest_files(code_files(CACHE, "qapbench.quantize.kv_cache"))
     for index, plugin in enumerate(spec.plugins):
