@@ -257,6 +257,9 @@ def quantization_label(quantize: Any, dtype: Any = None) -> str:
     named = [text(part.get("format")) or text(part.get("group_size")) for part in (weights, activations)]
     grouping = [f"g{name}" if name.isdigit() else name for name in dict.fromkeys(named) if name]
     parts = [item_label(spec.get("method")), bits, *grouping]
+    if cache := mapping(spec.get("kv")):
+        keys, values = (text(mapping(cache.get(side)).get("bits")) or "16" for side in ("keys", "values"))
+        parts.append(f"KV{keys}" if keys == values else f"K{keys}V{values}")
     scope = [text(name) for name in sequence(spec.get("scope"))]
     if scope and scope != ["language"]:
         parts.append("on " + "+".join(scope))

@@ -24,7 +24,7 @@ from .quantize import backends
 from .quantize.calibration import Calibration, CalibrationSamples
 from .quantize.call_tokens import TokenContext, nothing_known, watching
 from .quantize.install import SharedInputs, installed
-from .quantize.receipts import LinearReceipt, measured_bits
+from .quantize.receipts import KVUse, LinearReceipt, measured_bits
 from .receipt import Receipt
 from .spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
 
@@ -115,8 +115,13 @@ def _quantized(
         receipt.calibration = runner.used
     with contextlib.ExitStack() as stack:
         told: TokenContext = nothing_known
-        if any(plan.needs_tokens for name, plan in plans.items() if parts[name] == "language"):
+        if spec.kv or any(plan.needs_tokens for name, plan in plans.items() if parts[name] == "language"):
             told = stack.enter_context(watching(family.core, family.image_token))
+        if spec.kv:
+            from .quantize.kv_cache import quantized_cache
+
+            receipt.kv = KVUse(format=spec.kv.label, bits_asked=spec.kv.bits)
+            stack.enter_context(quantized_cache(family.parts["language"], spec.kv, told, receipt.kv))
         shared = SharedInputs()
         for name, linear in linears.items():
             plan = plans.get(name)

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from .quantize.receipts import CalibrationUse, LinearReceipt, NotQuantizedError
+from .quantize.receipts import CalibrationUse, KVUse, LinearReceipt, NotQuantizedError
 
-__all__ = ["CalibrationUse", "ImageTokens", "LinearReceipt", "NotQuantizedError", "Receipt", "ReceiptFields"]
+__all__ = ["CalibrationUse", "ImageTokens", "KVUse", "LinearReceipt", "NotQuantizedError", "Receipt", "ReceiptFields"]
 
 
 class ImageTokens(BaseModel):
@@ -76,6 +76,7 @@ class ReceiptFields(BaseModel):
         too_long: number of questions whose prompts need more of them, as they are after pruning in front of the
             decoder.
         longest: positions that the longest of these prompts needs; None if there are none.
+        kv: what the quantized KV cache held of the first prompt; None if it is in full precision, and then not stored.
     """
 
     quantization: str | None = None
@@ -99,6 +100,15 @@ class ReceiptFields(BaseModel):
     positions: int | None = None
     too_long: int = 0
     longest: int | None = None
+    kv: KVUse | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_kv(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data. Receipts without a quantized cache have the fields that they always had."""
+        data: dict[str, Any] = dump(self)
+        if self.kv is None:
+            data.pop("kv", None)
+        return data
 
 
 class Receipt(ReceiptFields):
@@ -184,6 +194,8 @@ class Receipt(ReceiptFields):
             self._check("weights were", [line for line in planned if line.weight_bits < 16], planned)
         if self.wants_activations:
             self._check("activations were", [line for line in called if (line.activation_bits or 32) < 16], called)
+        if self.kv is not None:
+            self.kv.check()
 
     def _check(self, what: str, good: list[LinearReceipt], of: list[LinearReceipt]) -> None:
         if len(good) == len(of) and good:
@@ -218,7 +230,8 @@ class Receipt(ReceiptFields):
         bits = ", ".join(f"W{w}A{a}" for w, a in sorted(pairs, key=str)) or "no linear was called"
         called = sum(1 for line in self.linears if line.calls)
         scope = ", ".join(sorted({line.part for line in self.linears}))
-        return f"{self.quantization}: {bits} at {called} of {len(self.linears)} linears ({scope})"
+        cache = f"; {self.kv.format}: {self.kv.tokens:.4g} tokens x {self.kv.bits:.3g} bits" if self.kv else ""
+        return f"{self.quantization}: {bits} at {called} of {len(self.linears)} linears ({scope}){cache}"
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as plain data, with its summary."""

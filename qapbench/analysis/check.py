@@ -219,6 +219,8 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
         ):
             if wanted and (not reached or any(bits is None or bits > wanted.bits for bits in reached)):
                 problems.append(f"receipt: {what} of some linear did not reach {wanted.bits} bits")
+        if spec.quantize.kv and (record.receipt.kv is None or not record.receipt.kv.tokens):
+            problems.append("receipt: the spec quantizes the KV cache, the receipt shows none")
     counted = Receipt()
     beyond = [answer.positions for answer in answers if answer.positions is not None]
     counted.recount((image for answer in answers for image in answer.images or []), beyond)

@@ -122,25 +122,25 @@ class FloatGrid(NamedTuple):
     Attributes:
         element: type of the values.
         scale: broadcastable against the tensor to quantize.
-        factor: what values are multiplied with before rounding, 1 / scale up to rounding; None divides by `divisor`.
-        divisor: what they are divided by; None if there is a factor.
+        by: what values are divided by before rounding, the scale up to rounding; or, if not `divides`, what they are
+            multiplied with.
+        divides: whether the published code divides.
         dtype: dtype in which the published code divides and multiplies.
         drops_sign: whether a negative zero becomes a positive one before rounding.
     """
 
     element: Element
     scale: Tensor
-    factor: Tensor | None = None
-    divisor: Tensor | None = None
+    by: Tensor
+    divides: bool = True
     dtype: torch.dtype = torch.float32
     drops_sign: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize x. The result has x's dtype; gradients pass through the rounding unchanged."""
         work = x.to(self.dtype)
-        scaled = work / self.divisor if self.factor is None else work * self.factor
-        if self.factor is not None:  # it may be infinite, and zero times infinity is NaN
-            scaled = torch.where(work == 0, work, scaled)
+        # A factor may be infinite, and zero times infinity is NaN.
+        scaled = work / self.by if self.divides else torch.where(work == 0, work, work * self.by)
         if self.drops_sign:
             scaled = scaled + 0
         return _finite(self.element.round(scaled).to(self.dtype) * self.scale, x.dtype).to(x.dtype)
@@ -157,12 +157,12 @@ class FloatGrid(NamedTuple):
             out.copy_(self(x))
             return
         work = out if out.dtype == torch.float32 else scratch[2]
-        if self.factor is None:
-            torch.div(x, self.divisor, out=work)
-        elif self.factor.is_cpu and not bool(self.factor.isinf().any()):
-            torch.mul(x, self.factor, out=work)
+        if self.divides:
+            torch.div(x, self.by, out=work)
+        elif x.is_cpu and not bool(self.by.isinf().any()):
+            torch.mul(x, self.by, out=work)
         else:
-            work.copy_(torch.where(x == 0, x, x * self.factor))
+            work.copy_(torch.where(x == 0, x, x * self.by))
         if self.drops_sign:
             work.add_(0)
         self.element.round_(work, scratch[:2]).mul_(self.scale)
@@ -274,9 +274,9 @@ def _fp8(most: Tensor, rule: ScaleRule, dtype: torch.dtype) -> FloatGrid:
     if rule == "amax":
         scale = scale.float()
         scale = torch.where(scale == 0, 1, scale)
-        return FloatGrid(E4M3, scale, divisor=scale)
+        return FloatGrid(E4M3, scale, scale)
     scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
-    return FloatGrid(E4M3, scale, divisor=scale, dtype=dtype, drops_sign=True)
+    return FloatGrid(E4M3, scale, scale, dtype=dtype, drops_sign=True)
 
 
 def _mx(most: Tensor, rule: ScaleRule, element: Element, dtype: torch.dtype) -> FloatGrid:
@@ -289,7 +289,8 @@ def _mx(most: Tensor, rule: ScaleRule, element: Element, dtype: torch.dtype) -> 
         return FloatGrid(
             element,
             _power_of_two(exponent).masked_fill(bad, torch.nan),
-            factor=factor.masked_fill(bad, torch.nan),
+            factor.masked_fill(bad, torch.nan),
+            divides=False,
         )
     bits = most.view(torch.int32)
     if rule in ("even", "compressed_tensors"):  # round to the mantissa first; the latter has that of FP4 also for FP8
@@ -303,8 +304,8 @@ def _mx(most: Tensor, rule: ScaleRule, element: Element, dtype: torch.dtype) -> 
     scale = _power_of_two(exponent).masked_fill(most.isnan(), torch.nan)
     if rule == "compressed_tensors":
         scale = scale.to(dtype)
-        return FloatGrid(element, scale, divisor=scale, dtype=dtype, drops_sign=True)
-    return FloatGrid(element, scale, divisor=scale.clamp(min=torch.finfo(torch.float32).tiny))
+        return FloatGrid(element, scale, scale, dtype=dtype, drops_sign=True)
+    return FloatGrid(element, scale, scale.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _nvfp4(most: Tensor, whole: Tensor, rule: ScaleRule, dtype: torch.dtype) -> FloatGrid:
@@ -314,15 +315,15 @@ def _nvfp4(most: Tensor, whole: Tensor, rule: ScaleRule, dtype: torch.dtype) -> 
         up = (reach / whole.to(dtype).clamp(min=tiny)).nan_to_num(1.0, 1.0, 1.0).float()
         block = E4M3.round_(up * (most.to(dtype) / E2M1.top))
         block = torch.where(block == 0, torch.finfo(torch.float8_e4m3fn).eps, block)
-        return FloatGrid(E2M1, block / up, divisor=block / up, drops_sign=True)
+        return FloatGrid(E2M1, block / up, block / up, drops_sign=True)
     least = 2.0**E4M3.least
     if rule == "block":
         block = E4M3.round_((most / E2M1.top).clamp(least, E4M3.top))
-        return FloatGrid(E2M1, block, factor=1 / block)
+        return FloatGrid(E2M1, block, 1 / block, divides=False)
     down = whole / (E4M3.top * E2M1.top)
     down = torch.where(down == 0, 1, down)
     block = E4M3.round_((most / E2M1.top / down).clamp(least, E4M3.top))
-    return FloatGrid(E2M1, down * block, factor=(1 / down) / block)
+    return FloatGrid(E2M1, down * block, (1 / down) / block, divides=False)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -390,6 +390,11 @@ class PTQ(abc.ABC):
     weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row",)
     activation_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
 
+    @property
+    def used_metrics(self) -> tuple[str, ...]:
+        """Names of registered metrics that the method computes. Their code counts for the identity of its results."""
+        return ()
+
     def check(self, weights: Format | None, activations: Format | None) -> None:
         """Check that the method supports these formats.
 

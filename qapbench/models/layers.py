@@ -52,21 +52,16 @@ class DecoderLayers:
         return attention.q_proj, attention.k_proj
 
     def rows(self, index: int, queries: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
-        """Compute rows of a layer's attention matrix over one sequence: [R, S], averaged over heads, in float32.
+        """Compute rows of a layer's attention matrix over one sequence, see `attention_rows`.
 
         Args:
             index: index of the layer.
             queries: [R, heads * width] queries at the places `at`, before the rotary embedding.
             keys: [S, key heads * width] keys at all places, before the rotary embedding.
             rotary: cosine and sine of all places, each [S, width].
-            at: [R] places of the queries. Each attends to itself and to the places before it.
+            at: [R] places of the queries.
         """
-        cos, sin = rotary
-        query = _rotated(self._heads(index, "q_norm", queries), cos[at], sin[at])
-        key = _rotated(self._heads(index, "k_norm", keys), cos, sin)
-        logits = self._logits(index, query, key)
-        later = torch.arange(len(keys), device=at.device) > at.unsqueeze(1)
-        return logits.masked_fill(later, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+        return attention_rows(self.layers[index].self_attn, queries, keys, rotary, at)
 
     def context(self, index: int, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention of the mean query to all places, before the rotary embedding: [S], averaged over heads, in float32.
@@ -76,8 +71,9 @@ class DecoderLayers:
             queries: [S, heads * width] queries of all places, before the rotary embedding.
             keys: [S, key heads * width] keys of all places, before the rotary embedding.
         """
-        query = self._heads(index, "q_norm", queries).mean(dim=0, keepdim=True)
-        return self._logits(index, query, self._heads(index, "k_norm", keys)).softmax(dim=-1).mean(dim=(0, 1))[0]
+        attention = self.layers[index].self_attn
+        query = _heads(attention, "q_norm", queries).mean(dim=0, keepdim=True)
+        return _logits(attention, query, _heads(attention, "k_norm", keys)).softmax(dim=-1).mean(dim=(0, 1))[0]
 
     def rotated_keys(self, index: int, keys: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Keys of a layer after the rotary embedding, heads side by side: [S, key heads * width], in float32.
@@ -87,19 +83,37 @@ class DecoderLayers:
             keys: [S, key heads * width] keys, before the rotary embedding.
             rotary: cosine and sine of their places, each [S, width].
         """
-        return _rotated(self._heads(index, "k_norm", keys), *rotary).flatten(1)
+        return _rotated(_heads(self.layers[index].self_attn, "k_norm", keys), *rotary).flatten(1)
 
-    def _heads(self, index: int, norm: str, states: Tensor) -> Tensor:
-        """Split queries or keys into heads, and apply the layer's norm of them if it has one: [S, heads, width]."""
-        attention = self.layers[index].self_attn
-        heads, normed = states.unflatten(-1, (-1, attention.head_dim)), getattr(attention, norm, None)
-        return (normed(heads) if normed is not None else heads).float()
 
-    def _logits(self, index: int, query: Tensor, key: Tensor) -> Tensor:
-        """Logits [key heads, group, R, S] of attention from queries [R, heads, width] to keys [S, key heads, width]."""
-        groups = query.shape[1] // key.shape[1]
-        logits = torch.einsum("rhgd,shd->hgrs", query.unflatten(1, (-1, groups)), key)
-        return logits * self.layers[index].self_attn.scaling
+def attention_rows(attention: Any, queries: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
+    """Compute rows of an attention matrix over one sequence: [R, S], averaged over heads, in float32.
+
+    Args:
+        attention: the attention module of a decoder layer.
+        queries: [R, heads * width] queries at the places `at`, before the rotary embedding.
+        keys: [S, key heads * width] keys at all places, before the rotary embedding.
+        rotary: cosine and sine of all places, each [S, width].
+        at: [R] places of the queries. Each attends to itself and to the places before it.
+    """
+    cos, sin = rotary
+    query = _rotated(_heads(attention, "q_norm", queries), cos[at], sin[at])
+    key = _rotated(_heads(attention, "k_norm", keys), cos, sin)
+    later = torch.arange(len(keys), device=at.device) > at.unsqueeze(1)
+    return _logits(attention, query, key).masked_fill(later, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+
+
+def _heads(attention: Any, norm: str, states: Tensor) -> Tensor:
+    """Split queries or keys into heads, and apply the layer's norm of them if it has one: [S, heads, width]."""
+    heads, normed = states.unflatten(-1, (-1, attention.head_dim)), getattr(attention, norm, None)
+    return (normed(heads) if normed is not None else heads).float()
+
+
+def _logits(attention: Any, query: Tensor, key: Tensor) -> Tensor:
+    """Logits [key heads, group, R, S] of attention from queries [R, heads, width] to keys [S, key heads, width]."""
+    groups = query.shape[1] // key.shape[1]
+    logits = torch.einsum("rhgd,shd->hgrs", query.unflatten(1, (-1, groups)), key)
+    return logits * attention.scaling
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

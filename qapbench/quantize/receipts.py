@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from qapbench.errors import RunFailedError
 from qapbench.methods.floating import Element, FloatLevels
+from qapbench.methods.kv import KVSide
 from qapbench.methods.quantization import Format
 
 ENOUGH = 32  # values whose gaps tell a step
@@ -63,6 +64,68 @@ class CalibrationUse(BaseModel):
     peak_memory_mb: int | None = None
     peak_gpu_memory_mb: int | None = None
     made_again: str | None = None
+
+
+class KVUse(BaseModel):
+    """What the KV cache held of the first prompt, measured on what the layers read.
+
+    Attributes:
+        format: the format in words.
+        bits_asked: bits of the keys and of the values.
+        tokens: tokens in a layer's cache, mean over the layers; padding does not count.
+        quantized: how many of them are quantized, mean over keys and values.
+        bits: bits per value, with scales and the tokens that are not quantized.
+        token_bits: tokens * bits, mean over the layers: the size of the cache, in bits per channel of keys or values.
+        key_levels: most distinct values found in a group of keys; 0 if none is quantized.
+        value_levels: the same of the values.
+        layers: the same for each layer: (tokens, bits, quantized, key levels, value levels).
+    """
+
+    format: str
+    bits_asked: tuple[int, int]
+    tokens: float = 0.0
+    quantized: float = 0.0
+    bits: float = 0.0
+    token_bits: float = 0.0
+    key_levels: int = 0
+    value_levels: int = 0
+    layers: dict[int, tuple[int, float, float, int, int]] = Field(default_factory=dict, exclude=True)
+
+    def restart(self) -> None:
+        """Measure the next prompt."""
+        self.layers = {}
+
+    def note(self, index: int, tokens: int, bits: float, quantized: float, levels: tuple[int, int]) -> None:
+        """Note what was measured of one layer."""
+        self.layers[index] = (tokens, bits, quantized, *levels)
+        rows = list(self.layers.values())
+        self.tokens = sum(row[0] for row in rows) / len(rows)
+        self.token_bits = sum(row[0] * row[1] for row in rows) / len(rows)
+        self.bits = self.token_bits / self.tokens if self.tokens else 0.0
+        self.quantized = sum(row[2] for row in rows) / len(rows)
+        self.key_levels, self.value_levels = max(row[3] for row in rows), max(row[4] for row in rows)
+
+    def check(self) -> None:
+        """Check that the cache was read, and that what was read has no more levels than the format.
+
+        Raises:
+            NotQuantizedError: it was not, or it has.
+        """
+        if not self.tokens:
+            raise NotQuantizedError(f"{self.format}: no layer has read the KV cache")
+        for what, bits, levels in zip(
+            ("keys", "values"), self.bits_asked, (self.key_levels, self.value_levels), strict=True
+        ):
+            if levels > 2**bits:
+                raise NotQuantizedError(f"{self.format}: {what} of the KV cache have {levels} levels in a group")
+
+
+def most_levels(x: Tensor, side: KVSide) -> int:
+    """Most distinct values in any group of quantized keys or values [H, n, D], of which a few rows are inspected."""
+    if not x.numel():
+        return 0
+    rows = (x.transpose(-1, -2) if side.granularity == "channel" else x).flatten(0, -2)[:ROWS]
+    return max(_distinct(group) for group in rows.float().split(side.group_size, dim=-1))
 
 
 def measured_bits(x: Tensor, format: Format | None) -> tuple[int, int]:

@@ -21,7 +21,8 @@ from qapbench.spec.items import created
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
 
-OF_TEXT = ("model", "precision", "ptq", "calibration", "family", "vision", "library", "data", "task")
+CACHE = Path(__file__).parents[1] / "quantize" / "kv_cache.py"  # read and not imported: a plan loads no transformers
+OF_TEXT = ("model", "precision", "ptq", "kv", "calibration", "family", "vision", "library", "data", "task")
 """First words of the fingerprints that answers to questions without an image depend on."""
 OF_PRUNING = ("pruner", "metric", "fusion", "text_tower", "plugin")
 """First words of the fingerprints that the selection of tokens depends on."""
@@ -62,6 +63,10 @@ def fingerprints(
         except UserError as error:
             where = ("quantize" if kind == ptqs.kind else "prune", "method" if kind in ("ptq", "pruner") else kind)
             raise UserError(Problem(f"{kind} '{entry.name}': {error}", where)) from None
+    for name in created(ptqs, spec.quantize.method).used_metrics if spec.quantize else ():
+        found[f"ptq metric {name}"] = digest_code(metrics.entry(name).target)
+    if spec.quantize and spec.quantize.kv:
+        found["kv cache"] = digest_files(code_files(CACHE, "qapbench.quantize.kv_cache"))
     for index, plugin in enumerate(spec.plugins):
         path = Path(plugin)
         found[f"plugin {index} {path.name}"] = digest_files(code_files(path.resolve(), "plugin"))

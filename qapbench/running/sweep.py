@@ -297,6 +297,8 @@ class Sweep:
         for line in receipt.linears:
             if line.part == "language":  # linears of the tower and projector were measured when the image was encoded
                 line.calls, line.activation_bits, line.activation_levels = 0, None, None
+        if receipt.kv is not None:
+            receipt.kv.restart()
         with self.clock.stage("measure", runs):
             result = _joined([self.batch_runner.results([row], longest)[0] for row in rows])
         receipt.check()  # a run that is not quantized as asked fails now, not after hours

@@ -23,6 +23,7 @@ from pydantic import (
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_json
 from qapbench.methods.kinds import DecoderPruner, fusions, pruners, ptqs
+from qapbench.methods.kv import KVFormat
 from qapbench.methods.parameters import problems_of
 from qapbench.methods.plugins import load_plugin_files
 from qapbench.methods.quantization import Format
@@ -96,6 +97,7 @@ class QuantizeSpec(Strict):
         activations: format of the activations; None leaves them as they are.
         scope: parts of the model whose linears are quantized.
         calibration: the samples; always None for a method that does not calibrate, whatever the spec file says.
+        kv: format of the KV cache; None leaves it in the model's precision.
         backend: "simulate" computes the values of a low-bit kernel in floating point. "torchao" runs real int8 kernels,
             which exist for one pair of formats.
     """
@@ -106,6 +108,15 @@ class QuantizeSpec(Strict):
     scope: Annotated[list[Scope], Field(min_length=1)] = ["language"]
     calibration: CalibrationSpec | None = None
     backend: Backend = "simulate"
+    kv: KVFormat | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_kv(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data. Without a quantized cache it has the fields that it always had, so that runs keep their ids."""
+        data: dict[str, Any] = dump(self)
+        if self.kv is None:
+            data.pop("kv", None)
+        return data
 
     @field_validator("scope")
     @classmethod
@@ -133,7 +144,7 @@ class QuantizeSpec(Strict):
 
     @model_validator(mode="after")
     def _formats_of_method(self) -> QuantizeSpec:
-        if self.weights is None and self.activations is None:
+        if self.weights is None and self.activations is None and self.kv is None:
             raise ValueError("give `weights`, `activations` or both; leave `quantize` out for full precision")
         created(ptqs, self.method).check(self.weights, self.activations)
         check_backend(self.backend, self.weights, self.activations)
@@ -144,7 +155,8 @@ class QuantizeSpec(Strict):
         """The quantization in words, such as "rtn W4A4"; 16 bits stand for no quantization."""
         w, a = (f.bits if f else 16 for f in (self.weights, self.activations))
         names = dict.fromkeys(f.format for f in (self.weights, self.activations) if f and f.format != "int")
-        return " ".join([f"{self.method} W{w}A{a}", *names])
+        cache = [self.kv.label] if self.kv else []
+        return " ".join([f"{self.method} W{w}A{a}", *names, *cache])
 
 
 class PruneSpec(Strict):

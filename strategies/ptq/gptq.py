@@ -63,13 +63,17 @@ class GPTQ(CalibratedPTQ):
             return {name: {} for name in linears}
 
         def find(block: Block) -> CalibrationResult:
-            grams = block.observe(lambda _: Gram())
+            grams = self.grams(block)
             return {
                 name: {"weight": self.solve(block.linears[name].weight.detach(), gram.value, weights)}
                 for name, gram in grams.items()
             }
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, None))
+
+    def grams(self, block: Block) -> Mapping[str, Gram]:
+        """The Gram matrix X X^T of the inputs of each linear of a block."""
+        return block.observe(lambda _: Gram())
 
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         return LinearPlan(found["weight"].to if weights else None, activations)

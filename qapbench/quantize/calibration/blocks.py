@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from qapbench.errors import UserError
 from qapbench.methods.quantization import Tokens
+from qapbench.models.layers import attention_rows
 
 from .observers import Observer
 
@@ -119,6 +120,35 @@ class Block:
                 at[0] = one
                 self.run(one)
         return observers
+
+    def attention_received(self) -> list[Tensor] | None:
+        """How much attention each token receives in the block, summed over queries and averaged over heads.
+
+        Returns:
+            For each pass [T] float32, for tokens without padding; None if the block is no decoder layer.
+        """
+        attention: Any = getattr(self.module, "self_attn", None)
+        if not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim", "scaling")):
+            return None
+        found: list[Tensor] = []
+        for one in self.passes:
+            if (rotary := one.kwargs.get("position_embeddings")) is None:
+                return None
+            seen: dict[str, Tensor] = {}
+
+            def keep(name: str, seen: dict[str, Tensor] = seen) -> Any:
+                return lambda module, args, output: seen.__setitem__(name, output.flatten(0, -2))
+
+            with contextlib.ExitStack() as stack:
+                for name in ("q_proj", "k_proj"):
+                    stack.callback(getattr(attention, name).register_forward_hook(keep(name)).remove)
+                self.run(one)
+            valid = one.masks(seen["q_proj"])[1]
+            turns = [part.to(valid.device).flatten(0, -2)[valid] for part in rotary]
+            places = torch.arange(int(valid.sum()), device=valid.device)
+            rows = attention_rows(attention, seen["q_proj"][valid], seen["k_proj"][valid], (turns[0], turns[1]), places)
+            found.append(rows.sum(dim=0))
+        return found
 
     def outputs(self) -> Iterator[Tensor]:
         """Run the block on one sample after another and yield its outputs, on its device."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from qapbench.hashing import digest_code
+from qapbench.methods.kinds import metrics
 from qapbench.methods.quantization import PTQ, Format, LinearPlan
 
 from .blocks import check_finite
@@ -88,7 +89,9 @@ class CalibratedPTQ(PTQ):
         self, linears: Mapping[str, nn.Linear], weights: Format | None, activations: Format | None
     ) -> dict[str, Any]:
         """What a cached result depends on besides samples and model."""
+        used = {name: digest_code(metrics.entry(name).target) for name in self.used_metrics}
         return {
+            **({"metrics": used} if used else {}),
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "source": digest_code(type(self)),
             "params": {name: repr(v) for name, v in dataclasses.asdict(self).items()},  # type: ignore[call-overload]
