@@ -46,6 +46,10 @@ class ImageTokens(BaseModel):
         return {"available": self.available, **pruned, **{name: value for name, value in more.items() if value}}
 
 
+LATER = ("transparent", "positions", "too_long", "longest", "kv")
+"""Fields of a receipt that earlier versions did not have."""
+
+
 class ReceiptFields(BaseModel):
     """The fields of a receipt.
 
@@ -103,12 +107,10 @@ class ReceiptFields(BaseModel):
     kv: KVUse | None = None
 
     @model_serializer(mode="wrap")
-    def _without_kv(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data. Receipts without a quantized cache have the fields that they always had."""
+    def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data. Fields that came later are left out where they say nothing, as in receipts that had none."""
         data: dict[str, Any] = dump(self)
-        if self.kv is None:
-            data.pop("kv", None)
-        return data
+        return {name: value for name, value in data.items() if value or name not in LATER}
 
 
 class Receipt(ReceiptFields):

@@ -45,7 +45,13 @@ def spec_schema() -> Schema:
     # In a sweep, a field that a section needs may come from the matrix or from each case instead.
     needed = {name: taken for name, body in sections.items() if (taken := body.pop("required", None))}
     once = {key: {"required": needed[name]} for key, body in fields.items() if (name := _target(body)) in needed}
-    fields["task"]["anyOf"] = [{"type": "string"}, {"$ref": fields["task"].pop("$ref")}]
+    del fields["tasks"]  # a list of tasks stands under `task`
+    one_task = [{"type": "string"}, {"$ref": fields["task"].pop("$ref")}]
+    fields["task"]["anyOf"] = [*one_task, {"type": "array", "minItems": 1, "items": {"anyOf": one_task}}]
+    fields["strata"]["anyOf"] = [
+        fields["strata"]["items"],
+        {key: fields["strata"].pop(key) for key in ("type", "items")},
+    ]
     dotted = _dotted(fields, sections)
     items = {key: kind for key, body in dotted.items() if (kind := _target(body)) in KINDS}
     kinds = sorted(set(items.values()))

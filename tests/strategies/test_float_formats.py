@@ -233,9 +233,8 @@ def test_formats_that_contradict_themselves(fields: dict[str, Any], message: str
 
 def test_as_data() -> None:
     """An integer format is written as before, so that ids stay; a floating-point one can be read back."""
-    assert list(Format(bits=4).model_dump()) == [
-        "bits", "group_size", "symmetric", "granularity", "divisor", "zero_point",
-    ]  # fmt: skip
+    fields = ["bits", "group_size", "symmetric", "granularity", "divisor", "zero_point"]
+    assert list(Format(bits=4).model_dump()) == fields
     for fields in RULES:
         format = Format(**fields)
         assert Format.model_validate(format.model_dump()) == format
