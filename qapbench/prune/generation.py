@@ -80,13 +80,13 @@ class ShortenedPrompt:
 
     def _limit(self, model: Any, kwargs: dict[str, Any], name: str, by_new: str) -> None:
         """Lower one limit on the length where it applies: the argument, or a copy of the generation config."""
-        limit = option(model, kwargs, name)
-        if limit is None or option(model, kwargs, by_new) is not None:
-            return
-        if name == "max_length" and limit <= self.ids.shape[1]:
+        limit = limit_on_length(model, kwargs, name, by_new)
+        if limit is not None and name == "max_length" and limit <= self.ids.shape[1]:
             raise UserError(
                 f"max_length: {limit} leaves no room behind a prompt of {self.ids.shape[1]} tokens; give max_new_tokens"
             )
+        if limit is None:
+            return
         lowered = max(limit - self.removed, 0)
         if kwargs.get(name) is None and kwargs.get("generation_config") is not None:
             kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
@@ -157,6 +157,18 @@ def option(model: Any, kwargs: dict[str, Any], name: str) -> Any:
         if value is not None:
             return value
     return None
+
+
+def limit_on_length(model: Any, kwargs: dict[str, Any], name: str, by_new: str) -> int | None:
+    """A limit that counts the prompt's tokens; None if there is none, or one that counts new tokens overrides it.
+
+    Args:
+        model: the model, whose own generation config holds the defaults.
+        kwargs: the keyword arguments of `generate`.
+        name: "max_length" or "min_length".
+        by_new: the option that overrides it, "max_new_tokens" or "min_new_tokens".
+    """
+    return None if option(model, kwargs, by_new) is not None else option(model, kwargs, name)
 
 
 def refuse(model: Any, kwargs: dict[str, Any]) -> None:

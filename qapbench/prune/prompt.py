@@ -109,6 +109,7 @@ class PrunedPrompt:
         chosen: the images after pruning; None if nothing was selected in front of the decoder.
         inside: opens the context in which the prompt has to run, without a batch, if the decoder prunes it; else None.
         tag: tells it apart from a prompt with the same inputs and features.
+        removed: number of columns that pruning in front of the decoder took out of the prompt.
     """
 
     inputs: dict[str, Any]
@@ -117,6 +118,7 @@ class PrunedPrompt:
     chosen: list[PrunedImage] | None = None
     inside: Inside | None = None
     tag: str = ""
+    removed: int = 0
 
 
 def unpruned(prompt: dict[str, Any], encoded: EncodedImages, family: Family) -> PrunedPrompt:

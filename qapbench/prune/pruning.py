@@ -186,8 +186,9 @@ class Pruning:
                 f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
             )
         inputs = self._handed(prompt, mask, kept_columns(placeholders, spans, images))
-        said = [image.stored() for image in images]
-        return PrunedPrompt(inputs, [image.features for image in images], said, [detached(image) for image in images])
+        said, chosen = [image.stored() for image in images], [detached(image) for image in images]
+        removed = ids.shape[1] - inputs["input_ids"].shape[1]
+        return PrunedPrompt(inputs, [image.features for image in images], said, chosen, removed=removed)
 
     def _prune_inside(
         self,

@@ -122,8 +122,25 @@ def tokens_of(inputs: Mapping[str, Any], image_token: int) -> Tokens | None:
     if ids is None:
         return None
     past = inputs.get("past_key_values")
-    mask = inputs.get("attention_mask")
+    before = 0 if past is None else int(past.get_seq_length())
+    return Tokens(ids == image_token, _valid(inputs.get("attention_mask"), ids, before), prefill=not before)
+
+
+def _valid(mask: Any, ids: Tensor, before: int) -> Tensor:
+    """[B, L] bool: which of the present tokens are no padding.
+
+    Args:
+        mask: [B, K], which says it; or [B or 1, heads, L, K], True or 0 where a query attends to a key, as `generate`
+            makes it for a static cache, whose K is larger than what it holds; or several of these, by kind of layer.
+            A token is no padding if any query attends to it.
+        ids: [B, L] present tokens.
+        before: number of tokens in the cache.
+    """
+    masks = [one for one in (mask.values() if isinstance(mask, Mapping) else [mask]) if isinstance(one, Tensor)]
     valid = torch.ones_like(ids, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        valid = mask[:, -ids.shape[1] :].bool()
-    return Tokens(ids == image_token, valid, prefill=past is None or not past.get_seq_length())
+    for one in masks[:1]:  # kinds of layers differ in how far they look, not in what is padding
+        if one.ndim == 4:
+            one = (one if one.dtype == torch.bool else one == 0).any(dim=(1, 2)).expand(len(ids), -1)
+        start = before if one.shape[1] >= before + ids.shape[1] else one.shape[1] - ids.shape[1]
+        valid = one[:, start : start + ids.shape[1]].bool()
+    return valid

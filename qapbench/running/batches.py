@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.models import Family
+from qapbench.prune.generation import limit_on_length
 from qapbench.prune.prompt import PrunedPrompt
 from qapbench.tasking.questions import ContinuationTokenizer, Question
 
@@ -115,8 +116,9 @@ class BatchRunner:
                 otherwise [log-likelihood, is most likely] for each of its continuations.
         """
         found: list[Result] = [([], [])] * len(rows)
-        order = sorted(range(len(rows)), key=lambda index: rows[index].kind)
-        for kind, group in itertools.groupby(order, key=lambda index: rows[index].kind):
+        kinds = [(*row.kind, self._shortest(row)) for row in rows]
+        order = sorted(range(len(rows)), key=kinds.__getitem__)
+        for kind, group in itertools.groupby(order, key=kinds.__getitem__):
             members = list(group)
             size = 1 if rows[members[0]].alone else max(1, self._room(rows[members[0]], longest) // kind[0])
             for at in range(0, len(members), size):
@@ -124,6 +126,16 @@ class BatchRunner:
                 for index, result in zip(chunk, self._results([rows[index] for index in chunk]), strict=True):
                     found[index] = result
         return found
+
+    def _shortest(self, row: Row) -> int:
+        """The `min_length` under which a row generates at least as many tokens as without pruning; 0 if there is none.
+
+        The checkpoint's generation config or the task sets it, and it counts the tokens of the whole prompt.
+        """
+        if row.options is None:
+            return 0
+        limit = limit_on_length(self.model, _options(row), "min_length", "min_new_tokens")
+        return max(limit - row.prompt.removed, 0) if limit else 0
 
     def _room(self, row: Row, longest: int) -> int:
         """Largest number of tokens of a forward pass with rows of this kind.
@@ -156,7 +168,7 @@ class BatchRunner:
 
     def _generate(self, rows: list[Row], inputs: dict[str, Any]) -> list[list[Any]]:
         """Generate text: greedily, unless the task asks for sampling."""
-        options = json.loads(rows[0].options or "{}")
+        options = _options(rows[0])
         until = options.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
         length = options.pop("max_gen_toks", None) or options.pop("max_new_tokens", 256)
@@ -164,6 +176,8 @@ class BatchRunner:
             torch.manual_seed(rows[0].seed)
         else:
             options = {"do_sample": False, "num_beams": options.get("num_beams", 1)}
+        if shortest := self._shortest(rows[0]):
+            options["min_length"] = shortest
         with separately(self.model, self.family, len(rows) * int(options.get("num_beams") or 1)):
             out = self.model.generate(**inputs, max_new_tokens=length, **options)
         new = out[:, inputs["input_ids"].shape[1] :]
@@ -195,6 +209,11 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
             if large or (rows > 1 and (isinstance(module, nn.Linear) or _is_activation(module))):
                 stack.enter_context(_row_by_row(module, plain, large))
         yield
+
+
+def _options(row: Row) -> dict[str, Any]:
+    """The options of generation that a task gives."""
+    return json.loads(row.options or "{}")
 
 
 def _is_plain(linear: nn.Module) -> bool:

@@ -112,7 +112,7 @@ def _packed(prompts: dict[PruneKey, PrunedPrompt]) -> bytes:
     tensors: dict[str, Tensor] = {}
     said: list[Any] = []
     for at, (prune_key, one) in enumerate(prompts.items()):
-        said.append([prune_key, [image.to_json() for image in one.images]])
+        said.append([prune_key, [image.to_json() for image in one.images], one.removed])
         tensors |= {f"{at}/input/{name}": value.clone().contiguous() for name, value in one.inputs.items()}
         tensors |= {f"{at}/feature/{i:04}": value.clone().contiguous() for i, value in enumerate(one.features)}
     return safetensors.torch.save({name: value.cpu() for name, value in tensors.items()}, {"prompts": json.dumps(said)})
@@ -124,9 +124,10 @@ def _unpacked(data: bytes, device: torch.device) -> dict[PruneKey, PrunedPrompt]
     said = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["prompts"])
     tensors = {name: value.to(device) for name, value in safetensors.torch.load(data).items()}
     found: dict[PruneKey, PrunedPrompt] = {}
-    for at, (prune_key, images) in enumerate(said):
+    for at, (prune_key, images, removed) in enumerate(said):
         mine = {name.split("/", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{at}/")}
         inputs = {name.split("/")[1]: value for name, value in mine.items() if name.startswith("input/")}
         features = [mine[name] for name in sorted(mine) if name.startswith("feature/")]
-        found[prune_key] = PrunedPrompt(inputs, features, [ImageTokens.model_validate(image) for image in images])
+        tokens = [ImageTokens.model_validate(image) for image in images]
+        found[prune_key] = PrunedPrompt(inputs, features, tokens, removed=removed)
     return found

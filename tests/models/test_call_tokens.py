@@ -25,7 +25,7 @@ from qapbench import (
     ptqs,
 )
 from qapbench.models.family import families, family_of
-from qapbench.quantize.call_tokens import watch_of
+from qapbench.quantize.call_tokens import tokens_of, watch_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,6 +110,8 @@ def test_a_padded_batch_gives_each_row_what_it_gets_alone(
         with torch.no_grad(), compress(model, spec, calibration=calibration) as receipt:
             padded_left, padded_right = model(**left).logits, model(**right).logits
             written = model.generate(**left, **options)
+            if method is None:  # there, `generate` hands on a mask of queries and keys
+                assert torch.equal(model.generate(**left, **options, cache_implementation="static"), written)
             for row in range(3):
                 own = alone(processor, row)
                 wanted = model(**own).logits[0]
@@ -118,6 +120,42 @@ def test_a_padded_batch_gives_each_row_what_it_gets_alone(
                 torch.testing.assert_close(padded_right[row, end], wanted[-1], **CLOSE)
                 assert torch.equal(written[row, -3:], model.generate(**own, **options)[0, -3:]), method
         receipt.check()
+
+
+class Held:
+    """A cache that holds some tokens."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def get_seq_length(self) -> int:
+        return self.count
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("room", [0, 4])
+@pytest.mark.parametrize("additive", [False, True])
+def test_padding_is_found_in_a_mask_of_queries_and_keys(before: int, room: int, additive: bool) -> None:
+    """On either side, whatever the cache holds before and has room for behind; the same as from a mask of tokens."""
+    ids = torch.tensor([[9, 9, 7, 5], [9, 7, 5, 6], [7, 5, 6, 9]])
+    length = ids.shape[1]
+    present = ids != 9 if before == 0 else torch.ones_like(ids, dtype=torch.bool)
+    whole = torch.cat([torch.ones(3, before, dtype=torch.bool), present], dim=1)
+    whole[0, : before // 2] = False  # padding that lies in the cache
+    causal = torch.ones(length, before + length, dtype=torch.bool).tril(before)
+    both = torch.nn.functional.pad(causal & whole[:, None, None], (0, room))  # [B, 1, L, K]
+    mask = torch.where(both, 0.0, torch.finfo(torch.float32).min) if additive else both
+    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": Held(before)}
+    for said in (mask, {"full_attention": mask}, whole, torch.nn.functional.pad(whole, (0, room)), present):
+        found = tokens_of(inputs | {"attention_mask": said}, image_token=7)
+        assert found is not None
+        assert torch.equal(found.valid, present)
+        assert torch.equal(found.vision, ids == 7)
+        assert found.prefill is (before == 0)
+    one_row = tokens_of({"input_ids": ids, "attention_mask": causal[None, None, :, before:]}, image_token=7)
+    assert one_row is not None
+    assert one_row.valid.all()
+    assert one_row.valid.shape == ids.shape
 
 
 @pytest.mark.parametrize("model_type", families.names())

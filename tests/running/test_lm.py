@@ -11,13 +11,20 @@ from lm_eval.api.instance import Instance
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import RunSpec, UserError
+from qapbench.models.family import family_of
+from qapbench.prune.build import build_pruning
+from qapbench.receipt import Receipt
 from qapbench.records.answer import Answer
 from qapbench.records.store import answers_of
 from qapbench.running.active_run import ActiveRun
+from qapbench.running.batches import BatchRunner
+from qapbench.running.feature_cache import FeatureCache
 from qapbench.running.plan import Planned
+from qapbench.running.prompt_encoder import PromptEncoder
 from qapbench.running.session import Session
 from qapbench.running.settings import Settings
 from qapbench.running.sweep import Sweep
+from qapbench.spec.run_spec import PruneSpec
 from qapbench.tasking.lm import AskingLM, content_items, refuse
 from qapbench.tasking.outline import TaskOutline
 from qapbench.tasking.questions import in_order
@@ -121,6 +128,49 @@ def test_generation_stops_where_the_task_says(ask: Ask, tmp_path: Path) -> None:
     assert len(whole) > 3
     stop = whole[2:4]
     assert generate([stop], "cut") == whole.split(stop)[0].strip()
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "task"])
+def test_min_length_counts_the_whole_prompt(where: str, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint's generation config, or of a task that samples; beside rows that lost other numbers of tokens."""
+    model, processor = loaded
+    family, text = family_of(model), "USER: <image>\ncat ASSISTANT:"
+    options: dict[str, Any] = {"until": [], "max_gen_toks": 12, "do_sample": where == "task"}
+    length = processor(text=[text], images=[picture(3)], return_tensors="pt")["input_ids"].shape[1]
+    written: list[int] = []
+    generate = model.generate
+
+    def counting(**kwargs: Any) -> Any:
+        out = generate(**kwargs)
+        written.extend([out.shape[1] - kwargs["input_ids"].shape[1]] * len(out))
+        return out
+
+    monkeypatch.setattr(model, "generate", counting)
+    # Every token but one ends the text, but none before there are `min_length` tokens: prompt + 4, and then one more.
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [*range(5), *range(6, len(processor.tokenizer))])
+    if where == "task":
+        options["min_length"] = length + 4
+    else:
+        monkeypatch.setattr(model.generation_config, "min_length", length + 4)
+    specs = {
+        "some": {"method": "random", "keep": 5},
+        "fewer": {"method": "random", "keep": 2},
+        "inside": {"method": "fastv", "keep": 5},
+    }
+    prunings = {
+        key: build_pruning(family, PruneSpec.model_validate(spec), Receipt(), processor) for key, spec in specs.items()
+    }
+    request = Instance("generate_until", {"id": 0}, (text, options, {"visual": [picture(3)]}), 0, metadata=("t", 0, 1))
+    (question,) = in_order([request])
+    encoder, runner = PromptEncoder(family, processor, prunings), BatchRunner(family, processor, batch_size=4)
+    prompts = encoder.encode(question, text, [None, *specs])
+    rows = [row for prompt in prompts.values() for row in runner.rows(question, {text: prompt})]
+    assert [row.prompt.removed for row in rows] == [0, TOKENS - 5, TOKENS - 2, 0]
+    runner.results(rows, length)
+    assert written == [5] * len(rows)
+    cache = FeatureCache(10**6)
+    cache.put("here", prompts)
+    assert [one.removed for one in cache.get("here", torch.device("cpu")).values()][1:3] == [TOKENS - 5, TOKENS - 2]
 
 
 def test_perplexity_is_refused() -> None:
