@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -18,7 +17,7 @@ from markupsafe import Markup
 from qapbench import UserError
 from qapbench.files import replace_all_synced
 from qapbench.records.record import Record, parse_record
-from qapbench.visible import visible
+from qapbench.visible import visible, visible_logger
 
 from .export import all_visible, csv_text, json_text, page_data, percent, plain, script_json, signed
 from .flips import Flips, find_flips
@@ -28,7 +27,7 @@ from .rows import Row, clean, column_names, from_record, is_clean, mapping, stan
 from .studies import read_studies
 from .unfinished import Unfinished, unfinished_runs
 
-LOG = logging.getLogger(__name__)
+LOG = visible_logger(__name__)
 TITLE = "qapbench leaderboard"
 FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion")
 APP = ("dom.js", "flips.js", "details.js", "chart.js", "tokens.js", "metrics.js", "study.js", "heat.js", "table.js")
