@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -20,7 +19,7 @@ from qapbench.analysis.paired import NEEDS_IMAGE
 from qapbench.analysis.strata import Strata
 from qapbench.files import replace_all_synced
 from qapbench.records.record import Record, parse_record
-from qapbench.visible import visible
+from qapbench.visible import visible, visible_logger
 
 from .export import all_visible, csv_text, json_text, page_data, percent, plain, script_json, signed
 from .flips import Flips, find_flips
@@ -31,7 +30,7 @@ from .studies import read_studies
 from .tasks import detail_name, paper_row_by_task, rows_by_task, task_labels
 from .unfinished import Unfinished, unfinished_runs
 
-LOG = logging.getLogger(__name__)
+LOG = visible_logger(__name__)
 TITLE = "qapbench leaderboard"
 FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion")
 APP = ("dom.js", "flips.js", "details.js", "chart.js", "tokens.js", "metrics.js", "study.js", "heat.js", "table.js")

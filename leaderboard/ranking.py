@@ -38,7 +38,7 @@ def scored_runs(records: Sequence[Record], runs: Path | None, damaged: list[str]
         if folder and folder.is_dir():
             try:
                 scored = replace(read_scored(folder, shared), record=record)
-                damaged += [scored.damage] if scored.damage else []
+                damaged += [f"{record.name}: {scored.damage}"] if scored.damage else []
             except UserError as error:
                 damaged.append(f"{record.name}: no rank and no comparison; {error}")
         found.append(scored if scored and (scored.columns or scored.parts) else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ from pydantic import ValidationError
 from qapbench import UserError
 from qapbench.analysis.study import STUDY, Summary
 from qapbench.records.record import read_json
+from qapbench.visible import visible_logger
 
 from .rows import clean, mapping
 
-LOG = logging.getLogger(__name__)
+LOG = visible_logger(__name__)
 
 
 def read_studies(runs: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 HIDDEN = re.compile(
@@ -20,6 +21,18 @@ def visible(text: str) -> str:
 def json_visible(dumped: str) -> str:
     """JSON in which hidden characters stand as JSON escapes, so that it reads back to the same data."""
     return HIDDEN.sub(_json_escape, dumped)
+
+
+def visible_logger(name: str) -> logging.Logger:
+    """The logger with that name, made to write hidden characters escaped: its messages hold names of records."""
+    found = logging.getLogger(name)
+    found.addFilter(_made_visible)
+    return found
+
+
+def _made_visible(record: logging.LogRecord) -> bool:
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
 
 
 def _json_escape(found: re.Match[str]) -> str:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,8 +16,10 @@ from qapbench.bars import Line, only_told, shown
 from qapbench.cli.console import VisibleConsole
 from qapbench.progress import assembly_progress
 from qapbench.running.quiet import no_foreign_bars
-from qapbench.visible import HIDDEN, json_visible, visible
+from qapbench.visible import HIDDEN, json_visible, visible, visible_logger
 
+ROOT = Path(__file__).parents[1]
+SOURCES = [file for name in ("qapbench", "leaderboard", "tasks") for file in sorted((ROOT / name).rglob("*.py"))]
 ATTACK = "a\x1b]0;x\x07\x1b[2J\u202eb\x9b31m"
 
 
@@ -43,6 +47,25 @@ def test_the_terminal_gets_no_escape_sequence_of_a_name() -> None:
     written = console.file.getvalue()
     assert written.count("\\x1b[2J") == 4
     assert not HIDDEN.search(written)
+
+
+def test_log_messages_show_the_names_of_records_escaped(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        visible_logger("qapbench.test").warning("left out: %s of %d", ATTACK, 3)
+    assert caplog.messages == [f"left out: {visible(ATTACK)} of 3"]
+    raw = [file for file in SOURCES if "getLogger(__name__)" in file.read_text(encoding="utf-8")]
+    assert [file.name for file in raw] == ["index.py"], "only the index of lm-eval's tasks, which reads no record"
+
+
+@pytest.mark.parametrize("width", [20, 60])
+def test_no_text_of_a_table_is_cut_off(width: int) -> None:
+    console = VisibleConsole(file=io.StringIO(), width=width)
+    table = Table("name", "what it is")
+    table.add_row("a_name_without_any_space_that_is_long", "and_its_meaning_is_another_such_word")
+    console.print(table)
+    columns = zip(*(line.split("│")[1:3] for line in console.file.getvalue().splitlines() if "│" in line), strict=True)
+    texts = ["".join(map(str.strip, cells)) for cells in columns]
+    assert texts == ["a_name_without_any_space_that_is_long", "and_its_meaning_is_another_such_word"]
 
 
 def test_progress_is_shown_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,16 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawFigure
 // The files beside the page carry its name.
 const base = location.pathname.split("/").at(-1).replace(/\.html?$/i, "");
 for (const kind of ["csv", "json"]) byId(kind).href = `${base}.${kind}`;
+byId("json").addEventListener("click", event => {
+  if (location.protocol !== "file:") return;
+  // A browser shows a JSON file of this machine in place of the page, so the page saves the same rows by itself.
+  event.preventDefault();
+  const rows = JSON.stringify(JSON.parse(byId("data").textContent).rows, null, 1);
+  const link = Object.assign(document.createElement("a"), { download: `${base}.json` });
+  link.href = URL.createObjectURL(new Blob([rows, "\n"], { type: "application/json" }));
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+});
 
 startHeat();
 startStudy();

@@ -73,13 +73,23 @@ def data_uri(image: Image.Image) -> str:
     """
     image = image.copy()
     image.thumbnail((LARGEST, LARGEST))
-    encoded = {}
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 82})):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        encoded[kind] = buffer.getvalue()
+    options: dict[str, dict[str, Any]] = {"png": {"optimize": True}, "jpeg": {"quality": 82}}
+    encoded = {kind: encoded_as(kind, image, **more) for kind, more in options.items()}
     kind = min(encoded, key=lambda name: len(encoded[name]) * (1.0 if name == "png" else 1.5))
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
+
+
+def encoded_as(kind: str, image: Image.Image, **options: Any) -> bytes:
+    """The bytes of an image file.
+
+    Args:
+        kind: "png" or "jpeg".
+        image: the image.
+        **options: Pillow's options for that format.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def grid_of(count: int) -> tuple[int, int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from qapbench.errors import Problem, UserError
 from qapbench.records.tally import Scores, tally
 from qapbench.spec.run_spec import TaskSpec
 from qapbench.tasking.tasks import LoadedTask, load_task
+from qapbench.visible import visible_logger
 
-LOG = logging.getLogger(__name__)
+LOG = visible_logger(__name__)
 SHOWN = 5  # ids that a message lists
 WHERE = ("file",)
 

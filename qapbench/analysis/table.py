@@ -42,7 +42,7 @@ def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
     shown = names[-max(1, room // COLUMN) :]
     relative = relative_averages(records) if any(record.parts for record in records) else []
     table = Table(title="Accuracy, %", title_justify="left", caption_justify="left")
-    table.add_column("run", style="bold", overflow="fold", min_width=NAME - 4)
+    table.add_column("run", style="bold", min_width=NAME - 4)
     table.add_column("tokens", justify="right", no_wrap=True)
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
@@ -111,7 +111,7 @@ def comparison_table(comparison: Comparison, width: int = 200) -> Table:
     )
     if narrow:
         heads, *rows = [["\n".join(cells[at : at + 2]) for at in range(0, len(cells), 2)] for cells in (heads, *rows)]
-    table.add_column(heads[0], overflow="fold")
+    table.add_column(heads[0])
     for name in heads[1:]:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -148,7 +148,7 @@ def flips_table(comparison: Comparison, answers: Sequence[Mapping[str, Answer]],
     more = " (first of each shown; --flips for more)" if any(len(ids) > limit for ids, _ in both) else ""
     table = Table(title=f"Flipped questions: {sizes}{more}", title_justify="left")
     for name in ("", "question", "first answered", "second answered"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name)
     for ids, word in both:
         for name in ids[:limit]:
             given = [side[name].answer if name in side else "–" for side in answers]
@@ -156,8 +156,17 @@ def flips_table(comparison: Comparison, answers: Sequence[Mapping[str, Answer]],
     return table
 
 
-def study_table(summary: Summary) -> Table:
-    """A table with one row per score: its mean rank correlation with each effect of leaving a token out."""
+def study_table(summary: Summary, width: int = 200) -> Table:
+    """A table with one row per score: its mean rank correlation with each effect of leaving a token out.
+
+    Args:
+        summary: the summary of a study.
+        width: characters per line. If one line per score does not fit, intervals stand below the correlations.
+    """
+    labels = [one.name if one.kind == "metric" else f"{one.name} (relevance)" for one in summary.predictors]
+    rows = [[_rho(one.correlations[name]) for name in summary.targets] for one in summary.predictors]
+    cells = [["score", *summary.targets], *([label, *row] for label, row in zip(labels, rows, strict=True))]
+    narrow = sum(max(map(len, column)) + 3 for column in zip(*cells, strict=True)) + 1 > width
     table = Table(
         title=escape(f"{summary.name} on {summary.task}: rank correlation with the harm of leaving a token out"),
         title_justify="left",
@@ -165,13 +174,13 @@ def study_table(summary: Summary) -> Table:
         caption=f"mean Spearman's rho over {summary.questions} questions ({summary.units} omissions, "
         f"{100 * summary.changed:.1f} % change the answer), bootstrap 95 % interval over questions\n"
         + "\n".join(f"{name}: {meaning}" for name, meaning in summary.targets.items()),
+        show_lines=narrow,
     )
     table.add_column("score")
     for name in summary.targets:
         table.add_column(name, justify="right", no_wrap=True)
-    for one in summary.predictors:
-        label = one.name if one.kind == "metric" else f"{one.name} (relevance)"
-        table.add_row(escape(label), *(_rho(one.correlations[name]) for name in summary.targets))
+    for label, row in zip(labels, rows, strict=True):
+        table.add_row(escape(label), *(cell.replace("  ", "\n") if narrow else cell for cell in row))
     return table
 
 

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,6 +25,7 @@ from qapbench.bars import shown
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_file
 from qapbench.progress import ProgressCallback, assembly_progress, silent
+from qapbench.visible import visible_logger
 
 from .gguf import LlamaGGUF, read_llama
 
@@ -41,7 +41,7 @@ PARTS = (
 CARRIED = ("status.txt", "README.md")  # files that are copied into the result if they exist
 VERSION = 1  # version of what `build` writes; increasing it leaves older cache folders unused
 IMAGE = "<image>"
-log = logging.getLogger(__name__)
+log = visible_logger(__name__)
 
 
 class Base(BaseModel):

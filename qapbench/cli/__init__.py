@@ -24,19 +24,20 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: drawing boxes would take half of the start-up time
     help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
 )
-app.command()(running.run)
-app.command()(running.validate)
-app.command("list")(items.list_items)
-app.command()(items.show)
-app.command()(items.schema)
-app.command()(scaffold.new)
-app.command()(results.leaderboard)
-app.command()(results.compare)
-app.command()(studies.explain)
-app.command()(results.score)
-app.command()(doctor.doctor)
+# The texts that `--help` lists are short enough for 60 characters per line, where longer ones would be cut off.
+app.command(short_help="Make the missing runs of a spec.")(running.run)
+app.command(short_help="Check a spec and list its runs.")(running.validate)
+app.command("list", short_help="List what is registered, or specs.")(items.list_items)
+app.command(short_help="Describe one registered item.")(items.show)
+app.command(short_help="Print the JSON Schema of specs.")(items.schema)
+app.command(short_help="Write a strategy to start from.")(scaffold.new)
+app.command(short_help="Write the page of all runs.")(results.leaderboard)
+app.command(short_help="Compare two runs by question.")(results.compare)
+app.command(short_help="Draw the pruning of one question.")(studies.explain)
+app.command(short_help="Score stored outputs again.")(results.score)
+app.command(short_help="Say what works on this machine.")(doctor.doctor)
 app.add_typer(study_app, name="study")
-study_app.command("sensitivity")(studies.study_sensitivity)
+study_app.command("sensitivity", short_help="Which metric predicts harm?")(studies.study_sensitivity)
 
 
 def _version(asked: bool) -> None:

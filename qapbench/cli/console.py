@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from qapbench.bars import shown
@@ -27,10 +28,20 @@ if TYPE_CHECKING:
 
 
 class VisibleConsole(Console):
-    """A console on which no text of a spec, a record or a model moves the cursor or turns the writing direction."""
+    """A console on which no text of a spec, a record or a model moves the cursor or turns the writing direction.
+
+    No text of a table is cut off either, unless its column must not be wrapped.
+    """
 
     def render_str(self, text: str, **more: Any) -> Text:
         return super().render_str(visible(text), **more)
+
+    def print(self, *objects: Any, **more: Any) -> None:
+        """Print, and break a word that is too long for its cell: by default rich cuts it off."""
+        for table in objects:
+            for column in table.columns if isinstance(table, Table) else ():
+                column.overflow = "ellipsis" if column.no_wrap else "fold"
+        super().print(*objects, **more)
 
 
 USUAL = gc.get_threshold()

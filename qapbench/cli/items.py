@@ -44,8 +44,8 @@ def list_items(
         return
     for registry in _registries(kind):
         table = Table(title=registry.kind, title_justify="left")
-        table.add_column("name", style="bold", overflow="fold")
-        table.add_column("parameters", overflow="fold")
+        table.add_column("name", style="bold", no_wrap=True)
+        table.add_column("parameters")
         table.add_column("what it is")
         for entry in registry:
             fields = entry.params.model_fields.items()
@@ -132,7 +132,9 @@ def show(
     width = min(out.width, READABLE)
     out.print(f"\n{escape(registry.entry(name).documentation.text)}\n", highlight=False, width=width)
     if described["parameters"]:
-        table = Table("parameter", "type", "values", "default", "meaning", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for head in ("parameter", "type", "values", "default", "meaning"):
+            table.add_column(head, no_wrap=head == "parameter")
         for key, schema in described["parameters"].items():
             cells = (key, _type(schema), _values(schema), _default(schema), schema.get("description", ""))
             table.add_row(*map(escape, cells))

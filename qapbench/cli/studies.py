@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from qapbench.errors import UserError
+from qapbench.files import replace_synced
 
 from .console import (
     DeviceOption,
@@ -38,6 +39,7 @@ def explain(
     """Draw the pruning of one question: image, sensitivity, relevance, both selections, both answers."""
     from qapbench.analysis.drawing import draw
     from qapbench.analysis.explain import choose_run, explain
+    from qapbench.analysis.pictures import encoded_as
     from qapbench.running.planner import Planner
     from qapbench.running.session import Session
     from qapbench.running.settings import Settings, find_device
@@ -51,7 +53,7 @@ def explain(
     with progress() as report:
         explanation = explain(chosen, sample, Session(settings, report))
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(explanation).save(picture)
+    replace_synced(picture, encoded_as("png", draw(explanation)))
     if as_json:
         typer.echo(json.dumps(explanation.to_json()))
         return
@@ -93,5 +95,5 @@ def study_sensitivity(
         typer.echo(json.dumps([summary.model_dump(mode="json") for summary in summaries]))
         return
     for summary in summaries:
-        out.print(study_table(summary))
+        out.print(study_table(summary, out.width))
     print_notes(note for summary in summaries for note in summary.notes)

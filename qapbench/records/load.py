@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qapbench.errors import UserError
 from qapbench.receipt import LinearReceipt
+from qapbench.visible import visible_logger
 
 from .intact import damage, described, mending, read_scored_questions
 from .record import RECORD, SCORED, NewerRecordError, Record, read_record
@@ -17,7 +17,7 @@ from .store import ANSWERS, answers_of
 if TYPE_CHECKING:
     import pandas as pd
 
-LOG = logging.getLogger(__name__)
+LOG = visible_logger(__name__)
 
 
 def load_records(runs: str | Path = "runs", *, parts: bool = False) -> list[Record]:

@@ -5,7 +5,6 @@ It loads no model, and imports lm-eval only for tasks of lm-eval's own.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 
@@ -22,11 +21,12 @@ from qapbench.tasking.groups import expanded, placed
 from qapbench.tasking.images import check_pictures
 from qapbench.tasking.outline import TaskOutline, calibration_fingerprint
 from qapbench.tasking.tasks import find_outline
+from qapbench.visible import visible_logger
 
 from .fingerprints import OF_TEXT, about, fingerprints
 from .plan import Planned, Shared, group_key, shared_work
 
-LOG = logging.getLogger(__name__)
+LOG = visible_logger(__name__)
 
 
 class Planner:

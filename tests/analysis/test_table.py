@@ -4,9 +4,12 @@ import io
 
 import pytest
 from rich.console import Console
+from small_records import small_record
 
 from qapbench.analysis.paired import Comparison, Difference
-from qapbench.analysis.table import comparison_table
+from qapbench.analysis.study import TARGETS, Correlation, Predictor, Summary
+from qapbench.analysis.table import ablation_table, comparison_table, study_table
+from qapbench.cli.console import VisibleConsole
 
 
 def printed(width: int, n: int = 4241) -> str:
@@ -30,3 +33,34 @@ def test_compare_shows_every_head_and_number(width: int) -> None:
 
 def test_wide_terminals_get_one_line_per_row() -> None:
     assert any("NAT" in line and "4.56e-09" in line and "97.24" in line for line in printed(120).splitlines())
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_study_shows_every_correlation_and_its_interval(width: int) -> None:
+    found = {name: Correlation(rho=0.123, low=-0.25, high=0.5, n=9) for name in TARGETS}
+    scores = [Predictor(name="outlier_intensity", kind="metric", correlations=found)]
+    scores.append(Predictor(name="cdpruner", kind="relevance", correlations=found))
+    known = {"name": "combined", "task": "t", "questions": 9, "units": 90, "changed": 0.1}
+    summary = Summary.model_construct(**known, targets=TARGETS, predictors=scores)
+    console = VisibleConsole(width=width, file=io.StringIO())
+    console.print(study_table(summary, width))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text.replace(" … ", "")
+    assert text.count("+0.123") == text.count("-0.25 … +0.50") == 2 * len(TARGETS)
+    first = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
+    assert first.replace(" ", "") == "outlier_intensitycdpruner(relevance)"
+    assert all(name in text for name in TARGETS)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_accuracies_that_have_no_room_are_named(width: int) -> None:
+    names = ["NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg"]
+    columns = [{"name": name, "k": 1, "n": 3, "accuracy": 1 / 3} for name in names]
+    console = VisibleConsole(width=width, file=io.StringIO())
+    console.print(ablation_table([small_record(columns, name="a_name_of_a_run_" * 4)], width))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert all(name in text for name in names)
+    assert text.count("33.33") + len(text.partition("for lack of width: ")[2].split(", ")) == len(names)
