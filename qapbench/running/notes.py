@@ -9,7 +9,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.methods.kinds import fusions, metrics, pruners
 from qapbench.methods.registry import Registry
 from qapbench.receipt import Receipt
-from qapbench.records.record import Unanswered
+from qapbench.records.record import ReceiptRecord, Unanswered
 from qapbench.spec.items import Item
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
@@ -104,3 +104,8 @@ def _transparent(receipt: Receipt, background: str | None) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun, such as "1 question" or "2 questions"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def receipt_record(receipt: Receipt) -> ReceiptRecord:
+    """The receipt in the form in which a record holds it."""
+    return ReceiptRecord.model_validate(receipt.to_json())

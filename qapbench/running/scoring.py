@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from qapbench.receipt import Receipt
 from qapbench.records.intact import digests
 from qapbench.records.record import (
     SCORED,
     Environment,
-    ReceiptRecord,
     Record,
     ScoreTable,
     Stopped,
@@ -30,7 +28,7 @@ from qapbench.tasking.tasks import LoadedTask
 
 from .active_run import ActiveRun, place_among
 from .environment import environment
-from .notes import chance, labels, notes
+from .notes import chance, labels, notes, receipt_record
 
 
 def finish(
@@ -99,8 +97,3 @@ def finish(
         stopped=stopped,
         unanswered=unanswered,
     )
-
-
-def receipt_record(receipt: Receipt) -> ReceiptRecord:
-    """The receipt in the form in which a record holds it."""
-    return ReceiptRecord.model_validate(receipt.to_json())

@@ -175,5 +175,5 @@ def test_min_length_counts_the_whole_prompt(where: str, loaded: Any, monkeypatch
 
 def test_perplexity_is_refused() -> None:
     request = Instance("loglikelihood_rolling", {}, ("text",), 0, metadata=("t", 0, 1))
-    with pytest.raises(UserError, match="perplexity"):
+    with pytest.raises(UserError, match="roll over a whole text"):
         refuse([request])
