@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+LMMS   := .venv-lmms
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-lmms lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/qapbench run quickstart
@@ -12,6 +13,10 @@ quickstart: $(VENV)/.installed
 # are written even where the environment forbids it, since the tests start many commands.
 test: lint
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+# In an environment of its own: lmms-eval without the forty packages that its metadata asks for and its tasks do without.
+test-lmms: $(LMMS)/.installed
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -m lmms
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -31,5 +36,12 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e '.[test]' -c constraints.txt
 	touch $@
 
+$(LMMS)/.installed: pyproject.toml constraints.txt
+	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/pip install --quiet torch -c constraints.txt
+	$(LMMS)/bin/pip install --quiet -e . 'pytest>=8.3' 'accelerate>=1' 'loguru>=0.7' 'tenacity>=8.3' -c constraints.txt
+	$(LMMS)/bin/pip install --quiet --no-deps 'lmms-eval>=0.7.1,<0.8'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LMMS) build dist *.egg-info

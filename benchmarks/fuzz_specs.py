@@ -431,7 +431,6 @@ def endings(seed: int, indices: range | list[int], folder: Path, fresh: bool) ->
 
     from qapbench.methods.plugins import load_plugins
     from qapbench.running.planner import Planner  # noqa: F401
-    from qapbench.tasking.index import lm_eval_index
     from qapbench.tasking.registry import tasks
 
     load_plugins()

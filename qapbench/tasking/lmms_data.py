@@ -57,12 +57,12 @@ class DataSource:
             return own_map(dataset, *args, **options)
 
         datasets.load.load_dataset_builder = found
-        datasets.arrow_dataset.Dataset.map = mapped  # type: ignore[method-assign]
+        datasets.arrow_dataset.Dataset.map = mapped
         try:
             yield
         finally:
             datasets.load.load_dataset_builder = build
-            datasets.arrow_dataset.Dataset.map = own_map  # type: ignore[method-assign]
+            datasets.arrow_dataset.Dataset.map = own_map
 
     def _built(self, build: Any, path: str, name: str | None, options: dict[str, Any]) -> Any:
         """`load_dataset_builder` of what is found in place of a hub id."""

@@ -6,10 +6,11 @@ from typing import Any
 
 from .lm import MARK
 
-GENERATION = (
-    "until", "max_new_tokens", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams",
-    "repetition_penalty", "length_penalty",
-)  # fmt: skip
+GENERATION = frozenset(
+    {"until", "max_new_tokens", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams"}
+    | {"repetition_penalty", "length_penalty"}
+)
+"""Options of generation that every model has. Tasks name others, such as `image_aspect_ratio`, for a particular one."""
 
 
 def marked(text: str, pictures: int) -> str:
@@ -27,5 +28,5 @@ def generation(options: dict[str, Any]) -> dict[str, Any]:
 
     As in lmms-eval's own models, a temperature above 0 asks for sampling, unless the task says otherwise.
     """
-    kept = {name: options[name] for name in GENERATION if options.get(name) is not None}
+    kept = {name: options[name] for name in sorted(GENERATION) if options.get(name) is not None}
     return {**kept, "do_sample": bool(kept.get("do_sample", (kept.get("temperature") or 0) > 0))}

@@ -22,7 +22,7 @@ from lm_eval.api.task import ConfigurableTask
 from qapbench.errors import Problem, UserError, first_line
 
 from .lmms_data import DataSource, hub_error
-from .lmms_index import LIGHT, NAME, LmmsTaskFile
+from .lmms_index import INSTALL, LIGHT, NAME, LmmsTaskFile
 from .lmms_pictures import Picture, Pictures
 from .lmms_requests import generation, marked
 
@@ -121,7 +121,7 @@ def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tu
         message = f"lmms-eval cannot be imported: {first_line(error)}; its tasks need this: {LIGHT}"
         raise UserError(Problem(message, NAME)) from None
 
-    class Loaded(LmmsTask):  # type: ignore[misc, valid-type]
+    class Loaded(LmmsTask):
         """Without lmms-eval's repeated attempts: what is missing does not appear by waiting."""
 
         download = getattr(LmmsTask.download, "__wrapped__", LmmsTask.download)
@@ -145,7 +145,8 @@ def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tu
         if data is None and source is not None and not source.loaded:
             raise hub_error(path, error) from None
         message = f"lmms-eval cannot load '{found.name}': {type(error).__name__}: {first_line(error)}"
-        raise UserError(Problem(message, NAME)) from None
+        hint = f"; {INSTALL} brings what its tasks need" if isinstance(error, ImportError) else ""
+        raise UserError(Problem(message + hint, NAME)) from None
     made = _as_lm_eval(found.name, task)
     return made, source.fingerprint, _overall(made)
 
@@ -167,7 +168,8 @@ def _refuse(name: str, config: dict[str, Any]) -> None:
 def _as_lm_eval(name: str, task: Any) -> ConfigurableTask:
     """lm-eval's task whose functions are those of lmms-eval's task."""
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
-    documents = {part: Documents(task, part) for part in {split, task.config.training_split} - {None}}
+    training = task.config.training_split if task.config.training_split in task.dataset else None
+    documents = {part: Documents(task, part) for part in (split, training) if part is not None}
 
     def pictures(doc: Document) -> list[Picture]:
         part, index = doc.place
@@ -182,7 +184,7 @@ def _as_lm_eval(name: str, task: Any) -> ConfigurableTask:
         "task": name,
         "custom_dataset": lambda **_: documents,
         "test_split": split,
-        "training_split": task.config.training_split,
+        "training_split": training,
         "output_type": task.OUTPUT_TYPE,
         "doc_to_text": text,
         "doc_to_image": pictures if task.config.doc_to_visual is not None else None,
@@ -250,7 +252,7 @@ def _score(task: Any, item: Any, total: Callable[..., Any]) -> Score | _Unscored
 
     That is the number itself, the entry that the task declares as its score, or the aggregation over this question.
     """
-    value = item.get(task.config.score_key) if isinstance(item, dict) else item
+    value: Any = item.get(task.config.score_key) if isinstance(item, dict) else item
     if not _is_number(value):
         try:
             value = _aggregated(total, [item])
@@ -258,7 +260,7 @@ def _score(task: Any, item: Any, total: Callable[..., Any]) -> Score | _Unscored
             return _Unscored(item)
     if not _is_number(value):
         return _Unscored(item)
-    score = Score(float(value))
+    score = Score(value)
     score.item = item
     return score
 

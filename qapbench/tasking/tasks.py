@@ -97,8 +97,12 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
     Raises:
         UserError: there is no such task, it does not have one of the options, or its data cannot be read.
     """
-    if spec.origin == "lmms-eval":
-        return replace(_load_from_lmms_eval(spec), background=spec.background, blank=spec.blank_images)
+    loaded = _load_from_lmms_eval(spec) if spec.origin == "lmms-eval" else _load(spec, seed)
+    return replace(loaded, background=spec.background, blank=spec.blank_images)
+
+
+def _load(spec: TaskSpec, seed: int) -> LoadedTask:
+    """Load a registered task, one of lm-eval's, or one of a file of the user's."""
     own = find_task_file(spec)
     registered = own is None and spec.name in tasks
     if not registered:
@@ -106,8 +110,7 @@ def load_task(spec: TaskSpec, seed: int = 0) -> LoadedTask:
             _refuse_unknown(spec.name)  # before lm-eval is imported, which takes seconds
         _refuse_options(spec)
     with quiet():
-        loaded = _load_registered(spec, seed) if registered else _load_from_lm_eval(spec, own)
-    return replace(loaded, background=spec.background, blank=spec.blank_images)
+        return _load_registered(spec, seed) if registered else _load_from_lm_eval(spec, own)
 
 
 def _load_registered(spec: TaskSpec, seed: int) -> LoadedTask:

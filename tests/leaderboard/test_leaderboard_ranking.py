@@ -212,6 +212,8 @@ def overall(record: Data) -> Data:
         (change("record.json", lambda r: r.update(labels={"pruner": "better"})), "labels are not"),
         (change("record.json", lambda r: r["spec"].update(plugins=["x.py"])), "plugin"),
         (change("record.json", lambda r: r["spec"]["task"].update(name="hellaswag")), "can be verified"),
+        (change("record.json", lambda r: r["spec"]["task"].update({"from": "lmms-eval"})), "can be verified"),
+        (change("record.json", lambda r: r["spec"]["task"].update(include_path="tasks")), "can be verified"),
         (change("record.json", lambda r: r["spec"]["task"].update(data="/none.parquet")), "--data"),
         (change("record.json", lambda r: r["fingerprints"].update(data="0" * 64)), "data"),
         (change("answers.jsonl", lambda a: a.pop()), f"each of the {QUESTIONS} questions"),
