@@ -42,7 +42,6 @@ NOT_EQUIVARIANT = {
     "random": ("indices", "noise is drawn by position"),
     "holov": ("indices", "runs are neighbours in the raster order"),
     "tome": ("indices", "every second token of the raster order looks for one among the others"),
-    "vscan": ("indices", "windows are neighbours in the grid"),
     "vtw": ("indices", "without a sensitivity no token is worth more than another, and the lower wins"),
     "visionzip": ("merged", "contextual targets are every step-th token of the raster order"),
 }
