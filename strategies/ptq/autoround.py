@@ -137,10 +137,10 @@ def tune(
         ends = torch.ones(2, len(w), sum(part.shape[1] for part in grouped(w, format.group_size)), device=w.device)
         learned[name] = [torch.zeros_like(w, dtype=torch.float32), *ends]
     parameters = [parameter.requires_grad_(True) for some in learned.values() for parameter in some]
-    best, least = {name: rounded(w, *learned[name], format).detach() for name, w in original.items()}, torch.inf
+    best, least = {name: rounded(w, format, *learned[name]).detach() for name, w in original.items()}, torch.inf
     for step, batch in enumerate(batches):
         with torch.enable_grad():
-            new = {name: rounded(w, *learned[name], format) for name, w in original.items()}
+            new = {name: rounded(w, format, *learned[name]) for name, w in original.items()}
             loss = error(new, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         if (value := float(loss.detach())) < least:
@@ -155,15 +155,15 @@ def tune(
     return best
 
 
-def rounded(w: Tensor, v: Tensor, low: Tensor, high: Tensor, format: Format) -> Tensor:
+def rounded(w: Tensor, format: Format, v: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Round a weight [out, in], differentiably.
 
     Args:
         w: the weight.
+        format: its format.
         v: [out, in], added in units of the scale before rounding.
         low: [out, groups], factors of the lower ends of the ranges.
         high: [out, groups], factors of the upper ends.
-        format: format of the weight.
     """
     parts, start, top = [], 0, 2.0**format.bits
     for part, shift in zip(grouped(w.float(), format.group_size), grouped(v, format.group_size), strict=True):

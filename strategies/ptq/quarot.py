@@ -53,6 +53,8 @@ class QuaRot(CalibratedPTQ):
     damping: Fraction = 0.01
     seed: Annotated[int, Field(ge=0)] = 0
 
+    formats = (Format(bits=4, symmetric=True), Format(bits=4, symmetric=True))
+
     def calibrate(
         self,
         calibration: Calibration,

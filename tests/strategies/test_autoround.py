@@ -62,10 +62,10 @@ def test_levels_have_a_signed_scale() -> None:
     """The end with the larger magnitude is -8 scales of 4-bit levels; zero is a level of asymmetric ones."""
     ends = torch.ones(4, 1)
     w = torch.tensor([[0.8, -0.1, 0.35], [-0.8, 0.1, 0.6], [0.0, 0, 0], [0.5, 0.5, 0.5]])
-    out = rounded(w, torch.zeros_like(w), ends, ends, Format(bits=4, symmetric=True))
+    out = rounded(w, Format(bits=4, symmetric=True), torch.zeros_like(w), ends, ends)
     wanted = [[0.8, -0.1, 0.4], [-0.8, 0.1, 0.6], [0, 0, 0], [0.5, 0.5, 0.5]]
     np.testing.assert_allclose(out.numpy(), wanted, atol=1e-6)
-    out = rounded(w + 1, torch.zeros_like(w), ends, ends, Format(bits=2))
+    out = rounded(w + 1, Format(bits=2), torch.zeros_like(w), ends, ends)
     np.testing.assert_allclose(out.numpy()[2], [1, 1, 1], atol=1e-6)
     np.testing.assert_allclose(out.numpy()[0] / (1.8 / 3), np.round(out.numpy()[0] / (1.8 / 3)), atol=1e-5)
 
