@@ -23,6 +23,7 @@ KEEP = 5  # budget; a view of a tiny model has 16 or 20 tokens
 Outcome = Literal["runs", "refused", "failed"]
 # Formats that are tried for a method that has none of its own, on both sides; the first that it makes is taken.
 FORMATS = (Format(bits=4, group_size=16), Format(bits=8, symmetric=True))
+FEW = {"iters": 3, "epochs": 1}  # steps of methods that learn: whether they run does not depend on how long
 TENSOR = Format(bits=8, symmetric=True, granularity="tensor")
 
 
@@ -157,7 +158,11 @@ def _run_quantized(
 ) -> Iterator[CompatibilityResult]:
     """Quantize the model once, as a sweep does, and run the pruners in `taken` on it."""
     sides = {"weights": formats[0], "activations": formats[1]}
-    section = {"method": ptq, **{side: format.model_dump() for side, format in sides.items() if format is not None}}
+    few = {key: value for key, value in FEW.items() if key in ptqs.validate(ptq, {})}
+    section = {
+        "method": {ptq: few},
+        **{side: format.model_dump() for side, format in sides.items() if format is not None},
+    }
     with contextlib.ExitStack() as stack:
         quantization: Receipt | None = None
         why: Exception | None = None

@@ -39,7 +39,9 @@ class KVSide(BaseModel):
     @classmethod
     def _by_format(cls, data: Any) -> Any:
         """FP8 has 8 bits."""
-        return {"bits": 8, **data} if isinstance(data, dict) and data.get("format") == "fp8" else data
+        if not isinstance(data, dict) or data.get("format") != "fp8":
+            return data
+        return {"bits": 8} | {name: value for name, value in data.items() if value is not None}
 
     @model_validator(mode="after")
     def _consistent(self) -> KVSide:

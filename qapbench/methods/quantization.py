@@ -66,8 +66,8 @@ class Format(BaseModel):
     def _by_format(cls, data: Any) -> Any:
         """Fill in what follows from a floating-point format."""
         kind = FLOATS.get(str(data.get("format"))) if isinstance(data, dict) else None
-        if kind is None:
-            return data
+        if kind is None:  # of an unknown format only the name is wrong
+            return {"bits": 8, **data} if isinstance(data, dict) and data.get("format", "int") != "int" else data
         size = 128 if data.get("granularity") == "block" else kind.group_size
         filled = {"bits": kind.bits, "group_size": size, "symmetric": True, "scale": kind.rules[0]}
         return filled | {name: value for name, value in data.items() if value is not None}

@@ -35,7 +35,7 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 # Less of what only takes longer.
-QUICK: dict[str, dict[str, Any]] = {"omniquant": {"epochs": 1}}
+QUICK: dict[str, dict[str, Any]] = {"omniquant": {"epochs": 1}, "autoround": {"iters": 3}}
 
 
 def method(name: str) -> PTQ:

@@ -231,6 +231,11 @@ def test_formats_that_contradict_themselves(fields: dict[str, Any], message: str
         Format(**fields)
 
 
+def test_a_wrong_name_is_the_only_mistake() -> None:
+    with pytest.raises(ValidationError, match="1 validation error"):
+        Format.model_validate({"format": "nvpf4"})
+
+
 def test_as_data() -> None:
     """An integer format is written as before, so that ids stay; a floating-point one can be read back."""
     fields = ["bits", "group_size", "symmetric", "granularity", "divisor", "zero_point"]
