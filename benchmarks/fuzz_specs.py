@@ -438,7 +438,9 @@ def endings(seed: int, indices: range | list[int], folder: Path, fresh: bool) ->
     warnings.simplefilter("ignore")
     write_plugins(folder)
     found = []
-    for index in indices:
+    for done, index in enumerate(indices):
+        if done % 100 == 0:
+            print(f"\r{done} of {len(indices)} specs", end="", file=sys.stderr, flush=True)
         encoded, changes = made_up(seed, index)
 
         def one(index: int = index, encoded: bytes = encoded, changes: list[str] = changes) -> Ending:

@@ -155,6 +155,7 @@ def main() -> None:
             if not trial(left, folder, given.limit, random.Random(f"{given.seed} {number}"), seconds):
                 lost.append(number)
             shutil.rmtree(folder, ignore_errors=True)
+            print(f"\r{number + 1} trials, {len(lost)} lost something", end="", file=sys.stderr, flush=True)
         out.print(
             f"{given.campaign}: {given.repeat - len(lost)} of {given.repeat} trials lost nothing; seed {given.seed}"
         )

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -18,11 +17,11 @@ from .call_tokens import TokenContext
 
 @dataclasses.dataclass
 class _Quantized:
-    """A quantized input, what tells whether the input is still as it was, and the layers that read it so far (ids)."""
+    """A quantized input, the versions of the input and of it, and its readers so far (ids)."""
 
     format: Format
     value: Tensor
-    state: int | Tensor
+    versions: tuple[int, int]
     readers: set[int]
 
 
@@ -30,7 +29,9 @@ class SharedInputs:
     """Quantized inputs that several linears read: query, key and value share one, gate and up another.
 
     An input is held as long as the tensor that it was made of lives. What may be shared is a row-wise format without a
-    transform, where a token's result depends on nothing but the token.
+    transform, where a token's result depends on nothing but the token. A change in place is seen by a tensor's version.
+    Tensors of `torch.inference_mode` have none, and to compare them with copies costs more than to quantize them again,
+    so those are not shared.
     """
 
     def __init__(self) -> None:
@@ -38,24 +39,18 @@ class SharedInputs:
 
     def quantized(self, x: Tensor, format: Format, reader: nn.Module, make: Callable[[], Tensor]) -> Tensor:
         """The quantized input: as an earlier reader left it, or made now."""
+        if x.is_inference():
+            return make()
         held: _Quantized | None = self._held.get(x)
         # A second read by the same layer means the buffer was refilled; recompute.
-        if held is not None and held.format is format and id(reader) not in held.readers and _is_as(x, held.state):
+        readable = held is not None and held.format is format and id(reader) not in held.readers
+        if held is not None and readable and held.versions == (x._version, held.value._version):
             held.readers.add(id(reader))
             return held.value
         new = make()
-        if new is not x and not new.requires_grad:
-            self._held[x] = _Quantized(format, new, _state(x), {id(reader)})
+        if new is not x and not new.requires_grad and not new.is_inference():
+            self._held[x] = _Quantized(format, new, (x._version, new._version), {id(reader)})
         return new
-
-
-def _state(x: Tensor) -> int | Tensor:
-    """What tells later whether a tensor was changed in place: its version, or a copy, as inference has no versions."""
-    return x.clone() if x.is_inference() else x._version
-
-
-def _is_as(x: Tensor, state: int | Tensor) -> bool:
-    return torch.equal(x, state) if isinstance(state, Tensor) else x._version == state
 
 
 @contextlib.contextmanager

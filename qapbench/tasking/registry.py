@@ -92,7 +92,7 @@ class TaskSource:
         split = self.config.test_split
         try:
             found = self.read(**{**self.config.metadata, **options})
-            docs = found.get(split) if isinstance(found, Mapping) else None
+            docs: Any = found.get(split) if isinstance(found, Mapping) else None
             named = hasattr(docs, "fingerprint") and hasattr(docs, "features")
             usable = named and (not len(docs) or isinstance(docs[0], Mapping))
         except UserError:

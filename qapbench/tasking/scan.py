@@ -26,7 +26,7 @@ _RESERVED = {b"true", b"false", b"yes", b"no", b"on", b"off", b"null", b"y", b"n
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_Base):  # type: ignore[misc]
+class _Loader(_Base):
     """YAML's safe loader, to which lm-eval's `!function module.name` is text."""
 
 

@@ -42,20 +42,21 @@ def test_an_input_of_several_linears_is_quantized_once(pair: tuple[nn.Linear, nn
         expected = FORMAT(x)
         assert torch.equal(one(x), nn.functional.linear(expected, one.weight, one.bias))
         assert torch.equal(two(x), nn.functional.linear(expected, two.weight, two.bias))
-        assert Counted.calls == 1
+        assert Counted.calls == (2 if inference else 1)
         two(x.clone())
-        assert Counted.calls == 2
+        assert Counted.calls == (3 if inference else 2)
 
 
-def test_a_buffer_that_is_filled_anew_is_quantized_anew(pair: tuple[nn.Linear, nn.Linear]) -> None:
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_buffer_that_is_filled_anew_is_quantized_anew(pair: tuple[nn.Linear, nn.Linear], inference: bool) -> None:
     one, two = pair
-    with torch.inference_mode():
+    with torch.inference_mode() if inference else torch.no_grad():
         x = torch.randn(2, 16)
         for _ in range(2):
             for linear in (one, two):
                 assert torch.equal(linear(x), nn.functional.linear(FORMAT(x), linear.weight, linear.bias))
             x.copy_(torch.randn(2, 16))
-    assert Counted.calls == 2
+    assert Counted.calls == (4 if inference else 2)
 
 
 def test_what_carries_gradients_is_not_shared(pair: tuple[nn.Linear, nn.Linear]) -> None:
@@ -96,11 +97,33 @@ def test_without_shared_inputs_nothing_is_shared() -> None:
 
 
 @pytest.mark.parametrize("inference", [True, False])
-def test_a_change_in_place_between_two_readers_is_noticed(pair: tuple[nn.Linear, nn.Linear], inference: bool) -> None:
+@pytest.mark.parametrize("through", ["itself", "a view", "a part"])
+def test_a_change_in_place_between_two_readers_is_noticed(
+    pair: tuple[nn.Linear, nn.Linear], through: str, inference: bool
+) -> None:
     one, two = pair
     with torch.inference_mode() if inference else torch.no_grad():
         x = torch.randn(2, 16)
         one(x)
-        x[0, 3] += 2
+        changed = {"itself": x, "a view": x.view(-1), "a part": x[:1, 3:]}[through]
+        changed += 2
         assert torch.equal(two(x), nn.functional.linear(FORMAT(x), two.weight, two.bias))
     assert Counted.calls == 2
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_change_of_the_quantized_input_reaches_no_other_reader(
+    pair: tuple[nn.Linear, nn.Linear], inference: bool
+) -> None:
+    """What a hook behind the quantization does to the input of its linear stays there."""
+    one, two = pair
+    handle = one.register_forward_pre_hook(lambda _module, args: _triple(args[0]))
+    with torch.inference_mode() if inference else torch.no_grad():
+        x = torch.randn(2, 16)
+        assert torch.equal(one(x), nn.functional.linear(3 * FORMAT(x), one.weight, one.bias))
+        assert torch.equal(two(x), nn.functional.linear(FORMAT(x), two.weight, two.bias))
+    handle.remove()
+
+
+def _triple(x: Tensor) -> None:
+    x.mul_(3)

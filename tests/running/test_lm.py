@@ -10,7 +10,7 @@ from llava_checkpoints import TOKENS, picture
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qapbench import RunSpec, UserError
+from qapbench import RunSpec, UserError, compress
 from qapbench.models.family import family_of
 from qapbench.prune.build import build_pruning
 from qapbench.receipt import Receipt
@@ -106,6 +106,29 @@ def test_long_continuations_with_images_and_pruning(size: int, ask: Ask, tmp_pat
     assert [score for score, _ in found] == pytest.approx([score for score, _ in alone], abs=1e-4)
     assert [[len(image.kept or []) for image in answer.images or []] for answer in stored] == [[5]] * 3
     assert {image.available for answer in stored for image in answer.images or []} == {TOKENS}
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm"])
+def test_long_continuations_behind_a_prompt_that_the_decoder_prunes(method: str, loaded: Any) -> None:
+    """The continuation goes through every layer, and its tokens are scored as `compress` scores them."""
+    model, processor = loaded
+    family, text, spec = family_of(model), "USER: <image>\ncat ASSISTANT:", {"method": method, "keep": 5}
+    pruning = build_pruning(family, PruneSpec.model_validate(spec), Receipt(), processor)
+    (question,) = in_order([choice(0, text, " a dog or a tree", 0, [picture(3)])])
+    encoder, runner = PromptEncoder(family, processor, {"it": pruning}), BatchRunner(family, processor)
+    prompts = encoder.encode(question, text, ["it"])
+    (row,) = runner.rows(question, {text: prompts["it"]})
+    assert len(row.tail) > 2
+    ((outputs, images),) = runner.results([row], row.length)
+    (total, _), ids = outputs[0], torch.tensor([row.tail])
+    assert images[0].kept is not None
+    whole = dict(processor(text=[text], images=[picture(3)], return_tensors="pt"))
+    labels = torch.cat([torch.full_like(whole["input_ids"], -100), ids], dim=1)
+    whole["input_ids"] = torch.cat([whole["input_ids"], ids], dim=1)
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    with torch.no_grad(), compress(model, {"prune": spec}):
+        expected = -float(model(**whole, labels=labels).loss) * len(row.tail)
+    assert total == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_image_stands_where_the_text_says() -> None:
