@@ -52,6 +52,10 @@ def test_the_schema_beside_the_shipped_specs_is_what_the_command_prints() -> Non
         ({"model": "x"}, ""),
         ({**RUN, "modell": "y"}, ""),
         ({**RUN, "task": {"name": "a", "limi": 3}}, "task"),
+        ({**RUN, "task": []}, "task"),
+        ({**RUN, "task": ["a", {"limit": 3}]}, "task"),
+        ({**RUN, "tasks": ["a"]}, ""),
+        ({**RUN, "strata": "needs_images"}, "strata"),
         ({**RUN, "prune": {"method": "cdpruner"}}, "prune"),
         ({**RUN, "prune": {"method": "cdprune", "keep": 3}}, "prune.method"),
         ({**RUN, "prune": {"method": {"cdprune": {}}, "keep": 3}}, "prune.method"),
@@ -73,6 +77,7 @@ def test_mistakes_are_marked_where_they_are(spec: dict[str, Any], where: str, va
     "spec",
     [
         {**RUN, "task": {"name": "scienceqa", "limit": 3}, "prune": None},
+        {**RUN, "task": ["diagramqa", {"name": "scienceqa", "limit": 3}], "strata": "needs_image"},
         {**RUN, "prune": {"method": {"cdpruner": None}, "keep": 3}},
         {**RUN, "prune": {"method": "cdpruner"}, "matrix": {"prune.keep": [3, 4]}},
         {"cases": {"a": RUN}},
