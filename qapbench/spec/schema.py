@@ -45,13 +45,11 @@ def spec_schema() -> Schema:
     # In a sweep, a field that a section needs may come from the matrix or from each case instead.
     needed = {name: taken for name, body in sections.items() if (taken := body.pop("required", None))}
     once = {key: {"required": needed[name]} for key, body in fields.items() if (name := _target(body)) in needed}
-    del fields["tasks"]  # a list of tasks stands under `task`
-    one_task = [{"type": "string"}, {"$ref": fields["task"].pop("$ref")}]
-    fields["task"]["anyOf"] = [*one_task, {"type": "array", "minItems": 1, "items": {"anyOf": one_task}}]
-    fields["strata"]["anyOf"] = [
-        fields["strata"]["items"],
-        {key: fields["strata"].pop(key) for key in ("type", "items")},
-    ]
+    del fields["tasks"]  # which a list under `task` fills
+    task = [{"type": "string"}, {"$ref": fields["task"].pop("$ref")}]
+    fields["task"]["anyOf"] = [*task, {"type": "array", "minItems": 1, "items": {"anyOf": task, **once["task"]}}]
+    strata = {key: fields["strata"].pop(key) for key in ("type", "items")}
+    fields["strata"]["anyOf"] = [strata["items"], strata]
     dotted = _dotted(fields, sections)
     items = {key: kind for key, body in dotted.items() if (kind := _target(body)) in KINDS}
     kinds = sorted(set(items.values()))
