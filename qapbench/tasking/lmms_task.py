@@ -142,7 +142,7 @@ def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tu
     except UserError:
         raise
     except Exception as error:  # of lmms-eval, datasets, the hub, and the task's functions: no common base
-        if data is None and source is not None and not source.loaded:
+        if data is None and source is not None and isinstance(error, OSError):  # so are those of datasets and the hub
             raise hub_error(path, error) from None
         message = f"lmms-eval cannot load '{found.name}': {type(error).__name__}: {first_line(error)}"
         hint = f"; {INSTALL} brings what its tasks need" if isinstance(error, ImportError) else ""

@@ -335,7 +335,9 @@ def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"POPE is missing: the hub did not give it \(\w+\); .*hf download .*names it"):
+    with pytest.raises(
+        UserError, match=r"POPE is missing: the hub did not give it \(\w+: .*\); where .*hf download .*names it"
+    ):
         load_task(spec("pope"))
 
 
