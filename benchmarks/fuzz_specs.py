@@ -402,10 +402,12 @@ def endings(seed: int, indices: range | list[int], folder: Path, fresh: bool) ->
 
     from qapbench.methods.plugins import load_plugins
     from qapbench.running.planner import Planner  # noqa: F401
+    from qapbench.tasking.index import lm_eval_index
     from qapbench.tasking.registry import tasks
 
     load_plugins()
     tasks.names()
+    lm_eval_index()  # which takes seconds where it is not kept yet
     signal.signal(signal.SIGALRM, _stop)
     warnings.simplefilter("ignore")
     write_plugins(folder)

@@ -28,7 +28,7 @@ from .paper import paper_rows, reference
 from .ranking import REFERENCES, compared, scored_runs
 from .rows import CONFIDENCE, Row, Score, clean, column_names, from_record, is_clean, mapping, stand_in_notes, text
 from .studies import read_studies
-from .tasks import detail_name, paper_row_by_task, rows_by_task, task_labels
+from .tasks import UNDRAWN, columns_by_task, paper_row_by_task, rows_by_task, task_labels
 from .unfinished import Unfinished, unfinished_runs
 
 LOG = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def build(
     rows = [*own, *([paper_row_by_task(row, labels, OVERALL) for row in paper] if labels else paper)]
     columns = column_names(rows)
     flips = find_flips(own, scored)
+    flips.missing += [UNDRAWN] if labels else []
     studies = read_studies(folder) if folder else []
     data = page_data(rows, cleaned, columns, flips, studies)
     unfinished = unfinished_runs(folder) if folder else []
@@ -168,7 +169,8 @@ def _render(
         columns=[OVERALL] * (OVERALL in columns) + [name for name in columns if name != OVERALL],
         charted=[name for name in columns if not any(row.cells.get(name, Score()).plain is not None for row in rows)],
         overall=labels[0] if labels else OVERALL,
-        tasks={label: [name for name in columns if name.startswith(detail_name(label, ""))] for label in labels},
+        tasks=columns_by_task(labels, columns, NEEDS_IMAGE),
+        stratum=NEEDS_IMAGE,
         groups={} if labels else _grouped(columns),
         hints=HINTS,
         references=REFERENCES,

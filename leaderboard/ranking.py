@@ -53,7 +53,7 @@ def compared(rows: Sequence[Row], scored: Sequence[Scored | None]) -> list[Row]:
         scored: scores of each run; None if they cannot be read.
     """
     return [
-        with_ranking(row, ranking, rows, 0, _moved(index, ranking, scored))
+        with_ranking(row, ranking, rows, 0, moved(index, ranking, scored))
         for index, (row, ranking) in enumerate(zip(rows, rankings(scored), strict=True))
     ]
 
@@ -86,8 +86,14 @@ def versus(against: Against, rows: Sequence[Row], start: int) -> Versus:
     return Versus(start + against.row, name, d.difference, d.low, d.high, d.p, d.q, *flips)
 
 
-def _moved(index: int, ranking: Ranking, scored: Sequence[Scored | None]) -> str:
-    """The remark on answers that changed although pruning cannot change them; "" if there are none."""
+def moved(index: int, ranking: Ranking, scored: Sequence[Scored | None]) -> str:
+    """The remark on answers that changed although pruning cannot change them; "" if there are none.
+
+    Args:
+        index: index of the row.
+        ranking: its ranking.
+        scored: scores of each row's run of one task; None if they cannot be read.
+    """
     dense = ranking.get("dense")
     here, there = scored[index], scored[dense.row] if dense else None
     if here is None or there is None:

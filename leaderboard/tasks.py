@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from qapbench.analysis.paired import Scored
 from qapbench.analysis.ranking import rankings_by_task
 from qapbench.analysis.relative import parts_of, relative_averages, score_of
 from qapbench.records.record import Record, TaskPart
 
-from .ranking import versus
-from .rows import Row, Score, Standing, confidence_cells, score_of_column
+from .ranking import moved, versus
+from .rows import Row, Score, Standing, Versus, confidence_cells, score_of_column
 
 PAPER = "scienceqa"
 """The task of the paper's rows."""
+UNDRAWN = "those of runs of several tasks, which `qapbench compare` lists"
 
 
 def task_labels(records: Sequence[Record]) -> list[str]:
@@ -29,6 +30,38 @@ def detail_name(label: str, column: str) -> str:
     return f"{label} · {column}"
 
 
+@dataclass(frozen=True)
+class TaskColumns:
+    """The columns of a task beside its score, by their names on the page.
+
+    Attributes:
+        stratum: that of the questions that need their image; None if no row has it.
+        details: all others.
+    """
+
+    stratum: str | None
+    details: list[str]
+
+    def __len__(self) -> int:
+        return len(self.details)
+
+
+def columns_by_task(labels: Sequence[str], columns: Sequence[str], stratum: str) -> dict[str, TaskColumns]:
+    """The columns of each task.
+
+    Args:
+        labels: labels of the tasks.
+        columns: names of all columns of the page.
+        stratum: name of the column of the questions that need their image.
+    """
+    found = {}
+    for label in labels:
+        own = detail_name(label, stratum)
+        details = [name for name in columns if name.startswith(detail_name(label, "")) and name != own]
+        found[label] = TaskColumns(own if own in columns else None, details)
+    return found
+
+
 def rows_by_task(rows: Sequence[Row], records: Sequence[Record], scored: Sequence[Scored | None]) -> list[Row]:
     """The rows with their scores under their tasks, compared with others task by task, and their relative averages.
 
@@ -37,19 +70,24 @@ def rows_by_task(rows: Sequence[Row], records: Sequence[Record], scored: Sequenc
         records: the records.
         scored: scores of each run; None if they cannot be read.
     """
-    rankings = rankings_by_task([run.tasks if run else {} for run in scored])
+    runs = [run.tasks if run else {} for run in scored]
+    rankings = rankings_by_task(runs)
     found = []
     for index, (row, record, share) in enumerate(zip(rows, records, relative_averages(records), strict=True)):
         cells: dict[str, Score] = {}
         standings: dict[str, Standing] = {}
+        remarks: list[str] = []
         for part in parts_of(record):
             cells |= _cells(part)
-            ranking = rankings[part.label][index] if part.label in rankings else None
-            if ranking is not None:
-                against = {kind: versus(one, rows, 0) for kind, one in (ranking.against or {}).items()}
+            if part.label in rankings:
+                ranking = rankings[part.label][index]
+                against: dict[str, Versus] = {k: versus(one, rows, 0) for k, one in (ranking.against or {}).items()}
                 standings[part.label] = Standing(ranking.rank, ranking.among, against)
+                remark = moved(index, ranking, [tasks.get(part.label) for tasks in runs])
+                remarks += [f"{part.label}: {remark}"] if remark else []
         relative = Score(accuracy=share.average, reason=share.reason)
-        found.append(replace(row, cells=cells, by_task=standings, relative=relative))
+        told = "; ".join(remarks)
+        found.append(replace(row, cells=cells, by_task=standings, relative=relative, moved=told))
     return found
 
 

@@ -20,11 +20,14 @@ from qapbench.records.record import MOST, SCHEMA, SCORED, ColumnScore, Record, r
 from qapbench.records.store import ANSWERS, answers_of
 from qapbench.records.tally import tally
 from qapbench.running.notes import labels
+from qapbench.running.several import joined
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.registry import own_tasks
 from qapbench.tasking.tasks import LoadedTask, load_task
 
 TOLERANCE = 1e-9
+JOINED = ("run_id", "scores", "parts", "tokens", "fingerprints", "labels", "notes")
+"""What of the record of several tasks follows from those of one task each."""
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -60,6 +63,8 @@ def check_record(path: Path, data: str | None = None) -> CheckResult:
     """
     folder = path if path.is_dir() else path.parent
     record = read_record(path)
+    if record.parts:
+        return _check_several(record, folder, data)
     if not RUN_ID.fullmatch(record.run_id):
         raise UserError(Problem(f"expected 16 hexadecimal digits, got '{record.run_id[:40]}'", ("record", "run_id")))
     report = CheckResult([f"schema {SCHEMA}"])
@@ -82,6 +87,34 @@ def check_record(path: Path, data: str | None = None) -> CheckResult:
         more = [f"and {len(problems) - MOST} more"] if len(problems) > MOST else []
         raise UserError([Problem(f"{path}: {what}") for what in (*problems[:MOST], *more)])
     report.passed += ["counts of every column are those of the stored answers", f"receipt: {record.receipt.summary}"]
+    report.notes += record.notes
+    return report
+
+
+def _check_several(record: Record, folder: Path, data: str | None) -> CheckResult:
+    """Verify the record of a run of several tasks: that those of one task each are right, and it follows from them."""
+    report, problems, own = CheckResult(), list[Problem](), list[Record]()
+    for part in record.parts or ():
+        if not RUN_ID.fullmatch(part.run_id):
+            raise UserError(Problem(f"expected 16 hexadecimal digits, got '{part.run_id[:40]}'", ("record", "parts")))
+        place = folder.resolve().parent / part.run_id
+        try:
+            found = check_record(place, data)
+            report.passed += [f"{part.label}: {line}" for line in found.passed]
+            own.append(read_record(place))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    listed = record.spec.get("task")
+    specs = [{**part.spec, "task": listed, "name": record.name} for part in own]
+    made = joined(RunSpec.parse(specs[0]), [_spec(part, data) for part in own], own)
+    differing = [name for name in JOINED if getattr(record, name) != getattr(made, name)]
+    if differing:
+        raise UserError([Problem(f"{folder}: {name} does not follow from the runs of its tasks") for name in differing])
+    if folder.resolve().name != record.run_id:
+        raise UserError(Problem(f"{folder}: the folder must be named by the run's id, {record.run_id}"))
+    report.passed.append("the scores by task are those of the runs of one task each")
     report.notes += record.notes
     return report
 

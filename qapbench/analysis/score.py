@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qapbench.errors import Problem, UserError
+from qapbench.records.answer import Answer
 from qapbench.records.tally import Scores, tally
 from qapbench.spec.run_spec import TaskSpec
+from qapbench.tasking.registry import TaskSource
+from qapbench.tasking.scores import score
 from qapbench.tasking.tasks import LoadedTask, load_task
 
 LOG = logging.getLogger(__name__)
@@ -56,13 +59,33 @@ def score_file(path: str | Path, task: TaskSpec, seed: int = 0) -> Scores:
         raise UserError(Problem(f"{message}numbered by row; name data that have the column", WHERE))
     if strangers:
         LOG.warning("%s: %d outputs are not in the data: %s", path, len(strangers), _few(strangers))
-    scores = tally(_rows(loaded, outputs), loaded.columns, loaded.unavailable)
+    if isinstance(loaded.source, TaskSource):
+        scores = tally(_rows(loaded, outputs), loaded.columns, loaded.unavailable)
+    else:
+        scores = _by_lm_eval(loaded, outputs, seed)
     missing = len(known - outputs.keys())
     return Scores(scores.columns, scores.unparsed, missing=missing, unknown=len(strangers))
 
 
+def _by_lm_eval(loaded: LoadedTask, outputs: dict[str, str], seed: int) -> Scores:
+    """The scores of a task of lm-eval's, with its own filters and aggregation functions.
+
+    A metric that is one figure over all questions is that of the questions with an output.
+    """
+    repeats = int(loaded.task.get_config("repeats") or 1)
+    answers = [
+        Answer(task=loaded.name, doc=doc, id=name, answer=outputs[name], outputs=[outputs[name]] * repeats)
+        for doc, name in enumerate(loaded.ids)
+        if name in outputs
+    ]
+    found = score(answers, loaded, None, seed, [answer.doc for answer in answers])
+    counted = [name for name in found.columns if name not in found.figures]
+    missing = [dict.fromkeys(counted, 0.0)] * (len(loaded.ids) - len(answers))
+    return tally([*(question.metrics for question in found.questions), *missing], found.columns, {}, found.figures)
+
+
 def _rows(loaded: LoadedTask, outputs: dict[str, str]) -> Iterable[dict[str, Any]]:
-    """The scores of each question, in the order of the task."""
+    """The scores of each question of a registered task, in the order of the task."""
     for name, doc in zip(loaded.ids, loaded.docs, strict=False):
         row = loaded.task.process_results(doc, [outputs.get(name, "")])
         # A question without an output is not parsed: a parser that guesses could be right by chance.

@@ -193,10 +193,10 @@ def _has_images(task: TaskOutline) -> bool:
 
 def _row(spec: RunSpec, parts: Sequence[RunSpec], records: Sequence[Record], runs: Path) -> Record:
     """The record of a run: that of its only part, or one of all its tasks, which is then written."""
-    from .several import joined
-
     if len(parts) == 1:
         return records[0]
+    from .several import joined
+
     record = joined(spec, parts, records)
     folder = runs / record.run_id
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.methods.kinds import fusions, metrics, pruners
 from qapbench.methods.registry import Registry
 from qapbench.receipt import Receipt
+from qapbench.records.record import ReceiptRecord
 from qapbench.spec.items import Item
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
@@ -64,3 +65,8 @@ def notes(spec: RunSpec, task: TaskOutline, receipt: Receipt) -> list[str]:
     if task.stand_in:
         said.append(f"Stand-in data: {task.stand_in}")
     return said + [f"Fallback: {what}" for what in receipt.fallbacks]
+
+
+def receipt_record(receipt: Receipt) -> ReceiptRecord:
+    """The receipt in the form in which a record holds it."""
+    return ReceiptRecord.model_validate(receipt.to_json())

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from qapbench.receipt import Receipt
 from qapbench.records.intact import digests
 from qapbench.records.record import (
     SCORED,
     Environment,
-    ReceiptRecord,
     Record,
     ScoreTable,
     Stopped,
@@ -29,7 +27,7 @@ from qapbench.tasking.tasks import LoadedTask
 
 from .active_run import ActiveRun, place_among
 from .environment import environment
-from .notes import chance, labels, notes
+from .notes import chance, labels, notes, receipt_record
 
 
 def finish(
@@ -92,8 +90,3 @@ def finish(
         notes=[stopped.bound, *said] if stopped else said,
         stopped=stopped,
     )
-
-
-def receipt_record(receipt: Receipt) -> ReceiptRecord:
-    """The receipt in the form in which a record holds it."""
-    return ReceiptRecord.model_validate(receipt.to_json())

@@ -21,7 +21,7 @@ from qapbench.records.record import (
 )
 from qapbench.spec.run_spec import RunSpec
 
-from .scoring import receipt_record
+from .notes import receipt_record
 
 
 def joined(spec: RunSpec, parts: Sequence[RunSpec], records: Sequence[Record]) -> Record:

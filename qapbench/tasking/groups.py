@@ -10,6 +10,7 @@ from qapbench.spec.run_spec import TaskSpec
 
 from .index import lm_eval_index
 from .lmms_index import lmms_members
+from .outline import letter_base, typo_of
 from .registry import tasks
 from .task_file import group_of_file, groups_of, tasks_of
 from .task_yaml import member_names
@@ -70,7 +71,10 @@ def _members(spec: TaskSpec) -> list[TaskSpec]:
             return [spec]
         own = tasks_of(Path(spec.include_path).expanduser())
         return [_one(spec, name, spec.include_path if name in own else None) for name in _leaves(spec.name, groups)]
-    if spec.name in tasks or spec.name not in (groups := lm_eval_index().groups):
+    # The index is asked only for names that are not, or nearly, those of registered tasks.
+    if spec.name in tasks or letter_base(spec.name) or typo_of(spec.name):
+        return [spec]
+    if spec.name not in (groups := lm_eval_index().groups):
         return [spec]
     return [_one(spec, name, None) for name in _leaves(spec.name, groups)]
 

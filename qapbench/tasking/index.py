@@ -50,7 +50,7 @@ def lm_eval_folder() -> Path:
 def lm_eval_index() -> TaskIndex:
     """The index, from the user's cache folder. On first use of a version of lm-eval it is made and written there."""
     version = importlib.metadata.version("lm-eval")
-    cache = Path(platformdirs.user_cache_dir("qapbench", appauthor=False)) / f"lm-eval-tasks-{version}.json"
+    cache = Path(platformdirs.user_cache_dir("qapbench", appauthor=False)) / f"lm-eval-tasks-and-groups-{version}.json"
     try:
         index = TaskIndex.model_validate_json(cache.read_bytes())
         if index.lm_eval == version:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,6 +167,11 @@ def unknown_task(name: str, valid: Iterable[str]) -> UserError:
     if not hint.startswith("did"):
         hint += ", and lm-eval's own"
     return UserError(Problem(f"unknown task '{name}'; {hint}", ("task", "name")))
+
+
+def typo_of(name: str) -> str | None:
+    """The registered task that a name is nearly, so that no index is asked for it; None if it is near none."""
+    return next(iter(difflib.get_close_matches(name, tasks.names(), 1, cutoff=0.85)), None)
 
 
 def letter_base(name: str) -> str | None:

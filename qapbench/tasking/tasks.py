@@ -20,7 +20,16 @@ from qapbench.spec.run_spec import TaskSpec
 from .images import listed_images
 from .index import TaskIndex, lm_eval_folder, lm_eval_index
 from .lmms_index import find_lmms_task
-from .outline import TaskOutline, given_options, letter_base, outline_of, read_outline, score_column, unknown_task
+from .outline import (
+    TaskOutline,
+    given_options,
+    letter_base,
+    outline_of,
+    read_outline,
+    score_column,
+    typo_of,
+    unknown_task,
+)
 from .registry import LETTER, tasks
 from .task_file import TaskFile, find_task_file
 
@@ -127,8 +136,8 @@ def _refuse_unknown(name: str) -> None:
     if base := letter_base(name):
         message = f"write name: {base} with answers: letter in place of '{name}'"
         raise UserError(Problem(message, ("task", "name")))
-    if typo := difflib.get_close_matches(name, tasks.names(), 1, cutoff=0.85):
-        raise unknown_task(name, typo)
+    if typo := typo_of(name):
+        raise unknown_task(name, [typo])
     index = lm_eval_index()
     if name in index.groups:
         raise UserError(Problem(f"'{name}' is a group of tasks; name one of them", ("task", "name")))

@@ -59,3 +59,15 @@ def test_the_interval_covers_as_a_normal_one_does() -> None:
 def test_different_data_cannot_be_paired() -> None:
     with pytest.raises(UserError, match="different data"):
         compare(scored("a", [1]), scored("b", [1], data="other"))
+
+
+def test_a_figure_over_all_questions_has_no_paired_test() -> None:
+    runs = []
+    for name, figure in (("a", 0.5), ("b", 0.75)):
+        columns = [{"name": "acc", "k": 1, "n": 2}, {"name": "f1", "figure": figure, "n": 2}]
+        rows = {"q0": {"acc": 1.0, "f1": [0, 0]}, "q1": {"acc": 0.0, "f1": [1, 0]}}
+        runs.append(Scored(small_record(columns, name=name, fingerprints={"data": "d"}), rows))
+    found = compare(*runs)
+    assert [difference.column for difference in found.differences] == ["acc"]
+    assert found.untested == ["f1: 0.5 and 0.75, one figure over all questions each, so there is no paired test"]
+    assert found.to_json()["untested"] == found.untested

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_rel
 from small_records import small_record
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -117,3 +117,42 @@ def test_rows_on_other_questions_are_not_compared() -> None:
     assert [one.among for one in found] == [1, 1]
     assert [one.rank for one in found] == [None, None]
     assert found[1].against == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_that_are_not_right_or_wrong_are_paired_by_students_t(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    values = np.round(draw.random((6, 80)), 1) + np.linspace(0, 0.3, 6)[:, None] * draw.random((6, 80))
+    for i, j in ((0, 5), (1, 2)):
+        found = paired_difference("anls", values[[i, j]].T)
+        expected = ttest_rel(values[j], values[i])
+        interval = expected.confidence_interval(0.95)
+        assert found.p == pytest.approx(expected.pvalue)
+        assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+        assert found.difference == pytest.approx(values[j].mean() - values[i].mean())
+        assert (found.gained, found.lost) == ((values[j] > values[i]).sum(), (values[j] < values[i]).sum())
+        assert not found.counts
+    pairs = [(i, j) for i in range(6) for j in range(i + 1, 6)]
+    real = multipletests([ttest_rel(values[i], values[j]).pvalue for i, j in pairs], method="fdr_bh")[0]
+    ranks = [1] * 6
+    for (i, j), sure in zip(pairs, real, strict=True):
+        if sure:
+            ranks[i if values[i].mean() < values[j].mean() else j] += 1
+    assert paired_ranks(values) == ranks
+
+
+def test_scores_without_spread_are_not_told_apart() -> None:
+    same = np.full((5, 2), 0.3)
+    assert paired_difference("anls", same).p == 1
+    assert paired_difference("anls", np.array([[0.3, 0.6]])).p == 1, "of one question"
+    assert paired_ranks(np.full((3, 4), 0.1)) == [1, 1, 1]
+
+
+def test_a_lower_score_ranks_first_where_it_is_better() -> None:
+    draw = np.random.default_rng(0)
+    runs = []
+    for name, level in (("good", 0.1), ("bad", 0.6)):
+        rows = {f"q{i}": {"error": level + value} for i, value in enumerate(draw.random(40) / 10)}
+        column = {"name": "error", "mean": level, "n": 40, "lower": True}
+        runs.append(Scored(small_record([column], name=name, fingerprints={"data": "d"}), rows))
+    assert [one.rank for one in rankings(runs)] == [1, 2]

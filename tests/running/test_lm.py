@@ -125,5 +125,5 @@ def test_generation_stops_where_the_task_says(ask: Ask, tmp_path: Path) -> None:
 
 def test_perplexity_is_refused() -> None:
     request = Instance("loglikelihood_rolling", {}, ("text",), 0, metadata=("t", 0, 1))
-    with pytest.raises(UserError, match="perplexity"):
+    with pytest.raises(UserError, match="roll over a whole text"):
         refuse([request])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from scipy.stats import false_discovery_control
 
 import qapbench
 from qapbench import RunSpec, UserError
+from qapbench.analysis.check import check_record
 from qapbench.analysis.paired import NEEDS_IMAGE, compare, find_run, read_scored
 from qapbench.analysis.relative import relative_averages
 from qapbench.analysis.strata import Strata
 from qapbench.analysis.table import ablation_table
 from qapbench.leaderboard import build
-from qapbench.records.record import Record
+from qapbench.records.record import Record, write_record
 from qapbench.records.store import ANSWERS, answers_of
 from qapbench.running.planner import Planner
 from qapbench.running.settings import find_device
@@ -184,6 +186,23 @@ def test_probabilities_of_options_have_a_calibration_error(made: Made) -> None:
     bins = np.minimum((best * 15).astype(int), 14)
     gaps = [abs(right[bins == at].mean() - best[bins == at].mean()) * (bins == at).mean() for at in set(bins)]
     assert found.ece == pytest.approx(sum(gaps))
+
+
+def test_a_record_of_several_tasks_is_verified_by_its_parts(made: Made, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(made.runs, runs)
+    report = check_record(runs / made.pruned.run_id)
+    assert sum("stored answers, one for each question" in line for line in report.passed) == 3
+    assert report.notes == made.pruned.notes
+    first, *others = made.pruned.scores.columns
+    better = made.pruned.scores.model_copy(update={"columns": [first.model_copy(update={"k": first.n}), *others]})
+    write_record(runs / made.pruned.run_id, made.pruned.model_copy(update={"scores": better}))
+    with pytest.raises(UserError, match="scores does not follow from the runs of its tasks"):
+        check_record(runs / made.pruned.run_id)
+    with (runs / (made.dense.parts or [])[0].run_id / ANSWERS).open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(UserError, match=r"answers\.jsonl is damaged"):
+        check_record(runs / made.dense.run_id)
 
 
 def test_a_task_in_a_list_is_told_with_its_line(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ def test_every_filter_of_the_task_has_its_columns(ran: Ran) -> None:
     bleu = sacrebleu.corpus_bleu(texts, [words], smooth_method="exp", tokenize="intl", lowercase=False, force=False)
     assert columns["bleu"].figure == pytest.approx(bleu.score)
     assert scored["0"].keys() == columns.keys()
+
+
+def test_answers_that_the_filter_cannot_read_are_counted(ran: Ran) -> None:
+    read = {"function": "regex", "regex_pattern": "([a-m])"}
+    filters = [{"name": "letter", "filter": [read, {"function": "take_first"}]}]
+    record, answers, scored = ran({**GENERATED, "filter_list": filters})
+    unread = {answer.id for answer in answers if not re.search("[a-m]", answer.answer)}
+    assert 0 < len(unread) < len(answers)
+    assert (record.scores.unparsed.k, record.scores.unparsed.n) == (len(unread), len(answers))
+    assert {name for name, metrics in scored.items() if "unparsed" in metrics} == unread
 
 
 def test_perplexity_and_accuracy_of_a_continuation(ran: Ran) -> None:

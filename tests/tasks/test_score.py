@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from question_files import row
 
 from qapbench import UserError
 from qapbench.analysis.score import score_file
-from qapbench.records.tally import Mean, Tally, tally
+from qapbench.records.tally import Figure, Mean, Tally, tally
 from qapbench.spec.run_spec import TaskSpec
 
 NAMES = ["NAT", "IMG", "G1-6", "Avg"]
@@ -70,6 +71,15 @@ def test_metrics_that_are_not_right_or_wrong() -> None:
     assert scores.columns[1].unavailable == "not a number per question"
     assert tally([{"f1": 0.5}], ["f1"]).to_json()["columns"] == [{"name": "f1", "mean": 0.5, "n": 1, "stderr": None}]
     assert tally([], ["f1"]).to_json()["unparsed"] == {"k": 0, "n": 0, "rate": 0.0}
+
+
+def test_the_tasks_own_figure_counts_unless_it_is_the_mean() -> None:
+    rows = [{"acc": 1.0, "f1": (1, 1)}, {"acc": 0.0, "f1": (0, 1)}]
+    scores = tally(rows, ["acc", "f1"], figures={"acc": 0.5, "f1": 0.8})
+    assert scores["acc"] == Tally(1, 2), "a mean of right answers keeps its interval"
+    assert scores["f1"] == Figure(0.8, 2)
+    assert scores.to_json()["columns"][1] == {"name": "f1", "figure": 0.8, "n": 2}
+    assert tally(rows, ["acc"], figures={"acc": 50.0})["acc"] == Figure(50.0, 2)
 
 
 def test_wilson() -> None:
@@ -170,3 +180,30 @@ def test_no_such_file(task: TaskSpec, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         score_file(tmp_path / "binary", task)
+
+
+def test_a_task_of_lm_evals_is_scored_by_its_own_filter(
+    tmp_path: Path, stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "sums.jsonl").write_text("".join(f'{{"q": "{n} + 1", "a": "{n + 1}"}}\n' for n in range(4)))
+    number = {"function": "regex", "regex_pattern": "([0-9])"}
+    config = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "sums.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "filter_list": [{"name": "number", "filter": [number, {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match"}, {"metric": "bleu"}],
+    }
+    (tmp_path / "sums.yaml").write_text(json.dumps(config))
+    texts = ["It is 1.", "2!", "no idea"]
+    outputs = stored([{"id": str(n), "answer": text} for n, text in enumerate(texts)])
+    scores = score_file(outputs, TaskSpec(name=str(tmp_path / "sums.yaml")))
+    assert scores["exact_match"] == Tally(2, 4), "what has no output is wrong"
+    assert (scores.unparsed, scores.missing) == (Tally(1, 4), 1)
+    assert isinstance(scores["bleu"], Figure)
+    assert scores["bleu"].n == 3

@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     lm_eval_index.cache_clear()
     request.addfinalizer(lm_eval_index.cache_clear)
-    return tmp_path / "qapbench" / f"lm-eval-tasks-{VERSION}.json"
+    return tmp_path / "qapbench" / f"lm-eval-tasks-and-groups-{VERSION}.json"
 
 
 @pytest.fixture
