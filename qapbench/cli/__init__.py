@@ -14,13 +14,12 @@ from rich.markup import escape
 from qapbench import __version__
 from qapbench.errors import RunFailedError, UserError
 
-from . import items, results, running, studies
+from . import doctor, items, results, running, scaffold, studies
 from .console import collect_rarely, err, watching_assembly
 
 study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.", rich_markup_mode=None)
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: drawing boxes would take half of the start-up time
     help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
@@ -29,10 +28,13 @@ app.command()(running.run)
 app.command()(running.validate)
 app.command("list")(items.list_items)
 app.command()(items.show)
+app.command()(items.schema)
+app.command()(scaffold.new)
 app.command()(results.leaderboard)
 app.command()(results.compare)
 app.command()(studies.explain)
 app.command()(results.score)
+app.command()(doctor.doctor)
 app.add_typer(study_app, name="study")
 study_app.command("sensitivity")(studies.study_sensitivity)
 

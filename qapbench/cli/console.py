@@ -20,6 +20,8 @@ from qapbench.bars import Bars
 from qapbench.progress import assembly_progress
 from qapbench.visible import visible
 
+from . import completion
+
 if TYPE_CHECKING:
     from qapbench.records.record import Record
 
@@ -38,7 +40,10 @@ WIDE = 200  # characters per line of output that is not printed to a terminal
 out = VisibleConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 err = VisibleConsole(stderr=True)
 
-SpecArgument = Annotated[str, typer.Argument(help="A spec file, or the name of a shipped spec (quickstart).")]
+SpecArgument = Annotated[
+    str,
+    typer.Argument(help="A spec file, or the name of a shipped spec (quickstart).", autocompletion=completion.specs),
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key.")]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the results.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")]

@@ -1,4 +1,4 @@
-"""`list` and `show`: what is registered."""
+"""`list`, `show` and `schema`: what is registered, and what a spec can say."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from rich.table import Table
 
 from qapbench.errors import UserError, nearest
 
+from . import completion
 from .console import out
 
 READABLE = 120  # characters of a line of prose, where the console is wider
 
 
 def list_items(
-    kind: Annotated[str | None, typer.Argument(help="metric, quantizer, ..., or specs")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="metric, quantizer, ..., or specs", autocompletion=completion.kinds)
+    ] = None,
     matrix: Annotated[
         bool, typer.Option(help="Run every pruner on tiny models; with KIND ptq, quantized too.")
     ] = False,
@@ -118,7 +121,10 @@ def _print_matrix(title: str, corner: str, cells: dict[tuple[str, str], Any], ma
     out.print(table)
 
 
-def show(kind: str, name: str) -> None:
+def show(
+    kind: Annotated[str, typer.Argument(help="metric, quantizer, ...", autocompletion=completion.kinds)],
+    name: Annotated[str, typer.Argument(help="Name of the item.", autocompletion=completion.items)],
+) -> None:
     """Describe one registered item: what it is, its parameters, the paper it comes from, where it is defined."""
     (registry,) = _registries(kind)
     described = registry.describe(name)
@@ -133,6 +139,17 @@ def show(kind: str, name: str) -> None:
         out.print(table, width=width)
     if described["source"]:
         out.print(f"Source: {escape(described['source'])}", highlight=False, width=width)
+
+
+def schema() -> None:
+    """Print the JSON Schema of spec files, with which an editor completes fields and marks mistakes.
+
+    Example: qapbench schema > qapbench.schema.json, and on a spec's first line
+    `# yaml-language-server: $schema=qapbench.schema.json`
+    """
+    from qapbench.spec.schema import spec_schema
+
+    typer.echo(json.dumps(spec_schema(), indent=1))
 
 
 def _type(schema: dict[str, Any]) -> str:

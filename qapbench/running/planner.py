@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import Problem, UserError
+from qapbench.hashing import digest_json
 from qapbench.models.loading import precision
 from qapbench.records.intact import damage, lines_in_words
 from qapbench.records.record import RECORD, NewerRecordError, Record, read_record
@@ -125,6 +127,10 @@ class Planner:
             except UserError as error:
                 inside = len(parts) == len(spec.tasks)  # a group among them has no lines for its tasks
                 problems += [placed(problem, at, len(parts)) if inside else problem for problem in error.problems]
+        try:
+            self._calibrating(parts[0])
+        except UserError as error:
+            problems += [problem for problem in error.problems if problem.where[:1] == ("quantize",)]
         if problems:
             raise UserError(problems)
 
@@ -142,7 +148,7 @@ class Planner:
         """
         task = self.task(spec)
         wanted = spec.quantize.calibration if spec.quantize else None
-        source = calibration_fingerprint(task, wanted) if wanted else ""
+        source = self._calibration_source(spec)
         content = fingerprints(spec, task, self.device, fetch, source)
         run_id = spec.digest(content, task.asked)
         text_key = run_id  # if calibration prunes, the weights depend on the pruner
@@ -162,6 +168,30 @@ class Planner:
         return Planned(
             spec, run_id, text_key, group, folder, task.count, answered, done, stopped, names, content, fresh
         )
+
+    def _calibration_source(self, spec: RunSpec) -> str:
+        """Hash of the source of the run's calibration samples; "" if it does not calibrate.
+
+        Raises:
+            UserError: there is no such task or file.
+        """
+        wanted = spec.quantize.calibration if spec.quantize else None
+        if wanted is None:
+            return ""
+        task = self._calibrating(spec)
+        source = calibration_fingerprint(task, wanted)
+        return digest_json([source, task.name, task.code]) if wanted.task else source
+
+    def _calibrating(self, spec: RunSpec) -> TaskOutline:
+        """The outline of the task whose questions calibrate the run."""
+        other = spec.calibrating()
+        try:
+            return self.task(other)
+        except UserError as error:
+            if other is spec:
+                raise
+            where = ("quantize", "calibration", "task")
+            raise UserError([replace(problem, where=where) for problem in error.problems]) from None
 
     def shared(self, plans: Sequence[Planned]) -> Shared:
         """Count the missing work that these runs share. This reads the images of the data."""

@@ -132,7 +132,8 @@ class Session:
             return None
         key = (find_checkpoint(spec.model).folder, spec.task.model_dump_json(), spec.seed, wanted.model_dump_json())
         if key not in self._samples:
-            self._samples = {key: calibration_samples.samples(self.task(spec), wanted, self.model(spec)[1])}
+            task = self.task(spec.calibrating())
+            self._samples = {key: calibration_samples.samples(task, wanted, self.model(spec)[1])}
         content, shorten = planned.fingerprints, None
         if not wanted.pruned:  # the pruner has no influence, so all pruners of a sweep share one calibration
             kinds = ("model", "precision", "vision", "family")

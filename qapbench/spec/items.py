@@ -66,6 +66,16 @@ def created(registry: Registry[Any], item: Item) -> Any:
     return registry.create(item.name, **item.params)
 
 
+class _Kind:
+    """Names the kind of a field's items in the JSON Schema of the field, for `qapbench.spec.schema`."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"$comment": self.kind}
+
+
 def _field(registry: Registry[Any]) -> Any:
     """The type of a spec's field that holds an item of this registry."""
 
@@ -75,7 +85,7 @@ def _field(registry: Registry[Any]) -> Any:
     def dump(item: Item) -> Any:
         return {item.name: item.params} if item.params else item.name
 
-    return Annotated[Item, BeforeValidator(parse), PlainSerializer(dump)]
+    return Annotated[Item, BeforeValidator(parse), PlainSerializer(dump), _Kind(registry.kind)]
 
 
 if TYPE_CHECKING:

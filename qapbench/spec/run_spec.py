@@ -75,12 +75,21 @@ class CalibrationSpec(Strict):
         pruned: whether they pass through the spec's own pruner, so that ranges are measured on the tokens that it
             keeps.
         data: a parquet file of questions. None takes the task's own source, which contains no test questions.
+        task: the task whose questions these are. None takes the run's own; one that has no questions for calibration
+            needs another, and a run of several tasks is calibrated alike for all of them with one.
     """
 
     samples: Annotated[int, Field(ge=1, le=4096)] = 128
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pruned: bool = False
     data: NameOrPath | None = None
+    task: NameOrPath | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data, in which a task that is not named is left out, as in versions that had no such field."""
+        data = write(self)
+        return data if self.task is not None else {key: value for key, value in data.items() if key != "task"}
 
 
 class QuantizeSpec(Strict):
@@ -369,6 +378,13 @@ class RunSpec(Strict):
         return [
             self.model_copy(update={"name": f"{self.name}, {task.name}", "task": task, "tasks": []}) for task in tasks
         ]
+
+    def calibrating(self) -> RunSpec:
+        """The run with the task whose questions calibrate it in the place of its own."""
+        wanted = self.quantize.calibration if self.quantize else None
+        if wanted is None or wanted.task is None:
+            return self
+        return self.model_copy(update={"task": TaskSpec(name=wanted.task), "tasks": []})
 
     def without_images(self) -> RunSpec:
         """The run that finds out which questions of the task need their image: nothing compressed, images blank."""

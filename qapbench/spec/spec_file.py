@@ -20,6 +20,9 @@ from .text import shown, unfit
 from .yaml_reader import Lines, read_value, read_yaml
 
 SHIPPED = Path(__file__).parents[1] / "specs"  # their place in an installed wheel
+MODELINE = (
+    "# yaml-language-server: $schema=qapbench.schema.json\n"  # tells an editor the schema beside the shipped specs
+)
 
 
 class Check(Protocol):
@@ -135,7 +138,7 @@ def shipped_specs() -> dict[str, Path]:
 
 def about_spec(file: Path) -> str:
     """What a spec file is for: the first sentence of the comment at its top; "" if it has none."""
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = file.read_text(encoding="utf-8").removeprefix(MODELINE).split("\n")
     comment = " ".join(
         line.removeprefix("#").strip() for line in itertools.takewhile(lambda x: x.startswith("#"), lines)
     )

@@ -572,8 +572,10 @@ def test_several_tasks_have_a_group_of_columns_each(show: Show, pages: dict[str,
     sort(page, "Relative", "asc")
     page.locator("[data-columns='scienceqa, by column']").click()
     assert column(page, "NAT") < column(page, "G7-12")
-    details = open_row(page, 2)
-    assert details.get_by_text("scienceqa (2), dense").count() == 1
+    details = open_row(page, list(rows).index("combined"))
+    for label in TASKS:
+        for reference in ("dense", "semantic only"):
+            assert details.get_by_text(f"{label}, {reference}", exact=True).count() == 1
 
 
 def test_the_csv_of_several_tasks_has_all_of_them(pages: dict[str, Path]) -> None:

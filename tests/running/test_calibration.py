@@ -59,6 +59,25 @@ def test_samples_are_what_the_run_asks_with_the_answer_labelled(spec_of: SpecOf,
     ]
 
 
+def test_several_tasks_are_calibrated_alike_on_one_that_is_named(
+    spec_of: SpecOf, questions: Path, train: Path, tmp_path: Path
+) -> None:
+    tasks = [{"name": "scienceqa", "data": str(questions), "limit": 2}, {"name": "diagramqa", "limit": 2}]
+    data = {**spec_of(), "task": tasks}
+    named = RunSpec.parse({**data, "quantize": quantized(None, task="diagramqa")})
+    (record,) = run(named, tmp_path, device="cpu")
+    assert record.receipt.calibration is not None
+    assert "diagramqa" in record.receipt.calibration.origin
+    assert not any("Calibrated for each task" in note for note in record.notes)
+    assert "calibration" in record.fingerprints, "one source for all"
+    assert len(list((tmp_path / "calibrations").iterdir())) == 1, "computed once"
+    with pytest.raises(UserError, match=r"quantize.calibration.task: unknown task 'diagramsqa'; did you mean"):
+        Planner(tmp_path, CPU).check(RunSpec.parse({**data, "quantize": quantized(None, task="diagramsqa")}))
+    plain = RunSpec.parse({**data, "quantize": quantized(train)}).quantize
+    assert plain is not None
+    assert "task" not in plain.model_dump(mode="json")["calibration"], "ids of earlier versions stay"
+
+
 def test_a_sweep_calibrates_once_and_each_run_says_what_it_saw(spec_of: SpecOf, train: Path, tmp_path: Path) -> None:
     told: list[str] = []
     cells = [

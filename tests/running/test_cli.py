@@ -1,4 +1,4 @@
-"""The real command, in its own process."""
+"""The real command, in a process of its own."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_process import qapbench
 from run_questions import QUESTIONS
 
 from qapbench.spec.spec_file import load_spec
@@ -25,13 +26,6 @@ def median_magnitude(tokens, power: float = 1.0):
     """Median over channels of |x|^power."""
     return (tokens.abs() ** power).median(dim=-1).values
 '''
-
-
-def qapbench(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment, **more
-    )
 
 
 def test_run_prints_a_table_and_writes_the_page(spec_of: Spec, write_spec: Write, tmp_path: Path) -> None:
@@ -154,17 +148,17 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
 
 def test_kill_9_in_a_sweep_and_go_on(tmp_path: Path) -> None:
     """Killed in the middle, started again: the same bytes, cell by cell, as a sweep that was left alone."""
-    arguments = ["run", "quickstart", "--set", "task.limit=12"]
+    arguments = ["run", "quickstart", "--set", "task.limit=8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*COMMAND, *arguments, "--runs", str(tmp_path / "killed")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while _lines(tmp_path / "killed") < 20 and process.poll() is None and time.monotonic() < deadline:
+    while _lines(tmp_path / "killed") < 14 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    whole = 12 * len(load_spec("quickstart"))
-    assert 20 <= _lines(tmp_path / "killed") < whole
+    whole = 8 * len(load_spec("quickstart"))
+    assert 14 <= _lines(tmp_path / "killed") < whole
     assert not list((tmp_path / "killed").glob("*/record.json"))
     plan = qapbench(*arguments, "--runs", tmp_path / "killed", "--dry-run")
     assert "answers are missing" in plan.stdout

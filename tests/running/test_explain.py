@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from cli_process import qapbench
 from PIL import Image
 from run_questions import row
-from test_cli import qapbench
 
 import qapbench as package
 from qapbench import DecoderPruner, RunSpec, UserError, pruners, ptqs

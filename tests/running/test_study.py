@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cli_process import qapbench
 from run_questions import row
 from scipy.stats import spearmanr
-from test_cli import qapbench
 
 from qapbench import RunSpec, UserError, compress, metrics
 from qapbench.analysis.explain import explain

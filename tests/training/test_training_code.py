@@ -127,14 +127,17 @@ def test_the_order_of_words_is_judged_by_pairs(sign: float) -> None:
 
 
 def stages(models: tuple, speller, labeller) -> list:
+    """Every stage, as the first of eight processes that share a batch."""
     llava, clip = models
+    words = llava.get_input_embeddings().weight.detach()
+    share = {"seed": 1, "rank": 0, "ranks": 8}
     return [
-        Vision(llava, labeller, seed=1),
-        Language(llava, speller, seed=1),
-        Reading(llava, speller, labeller, seed=1),
-        Seeing(llava, labeller, Symbols(labeller, speller, llava.get_input_embeddings().weight.detach(), 0), seed=1),
-        Joint(llava, speller, seed=1),
-        Companion(llava, clip, speller, seed=1),
+        Vision(llava, labeller, **share),
+        Language(llava, speller, **share),
+        Reading(llava, speller, labeller, **share),
+        Seeing(llava, labeller, Symbols(labeller, speller, words, 0), **share),
+        Joint(llava, speller, **share),
+        Companion(llava, clip, speller, **share),
     ]
 
 

@@ -1,0 +1,70 @@
+"""The command in a process of its own, forked from one that has imported the libraries, which takes seconds."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LIBRARIES = [
+    "torch",
+    "pandas",
+    "scipy.stats",
+    "transformers.models.auto.processing_auto",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.llava.processing_llava",
+    "qapbench.methods.kinds",
+]
+"""Imported once, in the process that the commands are forked from. The command line itself is imported by each."""
+_forking = multiprocessing.get_context("forkserver")
+_forking.set_forkserver_preload(LIBRARIES)
+
+
+def qapbench(*arguments: object, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line as its entry point does.
+
+    Args:
+        arguments: what follows `qapbench`.
+        cwd: the working directory; None is that of this process.
+        timeout: seconds until it is killed.
+
+    Returns:
+        Exit code, standard output and standard error.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    words = list(map(str, arguments))
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = _forking.Process(target=_command, args=(words, environment, cwd or Path.cwd(), *streams))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(words, timeout)
+        stdout, stderr = (stream.read_text(encoding="utf-8") for stream in streams)
+    return subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
+
+
+def _command(words: list[str], environment: dict[str, str], cwd: Path, stdout: Path, stderr: Path) -> None:
+    """What the forked process does: become the command."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, file in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.argv = ["qapbench", *words]
+
+    import torch
+
+    from qapbench.cli import main
+
+    torch.set_num_threads(1)
+    main()
