@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 
 from qapbench.compression import compress
@@ -21,7 +23,7 @@ from .plan import prune_key
 from .planner import Planner
 from .prompt_encoder import PromptEncoder
 from .session import Session
-from .settings import Settings
+from .settings import Settings, find_device
 
 
 class LiveModel:
@@ -43,7 +45,7 @@ class LiveModel:
         session = Session(settings)
         model, self.processor = session.model(spec)
         family = family_of(model)
-        self._open = contextlib.ExitStack()
+        self._open = contextlib.ExitStack()  # as long as it is held, the model stays compressed
         if spec.quantize and spec.quantize.calibration:
             planned = Planner(settings.runs, settings.device).plan(spec)
             self.receipt = self._open.enter_context(session.quantized(planned))
@@ -97,9 +99,21 @@ class LiveModel:
             self._checked = True
         return answers
 
-    def close(self) -> None:
-        """Give the model its own weights back."""
-        self._open.close()
+
+def live_settings(batch_size: int | str, device: str | None, runs: str, trust_remote_code: bool) -> Settings:
+    """Settings from the arguments that another program hands over.
+
+    Where a launcher starts a process for each GPU, each takes its own.
+
+    Raises:
+        UserError: the batch size is no number, or there is no such device.
+    """
+    if not str(batch_size).isdecimal() or not int(batch_size):
+        raise UserError(f"batch_size: a whole number above 0, got '{batch_size}'")
+    own = os.environ.get("LOCAL_RANK", "")
+    if device in (None, "cuda") and own.isdecimal() and torch.cuda.is_available():
+        device = f"cuda:{own}"
+    return Settings(Path(runs), find_device(device), int(batch_size), trust_remote_code=trust_remote_code)
 
 
 def one_spec(spec: str | Path | None, pretrained: str | None, run: str | None = None) -> RunSpec:

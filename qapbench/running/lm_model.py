@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from lm_eval.api.instance import Instance
 
 from qapbench.tasking.lm import MARK, AskingLM
 from qapbench.tasking.text import quoted
 
-from .live import LiveModel, one_spec
-from .settings import BATCH, Settings, find_device
+from .live import LiveModel, live_settings, one_spec
+from .settings import BATCH
 
 
 class QapbenchLM(AskingLM):
@@ -44,7 +43,7 @@ class QapbenchLM(AskingLM):
         trust_remote_code: bool = False,
         max_batch_size: int | None = None,
     ) -> None:
-        settings = Settings(Path(runs), find_device(device), int(batch_size), trust_remote_code=trust_remote_code)
+        settings = live_settings(batch_size, device, runs, trust_remote_code)
         one = one_spec(spec, pretrained, run)
         self.live = LiveModel(one, settings)
         super().__init__(self.live.processor, one.model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -13,8 +12,8 @@ from qapbench.tasking.lm import AskingLM
 from qapbench.tasking.lmms_pictures import Pictures
 from qapbench.tasking.lmms_requests import generation, marked
 
-from .live import LiveModel, one_spec
-from .settings import BATCH, Settings, find_device
+from .live import LiveModel, live_settings, one_spec
+from .settings import BATCH
 
 
 class QapbenchLmms(lmms):
@@ -28,6 +27,7 @@ class QapbenchLmms(lmms):
         device: "cpu", "cuda" or another torch device; if None, a GPU if there is one.
         runs: folder in which results of calibration are kept.
         trust_remote_code: let a checkpoint run its own Python code.
+        max_batch_size: given by lmms-eval, and not used.
 
     Raises:
         UserError: the model or the spec are wrong.
@@ -47,8 +47,9 @@ class QapbenchLmms(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        settings = Settings(Path(runs), find_device(device), int(batch_size), trust_remote_code=trust_remote_code)
+        settings = live_settings(batch_size, device, runs, trust_remote_code)
         self.live = LiveModel(one_spec(spec, pretrained, run), settings)
+        self.device = settings.device
         self._lm = AskingLM(self.live.processor)
         self._pictures: dict[tuple[str, str], Pictures] = {}
 
@@ -84,11 +85,6 @@ class QapbenchLmms(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not supported."""
         raise NotImplementedError("qapbench answers one question at a time: tasks of several rounds are not supported")
-
-    def clean(self) -> None:
-        """Give the model its own weights back, when all requests are answered."""
-        self.live.close()
-        super().clean()
 
     def _asked(self, text: str, visual: Any, doc: int, task: str, split: str) -> tuple[str, dict[str, Any]]:
         """The prompt of a request, and its pictures as lm-eval hands them over."""

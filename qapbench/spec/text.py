@@ -64,5 +64,5 @@ def _text(value: Any, where: tuple[str, ...]) -> str:
         raise UserError(Problem(str(error), where)) from None
 
 
-Data = Annotated[str | dict[str, str], PlainValidator(_data)]
+Data = Annotated[str | dict[str, str], PlainValidator(_data, json_schema_input_type=str | dict[str, str])]
 """A `NameOrPath`, or a mapping from hub ids to paths."""

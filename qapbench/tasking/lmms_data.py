@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qapbench.errors import Problem, UserError
+from qapbench.errors import Problem, UserError, first_line
 from qapbench.hashing import digest_files, digest_json
 
 DATA = ("task", "data")
@@ -128,7 +128,7 @@ def hub_error(path: str, error: BaseException) -> UserError:
         path: the hub id.
         error: what datasets said.
     """
-    return _missing(path, f"the hub did not give it ({type(error).__name__})")
+    return _missing(path, f"the hub did not give it ({type(error).__name__}: {first_line(error)})")
 
 
 def _missing(path: str, why: str, place: Path | None = None) -> UserError:

@@ -8,6 +8,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qapbench.errors import Problem, UserError, nearest
 from qapbench.hashing import code_files, digest_files, digest_json
@@ -26,6 +27,13 @@ _TASK, _GROUP = (re.compile(_KEY.format(key), re.MULTILINE) for key in ("task", 
 @dataclass(frozen=True)
 class LmmsTaskFile(TaskFile):
     """A task that comes with lmms-eval."""
+
+    def entries(self) -> dict[str, Any]:
+        """The entries of the file, over those of the files that it includes. Nothing that they name is imported."""
+        merged: dict[str, Any] = {}
+        for own in reversed(included(self.path).values()):
+            merged |= own
+        return merged
 
     def code(self) -> str:
         """Hash of lmms-eval's version, of the task's YAML files, and of the code of lmms-eval that they lead to."""

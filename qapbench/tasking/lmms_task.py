@@ -113,6 +113,7 @@ def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tu
     Raises:
         UserError: it cannot be loaded, its data are missing, or it is of a kind that cannot be asked.
     """
+    _refuse(found.name, found.entries())
     try:
         with _silent():
             from lmms_eval.api.task import ConfigurableTask as LmmsTask
@@ -132,7 +133,6 @@ def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tu
         with _silent():
             config = load_yaml_config(str(found.path), mode="full")
             path = str(config.get("dataset_path"))
-            _refuse(found.name, config)
             splits = [
                 str(config[key]) for key in ("test_split", "validation_split", "training_split") if config.get(key)
             ]
@@ -142,7 +142,7 @@ def load_lmms_task(found: LmmsTaskFile, data: str | dict[str, str] | None) -> tu
     except UserError:
         raise
     except Exception as error:  # of lmms-eval, datasets, the hub, and the task's functions: no common base
-        if data is None and source is not None and not source.loaded:
+        if data is None and source is not None and isinstance(error, OSError):  # so are those of datasets and the hub
             raise hub_error(path, error) from None
         message = f"lmms-eval cannot load '{found.name}': {type(error).__name__}: {first_line(error)}"
         hint = f"; {INSTALL} brings what its tasks need" if isinstance(error, ImportError) else ""
@@ -155,11 +155,13 @@ def _refuse(name: str, config: dict[str, Any]) -> None:
     """Check that a task can be asked.
 
     Raises:
-        UserError: it is of another kind, or has no score.
+        UserError: it is of another kind, asks about videos, or has no score.
     """
     kind = config.get("output_type", "generate_until")
     if kind not in OUTPUTS:
         raise UserError(Problem(f"'{name}' is of the kind {kind}; what can be asked is {' or '.join(OUTPUTS)}", NAME))
+    if (config.get("dataset_kwargs") or {}).get("video"):
+        raise UserError(Problem(f"'{name}' asks about videos; what can be asked about is pictures", NAME))
     metrics = config.get("metric_list")
     if metrics is not None and all(metric.get("metric") == SUBMISSION for metric in metrics):
         raise UserError(Problem(f"'{name}' has no score, only answers to be handed in at an evaluation server", NAME))

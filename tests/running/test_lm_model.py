@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import qapbench
 from qapbench import RunSpec, UserError
 from qapbench.lm_eval import register
 from qapbench.records.store import answers_of
-from qapbench.running.live import one_spec
+from qapbench.running.live import LiveModel, live_settings, one_spec
+from qapbench.running.session import Session
 
 WORDS = ["cat", "dog", "tree fox"]
 COMMON = {
@@ -70,25 +72,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_lm_eval_gets_the_answers_of_our_runs(size: int, folder: Path, tiny_model: Path) -> None:
-    from lm_eval.evaluator import simple_evaluate
+def test_lm_eval_gets_the_answers_of_our_runs(folder: Path, tiny_model: Path) -> None:
+    from lm_eval.api.registry import get_model
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     register()
     register()
     spec = {"model": str(tiny_model), "task": "none", **COMPRESSED}
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
-    found = simple_evaluate(
-        model="qapbench",
-        model_args=f"spec={folder / 'spec.yaml'}",
-        tasks=list(TASKS),
-        batch_size=size,
-        device="cpu",
-        apply_chat_template=True,
-        bootstrap_iters=0,
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-    )
+    given = {"batch_size": 4, "max_batch_size": None, "device": "cpu"}
+    model = get_model("qapbench").create_from_arg_string(f"spec={folder / 'spec.yaml'}", given)
+    tasks = TaskManager(include_path=str(folder), include_defaults=False).load(list(TASKS))
+    found = evaluate(model, tasks, apply_chat_template=True, bootstrap_iters=0)
+    assert found is not None
     for name in TASKS:
         own = RunSpec.parse({**spec, "task": str(folder / f"{name}.yaml")})
         (record,) = qapbench.run(own, folder / "runs", device="cpu")
@@ -100,6 +97,13 @@ def test_lm_eval_gets_the_answers_of_our_runs(size: int, folder: Path, tiny_mode
         assert json.dumps(theirs, sort_keys=True) == json.dumps(ours, sort_keys=True)
         (column,) = record.scores.columns
         assert found["results"][name][f"{column.name},none"] == column.accuracy
+
+
+def test_the_batch_size_is_a_number(tmp_path: Path) -> None:
+    assert live_settings("4", "cpu", str(tmp_path), False).batch_size == 4
+    for wrong in ("auto", 0, "auto:4"):
+        with pytest.raises(UserError, match=f"batch_size: a whole number above 0, got '{wrong}'"):
+            live_settings(wrong, "cpu", str(tmp_path), False)
 
 
 def test_the_arguments_name_one_run(tiny_model: Path, tmp_path: Path) -> None:
@@ -116,3 +120,19 @@ def test_the_arguments_name_one_run(tiny_model: Path, tmp_path: Path) -> None:
     found = one_spec("quickstart", str(tiny_model), "W4A4 cdpruner 32")
     assert (found.model, found.prune and found.prune.keep) == (str(tiny_model), 32)
     assert one_spec("scienceqa", None).model == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_a_calibrated_model_answers_as_its_run(
+    spec_of: Callable[..., dict[str, Any]], questions: Path, tmp_path: Path
+) -> None:
+    calibration = {"samples": 3, "data": str(questions), "pruned": True}
+    quantize = {"method": "smoothquant", "weights": WIDTH, "activations": WIDTH, "calibration": calibration}
+    spec = RunSpec.parse(spec_of(quantize=quantize, prune=COMPRESSED["prune"]))
+    (record,) = qapbench.run(spec, tmp_path, device="cpu")
+    settings = live_settings(3, "cpu", str(tmp_path), False)
+    asked = [request for question in Session(settings).questions(spec) for request in question.instances]
+    found: dict[int, list[Any]] = {}
+    for request, output in zip(asked, LiveModel(spec, settings).answer(asked), strict=True):
+        found.setdefault(request.doc_id, []).append(output)
+    ours = {answer.doc: answer.outputs for answer in answers_of(tmp_path / record.run_id).read()}
+    assert json.dumps(found, sort_keys=True) == json.dumps(ours, sort_keys=True)

@@ -335,7 +335,9 @@ def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"POPE is missing: the hub did not give it \(\w+\); .*hf download .*names it"):
+    with pytest.raises(
+        UserError, match=r"POPE is missing: the hub did not give it \(\w+: .*\); where .*hf download .*names it"
+    ):
         load_task(spec("pope"))
 
 
@@ -345,6 +347,8 @@ def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPa
         ("popee", {}, r"task.name: lmms-eval has no task 'popee'; did you mean 'pope'\?"),
         ("pope_full", {}, r"'pope_full' is a group of tasks; name one of them: pope_adv, pope_pop, pope_random"),
         ("textvqa_test", {}, r"'textvqa_test' has no score, only answers to be handed in"),
+        ("videomme", {}, r"task.name: 'videomme' asks about videos; what can be asked about is pictures"),
+        ("ovo_forward", {}, r"'ovo_forward' is of the kind generate_until_multi_round; what can be asked is"),
         ("pope", {"prompt": "mine"}, r"task.prompt: lmms-eval's task 'pope' has its own prompt; leave `prompt` out"),
         ("pope", {"answers": "letter"}, r"task.answers: task 'pope' is of the kind generate_until"),
         (
