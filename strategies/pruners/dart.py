@@ -8,9 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from qapbench import DecoderPruner, Pruner, Selection, Stage, VisionTokens, pruner, top_k
-
-Count = Annotated[int, Field(ge=0)]
+from qapbench import DecoderPruner, Selection, Stage, VisionTokens, pruner, top_k
 
 
 @pruner("dart")
@@ -44,7 +42,7 @@ class Dart(DecoderPruner):
     needs = frozenset({"rotated_keys", "text_keys", "final_states", "text_states"})
     layer: Annotated[int, Field(ge=1)] = 2
     image_pivots: Annotated[int, Field(ge=1)] = 4
-    text_pivots: Count = 4
+    text_pivots: Annotated[int, Field(ge=0)] = 4
 
     def stages(self, count: int, keep: int, depth: int) -> list[Stage]:
         return [Stage(min(self.layer, depth - 1), keep)]
@@ -55,36 +53,7 @@ class Dart(DecoderPruner):
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         words = length(tokens.require("text_keys", "dart"))
         states = tokens.require("final_states", "dart"), tokens.require("text_states", "dart")
-        return _unlike(scores, words, *states, keep, self.image_pivots, self.text_pivots)
-
-
-@pruner("dart_projected")
-@dataclass(frozen=True)
-class DartProjected(Pruner):
-    """DART in front of the decoder: projected tokens take the place of keys and of hidden states.
-
-    Pivots are the projected tokens and the words of the prompt's input embeddings with the largest L1 norm. Everything
-    else is as in `dart`.
-
-    Attributes:
-        image_pivots: number of pivots among the image's tokens, at least one.
-        text_pivots: number of pivots among the words.
-
-    Source:
-        A variant of DART (arXiv 2502.11494) of this benchmark, for engines that take pruned embeddings; the release
-        drops tokens inside the decoder.
-    """
-
-    needs = frozenset({"prompt_embeds"})
-    image_pivots: Annotated[int, Field(ge=1)] = 4
-    text_pivots: Count = 4
-
-    def relevance(self, tokens: VisionTokens) -> Tensor:
-        return length(tokens.projected)
-
-    def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
-        words = tokens.require("prompt_embeds", "dart_projected")
-        return _unlike(scores, length(words), tokens.projected, words, keep, self.image_pivots, self.text_pivots)
+        return unlike(scores, words, *states, keep, self.image_pivots, self.text_pivots)
 
 
 def length(vectors: Tensor) -> Tensor:
@@ -92,7 +61,7 @@ def length(vectors: Tensor) -> Tensor:
     return vectors.float().abs().sum(dim=-1)
 
 
-def _unlike(
+def unlike(
     scores: Tensor, words: Tensor, image: Tensor, text: Tensor, keep: int, image_pivots: int, text_pivots: int
 ) -> Selection:
     """Choose by the pivots with the highest scores, those of the image first, each group from the highest score down.

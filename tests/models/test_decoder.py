@@ -130,8 +130,7 @@ def written_by_hand(
 
 
 @each_method
-@pytest.mark.parametrize("sensitivity", [None, "combined"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("sensitivity, attention", [(None, "sdpa"), ("combined", "eager")])
 def test_a_padded_batch_decodes_as_each_row_by_hand(
     method: str, sensitivity: str | None, attention: str, deep: tuple[Any, Any]
 ) -> None:

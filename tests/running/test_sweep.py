@@ -59,9 +59,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, questions:
 def test_a_cell_has_the_bytes_that_it_has_alone(
     batch_size: int, alone: dict[str, Any], spec_of: Spec, tmp_path: Path
 ) -> None:
-    active_runs = [spec_of(), spec_of(quantize=W4A4), *(spec_of(quantize=W4A4, prune=prune) for prune in prunes())]
+    mine = prunes() if batch_size == 3 else prunes()[batch_size % 2 :: 2]  # the largest and the smallest share them
+    active_runs = [spec_of(), spec_of(quantize=W4A4), *(spec_of(quantize=W4A4, prune=prune) for prune in mine)]
     records, answers = sweep(active_runs, tmp_path, batch_size=batch_size)
-    for prune, record, stored in zip(prunes(), records[2:], answers[2:], strict=True):
+    for prune, record, stored in zip(mine, records[2:], answers[2:], strict=True):
         bytes_alone, receipt, tokens = alone[json.dumps(prune)]
         assert stored == bytes_alone, prune
         assert record.receipt == receipt, prune
