@@ -44,6 +44,7 @@ def run(
     engine: EngineName = "local",
     spill: bool = False,
     trust_remote_code: bool = False,
+    threads: int | None = None,
     progress: ProgressCallback | bool | None = True,
     report: ProgressCallback | None = None,
 ) -> list[Record]:
@@ -60,6 +61,8 @@ def run(
         engine: where workers run. So far only processes of this machine; "ray" is refused.
         spill: keep image features for later quantizers in a memory-mapped file below `runs`.
         trust_remote_code: let a checkpoint run its own Python code.
+        threads: threads of each process on a CPU. None gives a small model one, and others all cores, shared among the
+            workers. No answer depends on it.
         progress: True shows bars in a terminal and a line in a notebook, and nothing elsewhere; False shows nothing. A
             function is called with (run name, questions answered, questions in all) instead.
         report: the name of `progress` in version 0.1.
@@ -72,7 +75,9 @@ def run(
         import warnings
 
         warnings.warn("run(report=...) is now run(progress=...); report goes in 0.3", DeprecationWarning, stacklevel=2)
-    settings = Settings(Path(runs), find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
+    settings = Settings(
+        Path(runs), find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code, threads
+    )
     specs = as_specs(spec)
     with no_foreign_bars(), contextlib.ExitStack() as stack:
         told = report or progress
@@ -166,6 +171,7 @@ class Execution:
 
         from . import fast, scoring
         from .active_run import ActiveRun
+        from .threads import threads_of
         from .workers import WorkerPool
 
         spec, device = plans[0].spec, self.settings.device
@@ -174,7 +180,8 @@ class Execution:
         active_runs = [ActiveRun(plan) for plan in plans]
         processor, task = self.session.processor(spec), self.session.task(spec)
         questions = self.session.questions(spec)
-        pool = WorkerPool(self.session, active_runs)
+        threads = threads_of(spec, self.settings)
+        pool = WorkerPool(self.session, active_runs, threads)
         stopped: dict[str, Verdict] = {}
         if fast_first and len(some := fast.subset(questions)) < len(questions):
             pool.answer(active_runs, some)
@@ -184,6 +191,7 @@ class Execution:
         machine = {
             "batch_size": self.settings.batch_size,
             "workers": self.settings.workers,
+            "threads": threads,
             "engine": self.settings.engine,
             "dtype": precision(spec, device),
             "image_processor": type(processor.image_processor).__name__,

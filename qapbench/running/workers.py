@@ -27,6 +27,7 @@ from .quiet import no_foreign_bars
 from .session import Session
 from .settings import Settings
 from .sweep import answer_runs
+from .threads import using_threads
 
 STOP = 5  # seconds in which a worker that is stopped may store what it answered
 
@@ -80,13 +81,15 @@ class WorkerPool:
     Args:
         session: holds the model if there are no worker processes.
         active_runs: the runs.
+        threads: threads of each process that answers.
 
     Attributes:
         peak: largest peak memory of the processes that answered.
     """
 
-    def __init__(self, session: Session, active_runs: Sequence[ActiveRun]) -> None:
+    def __init__(self, session: Session, active_runs: Sequence[ActiveRun], threads: int) -> None:
         self.session = session
+        self.threads = threads
         self.settings = session.settings
         self.active_runs = {active.planned.id: active for active in active_runs}
         self.peak: dict[str, int] = {}
@@ -107,7 +110,8 @@ class WorkerPool:
         docs = None if asked is None else {question.place[1] for question in asked}
         workers = self.settings.workers
         if workers == 1:
-            self._peak(answer_runs(self.session, active_runs, docs))
+            with using_threads(self.threads):
+                self._peak(answer_runs(self.session, active_runs, docs))
             return
         orders = [self._order(active_runs, docs, index) for index in range(workers)]
         for costs, peak in _processes(orders, self._progress(active_runs)):
@@ -130,7 +134,7 @@ class WorkerPool:
             plugins=list(dict.fromkeys(plugin for plan in plans for plugin in plan.spec.plugins)),
             docs=docs,
             share=(index, workers),
-            threads=max(1, torch.get_num_threads() // workers),
+            threads=self.threads,
         )
 
     def _progress(self, active_runs: Sequence[ActiveRun]) -> Callable[[], None]:
