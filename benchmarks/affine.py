@@ -100,6 +100,12 @@ def times(tried: dict[str, Contestant], x: Tensor, rounds: int) -> dict[str, lis
     return taken
 
 
+def keep_memory(module: str) -> None:
+    """Start this module anew with glibc configured to keep freed memory, unless it is."""
+    if sys.platform == "linux" and not KEEP.keys() <= os.environ.keys():  # glibc reads them when a process starts
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **KEEP})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -107,8 +113,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs="+", default=[1, 640, 4096])
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
-    if sys.platform == "linux" and not KEEP.keys() <= os.environ.keys():  # glibc reads them when a process starts
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.affine", *sys.argv[1:]], {**os.environ, **KEEP})
+    keep_memory("benchmarks.affine")
     torch.set_num_threads(asked.threads)
     write = sys.stdout.write
     write(f"{asked.shape}, group {GROUP}, asymmetric {BITS} bit, {asked.device}, {asked.threads} thread(s), ")

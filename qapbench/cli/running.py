@@ -39,6 +39,9 @@ def run(
     fast: Annotated[bool, typer.Option("--fast", help="A subset first; rows out of reach there stop, marked.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions; one per GPU.")] = 1,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Where workers run.")] = "local",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each process on a CPU; 1 for small models.")
+    ] = None,
     spill: Annotated[bool, typer.Option("--spill", help="Let image features wait on disk, not in memory.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together, 8 by default.")] = None,
     device: DeviceOption = None,
@@ -54,7 +57,9 @@ def run(
     target = page or runs / "leaderboard.html"
     if target.suffix not in (".html", ".htm"):
         raise UserError(f"--out {target}: the page is an .html file")
-    settings = Settings(runs, find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code)
+    settings = Settings(
+        runs, find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code, threads
+    )
     planner = Planner(runs, settings.device)
     specs = load_spec(spec, changes or (), planner.check, lambda sentence: print_notes([sentence]))
     if dry_run:

@@ -17,7 +17,7 @@ from qapbench.errors import UserError
 
 from .quantization import PTQ
 from .registry import Entry, Registry
-from .tokens import RelevanceSign, Selection, VisionTokens
+from .tokens import RelevanceSign, Selection, VisionTokens, all_finite
 
 Bits = Annotated[int, Field(ge=2, le=16, description="bits per value")]
 GroupSize = Annotated[int, Field(ge=1, description="channels that share one scale")]
@@ -63,7 +63,7 @@ def check_budget(keep: int, count: int) -> None:
 def _check_finite(x: Tensor, owner: str) -> None:
     if not x.is_floating_point():
         raise UserError(f"{owner}: expected a floating tensor, got {x.dtype}")
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise UserError(f"{owner}: {int((~torch.isfinite(x)).sum())} of {x.numel()} values are not finite")
 
 

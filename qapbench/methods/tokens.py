@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -208,16 +209,22 @@ class VisionTokens:
         if isinstance(index, int):
             index = range(self.batch)[index]  # raises IndexError past the end, which ends iteration
             index = slice(index, index + 1)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        some = copy.copy(self)
         for name in (*_SHAPES, "image_ids"):
-            if values[name] is not None:
-                values[name] = values[name][index]
-        return VisionTokens(**values)
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(some, name, value[index])  # the values were checked already: skip __post_init__
+        return some
 
 
 def per_token() -> list[str]:
     """Names of the fields that hold one value or vector per token."""
     return [name for name, shape in _SHAPES.items() if shape.split()[1] == "N"]
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # A sum takes one pass and no memory, and is not finite if one of its terms is not; it may overflow without one.
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def _check_tensor(name: str, value: Tensor, shape: str, sizes: dict[str, int]) -> None:
@@ -229,7 +236,7 @@ def _check_tensor(name: str, value: Tensor, shape: str, sizes: dict[str, int]) -
     for letter, size in zip(letters, value.shape, strict=True):
         if sizes.setdefault(letter, size) != size:
             raise UserError(f"tokens.{name}: {letter} is {size}, but other fields have {letter}={sizes[letter]}")
-    if not torch.isfinite(value).all():
+    if not all_finite(value):
         bad = int((~torch.isfinite(value)).sum())
         raise UserError(f"tokens.{name}: {bad} of {value.numel()} values are not finite")
 

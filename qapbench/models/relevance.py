@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from qapbench.hashing import state_of_tree
 from qapbench.methods.tokens import VisionTokens
 
 from .relevance_sign import WITHOUT_TOWER, TowerSign, tower_sign
+from .row_products import row_by_row
 
 BESIDE = "clip"  # folder of the companion CLIP inside a model's own folder
+PADDED = 8  # lengths to which texts are padded are multiples of this, so that many texts have the same length
+TOGETHER = 32  # texts that go through the tower side by side
+KNOWN = 2**14  # texts whose embeddings are kept
 
 
 class TextTower:
@@ -37,6 +42,7 @@ class TextTower:
 
     Attributes:
         sign: sign of the similarity in the joint space that counts as relevance.
+        known: texts that were embedded before -> their embeddings.
     """
 
     def __init__(self, folder: str | Path, vision_width: int, device: torch.device | str = "cpu") -> None:
@@ -60,6 +66,7 @@ class TextTower:
         self.length: int = clip.config.text_config.max_position_embeddings
         self.device = torch.device(device)
         self.sign: TowerSign = tower_sign(Path(folder))
+        self.known: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def embed_patches(self, patches: Tensor) -> Tensor:
@@ -69,22 +76,54 @@ class TextTower:
         """
         return self.visual_projection(self.visual_norm(patches.float()))
 
-    @torch.inference_mode()
     def embed_text(self, text: str) -> Tensor:
         """Embed one text in the joint space: [1, M, P] in float32, in M segments that together hold all of it.
 
-        As in CDPruner's code nothing is truncated: the token ids are padded with zeros to a multiple of the context
-        length and cut into segments. Only the last segment holds the end token at which CLIP pools; the others are
+        As in CDPruner's code nothing is truncated: the token ids are cut into segments of the context length, the last
+        of which is padded with zeros. Only the last segment holds the end token at which CLIP pools; the others are
         pooled at their first token.
         """
+        return self.embed_texts([text])[0]
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """Embed several texts, each as `embed_text` does and to the same bits.
+
+        Texts that were embedded before are not computed again. Padding behind the last token is cut to what is left of
+        a multiple of PADDED tokens: attention is causal, so no padding reaches the token that is pooled.
+        """
+        if len(self.known) > KNOWN:
+            self.known.clear()
+        rows: dict[int, list[tuple[str, int, Tensor]]] = defaultdict(list)
+        for text in dict.fromkeys(texts):
+            if text not in self.known:
+                for index, row in enumerate(self._segments(text)):
+                    rows[len(row)].append((text, index, row))
+        made: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        for alike in rows.values():
+            for at in range(0, len(alike), TOGETHER):
+                some = alike[at : at + TOGETHER]
+                for (text, index, _), embedded in zip(some, self._embed([row for *_, row in some]), strict=True):
+                    made[text][index] = embedded
+        for text, parts in made.items():
+            self.known[text] = torch.stack([parts[index] for index in sorted(parts)]).unsqueeze(0)
+        return [self.known[text] for text in texts]
+
+    def _segments(self, text: str) -> list[Tensor]:
+        """Token ids of a text, cut and padded."""
         # Without `split_special_tokens`, an end token that the question spells would move the place that is pooled.
         options = {"truncation": False, "verbose": False, "split_special_tokens": True}
         ids = self.tokenizer(text, return_tensors="pt", **options).input_ids[0]
-        segments = -(-len(ids) // self.length)
-        padded = ids.new_zeros(segments * self.length)
-        padded[: len(ids)] = ids
-        out = self.text(input_ids=padded.view(segments, self.length).to(self.device))
-        return self.text_projection(out.pooler_output).unsqueeze(0)
+        *full, last = ids.split(self.length)
+        padding = min(-len(last) % PADDED, self.length - len(last))
+        return [*full, torch.nn.functional.pad(last, (0, padding))]
+
+    def _embed(self, segments: list[Tensor]) -> Tensor:
+        """The embeddings [S, P] of S segments of equal length. None depends on the others."""
+        modules = [*self.text.modules(), *self.text_projection.modules()]
+        with row_by_row(modules, len(segments)):
+            out = self.text(input_ids=torch.stack(segments).to(self.device))
+            return self.text_projection(out.pooler_output.unsqueeze(1)).squeeze(1)
 
 
 def find_tower(

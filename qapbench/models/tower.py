@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from qapbench.errors import UserError
 
 from .family import Family
+from .row_products import computing
 
 MIDDLE = 9 / 24  # relative depth of the layer in which HiPrune finds objects: the ninth of 24
 SHALLOW = 6 / 24  # relative depth of the layer in which VScan finds details: the sixth of 24
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+LAST = frozenset({"last_cls_attention", "last_keys"})  # fields that are recorded in the tower's last layer
 EMPTY: Mapping[nn.Module, str] = {}
 OF_CLS = ("cls_attention", "last_cls_attention", "shallow_cls_attention")  # fields that need a CLS token
 RECEIVED = "the tower has no CLS token; attention received from all patches stands in"
@@ -147,26 +149,35 @@ class TowerFamily(Family):
         self.check_available(needs)
         projector, layers = self.model.model.multi_modal_projector, self.model.model.vision_tower.encoder.layers
         wanted: list[tuple[nn.Module, str]] = [(projector, "projected")]
-        layer = layers[self._feature_layer(len(layers))]
+        read = self._feature_layers(len(layers))
+        layer = layers[read[-1]]
         if "cls_token" in needs:
             wanted.append((layer, "hidden"))
         for prefix, source, fields in (
             ("", layer, {"cls_attention", "keys", "attention_received"}),
-            ("last_", layers[-1], {"last_cls_attention", "last_keys"}),
+            ("last_", layers[-1], LAST),
             ("middle_", at_depth(layers, MIDDLE), {"middle_attention_received"}),
             ("shallow_", at_depth(layers, SHALLOW), {"shallow_cls_attention"}),
         ):
             if needs & fields:
                 attention = source.self_attn
                 wanted += [(attention.q_proj, f"{prefix}queries"), (attention.k_proj, f"{prefix}keys")]
-        with recorded(wanted, {projector: "patches"} if "patches" in needs else {}) as captured:
+        used = len(layers) if needs & LAST else max(read) + 1
+        with (
+            unread(layers[used:]),
+            recorded(wanted, {projector: "patches"} if "patches" in needs else {}) as captured,
+        ):
             yield captured
 
-    def _feature_layer(self, count: int) -> int:
-        """Index of the encoder layer whose output the projector takes; the last one if there are several."""
+    def _feature_layers(self, count: int) -> list[int]:
+        """Indices of the encoder layers whose outputs the projector takes.
+
+        Args:
+            count: number of layers of the tower.
+        """
         chosen = self.model.config.vision_feature_layer
-        index = chosen if isinstance(chosen, int) else chosen[-1]
-        return (index if index >= 0 else count + 1 + index) - 1
+        listed = [chosen] if isinstance(chosen, int) else chosen
+        return [(index if index >= 0 else count + 1 + index) - 1 for index in listed]
 
 
 @contextlib.contextmanager
@@ -215,6 +226,27 @@ def recorded(
 def at_depth(layers: Sequence[Any], depth: float) -> Any:
     """The layer at a relative depth of a tower, where 1 is the last layer."""
     return layers[max(round(len(layers) * depth), 1) - 1]
+
+
+@contextlib.contextmanager
+def unread(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """While the context is open, layers whose output nobody reads pass on what they get.
+
+    A layer still runs if hooks watch a linear in it, as those of quantization do.
+
+    Args:
+        layers: the layers, which take hidden states and return as much.
+    """
+
+    def passed_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+            if not any(linear._forward_pre_hooks or linear._forward_hooks for linear in linears):
+                stack.enter_context(computing(layer, passed_on))
+        yield
 
 
 def cls_row(queries: Tensor, keys: Tensor, heads: int) -> Tensor:

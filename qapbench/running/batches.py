@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qapbench.models import Family
+from qapbench.models import Family, row_products
+from qapbench.models.row_products import row_by_row
 from qapbench.prune.generation import limit_on_length
 from qapbench.prune.prompt import PrunedPrompt
 from qapbench.tasking.questions import ContinuationTokenizer, Question
 
 from .active_run import Result
 
-CACHED = 2**20  # number of values of a tensor that stay in a CPU's cache until they are used again
-SHORT = 128  # tokens of a row up to which reading a large weight costs more than multiplying by it
 REPEATS = 1 << 24  # step between the seeds of several samples of one answer; the generator reads 32 bits of a seed
 PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs with one value per token, which is 0 for text
 
@@ -81,7 +80,7 @@ class BatchRunner:
         self.batch_size = batch_size
         self.seed = seed
         width = getattr(self.model.config.get_text_config(), "intermediate_size", None)
-        self.cached = CACHED // width if width and self.model.device.type == "cpu" else sys.maxsize
+        self.cached = row_products.CACHED // width if width and self.model.device.type == "cpu" else sys.maxsize
 
     def rows(self, question: Question, prompts: dict[str, PrunedPrompt]) -> list[Row]:
         """The rows that answer one question.
@@ -186,97 +185,21 @@ class BatchRunner:
 
 @contextlib.contextmanager
 def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
-    """While the context is open, compute matrix products and activation functions of the language model row by row.
-
-    A BLAS chooses its kernel, and a vectorised loop its remainder, by the size of the input. The last bit of a result
-    follows that choice, and a 4-bit level may follow the last bit. Computed row by row ([1, L, D]), no result depends
-    on the other rows of the batch. All other operations are elementwise or reduce a single token, so they stay batched.
-    A large weight on a CPU is applied to short rows in blocks, even if there is only one row, so that a row has the
-    same bits alone and in a batch.
+    """While the context is open, the language model computes row by row; tower and projector are left alone.
 
     Args:
         model: the model.
-        family: its family; the vision tower and the projector are left alone.
+        family: its family.
         rows: number of rows in the language model's batch, beams counted.
     """
-    with contextlib.ExitStack() as stack:
-        apart = {id(module) for name in ("vision", "projector") for module in family.parts[name].modules()}
-        for module in model.modules():
-            if id(module) in apart:
-                continue
-            plain = isinstance(module, nn.Linear) and _is_plain(module)
-            large = plain and module.weight.device.type == "cpu" and module.weight.numel() > CACHED
-            if large or (rows > 1 and (isinstance(module, nn.Linear) or _is_activation(module))):
-                stack.enter_context(_row_by_row(module, plain, large))
+    apart = {id(module) for name in ("vision", "projector") for module in family.parts[name].modules()}
+    with row_by_row((module for module in model.modules() if id(module) not in apart), rows):
         yield
 
 
 def _options(row: Row) -> dict[str, Any]:
     """The options of generation that a task gives."""
     return json.loads(row.options or "{}")
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether the linear computes x @ weight.T + bias. A weight of integers, for example, has a product of its own."""
-    own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
-    return own and type(linear.weight) is nn.Parameter
-
-
-def _is_activation(module: nn.Module) -> bool:
-    home = type(module).__module__
-    return home.startswith(("torch.nn.modules.activation", "transformers.activations"))
-
-
-@contextlib.contextmanager
-def _row_by_row(module: Any, plain: bool, large: bool) -> Iterator[None]:
-    """While the context is open, run a module on one row at a time.
-
-    Args:
-        module: a linear or an activation function.
-        plain: whether it is a linear that computes x @ weight.T + bias.
-        large: whether its weight is on a CPU and exceeds the cache.
-    """
-    held = module.__dict__.get("forward")
-    inner = module.forward
-
-    def forward(x: Tensor) -> Tensor:
-        walks = large and x.ndim == 3 and x.shape[1] <= SHORT
-        if not walks and (x.ndim < 3 or len(x) == 1):
-            return inner(x)
-        if plain and x.ndim == 3:
-            return _products(x, module.weight, module.bias, walks)
-        return torch.cat([inner(row) for row in x.split(1)])
-
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if held is None:
-            del module.forward
-        else:
-            module.forward = held
-
-
-def _products(x: Tensor, weight: Tensor, bias: Any, in_blocks: bool) -> Tensor:
-    """The linear of x [B, L, in], one row after the other.
-
-    Args:
-        x: the input.
-        weight: [out, in].
-        bias: [out], or None.
-        in_blocks: whether to take the weight in blocks, each for all rows while it is in the cache. The blocks do not
-            depend on the batch, so no bit does.
-    """
-    out = x.new_empty(*x.shape[:2], len(weight))
-    step = max(64, CACHED // weight.shape[1] // 64 * 64) if in_blocks else len(weight)
-    for at in range(0, len(weight), step):
-        block = slice(at, at + step)
-        for row, target in zip(x, out, strict=True):
-            if bias is None:
-                torch.mm(row, weight[block].T, out=target[:, block])
-            else:
-                torch.addmm(bias[block], row, weight[block].T, out=target[:, block])
-    return out
 
 
 def _with_tail(row: Row) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def run(
     engine: EngineName = "local",
     spill: bool = False,
     trust_remote_code: bool = False,
+    threads: int | None = None,
     progress: ProgressCallback | bool | None = True,
     report: ProgressCallback | None = None,
 ) -> list[Record]:
@@ -70,6 +71,8 @@ def run(
         engine: where workers run. So far only processes of this machine; "ray" is refused.
         spill: keep image features for later quantizers in a memory-mapped file below `runs`.
         trust_remote_code: let a checkpoint run its own Python code.
+        threads: threads of each process on a CPU. None gives a small model one, and others all cores, shared among the
+            workers. No answer depends on it.
         progress: True shows bars in a terminal and a line in a notebook, and nothing elsewhere; False shows nothing. A
             function is called with (run name, questions answered, questions in all) instead.
         report: the name of `progress` in version 0.1.
@@ -95,7 +98,7 @@ def run(
             loaded = stack.enter_context(standing_for(model, processor, Path(runs)))
             specs = [loaded.of(one) for one in specs]
         place = loaded.device if loaded else find_device(device)
-        settings = Settings(Path(runs), place, batch_size or BATCH, workers, engine, spill, trust_remote_code)
+        settings = Settings(Path(runs), place, batch_size or BATCH, workers, engine, spill, trust_remote_code, threads)
         session = loaded.session(specs, settings, told) if loaded else None
         return make_runs(specs, settings, fresh, fast, told, session=session)
 
@@ -232,6 +235,7 @@ class Execution:
 
         from . import fast, scoring
         from .active_run import ActiveRun
+        from .threads import threads_of
         from .workers import WorkerPool
 
         spec, device = plans[0].spec, self.settings.device
@@ -240,7 +244,8 @@ class Execution:
         active_runs = [ActiveRun(plan) for plan in plans]
         processor, task = self.session.processor(spec), self.session.task(spec)
         questions = self.session.questions(spec)
-        pool = WorkerPool(self.session, active_runs)
+        threads = threads_of(spec, self.settings)
+        pool = WorkerPool(self.session, active_runs, threads)
         stopped: dict[str, Verdict] = {}
         some = fast.subset(questions) if fast_first else questions
         if len(some) < len(questions):
@@ -251,6 +256,7 @@ class Execution:
         machine = {
             "batch_size": self.settings.batch_size,
             "workers": self.settings.workers,
+            "threads": threads,
             "engine": self.settings.engine,
             "dtype": precision(spec, device),
             "image_processor": type(processor.image_processor).__name__,

@@ -48,6 +48,15 @@ class PromptEncoder:
         self.needs = frozenset[str]().union(*(one.needs for one in prunings.values()))
         self._latest: tuple[tuple[str, ...], EncodedImages, dict[Any, Any]] | None = None
 
+    def expect(self, questions: Iterable[Question]) -> None:
+        """Embed the texts of questions that will be encoded soon, side by side."""
+        towers = {id(one.reader.tower): one.reader.tower for one in self.prunings.values() if one.reader.needs_text}
+        texts = [question.relevance_text for question in questions if question.images]
+        for tower in towers.values():
+            if tower is not None:
+                with self.stage("choose"):
+                    tower.embed_texts(texts)
+
     @torch.no_grad()  # not inference_mode, whose tensors have no version to tell a shared input that was changed
     def encode(self, question: Question, prompt: str, prune_keys: Iterable[PruneKey]) -> dict[PruneKey, PrunedPrompt]:
         """The prompt of a question under each prune key.

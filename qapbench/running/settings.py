@@ -28,6 +28,7 @@ class Settings:
         engine: where workers run; so far only processes of this machine.
         spill: keep image features for later quantizers in a file below `runs`.
         trust_remote_code: let a checkpoint run its own Python code.
+        threads: threads of each process on a CPU; None chooses them by the model's size.
 
     Raises:
         UserError: the engine is "ray".
@@ -40,6 +41,7 @@ class Settings:
     engine: EngineName = "local"
     spill: bool = False
     trust_remote_code: bool = False
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.engine == "ray":

@@ -35,6 +35,7 @@ from .session import Session
 
 Prompts = dict[str, dict[PruneKey, PrunedPrompt]]
 """The prompts of one question: text -> prune key -> prompt."""
+AHEAD = 32  # batches of questions whose texts are embedded together
 MEMORY = 1 << 30  # bytes of pruned prompts that are kept in memory for later groups
 
 
@@ -188,6 +189,8 @@ class Sweep:
             encoder = encoders.get(own) or self._encoder([*runs, *waiting])
             encoders[own] = encoder
             for at in range(0, len(missing), self.batch_size):
+                if at % (AHEAD * self.batch_size) == 0:
+                    encoder.expect(missing[at : at + AHEAD * self.batch_size])
                 window = missing[at : at + self.batch_size]
                 self._answer_window(window, runs, waiting, encoder, receipt, known)
 

@@ -28,6 +28,7 @@ from .quiet import no_foreign_bars
 from .session import Session
 from .settings import Settings
 from .sweep import answer_runs
+from .threads import using_threads
 
 STOP = 5  # seconds in which a worker that is stopped may store what it answered
 
@@ -83,13 +84,15 @@ class WorkerPool:
     Args:
         session: holds the model if there are no worker processes.
         active_runs: the runs.
+        threads: threads of each process that answers.
 
     Attributes:
         peak: largest peak memory of the processes that answered.
     """
 
-    def __init__(self, session: Session, active_runs: Sequence[ActiveRun]) -> None:
+    def __init__(self, session: Session, active_runs: Sequence[ActiveRun], threads: int) -> None:
         self.session = session
+        self.threads = threads
         self.settings = session.settings
         self.active_runs = {active.planned.id: active for active in active_runs}
         self.peak: dict[str, int] = {}
@@ -111,7 +114,8 @@ class WorkerPool:
         questions = self.session.questions(active_runs[0].spec)
         known, found = _refused(questions), Refused()
         if self.settings.workers == 1:
-            self._peak(answer_runs(self.session, active_runs, docs))
+            with using_threads(self.threads):
+                self._peak(answer_runs(self.session, active_runs, docs))
             found = _refused(questions)
         else:
             found = self._in_processes(active_runs, docs)
@@ -149,7 +153,7 @@ class WorkerPool:
             plugins=list(dict.fromkeys(plugin for plan in plans for plugin in plan.spec.plugins)),
             docs=docs,
             share=(index, workers),
-            threads=max(1, torch.get_num_threads() // workers),
+            threads=self.threads,
         )
 
     def _progress(self, active_runs: Sequence[ActiveRun]) -> Callable[[], None]:

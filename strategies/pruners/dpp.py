@@ -26,8 +26,9 @@ from torch import Tensor
 
 FEATURES = torch.finfo(torch.float32).eps ** 2  # squared relative precision of the features
 ROUNDING = 8 * torch.finfo(torch.float64).eps  # of a cosine, and of a step of the recursion
-BLOCK = 64  # tokens by which the lazy implementation widens its view: enough for an efficient matmul
-ROWS = 32  # rows of the cosine matrix that it computes at a time
+BLOCK = 192  # tokens by which the lazy implementation widens its view: enough for an efficient matmul
+ROWS = 32  # rows of the cosine matrix that it computes at a time, at least
+SMALL = 2**23  # multiply-adds of a product that costs no more than predicting which of its rows will be needed
 
 
 def unit(features: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class LazyGreedy:
 
     All arrays are in the order of quality, so the tokens considered so far are a prefix of them. The loop is written in
     numpy because it makes about ten calls per step on a few hundred numbers each, and a call costs less in numpy than
-    in torch.
+    in torch. It calls no BLAS of numpy's, whose threads would compete with torch's: large products are torch's.
 
     Args:
         features: [N, D] feature vectors of any length, on the CPU.
@@ -124,6 +125,8 @@ class LazyGreedy:
         self.slot = np.full(count, -1)  # which row of `cosine` is a token's; -1: not computed yet
         self.basis = np.empty((keep, count))
         self.residual, self.gain = np.empty(count), np.empty(count)
+        self.views = self.gain[:0], self.residual[:0], self.weight[:0]  # of the tokens considered so far
+        self.heaviest = float(self.weight[0]) if count else 0.0
         self.growth = 1.0
         self.chosen: list[int] = []
         self.least = 1.0
@@ -148,10 +151,15 @@ class LazyGreedy:
         Returns:
             The token, and the least that its gain can be. None and -infinity if no token has a residual.
         """
-        gain, residual, weight = self.gain[: self.seen], self.residual[: self.seen], self.weight[: self.seen]
+        gain, residual, weight = self.views
         error = ROUNDING * self.growth
-        spans = residual > FEATURES * self.growth
         np.multiply(weight, residual, out=gain)
+        first = gain.argmax()
+        most, least = gain.item(first), residual.item(first)
+        slack = 3 * error * self.heaviest  # more than the errors of any two gains
+        if least > FEATURES * self.growth and np.count_nonzero(gain >= most - slack) == 1:
+            return int(first), most - weight.item(first) * error
+        spans = residual > FEATURES * self.growth
         gain[~spans] = -np.inf
         weighed = weight * error
         bound = (gain - weighed).max()
@@ -162,16 +170,17 @@ class LazyGreedy:
 
     def _choose(self, token: int) -> None:
         """Add a token to those chosen and take its direction out of all residuals."""
-        step, seen, basis, left = len(self.chosen), self.seen, self.basis, self.residual[token]
+        step, residual = len(self.chosen), self.views[1]
+        left = residual.item(token)
         self.chosen.append(token)
         if self.slot[token] < 0:
             self._hold(token)
-        row = self.cosine[self.slot[token], :seen] - basis[:step, token] @ basis[:step, :seen]
+        basis, row = self.basis[:step, : self.seen], self.basis[step, : self.seen]
+        np.einsum("i,ij->j", basis[:, token], basis, out=row)
+        np.subtract(self.cosine[self.slot[token], : self.seen], row, out=row)
         row *= left**-0.5
-        basis[step, :seen] = row
-        row *= row
-        self.residual[:seen] -= row
-        self.residual[token] = -1  # chosen
+        residual -= row * row
+        residual[token] = -1  # chosen
         self.least = min(self.least, left)
         self.growth = 1 + len(self.chosen) / self.least
 
@@ -180,7 +189,7 @@ class LazyGreedy:
         seen, start = self.seen, self.held
         gain = np.where(self.slot[:seen] < 0, self.gain[:seen], -np.inf)
         gain[token] = np.inf
-        number = min(ROWS, seen - start)
+        number = min(max(ROWS, SMALL // (seen * self.vectors.shape[1])), seen - start)
         new = np.argpartition(-gain, number - 1)[:number]
         self.slot[new] = np.arange(start, start + number)
         self.held += number
@@ -204,6 +213,7 @@ class LazyGreedy:
             span[:, start:stop] = torch.linalg.solve_triangular(lower, rows, upper=False).numpy()
             residual -= np.square(span[:, start:stop]).sum(axis=0)
         self.residual[start:stop] = residual
+        self.views = self.gain[:stop], self.residual[:stop], self.weight[:stop]
 
     def _compare(self, held: slice, tokens: slice) -> None:
         """Fill in the cosines of some held rows with some tokens."""

@@ -130,3 +130,25 @@ def test_a_relevance_text_that_spells_special_tokens(tmp_path: Path) -> None:
     tower.embed_text("a </s> b")
     assert 2 not in ids[0].tolist()[0][:-1]
     assert AutoTokenizer.from_pretrained(folder).decode(ids[0][0]).startswith("a </s> b")
+
+
+def test_texts_are_embedded_side_by_side_as_alone(tmp_path: Path) -> None:
+    """Whatever the others are, and as if each were padded to the whole context."""
+    folder = save_clip(tmp_path / "clip")
+    device = torch.device("cpu")
+    texts = [f"{'a b ' * length}?" for length in (0, 1, 3, 2, 3, 8, 9, 12, 30)] + ["what is this", "is this a"]
+    together = TextTower(folder, 32, device).embed_texts([*texts, texts[0]])
+    other_order = TextTower(folder, 32, device).embed_texts(texts[::-1])[::-1]
+    assert torch.equal(together[0], together[-1])
+    assert max(found.shape[1] for found in together) > 1
+    for text, found, turned in zip(texts, together[:-1], other_order, strict=True):
+        tower = TextTower(folder, 32, device)
+        alone = tower.embed_text(text)
+        assert torch.equal(found, alone)
+        assert torch.equal(turned, alone)
+        ids = tower.tokenizer(text, return_tensors="pt", split_special_tokens=True).input_ids[0]
+        whole = torch.zeros(alone.shape[1] * tower.length, dtype=torch.long)
+        whole[: len(ids)] = ids
+        with torch.no_grad():
+            padded = tower.text_projection(tower.text(input_ids=whole.view(-1, tower.length)).pooler_output)
+        assert torch.allclose(alone[0], padded, atol=1e-5)

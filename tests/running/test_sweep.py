@@ -14,6 +14,7 @@ from run_questions import QUESTIONS
 
 import qapbench
 from qapbench import RunSpec
+from qapbench.models import row_products
 from qapbench.models.families.llava import Llava
 from qapbench.records.record import Record
 from qapbench.records.store import Store
@@ -94,14 +95,14 @@ def test_large_weights_give_the_same_answers_in_blocks(
     active = spec_of(quantize=W4A4, dtype=dtype, task=task)
     _, (plain,) = sweep([active], tmp_path / "plain", batch_size=16)
     walked: list[int] = []
-    products = batches._products
+    products = row_products._products
 
     def watched(x: torch.Tensor, weight: torch.Tensor, bias: Any, in_blocks: bool) -> torch.Tensor:
         walked.extend([len(x)] * in_blocks)
         return products(x, weight, bias, in_blocks)
 
-    monkeypatch.setattr(batches, "_products", watched)
-    monkeypatch.setattr(batches, "CACHED", 1500)
+    monkeypatch.setattr(row_products, "_products", watched)
+    monkeypatch.setattr(row_products, "CACHED", 1500)
     monkeypatch.setattr(batches.BatchRunner, "_room", lambda self, row, longest: self.batch_size * longest)
     _, (one,) = sweep([active], tmp_path / "one", batch_size=1)
     assert set(walked) == {1}
@@ -119,7 +120,7 @@ def test_large_weights_give_the_same_answers_in_blocks(
 
 def test_beams_share_no_product_with_other_rows(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
-    open_rows = batches._row_by_row
+    open_rows = row_products._apart
     rows_of = batches.BatchRunner.rows
 
     def beamed(self: Any, question: Any, shown: Any) -> list[Any]:
@@ -129,7 +130,7 @@ def test_beams_share_no_product_with_other_rows(spec_of: Spec, tmp_path: Path, m
         ]
 
     monkeypatch.setattr(batches.BatchRunner, "rows", beamed)
-    monkeypatch.setattr(batches, "_row_by_row", lambda *given: widths.append(given[0]) or open_rows(*given))
+    monkeypatch.setattr(row_products, "_apart", lambda *given: widths.append(given[0]) or open_rows(*given))
     active = spec_of(quantize=W4A4, task={"answers": "generate", "limit": 6})
     _, (one,) = sweep([active], tmp_path / "one", batch_size=1)
     assert widths  # three beams of one row are three rows
@@ -144,7 +145,7 @@ def test_what_is_scored_stays_in_the_cache(spec_of: Spec, tmp_path: Path, monkey
     sweep([spec_of()], tmp_path / "plain", batch_size=16)
     assert max(most) > 1
     most.clear()
-    monkeypatch.setattr(batches, "CACHED", 1500)
+    monkeypatch.setattr(row_products, "CACHED", 1500)
     sweep([spec_of()], tmp_path / "cut", batch_size=16)
     assert max(most) == 1
 

@@ -20,10 +20,10 @@ each_way = pytest.mark.parametrize("way", ["whole", "lazy"])
 @pytest.fixture(autouse=True, scope="module")
 def _small_blocks() -> Iterator[None]:
     """So that few tokens are several blocks."""
-    held = dpp.BLOCK, dpp.ROWS
-    dpp.BLOCK, dpp.ROWS = 3, 2
+    held = dpp.BLOCK, dpp.ROWS, dpp.SMALL
+    dpp.BLOCK, dpp.ROWS, dpp.SMALL = 3, 2, 0
     yield
-    dpp.BLOCK, dpp.ROWS = held
+    dpp.BLOCK, dpp.ROWS, dpp.SMALL = held
 
 
 @st.composite

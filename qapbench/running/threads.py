@@ -1,0 +1,52 @@
+"""How many threads a process that answers questions computes with. No stored byte depends on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from qapbench.models.loading import read_config
+from qapbench.spec.run_spec import RunSpec
+
+from .settings import Settings
+
+SMALL = 2**18  # weights of the largest linear of a layer up to which a second thread costs more than it computes
+
+
+def threads_of(spec: RunSpec, settings: Settings) -> int:
+    """Threads of each process that answers questions of a run.
+
+    They are what the settings say; else one for a small model on a CPU, whose operations are over before a second
+    thread is at work; else all that torch has, shared among the workers. A user's own OMP_NUM_THREADS is what torch
+    has, whatever the model's size.
+
+    Args:
+        spec: names the model.
+        settings: where and how runs are made.
+    """
+    if settings.threads is not None:
+        return settings.threads
+    small = settings.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and _is_small(read_config(spec))
+    return 1 if small else max(1, torch.get_num_threads() // settings.workers)
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """While the context is open, torch computes with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _is_small(config: Mapping[str, Any]) -> bool:
+    """Whether no linear in a layer of decoder or tower has more than SMALL weights, by the model's config.json."""
+    parts = [config.get("text_config") or config, config.get("vision_config") or {}]
+    sizes = [[int(part.get(name) or 0) for name in ("hidden_size", "intermediate_size")] for part in parts]
+    return all(hidden * max(hidden, inner) <= SMALL for hidden, inner in sizes) and all(sizes[0])

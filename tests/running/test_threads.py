@@ -1,0 +1,59 @@
+"""Threads of the processes that answer questions."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qapbench
+from qapbench import RunSpec
+from qapbench.running import threads
+from qapbench.running.settings import Settings
+from qapbench.running.threads import threads_of, using_threads
+
+Spec = Callable[..., dict[str, Any]]
+SEVEN_B = {
+    "text_config": {"hidden_size": 4096, "intermediate_size": 11008},
+    "vision_config": {"hidden_size": 1024, "intermediate_size": 4096},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "small"),
+    [
+        ({"hidden_size": 192, "intermediate_size": 512}, True),
+        ({"text_config": {"hidden_size": 192, "intermediate_size": 512}}, True),
+        ({"text_config": {"hidden_size": 192, "intermediate_size": 512}, "vision_config": {"hidden_size": 768}}, False),
+        (SEVEN_B, False),
+        (SEVEN_B["text_config"], False),
+        ({"vision_config": {"hidden_size": 64}}, False),  # nothing is known of the decoder
+    ],
+)
+def test_a_small_model_gets_one_thread(
+    config: dict[str, Any], small: bool, spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "read_config", lambda spec: config)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    spec, settings = RunSpec.parse(spec_of()), Settings(tmp_path, torch.device("cpu"))
+    assert threads_of(spec, settings) == (1 if small else 6)
+    assert threads_of(spec, dataclasses.replace(settings, workers=4)) == 1
+    assert threads_of(spec, dataclasses.replace(settings, workers=2)) == (1 if small else 3)
+    assert threads_of(spec, dataclasses.replace(settings, device=torch.device("cuda"))) == 6
+    assert threads_of(spec, dataclasses.replace(settings, threads=5, workers=2)) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert threads_of(spec, settings) == 6
+
+
+def test_threads_are_put_back_and_recorded(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), using_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+    (record,) = qapbench.run(RunSpec.parse(spec_of(task={"limit": 2})), tmp_path, threads=2)
+    assert torch.get_num_threads() == before
+    assert record.environment.threads == 2
