@@ -18,7 +18,6 @@ from .row_products import computing
 MIDDLE = 9 / 24  # relative depth of the layer in which HiPrune finds objects: the ninth of 24
 SHALLOW = 6 / 24  # relative depth of the layer in which VScan finds details: the sixth of 24
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
-LAST = frozenset({"last_cls_attention", "last_keys"})  # fields that are recorded in the tower's last layer
 EMPTY: Mapping[nn.Module, str] = {}
 OF_CLS = ("cls_attention", "last_cls_attention", "shallow_cls_attention")  # fields that need a CLS token
 RECEIVED = "the tower has no CLS token; attention received from all patches stands in"
@@ -153,16 +152,18 @@ class TowerFamily(Family):
         layer = layers[read[-1]]
         if "cls_token" in needs:
             wanted.append((layer, "hidden"))
+        needed = [layer]
         for prefix, source, fields in (
             ("", layer, {"cls_attention", "keys", "attention_received"}),
-            ("last_", layers[-1], LAST),
+            ("last_", layers[-1], {"last_cls_attention", "last_keys"}),
             ("middle_", at_depth(layers, MIDDLE), {"middle_attention_received"}),
             ("shallow_", at_depth(layers, SHALLOW), {"shallow_cls_attention"}),
         ):
             if needs & fields:
+                needed.append(source)
                 attention = source.self_attn
                 wanted += [(attention.q_proj, f"{prefix}queries"), (attention.k_proj, f"{prefix}keys")]
-        used = len(layers) if needs & LAST else max(read) + 1
+        used = max(at for at, one in enumerate(layers) if any(one is other for other in needed)) + 1
         with (
             unread(layers[used:]),
             recorded(wanted, {projector: "patches"} if "patches" in needs else {}) as captured,
