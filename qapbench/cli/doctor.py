@@ -20,6 +20,7 @@ State = Literal["ok", "missing", "broken"]
 PACKAGE = "qapbench"
 EXTRAS = {
     "torchao": "int8 W8A8 on real kernels (`backend: torchao`)",
+    "lmms-eval": "tasks of lmms-eval's (`from: lmms-eval`), and qapbench as a model there",
     "smollm2": "the language model of smol-llava, for training it",
     "test": "`make test`",
 }

@@ -152,7 +152,7 @@ class TowerFamily(Family):
         layer = layers[read[-1]]
         if "cls_token" in needs:
             wanted.append((layer, "hidden"))
-        needed = [layer]
+        needed = [layers[at] for at in read]
         for prefix, source, fields in (
             ("", layer, {"cls_attention", "keys", "attention_received"}),
             ("last_", layers[-1], {"last_cls_attention", "last_keys"}),
