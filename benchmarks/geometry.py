@@ -28,6 +28,7 @@ from rich.table import Table
 from qapbench import UserError, compress, pruners
 from qapbench.models import family_of
 from qapbench.models.loading import load_model
+from qapbench.prune.build import missing_fields
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.lm import AskingLM
 from qapbench.tasking.questions import RefusedPictureError, processor_inputs
@@ -56,9 +57,11 @@ class Case(NamedTuple):
 
 
 def cases(model: Any) -> list[Case]:
-    """Every size with every pruner, at one token and at all of them, with and without a sensitivity."""
-    budgets = ((1, False), (family_of(model).view_tokens or EVERYTHING, True))
-    product = itertools.product(SIZES, pruners.names(), budgets, (None, "combined"))
+    """Every size with every pruner that the family offers, at one token and at all of them, with and without a metric."""
+    family = family_of(model)
+    budgets = ((1, False), (family.view_tokens or EVERYTHING, True))
+    offered = [name for name in pruners.names() if not missing_fields(pruners.create(name), family)]
+    product = itertools.product(SIZES, offered, budgets, (None, "combined"))
     return [Case(size, pruner, keep, metric, whole) for size, pruner, (keep, whole), metric in product]
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from qapbench.errors import UserError, nearest
+from qapbench.files import replace_all_synced
 
 from . import completion
 from .console import out
@@ -33,8 +34,7 @@ def new(
     if there := [file for file in texts if (folder / file).exists()]:
         raise UserError(f"{folder / there[0]} is there already; choose another name or --folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for file, text in texts.items():
-        (folder / file).write_text(text, encoding="utf-8")
+    replace_all_synced({folder / file: text for file, text in texts.items()})
     listed = " ".join(str(folder / file) for file in texts)
     out.print(escape(f"wrote {listed}"), soft_wrap=True, highlight=False)
     spec, test = folder / f"{name}.yaml", folder / f"test_{name}.py"

@@ -46,8 +46,7 @@ def build_pruning(
     receipt.pruning = spec.label
     pruner = pruners.create(spec.method.name, **spec.method.params)
     inside = isinstance(pruner, DecoderPruner)
-    available_fields = DecoderPruner.DECODER_FIELDS if inside else family.available_fields | QuestionReader.FIELDS
-    if missing := pruner.needs - pruner.optional - available_fields:
+    if missing := missing_fields(pruner, family):
         raise UserError(
             f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
         )
@@ -60,6 +59,13 @@ def build_pruning(
     receipt.relevance_sign = _sign_in_words(pruner, reader, receipt)
     sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None
     return Pruning(family, spec, pruner, sensitivity, reader, receipt, processor, on_view, on_images)
+
+
+def missing_fields(pruner: Pruner, family: Family) -> frozenset[str]:
+    """The fields of `VisionTokens` that a pruner needs and a family's models do not offer."""
+    inside = isinstance(pruner, DecoderPruner)
+    available = DecoderPruner.DECODER_FIELDS if inside else family.available_fields | QuestionReader.FIELDS
+    return pruner.needs - pruner.optional - available
 
 
 def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:

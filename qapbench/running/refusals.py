@@ -5,13 +5,13 @@ They are left out of the run, told one by one, and listed in its record. If they
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 from qapbench.errors import RunFailedError
 from qapbench.tasking.questions import Question
+from qapbench.visible import visible_logger
 
-LOG = logging.getLogger(__name__)
+LOG = visible_logger(__name__)
 SHARE, FEW = 0.05, 5  # a run may leave out this share of its questions, or this number of them if that is more
 
 

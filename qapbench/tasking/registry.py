@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,9 +19,11 @@ from qapbench.hashing import code_files, digest_files
 from qapbench.methods.parameters import problems_of
 from qapbench.methods.plugins import error_and_place, plugin_of
 from qapbench.methods.registry import Entry, Registry
-from qapbench.spec.run_spec import TaskSpec
 
 from .task_yaml import included, read_config
+
+if TYPE_CHECKING:  # what a task imports is part of the identity of its runs
+    from qapbench.spec.run_spec import TaskSpec
 
 LETTER = "_letter"
 """Suffix of the variant of a task that scores one log-likelihood per option instead of generating text."""

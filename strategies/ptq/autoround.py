@@ -134,7 +134,8 @@ def tune(
     """
     learned: dict[str, list[Tensor]] = {}
     for name, w in original.items():
-        ends = torch.ones(2, len(w), sum(part.shape[1] for part in grouped(w, format.group_size)), device=w.device)
+        groups = sum(part.shape[1] for part in grouped(w, format.group_size))
+        ends = torch.ones(2, len(w), groups, dtype=torch.float32, device=w.device)
         learned[name] = [torch.zeros_like(w, dtype=torch.float32), *ends]
     parameters = [parameter.requires_grad_(True) for some in learned.values() for parameter in some]
     best, least = {name: rounded(w, format, *learned[name]).detach() for name, w in original.items()}, torch.inf

@@ -180,7 +180,13 @@ def test_the_background_is_part_of_a_run(tmp_path: Path) -> None:
     assert len(set(ids)) == 3
     assert spec(background=None).digest({}) == ids[0]
     fields = spec().model_dump(mode="json", exclude={"name", "model", "text_tower", "plugins", "dtype"})
-    for name in ("data", "include_path", "background"):  # the id that runs had before there was this field
+    for name in (
+        "data",
+        "include_path",
+        "background",
+        "metric",
+        "blank_images",
+    ):  # as before there were these
         del fields["task"][name]
     assert ids[0] == digest_json([fields, {}])
     asked = {"method": "smoothquant", "calibration": {"samples": 4}}
