@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 
 def cases(model: Any) -> list[Case]:
-    """Every size with every pruner that the family offers, at one token and at all of them, with and without a metric."""
+    """Every size with every pruner that the family offers, at one token and at all, with and without a metric."""
     family = family_of(model)
     budgets = ((1, False), (family.view_tokens or EVERYTHING, True))
     offered = [name for name in pruners.names() if not missing_fields(pruners.create(name), family)]
