@@ -34,7 +34,8 @@ OWN_FORMATS: dict[str, dict[str, Any]] = {  # what only these methods make
     "qvlm": {},
     "mquant": {"weights": SYMMETRIC, "activations": {**SYMMETRIC, "granularity": "tensor"}},
 }
-QUICK: dict[str, dict[str, Any]] = {"omniquant": {"epochs": 1}, "autoround": {"iters": 3}}  # less of what only takes longer
+QUICK: dict[str, dict[str, Any]] = {"omniquant": {"epochs": 1}, "autoround": {"iters": 3}}
+"""Less of what only takes longer."""
 CALIBRATED = [name for name in ptqs.names() if ptqs.create(name).calibrates]
 
 
