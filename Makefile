@@ -16,7 +16,7 @@ test: lint
 
 # In an environment of its own: lmms-eval without the forty packages that its metadata asks for and its tasks do without.
 test-lmms: $(LMMS)/.installed
-	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -m lmms
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -m lmms $(wildcard tests/*/test_lmms_*.py)
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

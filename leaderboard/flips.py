@@ -120,6 +120,7 @@ class _Sources:
     def __init__(self, missing: list[str]) -> None:
         self._missing = missing
         self._tasks: dict[str, tuple[TaskOutline, dict[str, int]] | None] = {}
+        self._names: dict[int, str] = {}  # by the identity of a record: a record is asked about for each of its flips
         self._processors: dict[str, dict[str, Any] | None] = {}
 
     def has_image(self, run: Scored, question: str) -> bool:
@@ -172,8 +173,10 @@ class _Sources:
 
     def _task(self, record: Record) -> tuple[TaskOutline, dict[str, int]] | None:
         """The outline of a record's task, and the index of each question by its id; None if they are not available."""
+        if (known := self._names.get(id(record))) is not None:
+            return self._tasks[known]
         spec, data = mapping(record.spec.get("task")), record.fingerprints.get("data")
-        name = str([spec, data])
+        name = self._names[id(record)] = str([spec, data])
         if name not in self._tasks:
             self._tasks[name] = None
             try:

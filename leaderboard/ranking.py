@@ -37,7 +37,7 @@ def scored_runs(records: Sequence[Record], runs: Path | None, damaged: list[str]
         folder = runs / record.run_id if runs and re.fullmatch(r"[0-9a-f]{8,64}", record.run_id) else None
         if folder and folder.is_dir():
             try:
-                scored = replace(read_scored(folder, shared), record=record)
+                scored = read_scored(folder, shared, record)
                 damaged += [f"{record.name}: {scored.damage}"] if scored.damage else []
             except UserError as error:
                 damaged.append(f"{record.name}: no rank and no comparison; {error}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -208,17 +208,18 @@ def find_run(name: str, runs: Path) -> Path:
     return runs / found[0].run_id
 
 
-def read_scored(folder: Path, shared: dict[str, ScoredQuestion] | None = None) -> Scored:
+def read_scored(folder: Path, shared: dict[str, ScoredQuestion] | None = None, record: Record | None = None) -> Scored:
     """Read the record and the scored questions in a run's folder.
 
     Args:
         folder: the run's folder.
         shared: as for `read_scored_questions`.
+        record: the run's record, if it was read already.
 
     Raises:
         UserError: one of the two files is missing or damaged.
     """
-    record = read_record(folder)
+    record = read_record(folder) if record is None else record
     if record.parts:
         parts = {part.label: read_scored(folder.resolve().parent / part.run_id, shared) for part in record.parts}
         told = "; ".join(part.damage for part in parts.values() if part.damage)
@@ -230,13 +231,18 @@ def read_scored(folder: Path, shared: dict[str, ScoredQuestion] | None = None) -
     rows = {sys.intern(one.id): one.metrics for one in read_scored_questions(folder, shared)}
     scored = Scored(record, rows, folder, told)
     counted = {column.name for column in record.scores.columns if column.k is not None}
-    if any(
-        row.get(name, 0) not in (0, 1) if name in counted else not isinstance(row.get(name, 0), int | float)
-        for row in scored.rows.values()
-        for name in scored.columns
-    ):
+    if not all(_are_scores(rows.values(), name, name in counted) for name in scored.columns):
         raise UserError(described(folder, [f"{SCORED} does not say for each question whether it was right"]))
     return scored
+
+
+def _are_scores(rows: Iterable[Mapping[str, Any]], column: str, counted: bool) -> bool:
+    """Whether every question that has an entry in a column has a number there; 0 or 1, if right answers are counted."""
+    try:
+        found = {row.get(column, 0) for row in rows}  # far fewer than there are questions
+    except TypeError:  # a list or a mapping
+        return False
+    return found <= {0, 1} if counted else all(isinstance(value, int | float) for value in found)
 
 
 def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
