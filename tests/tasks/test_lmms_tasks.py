@@ -253,7 +253,7 @@ def test_prompts_pictures_and_scores_are_those_of_lmms_eval(
         shown = request.args[2]["visual"]
         assert request.args[0].replace("<image>\n", "") == text
         assert [picture.digest() for picture in shown] == pictures
-        assert [digest_image(picture.load()) for picture in shown] == pictures
+        assert [digest_image(picture.decode().picture) for picture in shown] == pictures
         kept = {key: options.get(key) for key in ("until", "max_new_tokens")}
         assert {key: request.args[1].get(key) for key in kept} == kept
         assert request.args[1]["do_sample"] is False
