@@ -26,7 +26,7 @@ COMPARED = ("column", "n", "first", "second", "difference", "95 % interval", "ga
 
 
 def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
-    """A table with one row per run: measured tokens, accuracies in percent, and the interval of the last accuracy.
+    """A table with one row per run: measured tokens, accuracies in percent, and the interval of the task's score.
 
     Runs of several tasks have a column per task, and their relative average.
 
@@ -37,6 +37,9 @@ def ablation_table(records: Iterable[Record], width: int = 200) -> Table:
     """
     records = list(records)
     names = list(dict.fromkeys(column.name for record in records for column in record.scores.columns))
+    scores = {record.score.name for record in records if record.score}
+    if len(scores) == 1:  # the task's score stands last, wherever the task lists it
+        names.sort(key=lambda name: name in scores)
     room = width - NAME - TOKENS - 2
     detailed = room >= len(names) * COLUMN + INTERVAL
     shown = names[-max(1, room // COLUMN) :]

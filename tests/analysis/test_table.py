@@ -64,3 +64,18 @@ def test_accuracies_that_have_no_room_are_named(width: int) -> None:
     assert "…" not in text
     assert all(name in text for name in names)
     assert text.count("33.33") + len(text.partition("for lack of width: ")[2].split(", ")) == len(names)
+
+
+def test_the_interval_is_that_of_the_tasks_score() -> None:
+    """A task of lm-eval's may list its score first; the last column and the interval are still the score's."""
+    columns = [
+        {"name": "acc", "k": 3, "n": 4, "accuracy": 0.75, "low": 0.3, "high": 0.95},
+        {"name": "brier_score", "n": 4, "figure": 0.28},
+    ]
+    record = small_record(columns, schema=3, task={"name": "t", "questions": 4, "score": "acc"})
+    console = VisibleConsole(width=120, file=io.StringIO())
+    console.print(ablation_table([record], 120))
+    text = console.file.getvalue()
+    assert text.index("brier_score") < text.index("acc ")
+    assert "30.0–95.0" in text
+    assert "Wilson interval of acc" in text
