@@ -1,4 +1,4 @@
-"""Rows of a page on which some run asked several tasks: every score stands under its task."""
+"""Rows of a page whose scores stand under their tasks: some run asked several, or one with a score of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from qapbench.analysis.ranking import rankings_by_task
 from qapbench.analysis.relative import parts_of, relative_averages, score_of
 from qapbench.records.record import Record, TaskPart
 
+from .paper import OVERALL
 from .ranking import moved, versus
 from .rows import Row, Score, Standing, Versus, confidence_cells, score_of_column
 
@@ -19,10 +20,18 @@ UNDRAWN = "those of runs of several tasks, which `qapbench compare` lists"
 
 
 def task_labels(records: Sequence[Record]) -> list[str]:
-    """Labels of the tasks, in the order of the rows; none if every run asked a single one."""
-    if not any(record.parts for record in records):
+    """Labels of the tasks, in the order of the rows.
+
+    There are none if every run asked a single task whose columns are those of the paper's rows.
+    """
+    if not any(record.parts or _has_own_score(record) for record in records):
         return []
     return list(dict.fromkeys(part.label for record in records for part in parts_of(record)))
+
+
+def _has_own_score(record: Record) -> bool:
+    """Whether a run's task names a score that is not the overall column of the paper's rows."""
+    return bool(record.task and record.task.score not in (None, OVERALL))
 
 
 def detail_name(label: str, column: str) -> str:

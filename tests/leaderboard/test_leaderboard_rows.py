@@ -16,6 +16,7 @@ from qapbench.leaderboard import build
 from qapbench.leaderboard.builder import valid_records
 from qapbench.leaderboard.paper import as_count, paper_rows, reference
 from qapbench.leaderboard.rows import column_names, counted, from_record, quantization_label
+from qapbench.leaderboard.tasks import task_labels
 from qapbench.records.record import Record, parse_record
 
 
@@ -152,3 +153,12 @@ def test_csv_holds_no_formula(tmp_path: Path) -> None:
 def test_the_page_must_be_named_html(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"should end in \.html"):
         build([], tmp_path / "page.csv")
+
+
+def test_a_task_with_a_score_of_its_own_has_its_own_columns() -> None:
+    """The page of such a task alone has its score, not the empty columns of the paper's rows."""
+    like_the_paper = parse_record({**record(0, None), "task": {"name": "diagramqa", "questions": 4, "score": "Avg"}})
+    own = parse_record({**record(1, None), "task": {"name": "my_colors", "questions": 4, "score": "acc"}})
+    assert task_labels([like_the_paper]) == []
+    assert task_labels([own]) == ["my_colors"]
+    assert task_labels([like_the_paper, own]) == ["diagramqa", "my_colors"]
