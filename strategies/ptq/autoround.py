@@ -23,6 +23,8 @@ from qapbench import (
     round_through,
 )
 
+from .full_precision import FullPrecision
+
 SMALLEST = 1e-8  # smallest magnitude of a scale
 
 
@@ -71,15 +73,10 @@ class AutoRound(CalibratedPTQ):
     ) -> CalibrationResult:
         if weights is None:
             return {name: {} for name in linears}
-        before, exact = "", list[Tensor]()  # list of layers of the latest block, and its outputs in full precision
+        plain = FullPrecision()
 
         def find(block: Block) -> CalibrationResult:
-            nonlocal before, exact
-            layers = block.name.rpartition(".")[0]
-            follows = before == layers and len(exact) == len(block.passes)
-            passes = [one.fed(x) for one, x in zip(block.passes, exact, strict=True)] if follows else block.passes
-            plain = Block(block.name, block.module, block.linears, passes, block.current)
-            before, exact = layers, [output.to("cpu") for output in plain.outputs()]
+            exact = plain.outputs(block)
             called = block.observe(lambda _: AbsMaxObserver())
             return self.tuned(block, {name: linears[name] for name in called}, exact, weights, activations)
 

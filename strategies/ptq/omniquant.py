@@ -22,6 +22,8 @@ from qapbench import (
     ptq,
 )
 
+from .full_precision import FullPrecision
+
 CLIP = 4.0  # initial clipping strength before the sigmoid, which makes it 0.982 of the range
 FLOOR = 1e-5  # smallest scale
 Rate = Annotated[float, Field(gt=0)]
@@ -70,16 +72,10 @@ class OmniQuant(CalibratedPTQ):
         weights: Format | None,
         activations: Format | None,
     ) -> CalibrationResult:
-        # List of layers that the latest block belongs to, and the block's outputs in full precision.
-        before, exact = "", list[Tensor]()
+        plain = FullPrecision()
 
         def find(block: Block) -> CalibrationResult:
-            nonlocal before, exact
-            layers = block.name.rpartition(".")[0]
-            follows = before == layers and len(exact) == len(block.passes)
-            passes = [one.fed(x) for one, x in zip(block.passes, exact, strict=True)] if follows else block.passes
-            plain = Block(block.name, block.module, block.linears, passes, block.current)
-            before, exact = layers, [output.to("cpu") for output in plain.outputs()]
+            exact = plain.outputs(block)
             inputs = block.observe(lambda _: AbsMaxObserver())
             scales = self.start(block, inputs) if activations else {}
             learner = Learner(block, {name: linears[name] for name in inputs}, scales, weights, activations)
