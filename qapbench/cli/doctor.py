@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -79,6 +80,7 @@ def _requirements() -> list[tuple[str, str, str | None]]:
     return found
 
 
+@functools.cache
 def _extra_names() -> list[str]:
     """The extras of the installed package."""
     from importlib.metadata import metadata
@@ -164,9 +166,9 @@ def _plugins() -> list[Finding]:
 
 def _extras() -> list[Finding]:
     """What is optional."""
-    found = []
+    found, every = [], _requirements()
     for extra in _extra_names():
-        asked = [(name, asked) for name, asked, owner in _requirements() if owner == extra]
+        asked = [(name, asked) for name, asked, owner in every if owner == extra]
         lacking = [name for name, wanted in asked if _lacks(name, wanted)]
         unlocks = EXTRAS.get(extra, "")
         if lacking:
