@@ -27,7 +27,7 @@ from .paper import paper_rows, reference
 from .ranking import REFERENCES, compared, scored_runs
 from .rows import CONFIDENCE, Row, Score, clean, column_names, from_record, is_clean, mapping, stand_in_notes, text
 from .studies import read_studies
-from .tasks import UNDRAWN, columns_by_task, paper_row_by_task, rows_by_task, task_labels
+from .tasks import columns_by_task, paper_row_by_task, rows_by_task, task_labels
 from .unfinished import Unfinished, unfinished_runs
 
 LOG = visible_logger(__name__)
@@ -97,7 +97,6 @@ def build(
     rows = [*own, *([paper_row_by_task(row, labels, OVERALL) for row in paper] if labels else paper)]
     columns = column_names(rows)
     flips = find_flips(own, scored)
-    flips.missing += [UNDRAWN] if labels else []
     studies = read_studies(folder) if folder else []
     data = page_data(rows, cleaned, columns, flips, studies)
     unfinished = unfinished_runs(folder) if folder else []

@@ -7,7 +7,7 @@ data that the record names, if they are on this machine and unchanged. The page 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from qapbench import UserError
-from qapbench.analysis.paired import OVERALL, Scored, flipped
+from qapbench.analysis.paired import Scored, flipped
 from qapbench.analysis.pictures import data_uri, grid_of, image_processor_config, seen_image
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.receipt import ImageTokens
@@ -34,17 +34,44 @@ QUESTIONS = 60  # largest number of different questions on a page, whose images 
 SHOWN = "semantic", "dense"  # a row's flips are shown against the first of these references that it has
 
 
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A run beside its reference, in one task.
+
+    Attributes:
+        task: label of the task; "" on a page of a single task.
+        first: the reference.
+        second: the run.
+        column: the column whose scores are compared.
+    """
+
+    task: str
+    first: Scored
+    second: Scored
+    column: str
+
+    def directions(self) -> dict[str, list[str]]:
+        """Ids of the questions that score higher than in the reference, and of those that score lower."""
+        gained, lost = flipped(self.first, self.second, self.column)
+        return {"gained": gained, "lost": lost}
+
+    def counts_right(self) -> bool:
+        """Whether every score is 0 or 1, so that a flip is a right answer that became a wrong one or the reverse."""
+        return all(row.get(self.column, 0) in (0, 1) for run in (self.first, self.second) for row in run.rows.values())
+
+
 @dataclass
 class Flips:
     """The flips that the page shows.
 
     Attributes:
-        rows: index of a row -> its flips: the reference's name, counts, and up to EACH questions in both directions.
+        rows: index of a row -> its flips, for each of its tasks: the label of the task ("" on a page of a single task),
+            the reference's name, whether every score is 0 or 1, counts, and up to EACH questions in both directions.
         questions: key of a question -> its texts and image; `image` is a data URI.
         missing: why some flips are not shown.
     """
 
-    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     questions: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -57,46 +84,86 @@ def find_flips(rows: Sequence[Row], scored: Sequence[Scored | None]) -> Flips:
         scored: scores of each row's run; None if they cannot be read.
     """
     found = Flips()
-    pairs: dict[int, tuple[Scored, Scored, dict[str, list[str]]]] = {}
-    for index, row in enumerate(rows):
-        against = next((row.against[kind] for kind in SHOWN if kind in row.against), None)
-        one, other = (scored[against.row], scored[index]) if against else (None, None)
-        if one and other:
-            gained, lost = flipped(one, other, other.columns[OVERALL])
-            pairs[index] = one, other, {"gained": gained, "lost": lost}
+    pairs = {
+        index: found_pairs for index, row in enumerate(rows) if (found_pairs := _pairs(row, scored[index], scored))
+    }
     if not pairs:
         return found
     sources = _Sources(found.missing)
-    often = Counter(q for _, _, directions in pairs.values() for ids in directions.values() for q in ids)
+    flips = {pair: pair.directions() for several in pairs.values() for pair in several}
+    often = Counter(
+        (pair.second.record.fingerprints.get("data"), q)
+        for pair, directions in flips.items()
+        for ids in directions.values()
+        for q in ids
+    )
     wanted: defaultdict[str, set[str]] = defaultdict(set)  # run id -> questions whose answers are drawn
-    for index, (one, other, directions) in pairs.items():
-        drawn: dict[str, Any] = {"against": one.name}
+    drawn: dict[_Pair, dict[str, list[tuple[str, str]]]] = {}
+    for pair, directions in flips.items():
+        data = pair.second.record.fingerprints.get("data")
+        drawn[pair] = {}
         for direction, ids in directions.items():
             # Questions with images come first, then those that many rows flip, since the page holds each only once.
-            ids = sorted(ids, key=lambda q: (not sources.has_image(other, q), -often[q], q))
-            shown = [(question, sources.add(other, question, found.questions)) for question in ids[:EACH]]
-            shown = [(question, key) for question, key in shown if key]
-            drawn[direction] = {"count": len(ids), "shown": shown}
-            for run in (one, other):
-                wanted[run.record.run_id] |= {question for question, _ in shown}
-        found.rows[index] = drawn
-    runs = {run.record.run_id: run for pair in pairs.values() for run in pair[:2]}
+            ids.sort(key=lambda q: (not sources.has_image(pair.second, q), -often[data, q], q))
+            shown = [(question, sources.add(pair.second, question, found.questions)) for question in ids[:EACH]]
+            drawn[pair][direction] = [(question, key) for question, key in shown if key]
+            for run in (pair.first, pair.second):
+                wanted[run.record.run_id] |= {question for question, _ in drawn[pair][direction]}
+    runs = {run.record.run_id: run for pair in flips for run in (pair.first, pair.second)}
     answers = {run_id: runs[run_id].answers(questions) for run_id, questions in wanted.items()}
-    for index, drawn in found.rows.items():
-        both = [answers[run.record.run_id] for run in pairs[index][:2]]
-        for direction in pairs[index][2]:
-            drawn[direction]["shown"] = [
-                {"question": key, "sides": [_side(side.get(q), found.questions[key]["square"]) for side in both]}
-                for q, key in drawn[direction]["shown"]
-            ]
+    for index, several in pairs.items():
+        found.rows[index] = [
+            {
+                "task": pair.task,
+                "against": pair.first.name,
+                "counts_right": pair.counts_right(),
+                **{
+                    direction: {
+                        "count": len(ids),
+                        "shown": [_card(pair, q, key, answers, found.questions) for q, key in drawn[pair][direction]],
+                    }
+                    for direction, ids in flips[pair].items()
+                },
+            }
+            for pair in several
+        ]
     return found
 
 
-def _side(answer: Answer | None, square: bool) -> dict[str, Any]:
+def _pairs(row: Row, second: Scored | None, scored: Sequence[Scored | None]) -> list[_Pair]:
+    """A row's run beside its reference, in each task in which it has one."""
+    if second is None:
+        return []
+    standings = {label: one.against for label, one in row.by_task.items()} or {"": row.against}
+    found = []
+    for label, references in standings.items():
+        against = next((references[kind] for kind in SHOWN if kind in references), None)
+        first = scored[against.row] if against else None
+        if first is None:
+            continue
+        one, other = (run.tasks.get(label) if label else run for run in (first, second))
+        if one and other and (column := other.score) is not None:
+            found.append(_Pair(label, one, other, column))
+    return found
+
+
+def _card(
+    pair: _Pair, question: str, key: str, answers: Mapping[str, Mapping[str, Answer]], questions: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A flipped question with what both runs answered."""
+    sides = [
+        _side(answers[run.record.run_id].get(question), run.rows[question][pair.column], questions[key]["square"])
+        for run in (pair.first, pair.second)
+    ]
+    return {"question": key, "sides": sides}
+
+
+def _side(answer: Answer | None, score: float, square: bool) -> dict[str, Any]:
     """One run's answer to a question: its text, and the tokens that it kept of the first image; null if it kept all.
 
     Args:
         answer: the stored answer; None if there is none.
+        score: its score.
         square: whether the image is square. Only then is the grid of its tokens known.
     """
     image = answer.images[0] if answer and answer.images else ImageTokens(available=0)
@@ -104,6 +171,7 @@ def _side(answer: Answer | None, square: bool) -> dict[str, Any]:
     valid = image.kept is not None and all(0 <= place < available for place in image.kept)
     return {
         "answer": answer.answer if answer else "",
+        "score": score,
         "grid": grid_of(available) if square else None,
         "kept": image.kept if valid else None,
         "merged": image.merged,

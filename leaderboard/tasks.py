@@ -16,7 +16,6 @@ from .rows import Row, Score, Standing, Versus, confidence_cells, score_of_colum
 
 PAPER = "scienceqa"
 """The task of the paper's rows."""
-UNDRAWN = "those of runs of several tasks, which `qapbench compare` lists"
 
 
 def task_labels(records: Sequence[Record]) -> list[str]:

@@ -68,7 +68,7 @@ function versusTable(row) {
 
 function flipSection(index) {
   const cards = flipCards(index);
-  return cards && section(`Flipped against ${data.flips.rows[index].against}`, cards);
+  return cards && section(`Flipped against ${references(index)}`, cards);
 }
 
 function tokenLine(row) {

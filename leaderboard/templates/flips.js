@@ -34,7 +34,7 @@ function keptText(side) {
   return `${side.kept.length} kept${merged}`;
 }
 
-function flipCard(flip, names) {
+function flipCard(flip, names, counts_right) {
   const question = data.flips.questions[flip.question];
   const card = make("article", "flip");
   const asked = make("p", "asked", question.text);
@@ -46,9 +46,10 @@ function flipCard(flip, names) {
       who.length ? make("small", "", `answered by ${who.join(" and ")}`) : null);
   }));
   const sides = flip.sides.map((side, place) => {
-    const right = side.answer === question.truth;
+    const right = side.score === 1;
+    const mark = counts_right ? (right ? "✓" : "✗") : side.score.toFixed(2);
     const caption = make("figcaption", "", make("span", "who", names[place]),
-      make("span", right ? "right" : "wrong", `${right ? "✓" : "✗"} ${side.answer || "–"}`),
+      make("span", right ? "right" : "wrong", `${mark} ${side.answer || "–"}`),
       make("small", "", question.image ? keptText(side) : "no image"));
     return make("figure", "", question.image ? maskedImage(question.image, side, `${names[place]}: ${keptText(side)}`) : null,
       caption);
@@ -57,19 +58,39 @@ function flipCard(flip, names) {
   return card;
 }
 
-/** Both directions of a row's flips; null where the row has no reference. */
+const DIRECTIONS = [
+  ["gained", "right where the reference is wrong", "scored higher than by the reference"],
+  ["lost", "wrong where the reference is right", "scored lower than by the reference"],
+];
+
+/** Names of the references of a row's flips, each once. */
+function references(index) {
+  return [...new Set(data.flips.rows[index].map((flips) => flips.against))].join(", ");
+}
+
+/** Both directions of a row's flips, task by task; null where the row has no reference. */
 function flipCards(index) {
-  const flips = data.flips.rows[index];
-  if (!flips) return null;
-  const names = [flips.against, data.rows[index].name];
+  const several = data.flips.rows[index];
+  if (!several) return null;
   const box = make("div", "");
-  for (const [direction, verb] of [["gained", "right where the reference is wrong"], ["lost", "wrong where the reference is right"]]) {
-    const { count, shown } = flips[direction];
-    box.append(make("h3", "", `${plural(count, "question")} ${direction}: ${verb}`
-      + (shown.length < count ? `; ${shown.length} drawn` : "")));
-    if (shown.length) box.append(make("div", "cards", ...shown.map((flip) => flipCard(flip, names))));
+  for (const flips of several) {
+    const names = [flips.against, data.rows[index].name];
+    const task = flips.task ? `${flips.task}: ` : "";
+    for (const [direction, verb, scored] of DIRECTIONS) {
+      const { count, shown } = flips[direction];
+      box.append(make("h3", "", `${task}${plural(count, "question")} ${direction}: ${flips.counts_right ? verb : scored}`
+        + (shown.length < count ? `; ${shown.length} drawn` : "")));
+      if (shown.length) {
+        box.append(make("div", "cards", ...shown.map((flip) => flipCard(flip, names, flips.counts_right))));
+      }
+    }
   }
   return box;
+}
+
+/** How many more questions a row gained than it lost. */
+function gainOf(index) {
+  return data.flips.rows[index].reduce((sum, flips) => sum + flips.gained.count - flips.lost.count, 0);
 }
 
 function drawFlips() {
@@ -81,10 +102,10 @@ function startFlips() {
   const select = byId("flip-row");
   if (!select) return;
   const rows = Object.keys(data.flips.rows).map(Number);
-  fill(select, rows.map((index) => [index, `${data.rows[index].name} against ${data.flips.rows[index].against}`]));
+  fill(select, rows.map((index) => [index, `${data.rows[index].name} against ${references(index)}`]));
   // First what the page is about: a sensitivity against meaning alone.
   const first = rows.filter((index) => data.rows[index].sensitivity !== "none")
-    .sort((a, b) => (data.rows[b].against.semantic?.difference ?? -1) - (data.rows[a].against.semantic?.difference ?? -1))[0];
+    .sort((a, b) => gainOf(b) - gainOf(a))[0];
   if (first !== undefined) select.value = String(first);
   select.addEventListener("change", drawFlips);
   drawFlips();

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 from leaderboard_records import SCRIPT_END, ablation
-from leaderboard_runs import KEEP, QUESTIONS, TOKENS, write_questions, write_runs, write_study
+from leaderboard_runs import KEEP, QUESTIONS, TOKENS, write_questions, write_runs, write_several, write_study
 
 from qapbench import UserError
 from qapbench.analysis.check import check_record
 from qapbench.analysis.paired import compare, read_scored
 from qapbench.leaderboard import build
+from qapbench.leaderboard.flips import find_flips
 from qapbench.leaderboard.paper import paper_rows
+from qapbench.leaderboard.ranking import compared, scored_runs
+from qapbench.leaderboard.rows import from_record
 from qapbench.records.load import load_records
 from qapbench.visible import visible
 
@@ -118,8 +121,8 @@ def test_flips_carry_the_question_its_image_and_both_choices(runs: Path, tmp_pat
     rows, data = rows_of(runs, tmp_path)
     assert data["flips"]["missing"] == ["the image processor of tiny: images are drawn as their centre square"]
     place = next(i for i, row in enumerate(rows) if row["name"] == "l2")
-    flips = data["flips"]["rows"][str(place)]
-    assert flips["against"] == "semantic"
+    (flips,) = data["flips"]["rows"][str(place)]
+    assert (flips["against"], flips["task"], flips["counts_right"]) == ("semantic", "", True)
     for direction, right in (("gained", 1), ("lost", 0)):
         assert flips[direction]["count"] == rows[place]["against"]["semantic"][direction]
         assert flips[direction]["shown"]
@@ -127,9 +130,40 @@ def test_flips_carry_the_question_its_image_and_both_choices(runs: Path, tmp_pat
             question = data["flips"]["questions"][flip["question"]]
             assert question["image"].startswith("data:image/")
             assert flip["sides"][right]["answer"] == question["truth"] != flip["sides"][1 - right]["answer"]
+            assert [side["score"] for side in flip["sides"]] == [1 - right, right]
             assert all(len(side["kept"]) == KEEP and side["grid"] == [4, 4] for side in flip["sides"])
-    dense = data["flips"]["rows"][str(next(i for i, row in enumerate(rows) if row["name"] == "semantic"))]
+    (dense,) = data["flips"]["rows"][str(next(i for i, row in enumerate(rows) if row["name"] == "semantic"))]
     assert dense["lost"]["shown"][0]["sides"][0]["kept"] is None
+
+
+def test_flips_of_several_tasks_are_those_of_each(tmp_path: Path) -> None:
+    write_several(tmp_path / "runs", ("dense", "semantic", "l2"))
+    rows, data = rows_of(tmp_path / "runs", tmp_path)
+    place = next(i for i, row in enumerate(rows) if row["name"] == "l2")
+    flips = data["flips"]["rows"][str(place)]
+    assert [one["task"] for one in flips] == ["scienceqa", "scienceqa (2)"]
+    texts = []
+    for one in flips:
+        assert one["against"] == "semantic"
+        for direction in ("gained", "lost"):
+            assert one[direction]["count"] == rows[place]["by_task"][one["task"]]["against"]["semantic"][direction] > 0
+            texts += [data["flips"]["questions"][flip["question"]]["text"] for flip in one[direction]["shown"]]
+            assert all(len(side["kept"]) == KEEP for flip in one[direction]["shown"] for side in flip["sides"])
+    assert len({text.startswith("What is number") for text in texts}) == 2, "each task shows its own questions"
+
+
+def test_scores_between_0_and_1_are_shown_as_numbers(runs: Path) -> None:
+    scored = scored_runs(load_records(runs), runs, [])
+    rows = compared([from_record(run.record) for run in scored if run], scored)
+    for run in scored:
+        assert run is not None
+        assert run.score is not None
+        run.rows.update({question: {**row, run.score: row[run.score] / 2} for question, row in run.rows.items()})
+    flips = [one for several in find_flips(rows, scored).rows.values() for one in several]
+    assert flips
+    assert not any(one["counts_right"] for one in flips)
+    sides = [side for one in flips for flip in one["gained"]["shown"] for side in flip["sides"]]
+    assert {side["score"] for side in sides} == {0.0, 0.5}
 
 
 def test_missing_data_are_said_to_be_missing(tmp_path: Path) -> None:
@@ -139,7 +173,7 @@ def test_missing_data_are_said_to_be_missing(tmp_path: Path) -> None:
     _, page = rows_of(tmp_path / "runs", tmp_path)
     assert page["flips"]["missing"] == ["questions of scienceqa: they are not on this machine"]
     assert not page["flips"]["questions"]
-    assert all(flips["gained"]["shown"] == [] for flips in page["flips"]["rows"].values())
+    assert all(flips["gained"]["shown"] == [] for (flips,) in page["flips"]["rows"].values())
 
 
 def test_studies_are_on_the_page_and_foreign_ones_are_not(runs: Path, tmp_path: Path) -> None:

@@ -514,7 +514,7 @@ def test_flipped_questions_show_image_and_both_masks(show: Show, pages: dict[str
     data = json.loads(page.locator("#data").text_content())
     index = row_named(page, "l2")
     page.locator("#flip-row").select_option(str(index))
-    flips = data["flips"]["rows"][str(index)]
+    (flips,) = data["flips"]["rows"][str(index)]
     cards = page.locator("#flips .flip")
     assert cards.count() == len(flips["gained"]["shown"]) + len(flips["lost"]["shown"]) > 0
     assert f"{flips['gained']['count']} question" in page.locator("#flips h3").first.text_content()
@@ -583,6 +583,10 @@ def test_several_tasks_have_a_group_of_columns_each(show: Show, pages: dict[str,
     for label in TASKS:
         for reference in ("dense", "semantic only"):
             assert details.get_by_text(f"{label}, {reference}", exact=True).count() == 1
+        assert details.locator("h3").filter(has_text=f"{label}: ").count() == 2, "gained and lost"
+    assert details.get_by_text("Flipped against semantic only", exact=True).count() == 0
+    assert details.get_by_text("Flipped against semantic", exact=True).count() == 1
+    assert details.locator(".flip").count() > 2
 
 
 def test_the_csv_of_several_tasks_has_all_of_them(pages: dict[str, Path]) -> None:
