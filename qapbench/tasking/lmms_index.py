@@ -22,6 +22,8 @@ LIGHT = "pip install --no-deps 'lmms-eval>=0.7.1,<0.8' && pip install accelerate
 """The same without the forty packages that only models and video tasks need."""
 _KEY = r"^[\"']?{}[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)"
 _TASK, _GROUP = (re.compile(_KEY.format(key), re.MULTILINE) for key in ("task", "group"))  # no list of tasks matches
+_TAGS = re.compile(r"^[\"']?tag[\"']?[ \t]*:[ \t]*(\[[^\]]*\]|(?:\n[ \t]*-[^\n]+)+|[^\n]+)", re.MULTILINE)
+_TAG = re.compile(r"(?:^|[\[,-])[ \t\n]*[\"']?([^\s\"'\[\],#-][^\s\"'\[\],#]*)")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ def find_lmms_task(name: str) -> LmmsTaskFile:
             f"need: {LIGHT}"
         )
         raise UserError(Problem(message, NAME))
-    tasks, groups = _index(lmms_folder())
+    tasks, groups, tags = _index(lmms_folder())
     if name in tasks:
         return LmmsTaskFile(name, tasks[name])
-    if name in groups:
+    if name in groups or name in tags:
         raise UserError(
             Problem(f"'{name}' is a group of tasks; name one of them: {', '.join(lmms_members(name))}", NAME)
         )
@@ -73,13 +75,13 @@ def find_lmms_task(name: str) -> LmmsTaskFile:
 
 
 def lmms_members(name: str) -> list[str]:
-    """The tasks of a group of lmms-eval's, each once; the name itself if it is no group."""
+    """The tasks of a group or of a tag of lmms-eval's, each once; the name itself if it is neither."""
     if importlib.util.find_spec("lmms_eval") is None:
         return [name]  # looking the task up says what is missing
-    tasks, groups = _index(lmms_folder())
-    if name in tasks or name not in groups:
+    tasks, groups, tags = _index(lmms_folder())
+    if name in tasks or (name not in groups and name not in tags):
         return [name]
-    members = member_names(read_file(groups[name]))
+    members = member_names(read_file(groups[name])) if name in groups else tags[name]
     return list(dict.fromkeys(one for member in members if member != name for one in lmms_members(member))) or [name]
 
 
@@ -90,14 +92,27 @@ def lmms_folder() -> Path:
 
 
 @functools.cache
-def _index(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The files of all tasks by name, and those of all groups."""
+def _index(folder: Path) -> tuple[dict[str, Path], dict[str, Path], dict[str, list[str]]]:
+    """The files of all tasks by name, those of all groups, and the tasks that carry each tag."""
     tasks: dict[str, Path] = {}
     groups: dict[str, Path] = {}
+    tags: dict[str, list[str]] = {}
     for path in sorted((folder / "tasks").rglob("*.yaml")):
         text = path.read_text(encoding="utf-8-sig", errors="replace")
         if found := _TASK.search(text):
             tasks[found[1]] = path
+            for tag in tags_of(text):
+                tags.setdefault(tag, []).append(found[1])
         elif found := _GROUP.search(text):
             groups[found[1]] = path
-    return tasks, groups
+    return tasks, groups, tags
+
+
+def tags_of(text: str) -> list[str]:
+    """The tags that a task's YAML file gives it, one or a list. Reading all files as YAML would take seconds.
+
+    Args:
+        text: the file.
+    """
+    found = _TAGS.search(text)
+    return _TAG.findall(found[1].strip()) if found else []

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qapbench import RunSpec, UserError
 from qapbench.spec.run_spec import TaskSpec
 from qapbench.spec.spec_file import load_spec
+from qapbench.tasking.lmms_index import tags_of
 from qapbench.tasking.registry import runs_only_own_code
 from qapbench.tasking.tasks import find_outline
 
@@ -30,6 +32,24 @@ def test_without_lmms_eval_the_error_names_the_task_and_both_commands(monkeypatc
     assert "pip install 'qapbench[lmms-eval]'" in problem.message
     assert "pip install --no-deps 'lmms-eval>=0.7.1,<0.8' && pip install accelerate loguru tenacity" in problem.message
     assert "\n" not in problem.message
+
+
+@pytest.mark.parametrize(
+    ("text", "tags"),
+    [
+        ("task: one\n", []),
+        ("tag: reasoning\ntask: one\n", ["reasoning"]),
+        ("task: one\n'tag': \"reasoning\"   # why\n", ["reasoning"]),
+        ("tag: [reasoning, 'qwen3.5-family', b]\ntask: one\n", ["reasoning", "qwen3.5-family", "b"]),
+        ('tag:\n  - reasoning\n  - "red-team"\ntask: one\n', ["reasoning", "red-team"]),
+        ("tag:\n- reasoning\ntask: one\nmetric_list:\n- metric: acc\n", ["reasoning"]),
+        ("metadata:\n  tag: other\ntask: one\n", []),
+    ],
+)
+def test_the_tags_of_a_task_are_those_that_yaml_reads(text: str, tags: list[str]) -> None:
+    assert tags_of(text) == tags
+    found = yaml.safe_load(text).get("tag", [])
+    assert tags == (found if isinstance(found, list) else [found])
 
 
 def parsed(**task: Any) -> RunSpec:

@@ -367,6 +367,9 @@ def test_mistakes_are_named(name: str, more: dict[str, Any], message: str, roots
 def test_a_group_stands_for_its_tasks() -> None:
     names = [one.name for one in expanded([spec("pope_full", limit=3)])]
     assert names == ["pope_adv", "pope_pop", "pope_random"]
+    tagged = [one.name for one in expanded([spec("redteam", limit=3)])]
+    assert {"safety_jailbreakbench_benign", "safety_jailbreakbench_harmful"} <= set(tagged), "the name of a tag, too"
+    assert len(tagged) == len(set(tagged))
 
 
 def test_load_dataset_is_as_before_afterwards() -> None:
