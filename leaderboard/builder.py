@@ -21,7 +21,7 @@ from qapbench.files import replace_all_synced
 from qapbench.records.record import Record, parse_record
 from qapbench.visible import visible, visible_logger
 
-from .export import all_visible, csv_text, json_text, page_data, percent, plain, script_json, signed
+from .export import csv_text, json_text, page_data, percent, plain, script_json, signed
 from .flips import Flips, find_flips
 from .paper import paper_rows, reference
 from .ranking import REFERENCES, compared, scored_runs
@@ -97,6 +97,7 @@ def build(
     rows = [*own, *([paper_row_by_task(row, labels, OVERALL) for row in paper] if labels else paper)]
     columns = column_names(rows)
     flips = find_flips(own, scored)
+    del scored  # the scores of every question take more memory than the page
     studies = read_studies(folder) if folder else []
     data = page_data(rows, cleaned, columns, flips, studies)
     unfinished = unfinished_runs(folder) if folder else []
@@ -113,8 +114,9 @@ def build(
 def valid_records(records: Sequence[Record | Mapping[str, Any]]) -> list[Record]:
     """The records, typed and with clean texts. Those that are not valid are left out with a warning."""
     found = []
+    checked: set[int] = set()
     for record in records:
-        if isinstance(record, Record) and is_clean(record.to_json()):
+        if isinstance(record, Record) and _is_clean(record, checked):
             found.append(record)
             continue
         data = clean(record.to_json() if isinstance(record, Record) else record)
@@ -124,6 +126,21 @@ def valid_records(records: Sequence[Record | Mapping[str, Any]]) -> list[Record]
             name = text(mapping(data).get("run_id")) or text(mapping(data).get("name")) or "without a name"
             LOG.warning("record %s is left out: %s", name, "; ".join(map(str, error.problems[:3])))
     return found
+
+
+def _is_clean(record: Record, checked: set[int]) -> bool:
+    """Whether all texts and numbers of a record can be shown.
+
+    Args:
+        record: the record.
+        checked: ids of lists of linears that are known to be clean, which records that were read together share.
+    """
+    receipt = record.receipt
+    rest = record.model_copy(update={"receipt": receipt.model_copy(update={"linears": []})})
+    if not is_clean((rest if id(receipt.linears) in checked else record).to_json()):
+        return False
+    checked.add(id(receipt.linears))
+    return True
 
 
 def _render(
@@ -185,7 +202,7 @@ def _render(
         style=Markup(_asset("templates", "style.css")),
         scripts={name: Markup(script) for name, script in scripts.items()},
         script_hashes=[_csp_hash(script) for script in scripts.values()],
-        data=Markup(script_json(all_visible(data))),
+        data=Markup(script_json(data)),
     )
 
 

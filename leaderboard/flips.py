@@ -57,7 +57,8 @@ class _Pair:
 
     def counts_right(self) -> bool:
         """Whether every score is 0 or 1, so that a flip is a right answer that became a wrong one or the reverse."""
-        return all(row.get(self.column, 0) in (0, 1) for run in (self.first, self.second) for row in run.rows.values())
+        columns = [column for run in (self.first, self.second) for column in run.record.scores.columns]
+        return all(column.k is not None for column in columns if column.name == self.column)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.fft import next_fast_len
 from scipy.stats import binom, false_discovery_control
 from scipy.stats import t as student
 
@@ -21,7 +22,7 @@ from qapbench.records.load import load_records
 from qapbench.records.record import RECORD, SCORED, Record, read_record
 from qapbench.records.store import answers_of
 
-BOOTSTRAP = 10_000  # resamples
+ROUNDING = 1e-12  # more than what rounding moves a sum of probabilities
 OVERALL = -1  # index of a task's overall accuracy among its columns
 NEEDS_IMAGE = "needs image"
 """Column of the questions that cannot be answered without their image (analysis/strata.py)."""
@@ -245,7 +246,7 @@ def _are_scores(rows: Iterable[Mapping[str, Any]], column: str, counted: bool) -
     return found <= {0, 1} if counted else all(isinstance(value, int | float) for value in found)
 
 
-def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
+def compare(first: Scored, second: Scored) -> Comparison:
     """Compare two runs on the questions that both answered. The q-values are corrected over the columns.
 
     Runs of several tasks are compared in the score of each task that both have.
@@ -253,13 +254,12 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
     Args:
         first: the run to compare with.
         second: the run whose gain is measured.
-        seed: of the bootstrap.
 
     Raises:
         UserError: the runs answered different data, or have no question or no column in common.
     """
     if not first.parts and not second.parts:
-        differences, gained, lost = _differences(first, second, seed)
+        differences, gained, lost = _differences(first, second)
         untested, alone = _untested(first, second), _alone(first, second)
     else:
         differences, gained, lost, untested, alone = [], [], [], [], 0
@@ -271,7 +271,7 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
             if one.score is None or one.score != other.score:
                 untested.append(f"{label}: no column has a number for every question, so nothing can be paired")
                 continue
-            found, more, less = _differences(one, other, seed)
+            found, more, less = _differences(one, other)
             apart = [replace(one, column=f"{label}, {NEEDS_IMAGE}") for one in found if one.column == NEEDS_IMAGE]
             differences += [*apart, replace(found[OVERALL], column=label)]
             gained += [place_in(label, question) for question in more]
@@ -280,7 +280,7 @@ def compare(first: Scored, second: Scored, seed: int = 0) -> Comparison:
     return Comparison(first.name, second.name, corrected(differences), gained, lost, untested, alone)
 
 
-def _differences(first: Scored, second: Scored, seed: int) -> tuple[list[Difference], list[str], list[str]]:
+def _differences(first: Scored, second: Scored) -> tuple[list[Difference], list[str], list[str]]:
     """The differences of two runs of one task, that of the task's score last, and the flips in it in both directions.
 
     Raises:
@@ -299,7 +299,7 @@ def _differences(first: Scored, second: Scored, seed: int) -> tuple[list[Differe
         asked = [q for q in shared if name in first.rows[q] and name in second.rows[q]]
         if asked:
             pair = np.array([(first.rows[q][name], second.rows[q][name]) for q in asked], dtype=np.float64)
-            differences.append(paired_difference(name, pair, seed))
+            differences.append(paired_difference(name, pair))
     return differences, *flipped(first, second, str(score))
 
 
@@ -330,21 +330,20 @@ def flipped(first: Scored, second: Scored, column: str) -> tuple[list[str], list
     return [q for q, a, b in known if a < b], [q for q, a, b in known if a > b]
 
 
-def paired_difference(column: str, pair: np.ndarray, seed: int = 0) -> Difference:
+def paired_difference(column: str, pair: np.ndarray) -> Difference:
     """The difference of two runs in one column, not yet corrected for other tests.
 
     Args:
         column: name of the column.
         pair: [n, 2] scores of the first and the second run for each question, 0 or 1 where they count right answers;
             n > 0.
-        seed: of the bootstrap.
     """
     n = len(pair)
     if pair.dtype != bool and not np.isin(pair, (0, 1)).all():
         return _mean_difference(column, pair)
     pair = pair.astype(bool)
     gained, lost = int((~pair[:, 0] & pair[:, 1]).sum()), int((pair[:, 0] & ~pair[:, 1]).sum())
-    low, high = _bootstrap(n, gained, lost, seed)
+    low, high = bootstrap_interval(n, gained, lost)
     first, second = (int(side.sum()) for side in pair.T)
     p = float(mcnemar(gained, lost))
     return Difference(column, n, first, second, gained, lost, low, high, p)
@@ -374,12 +373,25 @@ def t_test(mean: np.ndarray | float, error: np.ndarray | float, n: int) -> np.nd
 
 
 @functools.lru_cache(maxsize=4096)
-def _bootstrap(n: int, gained: int, lost: int, seed: int) -> tuple[float, float]:
-    """The 95 % interval of (gained - lost) / n, by bootstrap over n questions."""
-    # To resample n questions is to draw the counts (gained, lost, same) from a multinomial: exact, and cheaper.
-    draws = np.random.default_rng(seed).multinomial(n, [gained / n, lost / n, 1 - (gained + lost) / n], BOOTSTRAP)
-    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [0.025, 0.975])
-    return float(low), float(high)
+def bootstrap_interval(n: int, gained: int, lost: int) -> tuple[float, float]:
+    """The 95 % interval of (gained - lost) / n by the percentile bootstrap over n questions, of all resamples at once.
+
+    A resample draws n questions with replacement, each of which adds 1 (gained), -1 (lost) or 0. The distribution of
+    the sum is that of one question, convolved n times with itself, which Fourier's transform makes a power. So there
+    is nothing to draw, and no seed.
+
+    Args:
+        n: number of questions, > 0.
+        gained: questions that only the second run answered right.
+        lost: questions that only the first run answered right.
+    """
+    size = next_fast_len(2 * n + 1, real=True)  # sums of -n to n, those below 0 at the end
+    one = np.zeros(size)
+    one[[0, 1, -1]] = 1 - (gained + lost) / n, gained / n, lost / n
+    chance = np.fft.irfft(np.fft.rfft(one) ** n, size)
+    below = np.cumsum(np.concatenate([chance[-n:], chance[: n + 1]]))
+    low, high = np.searchsorted(below, [0.025 - ROUNDING, 0.975 - ROUNDING]) - n
+    return float(low) / n, float(high) / n
 
 
 def mcnemar(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Paired comparison of two runs, against formulas worked out by hand."""
 
+from fractions import Fraction
 from math import comb
 from typing import Any
 
+import numpy as np
 import pytest
 from small_records import small_record
 
 from qapbench import UserError
-from qapbench.analysis.paired import Scored, compare
+from qapbench.analysis.paired import Scored, bootstrap_interval, compare
 
 
 def scored(name: str, right: list[int], data: str = "d") -> Scored:
@@ -54,6 +56,34 @@ def test_the_interval_covers_as_a_normal_one_does() -> None:
     error = ((0.75 - 0.25**2) / 1000) ** 0.5
     assert difference.low == pytest.approx(0.25 - 1.96 * error, abs=0.004)
     assert difference.high == pytest.approx(0.25 + 1.96 * error, abs=0.004)
+
+
+@pytest.mark.parametrize(("n", "gained", "lost"), [(1, 1, 0), (1, 0, 0), (2, 1, 1), (6, 2, 3), (7, 0, 4), (9, 9, 0)])
+def test_the_interval_is_that_of_every_resample(n: int, gained: int, lost: int) -> None:
+    """All sums of n draws, in exact fractions."""
+    one = {1: Fraction(gained, n), -1: Fraction(lost, n), 0: 1 - Fraction(gained + lost, n)}
+    chances = {0: Fraction(1)}
+    for _ in range(n):
+        drawn: dict[int, Fraction] = {}
+        for total, chance in chances.items():
+            for step, share in one.items():
+                drawn[total + step] = drawn.get(total + step, Fraction(0)) + chance * share
+        chances = drawn
+    ends = []
+    for level in (Fraction(25, 1000), Fraction(975, 1000)):
+        below = Fraction(0)
+        for total in sorted(chances):
+            below += chances[total]
+            if below >= level:
+                ends.append(total / n)
+                break
+    assert bootstrap_interval(n, gained, lost) == tuple(ends)
+
+
+def test_the_interval_is_what_resamples_show() -> None:
+    draws = np.random.default_rng(0).multinomial(4241, [90 / 4241, 50 / 4241, 4101 / 4241], 200_000)
+    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / 4241, [0.025, 0.975])
+    assert bootstrap_interval(4241, 90, 50) == pytest.approx((low, high), abs=1.01 / 4241)
 
 
 def test_different_data_cannot_be_paired() -> None:

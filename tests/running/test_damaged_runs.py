@@ -173,7 +173,7 @@ def test_a_damaged_run_is_on_the_page_with_the_command_that_mends_it(
     assert command(monkeypatch, "leaderboard", "--runs", tmp_path, "--out", page) == 0
     for record in records:
         assert f"mend it with `qapbench run {tmp_path / record.run_id}/spec.json --runs {tmp_path}`" in caplog.text
-    assert "Files of 1 run are damaged." in page.read_text()
+    assert "1 run has damaged files." in page.read_text()
     assert [record.run_id for record in load_records(tmp_path)] == [records[0].run_id]
 
 
