@@ -1,5 +1,6 @@
 """One small random checkpoint of each family in its real folder layout."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 PICTURE = {
     "internvl": "<IMG_CONTEXT>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 SIZES = [(64, 32), (30, 60), (50, 34), (32, 32)]  # width, height: two tiles, padding, four tiles, ...
 
@@ -84,7 +86,7 @@ def _llava_onevision(config: Any) -> Any:
     )
 
 
-def _qwen(config: Any) -> Any:
+def _qwen(config: Any, processor: str = "Qwen2_5_VLProcessor") -> Any:
     tokenizer = tokenizer_with(
         vision_start_token="<|vision_start|>",
         vision_end_token="<|vision_end|>",
@@ -97,7 +99,7 @@ def _qwen(config: Any) -> Any:
     config.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     config.vision_start_token_id = tokenizer.convert_tokens_to_ids("<|vision_start|>")
     config.vision_end_token_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    return images_only("Qwen2_5_VLProcessor")(
+    return images_only(processor)(
         image_processor=images, tokenizer=tokenizer, chat_template=template(PICTURE["qwen2_5_vl"])
     )
 
@@ -116,6 +118,7 @@ PROCESSORS: dict[str, Callable[[Any], Any]] = {
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "qwen2_5_vl": _qwen,
+    "qwen3_vl": functools.partial(_qwen, processor="Qwen3VLProcessor"),
     "internvl": _internvl,
 }
 

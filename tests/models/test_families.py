@@ -32,6 +32,7 @@ each_method_on_two = pytest.mark.parametrize(
     indirect=["loaded"],
 )
 KEEP = 3
+M_ROPE = ("qwen2_5_vl", "qwen3_vl")  # families whose positions have three dimensions
 HOLDS = {"llava_next": True, "llava_onevision": True}  # families with new-line tokens
 
 
@@ -198,9 +199,9 @@ def test_pruned_logits_equal_spliced_embeddings(positions: str, loaded: Loaded) 
     with compress(model, prune("attention", positions=positions), on_images=kept.append):
         pruned = logits(model, inputs)
     ((image,),) = kept
-    caught: dict[str, torch.Tensor] = {}
+    caught: dict[str, Any] = {}
     handle = model.model.language_model.register_forward_pre_hook(
-        lambda _, args, kwargs: caught.update(embeds=kwargs["inputs_embeds"], positions=kwargs["position_ids"]),
+        lambda _, args, kwargs: caught.update(kwargs),
         with_kwargs=True,
     )
     logits(model, inputs)
@@ -209,14 +210,20 @@ def test_pruned_logits_equal_spliced_embeddings(positions: str, loaded: Loaded) 
     stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
     stays[spot] = False
     stays[spot[image.places]] = True
-    if loaded.name == "qwen2_5_vl":  # three dimensions, which are kept in either case
-        where = caught["positions"][-3:, :, stays]
+    if loaded.name in M_ROPE:  # three dimensions, which are kept in either case
+        where = caught["position_ids"][-3:, :, stays]
         assert where[1].unique().numel() < where.shape[-1], "height repeats along a row"
     else:
         where = (stays.nonzero()[:, 0] if positions == "keep" else torch.arange(int(stays.sum())))[None]
+    more: dict[str, Any] = {}
+    if "deepstack_visual_embeds" in caught:  # added behind the first layers, cut by the same index
+        more["visual_pos_masks"] = caught["visual_pos_masks"][:, stays]
+        more["deepstack_visual_embeds"] = [level[image.places] for level in caught["deepstack_visual_embeds"]]
+        assert len(more["deepstack_visual_embeds"]) == 2
     with torch.no_grad():
         hidden = model.model.language_model(
-            inputs_embeds=caught["embeds"][:, stays],
+            **more,
+            inputs_embeds=caught["inputs_embeds"][:, stays],
             position_ids=where,
             attention_mask=torch.ones(1, int(stays.sum()), dtype=torch.long),
         ).last_hidden_state
@@ -252,7 +259,7 @@ def test_views_hold_every_token_once_and_project_to_it(loaded: Loaded) -> None:
         assert group.tokens.patches is not None
         torch.testing.assert_close(family.project(group.tokens.patches), group.tokens.projected)
         for projected, where, owner in zip(group.tokens.projected, group.places, group.owners, strict=True):
-            assert torch.equal(seen.images[owner].features[where], projected)
+            assert torch.equal(seen.images[owner].features[where, : projected.shape[-1]], projected)
             places[owner] += where.tolist()
             columns = where.view(grid)
             assert (columns.diff(dim=0) > 0).all(), "rows run downwards"
