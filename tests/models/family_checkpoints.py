@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from llava_checkpoints import make_tokenizer
 from PIL import Image
 from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -114,7 +116,21 @@ def _internvl(config: Any) -> Any:
     )
 
 
+def _idefics3(config: Any) -> Any:
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    places = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    return transformers.Idefics3Processor(
+        image_processor=images,
+        tokenizer=tokenizer_with(**{f"mark_{at}": mark for at, mark in enumerate((*marks, *places))}),
+        image_seq_len=16,
+        chat_template=template("<image>"),
+    )
+
+
 PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "idefics3": _idefics3,
+    "smolvlm": _idefics3,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "qwen2_5_vl": _qwen,
