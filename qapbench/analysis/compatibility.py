@@ -20,6 +20,7 @@ from qapbench.quantize.calibration import CalibrationSamples
 from qapbench.receipt import NotQuantizedError, Receipt
 
 KEEP = 5  # budget; a view of a tiny model has 16 or 20 tokens
+FAMILIES = 3  # number of families, about, that a sample tries each quantization method on
 Outcome = Literal["runs", "refused", "failed"]
 # Formats that are tried for a method that has none of its own, on both sides; the first that it makes is taken.
 FORMATS = (Format(bits=4, group_size=16), Format(bits=8, symmetric=True))
@@ -98,11 +99,12 @@ def run_ptq_matrix(
 def sampled(family: str, ptq: str) -> list[str]:
     """Names of the pruners that a sample of the matrix runs under a quantization method on a model family.
 
-    Over all families every pruner meets every method once. A method is tried on every second family, because
-    calibrating takes the most time.
+    Over all families every pruner meets every method once. A method is tried on a few families, because calibrating
+    takes the most time.
     """
     turn = ptqs.names().index(ptq)
-    tried = families.names()[turn % 2 :: 2] or families.names()
+    step = max(len(families.names()) // FAMILIES, 1)
+    tried = families.names()[turn % step :: step]
     if family not in tried:
         return []
     return [name for at, name in enumerate(pruners.names()) if (at + turn) % len(tried) == tried.index(family)]

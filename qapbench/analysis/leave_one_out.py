@@ -72,6 +72,12 @@ class Spliced:
         self.columns = placeholders[encoded.views[0].places[0]]
         self.positions = prompt.inputs.get("position_ids")
         embeds = self.model.get_input_embeddings()(ids).clone()
+        if prompt.features[0].shape[-1] != embeds.shape[-1]:
+            kind = self.model.config.model_type
+            raise UserError(
+                f"model: tokens of a {kind} cannot be left out one by one: its decoder gets more of an image than the "
+                "embeddings"
+            )
         embeds[0, placeholders] = prompt.features[0].to(embeds.dtype)
         self.embeds = embeds
         self.cache = _empty_cache()

@@ -50,7 +50,8 @@ class EncodedImage:
     """One image as the language model reads it without pruning.
 
     Attributes:
-        features: [L, D], one row for each of the image's placeholders.
+        features: [L, W], one row for each of the image's placeholders. The first D columns are the token's feature in
+            the language model's space; a model whose decoder gets more of a token has it in the columns behind.
         separators: [L] bool, True for tokens that the model adds itself (new lines) and that no pruner sees; None if
             there are none.
         rows: [L] int64, the line of tokens that each place belongs to. A separator stays as long as any token of its

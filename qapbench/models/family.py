@@ -69,6 +69,10 @@ class Family(abc.ABC):
         """Id of the placeholder token. A prompt holds one placeholder for each visual token."""
         return self.model.config.image_token_id
 
+    def roots(self, part: str) -> list[nn.Module]:
+        """The modules that a part consists of: the one in `parts`, and others if a part is in several places."""
+        return [self.parts[part]]
+
     @property
     @abc.abstractmethod
     def available_fields(self) -> frozenset[str]:
@@ -138,7 +142,7 @@ class Family(abc.ABC):
     def encoded(self, features: list[Tensor]) -> dict[str, Any]:
         """Keyword arguments that hand ready features to the model in place of pixels.
 
-        `features` has one tensor [K, D] per image.
+        `features` has one tensor [K, W] per image, as wide as the `features` of an `EncodedImage`.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -216,7 +220,7 @@ class Family(abc.ABC):
 
     def linears(self, scope: Iterable[str]) -> dict[str, nn.Linear]:
         """The linear layers of the parts in `scope`, by their name in the model."""
-        roots = {id(self.parts[part]) for part in scope}
+        roots = {id(root) for part in scope for root in self.roots(part)}
         prefixes = [name for name, module in self.model.named_modules() if id(module) in roots]
         return {
             name: module

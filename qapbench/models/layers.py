@@ -17,13 +17,16 @@ class DecoderLayers:
     Attributes:
         layers: the decoder layers in order.
         config: config of the language model.
+        added_behind: number of first layers behind each of which the model itself adds something to the columns of the
+            whole prompt (DeepStack).
         norm: the norm that follows the last layer; None if there is none.
 
     Raises:
         UserError: the decoder is built differently; the message says how.
     """
 
-    def __init__(self, language: Any) -> None:
+    def __init__(self, language: Any, added_behind: int = 0) -> None:
+        self.added_behind = added_behind
         self.layers: Sequence[Any] = getattr(language, "layers", [])
         if len(self.layers) < 2:
             raise UserError(f"model: {type(language).__name__} has no two decoder layers to drop tokens between")

@@ -174,8 +174,8 @@ class PrunedCalls:
         """
         if not (self.family.model.training and torch.is_grad_enabled()):
             return
-        parts = (self.family.parts[name] for name in ("vision", "projector"))
-        if any(weight.requires_grad for part in parts for weight in part.parameters()):
+        roots = (root for name in ("vision", "projector") for root in self.family.roots(name))
+        if any(weight.requires_grad for root in roots for weight in root.parameters()):
             raise UserError(
                 "model: no gradient passes through pruning to the vision tower and the projector; freeze both with "
                 "`requires_grad_(False)`, or call `model.eval()`"

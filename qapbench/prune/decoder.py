@@ -89,6 +89,8 @@ class DecoderPruning:
                 stack.callback(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True).remove)
                 for projection in self.layers.projections(index):
                     stack.callback(projection.register_forward_hook(self._record(index)).remove)
+            for index, layer in enumerate(self.layers.layers[: self.layers.added_behind]):
+                stack.callback(layer.register_forward_hook(self._spread(index)).remove)
             stack.callback(self.layers.layers[-1].register_forward_hook(self._leave).remove)
             yield
 
@@ -167,6 +169,8 @@ class DecoderPruning:
             if state is None:
                 return self._decode(index, args, kwargs)
             hidden = args[0]
+            if 1 <= index <= self.layers.added_behind and not state.whole(index - 1):
+                hidden = gathered(hidden, state.layouts[index - 1].columns)
             if index in state.stages:
                 hidden = self._drop(state, index, hidden, kwargs["position_embeddings"])
             for view in state.view_states:
@@ -231,6 +235,15 @@ class DecoderPruning:
 
         return hook
 
+    def _spread(self, index: int) -> Any:
+        """The hook after a layer behind which the model adds to whole prompts: the layer's output becomes one."""
+
+        def hook(layer: nn.Module, args: Any, output: Any) -> Any:
+            state, last = self._now, index + 1 == len(self.layers)
+            return None if state is None or state.whole(index) or last else on_columns(output, state, index)
+
+        return hook
+
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> Any:
         """The hook after the last layer: hidden states return to their columns; dropped columns are zero."""
         state, self._now = self._now, None
@@ -239,14 +252,7 @@ class DecoderPruning:
         if not state.again:
             self._report(state)
         state.embedded = None
-        if not state.stages:
-            return None
-        hidden = output[0] if isinstance(output, tuple) else output
-        layout = state.layouts[-1]
-        whole = hidden.new_zeros(*state.layouts[0].columns.shape, hidden.shape[-1])
-        rows, places = layout.valid.nonzero(as_tuple=True)
-        whole[rows, layout.columns[rows, places]] = hidden[rows, places]
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+        return on_columns(output, state, -1) if state.stages else None
 
     # -- one drop --
 
@@ -284,7 +290,7 @@ class DecoderPruning:
         self.fields.projected.clear()
         if (watch := watch_of(self.core)) is not None:
             watch.narrow(left.columns, left.valid)
-        return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        return gathered(hidden, places)
 
     def _select(
         self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]
@@ -324,3 +330,24 @@ class DecoderPruning:
             )
             self.receipt.saw_image(kept.available, len(kept.indices), kept.merged, separators, layers)
             state.kept.append(kept)
+
+
+def gathered(hidden: Tensor, places: Tensor) -> Tensor:
+    """Hidden states [B, S, D] at places [B, S] of [B, L, D]."""
+    return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def on_columns(output: Any, state: DecoderState, index: int) -> Any:
+    """A layer's output with its hidden states at their columns of the whole prompt; dropped columns are zero.
+
+    Args:
+        output: that of the layer: hidden states, or a tuple that begins with them.
+        state: the prompt.
+        index: index of the layer.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    layout = state.layouts[index]
+    whole = hidden.new_zeros(*state.layouts[0].columns.shape, hidden.shape[-1])
+    rows, places = layout.valid.nonzero(as_tuple=True)
+    whole[rows, layout.columns[rows, places]] = hidden[rows, places]
+    return (whole, *output[1:]) if isinstance(output, tuple) else whole

@@ -19,7 +19,8 @@ class PrunedImage:
     """One image as the language model reads it after pruning.
 
     Attributes:
-        features: [M, D] kept tokens, merged tokens and separators, in the order of the prompt.
+        features: [M, W] kept tokens, merged tokens and separators, in the order of the prompt, as wide as those of the
+            image without pruning.
         places: [M] the image's placeholder at which each of them stands. A merged token shares the placeholder of a
             neighbour.
         indices: [K] places of the kept tokens, ascending.
@@ -103,7 +104,8 @@ def budgets(encoded: EncodedImages, keep: int, per_image: bool) -> list[list[int
 def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:
     """Assemble one image from its views.
 
-    Tokens get the order of the prompt. A separator stays if its line still has a token.
+    Tokens get the order of the prompt. A separator stays if its line still has a token. What the language model gets of
+    a token besides its feature is cut by the same index: a merged token has that of the place where it stands.
 
     Args:
         image: the image without pruning.
@@ -124,12 +126,15 @@ def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:
         merged += made + len(part.kept) - len(indices[-1])
     separators = _separators(image, torch.cat(keys) // 3) if image.separators is not None else None
     if separators is not None:
-        features.append(image.features[separators])
+        features.append(image.features[separators, : features[0].shape[-1]])
         keys.append(separators * 3 + 1)
     key, order = torch.cat(keys).sort(stable=True)
+    chosen, places = torch.cat(features)[order], key // 3
+    if (width := chosen.shape[-1]) < image.features.shape[-1]:
+        chosen = torch.cat([chosen, image.features[places, width:]], dim=-1)
     return PrunedImage(
-        torch.cat(features)[order],
-        key // 3,
+        chosen,
+        places,
         torch.cat(indices).sort().values,
         image.count,
         merged,

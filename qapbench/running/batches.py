@@ -192,7 +192,8 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
         family: its family.
         rows: number of rows in the language model's batch, beams counted.
     """
-    apart = {id(module) for name in ("vision", "projector") for module in family.parts[name].modules()}
+    roots = [root for name in ("vision", "projector") for root in family.roots(name)]
+    apart = {id(module) for root in roots for module in root.modules()}
     with row_by_row((module for module in model.modules() if id(module) not in apart), rows):
         yield
 

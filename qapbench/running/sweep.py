@@ -404,5 +404,5 @@ def _touches_vision(spec: RunSpec) -> bool:
 
 def _vision_side(family: Family) -> list[tuple[int, int]]:
     """Identities and versions of the tensors of tower, projector and embeddings; they change if quantization does."""
-    roots = [family.parts["vision"], family.parts["projector"], family.model.get_input_embeddings()]
+    roots = [*family.roots("vision"), *family.roots("projector"), family.model.get_input_embeddings()]
     return [(id(tensor), tensor._version) for root in roots for tensor in root.parameters()]

@@ -137,6 +137,14 @@ def _masked(processor: Any, mask: str) -> Any:
                 spelled = re.escape(token)  # "<video>" is also the end of the group's name, "(?P<video>"
                 pattern = re.sub(rf"(?<!\?P){re.escape(spelled)}", lambda match: mask + match[0], pattern)
             setattr(made, name, re.compile(pattern))
+    if (write := getattr(made, "replace_image_token", None)) is not None:
+
+        def replace_image_token(*args: Any, **kwargs: Any) -> str:
+            """What the processor writes for an image, whose special tokens may be no attributes (`<row_1_col_1>`)."""
+            own = write(*args, **kwargs).replace(mask, "")
+            return _anywhere_once(special).sub(lambda match: mask + match[0], own)
+
+        made.replace_image_token = replace_image_token
     return made
 
 

@@ -1,14 +1,17 @@
 """One small random checkpoint of each family in its real folder layout."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from llava_checkpoints import make_tokenizer
 from PIL import Image
 from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -19,6 +22,7 @@ PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 PICTURE = {
     "internvl": "<IMG_CONTEXT>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 SIZES = [(64, 32), (30, 60), (50, 34), (32, 32)]  # width, height: two tiles, padding, four tiles, ...
 
@@ -84,7 +88,7 @@ def _llava_onevision(config: Any) -> Any:
     )
 
 
-def _qwen(config: Any) -> Any:
+def _qwen(config: Any, processor: str = "Qwen2_5_VLProcessor") -> Any:
     tokenizer = tokenizer_with(
         vision_start_token="<|vision_start|>",
         vision_end_token="<|vision_end|>",
@@ -97,7 +101,7 @@ def _qwen(config: Any) -> Any:
     config.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     config.vision_start_token_id = tokenizer.convert_tokens_to_ids("<|vision_start|>")
     config.vision_end_token_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    return images_only("Qwen2_5_VLProcessor")(
+    return images_only(processor)(
         image_processor=images, tokenizer=tokenizer, chat_template=template(PICTURE["qwen2_5_vl"])
     )
 
@@ -112,10 +116,25 @@ def _internvl(config: Any) -> Any:
     )
 
 
+def _idefics3(config: Any) -> Any:
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    places = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    return transformers.Idefics3Processor(
+        image_processor=images,
+        tokenizer=tokenizer_with(**{f"mark_{at}": mark for at, mark in enumerate((*marks, *places))}),
+        image_seq_len=16,
+        chat_template=template("<image>"),
+    )
+
+
 PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "idefics3": _idefics3,
+    "smolvlm": _idefics3,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "qwen2_5_vl": _qwen,
+    "qwen3_vl": functools.partial(_qwen, processor="Qwen3VLProcessor"),
     "internvl": _internvl,
 }
 

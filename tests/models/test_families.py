@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_checkpoints import PICTURE, PROCESSORS, SIZES, picture_of, save_family
 from llava_checkpoints import save_clip
 
@@ -32,6 +33,8 @@ each_method_on_two = pytest.mark.parametrize(
     indirect=["loaded"],
 )
 KEEP = 3
+M_ROPE = ("qwen2_5_vl", "qwen3_vl")  # families whose positions have three dimensions
+MASKED = ("idefics3", "smolvlm")  # families that take a mask of pixels, or none
 HOLDS = {"llava_next": True, "llava_onevision": True}  # families with new-line tokens
 
 
@@ -198,25 +201,29 @@ def test_pruned_logits_equal_spliced_embeddings(positions: str, loaded: Loaded) 
     with compress(model, prune("attention", positions=positions), on_images=kept.append):
         pruned = logits(model, inputs)
     ((image,),) = kept
-    caught: dict[str, torch.Tensor] = {}
-    handle = model.model.language_model.register_forward_pre_hook(
-        lambda _, args, kwargs: caught.update(embeds=kwargs["inputs_embeds"], positions=kwargs["position_ids"]),
-        with_kwargs=True,
-    )
+    caught: dict[str, Any] = {}
+    language = family_of(model).parts["language"]
+    handle = language.register_forward_pre_hook(lambda _, args, kwargs: caught.update(kwargs), with_kwargs=True)
     logits(model, inputs)
     handle.remove()
     spot = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
     stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
     stays[spot] = False
     stays[spot[image.places]] = True
-    if loaded.name == "qwen2_5_vl":  # three dimensions, which are kept in either case
-        where = caught["positions"][-3:, :, stays]
+    if loaded.name in M_ROPE:  # three dimensions, which are kept in either case
+        where = caught["position_ids"][-3:, :, stays]
         assert where[1].unique().numel() < where.shape[-1], "height repeats along a row"
     else:
         where = (stays.nonzero()[:, 0] if positions == "keep" else torch.arange(int(stays.sum())))[None]
+    more: dict[str, Any] = {}
+    if "deepstack_visual_embeds" in caught:  # added behind the first layers, cut by the same index
+        more["visual_pos_masks"] = caught["visual_pos_masks"][:, stays]
+        more["deepstack_visual_embeds"] = [level[image.places] for level in caught["deepstack_visual_embeds"]]
+        assert len(more["deepstack_visual_embeds"]) == 2
     with torch.no_grad():
-        hidden = model.model.language_model(
-            inputs_embeds=caught["embeds"][:, stays],
+        hidden = language(
+            **more,
+            inputs_embeds=caught["inputs_embeds"][:, stays],
             position_ids=where,
             attention_mask=torch.ones(1, int(stays.sum()), dtype=torch.long),
         ).last_hidden_state
@@ -252,7 +259,7 @@ def test_views_hold_every_token_once_and_project_to_it(loaded: Loaded) -> None:
         assert group.tokens.patches is not None
         torch.testing.assert_close(family.project(group.tokens.patches), group.tokens.projected)
         for projected, where, owner in zip(group.tokens.projected, group.places, group.owners, strict=True):
-            assert torch.equal(seen.images[owner].features[where], projected)
+            assert torch.equal(seen.images[owner].features[where, : projected.shape[-1]], projected)
             places[owner] += where.tolist()
             columns = where.view(grid)
             assert (columns.diff(dim=0) > 0).all(), "rows run downwards"
@@ -333,6 +340,64 @@ def test_one_image_among_several_is_a_single_view(folders: dict[str, Loaded]) ->
         logits(loaded.model, inputs)
     assert [(len(i.indices), i.separators, i.available) for i in kept[-1]] == [(KEEP, 1, 16)] * 2
     assert all(image.places.tolist()[-1] == 16 for image in kept[-1])
+
+
+@pytest.mark.parametrize("loaded", MASKED, indirect=True)
+def test_tiles_are_told_apart_by_their_image(loaded: Loaded) -> None:
+    """Images side by side, with text between them, and in several rows: two or four tiles and the image scaled down."""
+    inputs = loaded.ask([("USER: ##\nWhat? # ASSISTANT:", [0, 3, 1]), ("USER: # ASSISTANT:", [0])])
+    images = family_of(loaded.model).encode_images(inputs, frozenset()).images
+    assert [image.count // 16 for image in images] == [3, 5, 3, 3]
+    relevance = ["one", "two", "three", "four"]
+    with compress(loaded.model, prune("cdpruner", 20, per="image"), loaded.processor) as receipt:
+        logits(loaded.model, inputs, relevance_text=relevance)
+    assert (receipt.tokens["images"], receipt.tokens["min"], receipt.tokens["max"]) == (4, 20, 20)
+
+
+@pytest.mark.parametrize("loaded", MASKED, indirect=True)
+def test_attention_of_shuffled_patches_is_their_mean(loaded: Loaded) -> None:
+    """The tower's own eager attention, averaged over the 2 x 2 patches of a token."""
+    inputs, tower = loaded.one, loaded.model.model.vision_model
+    seen = family_of(loaded.model).encode_images(inputs, frozenset({"attention_received", "keys", "cls_attention"}))
+    states: dict[str, torch.Tensor] = {}
+    attention = tower.encoder.layers[-1].self_attn
+    handles = [
+        getattr(attention, name).register_forward_hook(lambda _, args, out, name=name: states.update({name: out}))
+        for name in ("q_proj", "k_proj")
+    ]
+    logits(loaded.model, inputs)
+    for handle in handles:
+        handle.remove()
+    query, key = (states[name].unflatten(-1, (4, 8)).transpose(1, 2) for name in ("q_proj", "k_proj"))
+    rows = (query @ key.mT / 8**0.5).softmax(dim=-1).mean(dim=(1, 2)).view(-1, 8, 8)
+    keys = states["k_proj"].unflatten(1, (8, 8))
+    tokens = seen.views[0].tokens
+    assert tokens.attention_received is not None
+    assert tokens.keys is not None
+    for row, column in ((0, 0), (0, 3), (2, 1), (3, 3)):
+        corner = (slice(None), slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
+        found = tokens.attention_received[:, 4 * row + column]
+        torch.testing.assert_close(found, rows[corner].mean(dim=(1, 2)))
+        torch.testing.assert_close(tokens.keys[:, 4 * row + column], keys[corner].mean(dim=(1, 2)))
+    assert torch.equal(tokens.cls_attention, tokens.attention_received)  # type: ignore[arg-type]
+
+
+def test_smolvlms_own_processor_makes_the_same_inputs(folders: dict[str, Loaded], monkeypatch: Any) -> None:
+    """It is loaded as that of Idefics3, because its own needs a video processor and num2words for videos."""
+    from transformers.models.smolvlm import processing_smolvlm
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    mine = folders["smolvlm"].processor
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    monkeypatch.setattr(transformers.SmolVLMProcessor, "check_argument_for_proper_class", lambda *_: None)
+    theirs = transformers.SmolVLMProcessor(images, mine.tokenizer, None, image_seq_len=16)
+    text, pictures = ["USER: <image>\nWhat? ASSISTANT:"] * 2, [[picture_of(size, 0)] for size in SIZES[:2]]
+    found, expected = (
+        processor(text=text, images=pictures, return_tensors="pt", padding=True) for processor in (mine, theirs)
+    )
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_small_image_keeps_all_it_has(folders: dict[str, Loaded]) -> None:
@@ -507,6 +572,6 @@ def test_mistakes_are_named(loaded: Loaded, tmp_path: Path) -> None:
         clip = save_clip(tmp_path / "clip")
         with pytest.raises(UserError, match="no CLIP's"), compress(model, prune("cdpruner"), text_tower=str(clip)):
             pass
-    for needed in family_of(model).image_inputs[1:2]:
+    for needed in family_of(model).image_inputs[1:2] if loaded.name not in MASKED else ():
         with pytest.raises(UserError, match=f"{needed}: needed"), compress(model, prune()):
             logits(model, {key: value for key, value in inputs.items() if key != needed})

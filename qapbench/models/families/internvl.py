@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 
 from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
-from qapbench.models.encoded import EncodedImage, EncodedImages, Views
+from qapbench.models.encoded import EncodedImages
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
+from qapbench.models.pixel_shuffle import check_runs, runs, tiled
 from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded
 
 
@@ -93,33 +93,9 @@ class InternVL(Family):
         with recorded(outputs, {core.multi_modal_projector: "patches"}) as captured:
             projected = core.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         tokens = VisionTokens(projected=projected, **self._fields(captured, needs, pixels))
-        counts = self._tiles(inputs["input_ids"], tokens)
-        owners = [image for image, count in enumerate(counts) for _ in range(count)]
-        within = [tile for count in counts for tile in range(count)]
-        places = torch.arange(tokens.count) + torch.tensor(within).unsqueeze(1) * tokens.count
-        images = [EncodedImage(part.flatten(0, 1)) for part in projected.split(counts)]
-        return EncodedImages(images, [Views(tokens, owners, places.to(projected.device))])
-
-    def _tiles(self, ids: Tensor, tokens: VisionTokens) -> list[int]:
-        """Number of tiles of each image.
-
-        Nothing in the pixels tells, but in the prompt `ids` the placeholders of an image are an unbroken run.
-
-        Raises:
-            UserError: the placeholders do not match the tiles.
-        """
-        lengths = [
-            sum(1 for _ in run)
-            for row in (ids == self.image_token).tolist()
-            for is_image, run in itertools.groupby(row)
-            if is_image
-        ]
-        if any(length % tokens.count for length in lengths) or sum(lengths) != tokens.batch * tokens.count:
-            raise UserError(
-                f"input_ids hold runs of {lengths} image placeholders, but {tokens.batch} tile(s) of {tokens.count} "
-                "tokens were given"
-            )
-        return [length // tokens.count for length in lengths]
+        lengths = [end - start for _, start, end in runs(inputs["input_ids"], self.image_token)]
+        check_runs(lengths, tokens)  # nothing in the pixels tells tiles of one image from those of another
+        return tiled(tokens, [length // tokens.count for length in lengths])
 
     def _fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
         """Make the fields of `VisionTokens` other than `projected` from captured queries, keys and patches."""

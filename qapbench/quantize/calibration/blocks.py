@@ -33,6 +33,8 @@ class Pass:
         all_vision: whether all tokens are visual if `tokens` says nothing about them; otherwise all are text.
         labelled: [B, L] bool, True for the tokens of the answer; None outside the language model, and for a sample
             without labels.
+        added: [B, L, D] what the model adds to the hidden states between the module before it and this one (DeepStack);
+            None if nothing.
     """
 
     args: tuple[Any, ...]
@@ -40,9 +42,12 @@ class Pass:
     tokens: Tokens | None = None
     all_vision: bool = False
     labelled: Tensor | None = None
+    added: Tensor | None = None
 
     def fed(self, hidden: Tensor) -> Pass:
-        """The same call with other hidden states."""
+        """The same call with the output of the module before it as hidden states."""
+        if self.added is not None:
+            hidden = hidden + self.added
         if self.args:
             return replace(self, args=(hidden, *self.args[1:]))
         return replace(self, kwargs={**self.kwargs, HIDDEN: hidden})
@@ -193,7 +198,7 @@ class Block:
         for one in self.passes:
             with contextlib.suppress(Reached), catching([module], module) as caught:
                 self.run(one)
-            found += [Pass(*call, one.tokens, one.all_vision, one.labelled) for call in caught[0]]
+            found += [replace(one, args=call.args, kwargs=call.kwargs, added=None) for call in caught[0]]
         members = {key: linear for key, linear in self.linears.items() if f"{key}.".startswith(f"{name}.")}
         return Block(name, module, members, found, self.current)
 
@@ -253,7 +258,7 @@ class Reached(Exception):
 
 
 @contextlib.contextmanager
-def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[list[list[tuple[Any, dict[str, Any]]]]]:
+def catching(chain: Sequence[nn.Module], stop: nn.Module | None, emptied: bool = False) -> Iterator[list[list[Pass]]]:
     """Capture the calls of modules during one forward pass, in host memory.
 
     Of the first module all arguments are kept, of the others all but their hidden states. Masks and positions may
@@ -263,11 +268,13 @@ def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[lis
         chain: the modules.
         stop: module whose call ends the forward pass by raising `Reached`. If it is in `chain`, its call is captured
             first.
+        emptied: whether the modules answer with zeros, so that the next one's hidden states are what the model adds
+            between the two.
 
     Yields:
-        For each module a list of its calls, each (positional arguments, keyword arguments).
+        For each module a list of its calls.
     """
-    caught: list[list[tuple[Any, dict[str, Any]]]] = [[] for _ in chain]
+    caught: list[list[Pass]] = [[] for _ in chain]
     # Originals are held too, because the id of a freed tensor may be reused.
     held: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -278,11 +285,13 @@ def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[lis
 
     def catch(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs, added = dict(kwargs), None
             if index:
-                args, kwargs = (None, *args[1:]) if args else (), {**kwargs}
-                if not args:
-                    kwargs.pop(HIDDEN, None)
-            caught[index].append(tree_map_only(Tensor, offload, (args, dict(kwargs))))
+                hidden = args[0] if args else kwargs.pop(HIDDEN, None)
+                args = (None, *args[1:]) if args else ()
+                added = offload(hidden) if emptied and hidden is not None and hidden.any() else None
+            held_args, held_kwargs = tree_map_only(Tensor, offload, (args, kwargs))
+            caught[index].append(Pass(held_args, held_kwargs, added=added))
             if module is stop:
                 raise Reached
 
@@ -291,7 +300,12 @@ def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[lis
     def end(module: nn.Module, args: Any) -> None:
         raise Reached
 
+    def empty(module: nn.Module, args: Any, output: Any) -> Any:
+        zeros = torch.zeros_like(first(output))
+        return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+
     handles = [module.register_forward_pre_hook(catch(index), with_kwargs=True) for index, module in enumerate(chain)]
+    handles += [module.register_forward_hook(empty) for module in chain if emptied]
     if stop is not None and not any(stop is module for module in chain):
         handles.append(stop.register_forward_pre_hook(end))
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -301,14 +301,16 @@ class Calibration:
         for index, sample in enumerate(self.source.samples):
             tokens: Tokens | None = None
             labels: Tensor | None = None
-            with contextlib.suppress(Reached), catching(chain, stop) as caught:
+            with contextlib.suppress(Reached), catching(chain, stop, language) as caught:
                 inputs, tokens, labels = self._inputs(
                     sample
                 )  # pruning runs the vision tower here, so its calls are caught too
                 self._forward(inputs)
             labelled = labels != IGNORED_LABEL if labels is not None and language else None
             for one, calls in zip(passes, caught, strict=True):
-                one += [Pass(*call, tokens if language else None, not language, labelled) for call in calls]
+                for call in calls:
+                    told = tokens if language else None
+                    one.append(replace(call, tokens=told, all_vision=not language, labelled=labelled))
             self.source.report("calibrating, inputs", index + 1, len(self))
         return passes
 
@@ -340,10 +342,11 @@ class Calibration:
                 chain.append((name, module, members))
             while chain and not chain[-1][2]:
                 chain.pop()
-            root = names[id(parts[part])]
-            rest = {key: left.pop(key) for key in list(left) if key.startswith(f"{root}.")}
             chains += [chain] if chain else []
-            chains += [[(root, parts[part], rest)]] if rest else []
+            for module in self.family.roots(part):
+                root = names[id(module)]
+                rest = {key: left.pop(key) for key in list(left) if key.startswith(f"{root}.")}
+                chains += [[(root, module, rest)]] if rest else []
         return chains
 
 

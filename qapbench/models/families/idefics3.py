@@ -1,0 +1,154 @@
+"""Idefics3 and the first SmolVLM: an image as tiles and itself scaled down, with squares of patches in one token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qapbench.methods.tokens import VisionTokens
+from qapbench.models.encoded import EncodedImages
+from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
+from qapbench.models.pixel_shuffle import check_runs, runs, tiled
+from qapbench.models.tower import MIDDLE, OF_CLS, RECEIVED, SHALLOW, at_depth, digest, received, recorded
+
+
+@family("idefics3")
+class Idefics3(Family):
+    """Every tile is a view, and so is the image scaled down, which comes last if there are tiles.
+
+    The tower is a SigLIP without CLS token, whose last layer is read. A token consists of a square of patches side by
+    side, which is what `patches` holds. Its attention and its keys are the means over these patches.
+    """
+
+    image_inputs = ("pixel_values", "pixel_attention_mask")
+    processor_class = "Idefics3Processor"
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The language model, the connector (as projector) and the vision tower."""
+        core = self.model.model
+        return {"language": core.text_model, "projector": core.connector, "vision": core.vision_model}
+
+    @property
+    def available_fields(self) -> frozenset[str]:
+        """All fields of the vision tower except `cls_token`."""
+        fields = {"patches", "image_ids", "grid", "cls_attention", "keys", "last_cls_attention", "last_keys"}
+        return frozenset(fields | {"attention_received", "middle_attention_received", "shallow_cls_attention"})
+
+    @property
+    def substitutes(self) -> Mapping[str, str]:
+        """Attention received from all patches takes the place of CLS attention."""
+        return dict.fromkeys(OF_CLS, RECEIVED)
+
+    @property
+    def view_tokens(self) -> int | None:
+        """Number of tokens of a tile."""
+        return self.model.model.image_seq_len
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Apply the projection to shuffled patches [B, M, C]: [B, M, D]."""
+        return self.model.model.connector.modality_projection(patches)
+
+    @torch.no_grad()
+    def encode_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
+        """Run vision tower and connector on all tiles of the call at once; see `Family.encode_images`."""
+        self.check_available(needs)
+        core = self.model.model
+        layers = core.vision_model.encoder.layers
+        used = {"": layers[-1], "middle_": at_depth(layers, MIDDLE), "shallow_": at_depth(layers, SHALLOW)}
+        outputs = [
+            (getattr(layer.self_attn, f"{kind}_proj"), f"{prefix}{kind}")
+            for prefix, layer in used.items()
+            for kind in "qk"
+        ]
+        inner = {core.connector.modality_projection: "patches"}
+        with recorded(outputs, inner, {core.vision_model: "tower"}) as captured:
+            rows = core.get_image_features(
+                inputs["pixel_values"], inputs.get("pixel_attention_mask"), return_dict=True
+            ).pooler_output
+        pixels = captured["tower"]["pixel_values"]  # those of the call without the tiles that fill up its rows
+        projected = torch.cat(rows).unflatten(0, (len(pixels), -1))
+        tokens = VisionTokens(projected=projected, **self._fields(captured, needs, pixels))
+        return tiled(tokens, self._tiles(inputs["input_ids"], tokens))
+
+    def _tiles(self, ids: Tensor, tokens: VisionTokens) -> list[int]:
+        """Number of tiles of each image.
+
+        In a prompt every tile opens with a mark and a token that names its place, and an image closes with the mark.
+        Between two tiles of an image there is thus one mark, and between two images there are two.
+
+        Args:
+            ids: [B, L] token ids.
+            tokens: the tiles.
+        """
+        spans = runs(ids, self.image_token)
+        check_runs([end - start for _, start, end in spans], tokens)
+        counts: list[int] = []
+        last: tuple[int, int] | None = None
+        for row, start, end in spans:
+            mark = ids[row, max(start - 2, 0)]
+            same = last is not None and last[0] == row and int((ids[row, last[1] : start] == mark).sum()) == 1
+            if same:
+                counts[-1] += (end - start) // tokens.count
+            else:
+                counts.append((end - start) // tokens.count)
+            last = row, end
+        return counts
+
+    def _fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
+        """Make the fields of `VisionTokens` other than `projected` from captured queries, keys and patches."""
+        heads, side = self.model.config.vision_config.num_attention_heads, math.isqrt(seen["patches"].shape[1])
+        found: dict[str, Any] = {"heads": heads, "grid": (side, side)}
+        attention = {
+            "cls_attention": ("", heads),
+            "last_cls_attention": ("", 1),
+            "attention_received": ("", heads),
+            "middle_attention_received": ("middle_", heads),
+            "shallow_cls_attention": ("shallow_", heads),
+        }
+        for name in attention.keys() & needs:
+            prefix, parts = attention[name]
+            found[name] = self._merged(received(seen[f"{prefix}q"], seen[f"{prefix}k"], parts)[..., None])[..., 0]
+        if "patches" in needs:
+            found["patches"] = seen["patches"]
+        for name in needs & {"keys", "last_keys"}:
+            found[name] = self._merged(seen["k"])
+        if "image_ids" in needs:
+            found["image_ids"] = tuple(digest(tile) for tile in pixels)
+        return found
+
+    def _merged(self, values: Tensor) -> Tensor:
+        """The mean over the patches of each token: [T, P, C] -> [T, N, C]."""
+        connector = self.model.model.connector
+        shuffled = connector.pixel_shuffle(values, connector.scale_factor)
+        return shuffled.unflatten(-1, (-1, values.shape[-1])).mean(dim=-2)
+
+    @classmethod
+    def tiny(cls) -> tuple[Any, dict[str, Any]]:
+        """A random vision tower and Llama, and one prompt with an image of two tiles and itself scaled down."""
+        from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+        return cls.made(Idefics3Config, Idefics3ForConditionalGeneration)
+
+    @classmethod
+    def made(cls, config: Any, model: Any) -> tuple[Any, dict[str, Any]]:
+        """A random model of a class, and one call's inputs.
+
+        Args:
+            config: class of the model's config.
+            model: class of the model.
+        """
+        text = {**TINY_TEXT, "model_type": "llama"}
+        made = config(vision_config={**TINY_TOWER, "patch_size": 4}, text_config=text, image_token_id=3, scale_factor=2)
+        tiles = [[4, place, *[3] * 16] for place in (10, 11, 12)]  # a mark, where the tile is, 16 tokens
+        ids = torch.tensor([[1, 9, *tiles[0], *tiles[1], 13, *tiles[2], 4, 8, 7]])
+        return model(made).eval(), {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.rand(1, 3, 3, 32, 32),
+            "pixel_attention_mask": torch.ones(1, 3, 32, 32, dtype=torch.long),
+        }

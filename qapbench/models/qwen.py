@@ -1,0 +1,198 @@
+"""Families of Qwen's build: images at their own resolution, a merger of 2 x 2 patches, M-RoPE positions."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qapbench.errors import UserError
+from qapbench.methods.tokens import VisionTokens
+
+from .encoded import EncodedImage, EncodedImages, Views
+from .family import Family
+from .tower import OF_CLS, RECEIVED, digest, received, recorded
+
+QUERIES = 512  # rows of an attention map held in memory at once: an image has up to 16,384 patches
+ATTENTION: Mapping[str, str] = {
+    "attention_received": "full",
+    "cls_attention": "full",
+    "last_cls_attention": "full",
+    "middle_attention_received": "middle",
+    "shallow_cls_attention": "shallow",
+}
+"""Fields of attention -> which block's attention they hold, of those in `attending`."""
+
+
+class QwenFamily(Family):
+    """One view per image. A token is what the merger makes of 2 x 2 patches.
+
+    `patches` holds the input of the merger's first linear, four patches side by side, so `project` is the rest of the
+    merger. A token's attention and keys are the means over its patches. Attention received also takes the place of CLS
+    attention, because the tower has no CLS token. Kept tokens and text keep their M-RoPE positions, whether
+    `prune.positions` in the spec is "compact" or "keep".
+    """
+
+    image_inputs = ("pixel_values", "image_grid_thw")
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The language model, the merger (as projector) and the blocks of the vision tower."""
+        core = self.model.model
+        return {"language": core.language_model, "projector": core.visual.merger, "vision": core.visual.blocks}
+
+    @property
+    def available_fields(self) -> frozenset[str]:
+        """All fields but `cls_token`. Those of attention need a block with full attention."""
+        fields = frozenset({"patches", "image_ids", "grid", "keys", "last_keys"})
+        return fields | ATTENTION.keys() if self.attending else fields
+
+    @property
+    def substitutes(self) -> Mapping[str, str]:
+        """Attention received from all patches takes the place of CLS attention."""
+        return dict.fromkeys(OF_CLS, RECEIVED)
+
+    @property
+    @abc.abstractmethod
+    def attending(self) -> Mapping[str, int]:
+        """Indices of the blocks that `ATTENTION` names, in which every patch of an image attends to every other.
+
+        Empty if no block does.
+        """
+
+    @property
+    @abc.abstractmethod
+    def merging(self) -> nn.Module:
+        """The module whose input `patches` holds, side by side as the merger puts them."""
+
+    def raster(self, grids: Tensor) -> Tensor | None:
+        """[M] the place, in the tower's order of the M tokens of all images, of each token in raster order.
+
+        None if the tower keeps raster order.
+
+        Args:
+            grids: [I, 3] frames, height and width of the images in patches.
+        """
+        return None
+
+    @property
+    def _merge(self) -> int:
+        """Side of the square of patches that the merger joins into one token."""
+        return self.model.model.visual.spatial_merge_size
+
+    def positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """M-RoPE position ids of the whole prompt: those of the caller, or [3, B, T] as the model computes them."""
+        if (given := inputs.get("position_ids")) is not None:
+            return given
+        types = inputs.get("mm_token_type_ids")
+        if types is None:
+            types = (inputs["input_ids"] == self.image_token).long()
+        grids, mask = inputs["image_grid_thw"], inputs["attention_mask"]
+        return self.model.model.get_rope_index(
+            inputs["input_ids"], mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask
+        )[0]
+
+    @torch.no_grad()
+    def encode_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
+        """Run vision tower and merger on all images of the call at once; see `Family.encode_images`."""
+        pixels, grids = inputs["pixel_values"], inputs.get("image_grid_thw")
+        if grids is None:
+            raise UserError("image_grid_thw: needed beside pixel_values; the processor gives both")
+        with self._recording(needs) as captured:
+            output = self.model.model.get_image_features(pixels, grids, return_dict=True)
+        fields = self._fields(captured, needs, grids)
+        heads = self.model.config.vision_config.num_heads
+        views, start, unit = [], 0, self._merge**2
+        for index, (feature, (frames, height, width)) in enumerate(
+            zip(output.pooler_output, grids.tolist(), strict=True)
+        ):
+            stop = start + len(feature)
+            own: dict[str, Any] = {name: value[None, start:stop] for name, value in fields.items()}
+            if "image_ids" in needs:
+                own["image_ids"] = (digest(pixels[start * unit : stop * unit]),)
+            grid = (frames * height // self._merge, width // self._merge)
+            tokens = VisionTokens(projected=feature[None], grid=grid, heads=heads, **own)
+            views.append(Views(tokens, [index], torch.arange(len(feature), device=feature.device)[None]))
+            start = stop
+        return EncodedImages([EncodedImage(one) for one in self.handed(output)], Views.grouped(views))
+
+    def handed(self, output: Any) -> list[Tensor]:
+        """What the language model gets of each image, one row per token.
+
+        Args:
+            output: that of the model's `get_image_features`.
+        """
+        return list(output.pooler_output)
+
+    @contextlib.contextmanager
+    def _recording(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
+        """Capture the tensors that the fields in `needs` are made from, while the context is open.
+
+        These are the queries, keys and values of the blocks concerned (`last`, and those of `attending`), the rotary
+        embedding that is applied to them (in `call`), and the patches that are merged (`patches`).
+        """
+        self.check_available(needs)
+        visual = self.model.model.visual
+        last, blocks = len(visual.blocks) - 1, {}
+        if needs & {"keys", "last_keys"}:
+            blocks["last"] = last
+        blocks |= {which: self.attending[which] for name, which in ATTENTION.items() if name in needs}
+        outputs = [(visual.blocks[at].attn.qkv, name) for name, at in blocks.items()]
+        inputs = {self.merging: "patches"} if "patches" in needs else {}
+        with recorded(outputs, inputs, {visual.blocks[last].attn: "call"}) as captured:
+            yield captured
+
+    def _fields(self, seen: Mapping[str, Any], needs: frozenset[str], grids: Tensor) -> dict[str, Tensor]:
+        """Make fields [M, ...] of the M tokens of all images, in raster order."""
+        visual, heads = self.model.model.visual, self.model.config.vision_config.num_heads
+        raster, sizes = self.raster(grids), grids.prod(dim=-1).tolist()
+
+        def ordered(values: Tensor) -> Tensor:
+            return values if raster is None else values[raster]
+
+        def merged(values: Tensor) -> Tensor:
+            return ordered(values.unflatten(0, (-1, self._merge**2)).mean(dim=1))
+
+        def attention(name: str, heads: int) -> Tensor:
+            query, key, _ = seen[name].unflatten(-1, (3, -1)).unbind(dim=1)
+            query, key = (_rotated(x, seen["call"]["position_embeddings"], visual.blocks[0].attn) for x in (query, key))
+            images = zip(query.split(sizes), key.split(sizes), strict=True)
+            return merged(torch.cat([_received(q, k, heads) for q, k in images]))
+
+        found = {}
+        if "patches" in needs:
+            found["patches"] = ordered(seen["patches"])
+        for name in needs & {"keys", "last_keys"}:
+            found[name] = merged(seen["last"].unflatten(-1, (3, -1))[:, 1])
+        for name in ATTENTION.keys() & needs:
+            found[name] = attention(ATTENTION[name], 1 if name == "last_cls_attention" else heads)
+        return found
+
+
+def _rotated(values: Tensor, rotation: tuple[Tensor, Tensor], attention: Any) -> Tensor:
+    """Apply the rotary embedding of a vision block to queries or keys: [P, C] -> [P, C] in float32.
+
+    Args:
+        values: [P, heads * width] queries or keys of P patches.
+        rotation: cosine and sine that the block was called with.
+        attention: an attention module of the tower, for its number of heads.
+    """
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+    wide = values.float().unflatten(-1, (attention.num_heads, -1))
+    return apply_rotary_pos_emb_vision(wide, wide, *rotation)[0].flatten(1)
+
+
+def _received(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """Attention that each patch of one image receives, averaged over heads and queries: [P].
+
+    Computed for a few queries at a time.
+    """
+    total = keys.new_zeros(len(keys))
+    for part in queries.split(QUERIES):
+        total += received(part[None], keys[None], heads)[0] * len(part)
+    return total / len(queries)
