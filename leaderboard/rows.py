@@ -115,6 +115,7 @@ class Row:
         run_id: id of the run, or the table of the paper.
         created: time in ISO 8601, UTC.
         stand_in: whether the model or the data are an embedded stand-in.
+        constructed: whether the model's weights were constructed and not trained.
         rank: rank among the rows on the same questions; rows share it if equally many rows are better and can be told
             apart.
         among: number of rows that were ranked together.
@@ -150,6 +151,7 @@ class Row:
     run_id: str = ""
     created: str = ""
     stand_in: bool = False
+    constructed: bool = False
     rank: int | None = None
     among: int = 0
     against: dict[str, Versus] = field(default_factory=dict)
@@ -322,6 +324,7 @@ def from_record(record: Record) -> Row:
         run_id=record.run_id,
         created=record.created,
         stand_in=bool(stand_in_notes(record)),
+        constructed=any("constructed" in note for note in stand_in_notes(record)),
         transparent=record.receipt.transparent,
         too_long=record.receipt.too_long,
         unanswered=len(record.unanswered),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qapbench import metric
+from qapbench import metric, metrics
 
 
 @metric("constant")
@@ -52,3 +52,19 @@ def least_variance(tokens: Tensor) -> Tensor:
         No paper. A control of this benchmark.
     """
     return -tokens.var(dim=-1, correction=0)
+
+
+@metric("reversed")
+def reversed_metric(tokens: Tensor, of: str = "combined") -> Tensor:
+    """Compute the negated scores of another metric, with its default parameters: [B, N, D] -> [B, N].
+
+    If sensitive tokens should be kept, this loses what the metric gains; if they should be dropped, it gains.
+
+    Args:
+        tokens: [B, N, D] visual tokens.
+        of: name of the other metric.
+
+    Source:
+        No paper. A control of this benchmark.
+    """
+    return -metrics.create(of)(tokens)

@@ -60,7 +60,8 @@ def test_no_file_switches_the_formatter_off() -> None:
 WRITES = {"write_text", "write_bytes", "save", "savefig", "save_file", "to_csv", "to_parquet"}
 UNSHARED = {
     "qapbench/files.py": "which writes drafts",
-    "qapbench/checkpoints/assembly.py": "into a new folder, which is put in its place when it is whole",
+    "qapbench/checkpoints/made.py": "into a new folder, which is put in its place when it is whole",
+    "qapbench/checkpoints/outlier_recipe.py": "into the new folder that made.py gives it",
     "qapbench/analysis/pictures.py": "into memory",
     "qapbench/running/feature_cache.py": "into memory",
     "tasks/diagramqa/make_sprites.py": "for whoever changes the task",

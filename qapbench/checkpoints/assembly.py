@@ -7,29 +7,24 @@ of everything it was made from, and its files are checked against a manifest of 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from qapbench.bars import shown
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_file
-from qapbench.progress import ProgressCallback, assembly_progress, silent
-from qapbench.visible import visible_logger
+from qapbench.progress import ProgressCallback
 
 from .gguf import LlamaGGUF, read_llama
+from .made import made
 
-RECIPE, MANIFEST = "assembly.json", "manifest.json"
+RECIPE = "assembly.json"
 # Trained files that a recipe's folder must hold.
 PARTS = (
     "clip/config.json",
@@ -41,7 +36,6 @@ PARTS = (
 CARRIED = ("status.txt", "README.md")  # files that are copied into the result if they exist
 VERSION = 1  # version of what `build` writes; increasing it leaves older cache folders unused
 IMAGE = "<image>"
-log = visible_logger(__name__)
 
 
 class Base(BaseModel):
@@ -78,11 +72,6 @@ class Recipe(BaseModel):
     made_by: str
 
 
-def cache_folder() -> Path:
-    """Folder that holds the assembled checkpoints."""
-    return platformdirs.user_cache_path("qapbench", appauthor=False) / "assembled"
-
-
 def assemble(parts: Path, field: str = "model") -> Path:
     """Assemble the model of a recipe, unless an intact result is in the cache.
 
@@ -105,30 +94,11 @@ def assemble(parts: Path, field: str = "model") -> Path:
                 f"'{name}' has no trained parts yet ({missing[0]} ...); this makes them: {recipe.made_by}", (field,)
             )
         )
-    target = cache_folder() / f"{name}-{_key(parts, recipe)}"
-    if target.is_dir():
-        if not (broken := broken_file(target)):
-            return target
-        log.warning("%s: %s is not what was written; made anew", target, broken)
-        shutil.rmtree(target)
-    base = base_file(recipe.base, name, field)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
-    try:
-        with shown() if assembly_progress.get() is None else contextlib.nullcontext():
-            build(parts, base, made, assembly_progress.get() or silent)
-        files = sorted(path for path in made.rglob("*") if path.is_file())
-        manifest = {path.relative_to(made).as_posix(): digest_file(path) for path in files}
-        (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        made.chmod(0o755)
-        try:
-            made.rename(target)
-        except OSError:
-            if broken_file(target):  # if it is intact, another process was faster and wrote the same content
-                raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    return target
+
+    def write(out: Path, report: ProgressCallback) -> None:
+        build(parts, base_file(recipe.base, name, field), out, report)
+
+    return made(name, _key(parts, recipe), write)
 
 
 def _key(parts: Path, recipe: Recipe) -> str:
@@ -137,20 +107,6 @@ def _key(parts: Path, recipe: Recipe) -> str:
     for file in sorted(path for path in parts.rglob("*") if path.is_file()):
         total.update(f"\0{file.relative_to(parts).as_posix()} {digest_file(file)}".encode())
     return total.hexdigest()[:16]
-
-
-def broken_file(folder: Path) -> str:
-    """The first file of an assembled folder that differs from the manifest; "" if there is none."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return MANIFEST
-    if not isinstance(manifest, dict):
-        return MANIFEST
-    for name, digest in manifest.items():
-        if not (folder / name).is_file() or digest_file(folder / name) != digest:
-            return name
-    return ""
 
 
 def base_file(base: Base, name: str, field: str) -> Path:

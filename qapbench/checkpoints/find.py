@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qapbench.errors import Problem, UserError, first_line, nearest
 from qapbench.hashing import CHECKPOINT_FILES
+from qapbench.spec.model_name import settings_of
 
 from .json_files import check_settings
 
@@ -45,23 +46,22 @@ class Checkpoint:
 def embedded_names() -> list[str]:
     """Names of the models that come with the package.
 
-    Each is a checkpoint folder or a recipe for one (`assembly.json`).
+    Each is a checkpoint folder or a recipe for one (`assembly.json`, `outliers.json`).
     """
-    return sorted(
-        {path.parent.name for file in ("config.json", "assembly.json") for path in EMBEDDED.glob(f"*/{file}")}
-    )
+    files = ("config.json", "assembly.json", "outliers.json")
+    return sorted({path.parent.name for file in files for path in EMBEDDED.glob(f"*/{file}")})
 
 
 def is_embedded(name: str) -> bool:
-    """Whether a model of this name comes with the package."""
-    return name in embedded_names()
+    """Whether a model of this name, which may have settings, comes with the package."""
+    return settings_of(name)[0] in embedded_names()
 
 
 def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Checkpoint:
     """Locate a checkpoint: an embedded model, a checkpoint folder, or a hub id (from the local cache, else downloaded).
 
     Args:
-        name: embedded name, path of a folder, or hub id.
+        name: embedded name (with settings, if it has any), path of a folder, or hub id.
         field: field of the spec that holds the name, for messages.
         fetch: whether a hub id may be downloaded.
 
@@ -70,12 +70,7 @@ def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Chec
             cannot be reached, or an embedded model cannot be assembled because something is not installed.
     """
     if is_embedded(name):
-        folder = EMBEDDED / name
-        if not (folder / "config.json").is_file():
-            from .assembly import assemble
-
-            folder = assemble(folder, field)
-        return Checkpoint(folder, embedded=True)
+        return Checkpoint(_embedded(name, field), embedded=True)
     try:
         folder = Path(name).expanduser()
     except RuntimeError:
@@ -92,6 +87,23 @@ def find_checkpoint(name: str, field: str = "model", fetch: bool = True) -> Chec
         raise UserError(Problem(f"'{name}' holds no .safetensors weights; {HOW_TO_CONVERT}", (field,)))
     check_settings(folder, field)
     return Checkpoint(folder)
+
+
+def _embedded(name: str, field: str) -> Path:
+    """Folder of an embedded model, which is made first if it is a recipe."""
+    name, settings = settings_of(name)
+    folder = EMBEDDED / name
+    if (folder / "outliers.json").is_file():
+        from .outlier_recipe import with_outliers
+
+        return with_outliers(folder, settings, find_checkpoint, field)
+    if settings:
+        raise UserError(Problem(f"'{name}' has no settings, and so no '{next(iter(settings))}'", (field,)))
+    if (folder / "config.json").is_file():
+        return folder
+    from .assembly import assemble
+
+    return assemble(folder, field)
 
 
 @functools.lru_cache(maxsize=64)

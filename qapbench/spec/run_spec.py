@@ -31,6 +31,7 @@ from qapbench.methods.registry import Registry
 
 from .backend import Backend, check_backend
 from .items import FusionItem, Item, MetricItem, PrunerItem, PTQItem, created, parse_item
+from .model_name import ModelName
 from .text import Data, NameOrPath
 
 Scope = Literal["language", "projector", "vision"]
@@ -308,7 +309,8 @@ class RunSpec(Strict):
     Attributes:
         name: a label. It does not enter the run's id.
         plugins: Python files that register strategies.
-        model: name of an embedded model, a checkpoint folder, or a hub id.
+        model: name of an embedded model, a checkpoint folder, or a hub id. An embedded model that has settings takes
+            them as `{name: NAME, setting: value}`.
         dtype: dtype of the weights. "auto" is the checkpoint's own on a GPU, and float32 on a CPU.
         text_tower: CLIP checkpoint whose joint embedding space gives relevance; None takes the model family's default.
         task: the task; in a spec file it may be a list of tasks.
@@ -323,7 +325,7 @@ class RunSpec(Strict):
 
     name: str = "run"
     plugins: list[NameOrPath] = []  # loaded by `parse`, before what they register is validated
-    model: NameOrPath
+    model: ModelName
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     text_tower: NameOrPath | None = None
     task: TaskSpec

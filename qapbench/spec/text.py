@@ -30,7 +30,12 @@ def shown(text: str, width: int = 60) -> str:
     return f"'{short}'" if short.isprintable() else ascii(short)
 
 
-def _name_or_path(text: str) -> str:
+def checked_name(text: str) -> str:
+    """The text, if it can be a name or a path.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
     if not text:
         raise ValueError("empty; leave the field out, or give a name or a path")
     if why := unfit(text):
@@ -44,7 +49,7 @@ def _name_or_path(text: str) -> str:
     return text
 
 
-NameOrPath = Annotated[str, AfterValidator(_name_or_path)]
+NameOrPath = Annotated[str, AfterValidator(checked_name)]
 """The name of something registered, a path, or a hub id."""
 
 
@@ -59,7 +64,7 @@ def _text(value: Any, where: tuple[str, ...]) -> str:
     try:
         if not isinstance(value, str):
             raise ValueError(f"a path, or a mapping from hub ids to paths; got {value!r:.60}")
-        return _name_or_path(value)
+        return checked_name(value)
     except ValueError as error:
         raise UserError(Problem(str(error), where)) from None
 

@@ -20,7 +20,7 @@ from assembly_parts import TEMPLATE, tiny_clip, tiny_llama, write_gguf, write_pa
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from qapbench import UserError
-from qapbench.checkpoints import assembly, find
+from qapbench.checkpoints import assembly, find, made
 from qapbench.checkpoints.gguf import read_llama
 from qapbench.hashing import digest_file
 from qapbench.models.family import family_of
@@ -179,7 +179,7 @@ def test_the_second_use_takes_what_is_there(embedded: Path, monkeypatch: pytest.
     # Other parts make another folder; the first stays as it is.
     (embedded / "status.txt").write_text("trained")
     assert find.find_checkpoint("tiny-llava").folder != folder
-    assert not assembly.broken_file(folder)
+    assert not made.broken_file(folder)
 
 
 def test_a_broken_cache_is_detected_and_made_anew(embedded: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,12 +187,12 @@ def test_a_broken_cache_is_detected_and_made_anew(embedded: Path, caplog: pytest
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert assembly.broken_file(folder) == "model.safetensors"
+    assert made.broken_file(folder) == "model.safetensors"
     assert find.find_checkpoint("tiny-llava").folder == folder
     assert file.read_bytes() == whole
     assert "model.safetensors is not what was written" in caplog.text
     (folder / "manifest.json").unlink()
-    assert assembly.broken_file(folder) == "manifest.json"
+    assert made.broken_file(folder) == "manifest.json"
 
 
 def test_a_failed_build_leaves_nothing(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_a_failed_build_leaves_nothing(embedded: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(assembly, "build", fail)
     with pytest.raises(MemoryError):
         find.find_checkpoint("tiny-llava")
-    assert not list(assembly.cache_folder().iterdir())
+    assert not list(made.cache_folder().iterdir())
 
 
 def test_what_is_missing_is_named(embedded: Path) -> None:
