@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImage, EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
+from qapbench.models.outline import ImageOutline, Size, blank_tokens
 from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded
+
+TILES = 12  # largest number of tiles that the processor cuts an image into, unless its config says otherwise
 
 
 @family("internvl")
@@ -94,11 +98,24 @@ class InternVL(Family):
             projected = core.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         tokens = VisionTokens(projected=projected, **self._fields(captured, needs, pixels))
         counts = self._tiles(inputs["input_ids"], tokens)
-        owners = [image for image, count in enumerate(counts) for _ in range(count)]
-        within = [tile for count in counts for tile in range(count)]
-        places = torch.arange(tokens.count) + torch.tensor(within).unsqueeze(1) * tokens.count
+        owners, places = tiled(counts, tokens.count)
         images = [EncodedImage(part.flatten(0, 1)) for part in projected.split(counts)]
         return EncodedImages(images, [Views(tokens, owners, places.to(projected.device))])
+
+    def outline(self, sizes: Sequence[Size]) -> ImageOutline:
+        """Up to twelve tiles of nearly the image's shape, and a thumbnail; see `Family.outline`."""
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+        vision, count = self.model.config.vision_config, int(self.view_tokens or 0)
+        tilings = [get_optimal_tiled_canvas(size, tuple(vision.image_size), 1, TILES) for size in sizes]
+        counts = [columns * rows + (columns * rows > 1) for columns, rows in tilings]
+        side = math.isqrt(count)
+        tokens = blank_tokens(sum(counts), count, (side, side))
+        views = Views(tokens, *tiled(counts, count))
+        images = [EncodedImage(part.flatten(0, 1)) for part in tokens.projected.split(counts)]
+        patches = math.prod(s // p for s, p in zip(vision.image_size, vision.patch_size, strict=True))
+        attended = ((patches + 1,) * tokens.batch,) * vision.num_hidden_layers
+        return ImageOutline(EncodedImages(images, [views]), attended, tokens.batch * patches, tokens.batch * count)
 
     def _tiles(self, ids: Tensor, tokens: VisionTokens) -> list[int]:
         """Number of tiles of each image.
@@ -170,3 +187,15 @@ class InternVL(Family):
             "attention_mask": torch.ones_like(ids),
             "pixel_values": torch.rand(3, 3, 32, 32),
         }
+
+
+def tiled(counts: Sequence[int], size: int) -> tuple[list[int], Tensor]:
+    """The image that each tile belongs to, and the places [T, size] of the tile's tokens among those of its image.
+
+    Args:
+        counts: number of tiles of each image.
+        size: number of tokens of a tile.
+    """
+    owners = [image for image, count in enumerate(counts) for _ in range(count)]
+    within = [tile for count in counts for tile in range(count)]
+    return owners, torch.arange(size) + torch.tensor(within).unsqueeze(1) * size

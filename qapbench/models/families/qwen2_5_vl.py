@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImage, EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, Family, family
+from qapbench.models.outline import ImageOutline, Size, blank_tokens, each_alone
 from qapbench.models.tower import MIDDLE, OF_CLS, RECEIVED, digest, received, recorded
 
+TOKENS = (4, 16384)  # least and most tokens of an image, unless the processor's config says otherwise
 QUERIES = 512  # rows of an attention map held in memory at once: an image has up to 16,384 patches
 # Fields that need a block with full attention.
 ELSEWHERE = frozenset({"middle_attention_received", "shallow_cls_attention"})
@@ -66,6 +68,35 @@ class Qwen25VL(Family):
     def _merge(self) -> int:
         """Side of the square of patches that the merger joins into one token."""
         return self.model.model.visual.spatial_merge_size
+
+    @property
+    def tower(self) -> nn.Module:
+        """The whole tower, merger included."""
+        return self.model.model.visual
+
+    def outline(self, sizes: Sequence[Size]) -> ImageOutline:
+        """Images at their own resolution, rounded to whole tokens; see `Family.outline`."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+        from transformers.vision_utils import get_vision_window_index
+
+        visual, merge = self.model.model.visual, self._merge
+        side = visual.patch_size * merge
+        least, most = (side**2 * limit for limit in TOKENS)
+        resized = [smart_resize(height, width, side, least, most) for height, width in sizes]
+        grids = torch.tensor(
+            [[1, height // visual.patch_size, width // visual.patch_size] for height, width in resized]
+        )
+        bounds = get_vision_window_index(grids, merge, visual.window_size, visual.patch_size)[1]
+        windows = tuple(int(size) for size in bounds.diff() if size)
+        whole = tuple(int(size) for size in grids.prod(dim=-1))
+        attended = tuple(whole if index in self._full else windows for index in range(len(visual.blocks)))
+        tokens = [
+            blank_tokens(1, height * width // merge**2, (height // merge, width // merge))
+            for _, height, width in grids.tolist()
+        ]
+        images = [EncodedImage(one.projected[0]) for one in tokens]
+        encoded = EncodedImages(images, each_alone(tokens))
+        return ImageOutline(encoded, attended, sum(whole), sum(whole) // merge**2)
 
     def project(self, patches: Tensor) -> Tensor:
         """Apply the merger's MLP to normalised patches side by side [B, M, C]: [B, M, D]."""
