@@ -62,6 +62,8 @@ PUBLIC = {
     ),
     "quantize.install": ("installed_all",),
     "compression": ("compress",),
+    "costing.cost": ("Cost", "cost"),
+    "costing.prompt": ("Prompt",),
     "models.checkpoint_format": ("CheckpointFormat", "checkpoint_format"),
     "models.family": ("Family", "family"),
     "records.load": ("load_records", "results"),
@@ -83,6 +85,8 @@ HOMES = {name: module for module, names in PUBLIC.items() for name in names}
 
 if TYPE_CHECKING:
     from .compression import compress
+    from .costing.cost import Cost, cost
+    from .costing.prompt import Prompt
     from .errors import UserError
     from .methods.affine import Grid, Levels, Rounding, fake_quantize, grouped, round_through
     from .methods.floating import FloatGrid, FloatLevels
@@ -161,6 +165,7 @@ __all__ = [
     "CalibrationResult",
     "CalibrationSamples",
     "CheckpointFormat",
+    "Cost",
     "DecoderPruner",
     "Family",
     "FloatGrid",
@@ -175,6 +180,7 @@ __all__ = [
     "Levels",
     "LinearPlan",
     "MeanAbs",
+    "Prompt",
     "Pruner",
     "Record",
     "RelevanceSign",
@@ -193,6 +199,7 @@ __all__ = [
     "VisionTokens",
     "checkpoint_format",
     "compress",
+    "cost",
     "even_stages",
     "fake_quantize",
     "family",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens, per_token
 
 from .encoded import EncodedImage, EncodedImages, Views
+from .outline import ImageOutline, Size, blank_tokens
 from .tower import TowerFamily
 
 WHOLE = -1  # in `EncodedImage.rows`: places of the scaled-down whole image, which counts as one line
@@ -72,6 +73,21 @@ class AnyResFamily(TowerFamily):
             views += own
             start = stop
         return EncodedImages(images, Views.grouped(views))
+
+    def outline(self, sizes: Sequence[Size]) -> ImageOutline:
+        """The whole image and its tiles, packed as the model packs them; see `Family.outline`."""
+        given = {"image_sizes": torch.tensor(sizes).reshape(-1, 2), "batch_num_images": torch.tensor([len(sizes)])}
+        count = int(self.view_tokens or 0)
+        side = math.isqrt(count)
+        images, views, total = [], [], 0
+        for index, (size, tiling) in enumerate(zip(given["image_sizes"], self.tiling(given), strict=True)):
+            tiles = blank_tokens(1 + math.prod(tiling), count, (side, side))
+            features = self.pack(tiles.projected, size, torch.zeros(1))
+            image, own = self._image(tiles, features, size, tiling, index)
+            images.append(image)
+            views += own
+            total += tiles.batch
+        return self._outlined(EncodedImages(images, Views.grouped(views)), total)
 
     def _image(
         self, tiles: VisionTokens, features: Tensor, size: Tensor, tiling: tuple[int, int], owner: int

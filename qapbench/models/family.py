@@ -6,7 +6,7 @@ Families register themselves by model type.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from qapbench.methods.registry import Entry, Registry
 from .checkpoint_format import format_of
 from .encoded import EncodedImages
 from .layers import DecoderLayers
+from .outline import ImageOutline, Size
 
 # Sizes of the random models that `Family.tiny` makes, as keywords of their configs.
 TINY_TOWER: Mapping[str, Any] = {
@@ -130,6 +131,35 @@ class Family(abc.ABC):
             count: number of tokens that are needed.
         """
         raise NotImplementedError
+
+    def outline(self, sizes: Sequence[Size]) -> ImageOutline:
+        """What tower and prompt hold of images of these sizes. No weight is read, so the model may be without any.
+
+        Args:
+            sizes: height and width in pixels of the images of one call.
+
+        Raises:
+            UserError: this kind of model does not define it, so its cost is not known.
+        """
+        raise UserError(f"model: the cost of {type(self).__name__} is not known, since it defines no `outline`")
+
+    def outline_downsampled(self, sizes: Sequence[Size], count: int) -> ImageOutline:
+        """The outline of what `downsampled` encodes. A family that defines the one defines the other.
+
+        Args:
+            sizes: height and width in pixels of the images of one call.
+            count: number of tokens that are needed.
+        """
+        raise NotImplementedError
+
+    def tower_layers(self, needs: frozenset[str]) -> int:
+        """Number of layers of the vision tower that run when `encode_images` records the fields in `needs`."""
+        return len(self.blocks("vision"))
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower with the embedding of its patches."""
+        return self.parts["vision"]
 
     def positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Position ids [..., B, T] of the whole prompt if they are more than a running count (M-RoPE); else None."""

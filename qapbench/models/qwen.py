@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from qapbench.methods.tokens import VisionTokens
 
 from .encoded import EncodedImage, EncodedImages, Views
 from .family import Family
+from .outline import ImageOutline, Size, blank_tokens, each_alone
 from .tower import OF_CLS, RECEIVED, digest, received, recorded
 
+MOST_TOKENS = 16384  # of an image, unless the processor's config says otherwise
 QUERIES = 512  # rows of an attention map held in memory at once: an image has up to 16,384 patches
 ATTENTION: Mapping[str, str] = {
     "attention_received": "full",
@@ -38,6 +40,8 @@ class QwenFamily(Family):
     """
 
     image_inputs = ("pixel_values", "image_grid_thw")
+    least_tokens: ClassVar[int] = 4
+    """Least number of tokens that the processor gives an image, unless its config says otherwise."""
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
@@ -95,6 +99,36 @@ class QwenFamily(Family):
         return self.model.model.get_rope_index(
             inputs["input_ids"], mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask
         )[0]
+
+    @property
+    def tower(self) -> nn.Module:
+        """The whole tower, merger included."""
+        return self.model.model.visual
+
+    def outline(self, sizes: Sequence[Size]) -> ImageOutline:
+        """Images at their own resolution, rounded to whole tokens; see `Family.outline`."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        patch, merge = self.model.model.visual.patch_size, self._merge
+        side = patch * merge
+        limits = self.least_tokens * side**2, MOST_TOKENS * side**2
+        resized = [smart_resize(height, width, side, *limits) for height, width in sizes]
+        grids = torch.tensor([[1, height // patch, width // patch] for height, width in resized])
+        tokens = [
+            blank_tokens(1, height * width // merge**2, (height // merge, width // merge))
+            for _, height, width in grids.tolist()
+        ]
+        encoded = EncodedImages([EncodedImage(one.projected[0]) for one in tokens], each_alone(tokens))
+        patches = int(grids.prod(dim=-1).sum())
+        return ImageOutline(encoded, tuple(map(tuple, self.attended(grids))), patches, patches // merge**2)
+
+    def attended(self, grids: Tensor) -> list[Sequence[int]]:
+        """For each block, the lengths of the sequences within which it attends: here the patches of each image.
+
+        Args:
+            grids: [I, 3] frames, height and width of the images in patches.
+        """
+        return [grids.prod(dim=-1).tolist()] * len(self.model.model.visual.blocks)
 
     @torch.no_grad()
     def encode_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:

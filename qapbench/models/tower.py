@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from qapbench.errors import UserError
 
+from .encoded import EncodedImages
 from .family import Family
+from .outline import ImageOutline
 from .row_products import computing
 
 MIDDLE = 9 / 24  # relative depth of the layer in which HiPrune finds objects: the ninth of 24
@@ -148,27 +150,43 @@ class TowerFamily(Family):
         self.check_available(needs)
         projector, layers = self.model.model.multi_modal_projector, self.model.model.vision_tower.encoder.layers
         wanted: list[tuple[nn.Module, str]] = [(projector, "projected")]
-        read = self._feature_layers(len(layers))
-        layer = layers[read[-1]]
+        layer = layers[self._feature_layers(len(layers))[-1]]
         if "cls_token" in needs:
             wanted.append((layer, "hidden"))
-        needed = [layers[at] for at in read]
-        for prefix, source, fields in (
-            ("", layer, {"cls_attention", "keys", "attention_received"}),
-            ("last_", layers[-1], {"last_cls_attention", "last_keys"}),
-            ("middle_", at_depth(layers, MIDDLE), {"middle_attention_received"}),
-            ("shallow_", at_depth(layers, SHALLOW), {"shallow_cls_attention"}),
-        ):
-            if needs & fields:
-                needed.append(source)
-                attention = source.self_attn
-                wanted += [(attention.q_proj, f"{prefix}queries"), (attention.k_proj, f"{prefix}keys")]
-        used = max(at for at, one in enumerate(layers) if any(one is other for other in needed)) + 1
+        for prefix, at in self._recorded_layers(needs, len(layers)).items():
+            attention = layers[at].self_attn
+            wanted += [(attention.q_proj, f"{prefix}queries"), (attention.k_proj, f"{prefix}keys")]
         with (
-            unread(layers[used:]),
+            unread(layers[self.tower_layers(needs) :]),
             recorded(wanted, {projector: "patches"} if "patches" in needs else {}) as captured,
         ):
             yield captured
+
+    def tower_layers(self, needs: frozenset[str]) -> int:
+        """Number of layers that run: up to the last one that the projector or a field in `needs` reads."""
+        count = len(self.model.model.vision_tower.encoder.layers)
+        return max(*self._feature_layers(count), *self._recorded_layers(needs, count).values(), 0) + 1
+
+    def _recorded_layers(self, needs: frozenset[str], count: int) -> dict[str, int]:
+        """Indices of the layers whose queries and keys fields in `needs` are made from, by the prefix of their names.
+
+        Args:
+            needs: fields of `VisionTokens`.
+            count: number of layers of the tower.
+        """
+        sources = {
+            "": (self._feature_layers(count)[-1], {"cls_attention", "keys", "attention_received"}),
+            "last_": (count - 1, {"last_cls_attention", "last_keys"}),
+            "middle_": (at_depth(range(count), MIDDLE), {"middle_attention_received"}),
+            "shallow_": (at_depth(range(count), SHALLOW), {"shallow_cls_attention"}),
+        }
+        return {prefix: at for prefix, (at, fields) in sources.items() if needs & fields}
+
+    def _outlined(self, encoded: EncodedImages, tiles: int) -> ImageOutline:
+        """The outline of images that are so many views of the tower's own size, all of which it encodes."""
+        count = int(self.view_tokens or 0)
+        layers = len(self.model.model.vision_tower.encoder.layers)
+        return ImageOutline(encoded, (((count + self.skip),) * tiles,) * layers, tiles * count, tiles * count)
 
     def _feature_layers(self, count: int) -> list[int]:
         """Indices of the encoder layers whose outputs the projector takes.

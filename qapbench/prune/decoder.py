@@ -28,6 +28,7 @@ from qapbench.receipt import Receipt
 from .decoder_fields import EMBEDDED, DecoderFields
 from .prompt import PruningView
 from .splice import PrunedImage
+from .stages import stage_budgets
 from .state import DecoderState, ViewState
 from .token_layout import TokenLayout, cut, cut_mask
 
@@ -114,7 +115,7 @@ class DecoderPruning:
             UserError: tokens of an image are to be dropped by text behind it, and no text of the prompt follows it.
         """
         for view in view_states:
-            view.budgets = self._stages(len(view.entered), view.keep)
+            view.budgets = stage_budgets(self.pruner, len(view.entered), view.keep, len(self.layers))
             if view.budgets and not len(view.text) and self.pruner.needs & self.pruner.TEXT_FIELDS:
                 raise UserError(
                     f"{self._name} reads the text behind an image, and a prompt has none (labelled text is an answer)"
@@ -131,28 +132,6 @@ class DecoderPruning:
         finally:
             self._announced = self._pristine = self._now = None
             self.fields.projected.clear()
-
-    def _stages(self, count: int, keep: int) -> dict[int, int]:
-        """Budgets of the stages of one view: index of the first layer after a stage -> tokens that it keeps.
-
-        Args:
-            count: number of tokens of the view.
-            keep: its budget after the last stage.
-        """
-        if keep == count:
-            return {}
-        depth = len(self.layers)
-        stages = self.pruner.stages(count, max(keep, 1), depth)
-        places, budgets = [stage.after for stage in stages], [count, *(stage.keep for stage in stages)]
-        ends = [*places, depth]
-        mean = sum(left * (end - start) for left, start, end in zip(budgets, [0, *places], ends, strict=True)) / depth
-        wanted = max(keep, 1)
-        off = abs(mean - wanted) > count / depth if self.pruner.counts == "mean" else budgets[-1] != wanted
-        if budgets != sorted(budgets, reverse=True) or budgets[-1] < 0 or off:
-            raise RuntimeError(f"{self._name}: {stages} do not lead from {count} to {keep} tokens")
-        if places != sorted(set(places)) or not 1 <= places[0] <= places[-1] < depth:
-            raise RuntimeError(f"{self._name}: {stages} are not in order between {depth} layers")
-        return {stage.after: stage.keep if keep else 0 for stage in stages}
 
     # -- hooks --
 

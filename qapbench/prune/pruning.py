@@ -326,10 +326,7 @@ class Pruning:
 
     def _budgets(self, encoded: EncodedImages) -> list[list[int]]:
         """Number of tokens that each view keeps, listed like `encoded.views`."""
-        most = self.family.view_tokens
-        if most is not None and self.spec.per == "tile" and self.spec.keep > most:
-            raise UserError(f"keep={self.spec.keep} is out of range: an image has {most} tokens (1..{most})")
-        return budgets(encoded, self.spec.keep, self.spec.per == "image")
+        return budgets(encoded, self.spec, self.family.view_tokens)
 
     def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Selection:
         """The selection of a batch of views.

@@ -12,6 +12,7 @@ from torch import Tensor
 from qapbench.errors import UserError
 from qapbench.models.encoded import EncodedImage, EncodedImages
 from qapbench.receipt import ImageTokens
+from qapbench.spec.run_spec import PruneSpec
 
 
 @dataclass(frozen=True)
@@ -73,25 +74,31 @@ class Part(NamedTuple):
         return len(self.features) - len(self.kept)
 
 
-def budgets(encoded: EncodedImages, keep: int, per_image: bool) -> list[list[int]]:
+def budgets(encoded: EncodedImages, spec: PruneSpec, most: int | None) -> list[list[int]]:
     """Number of tokens that each view keeps, listed like `encoded.views`. A view with fewer tokens keeps all of them.
+
+    A budget per image is split among its views in proportion to their tokens, by largest remainder; of equal remainders
+    the earlier view's wins.
 
     Args:
         encoded: the images of a call.
-        keep: the budget, at least 0.
-        per_image: if True, `keep` is the budget of all views of an image together and is split in proportion to their
-            tokens, by largest remainder; of equal remainders the earlier view's wins. If False, it is the budget of
-            each view.
+        spec: the `prune` section.
+        most: tokens of a view; None if that depends on the image.
+
+    Raises:
+        UserError: the budget of a view is larger than the view.
     """
-    if not per_image:
-        return [[min(keep, views.tokens.count)] * views.tokens.batch for views in encoded.views]
+    if spec.per == "tile":
+        if most is not None and spec.keep > most:
+            raise UserError(f"keep={spec.keep} is out of range: an image has {most} tokens (1..{most})")
+        return [[min(spec.keep, views.tokens.count)] * views.tokens.batch for views in encoded.views]
     split = [[0] * views.tokens.batch for views in encoded.views]
     for image, whole in enumerate(encoded.images):
         owners = [(g, v, owner) for g, views in enumerate(encoded.views) for v, owner in enumerate(views.owners)]
         mine = [(g, v) for g, v, owner in owners if owner == image]
         mine.sort(key=lambda at: int(encoded.views[at[0]].places[at[1], 0]))  # order of the prompt
         sizes = [encoded.views[g].tokens.count for g, _ in mine]
-        total = min(keep, whole.count)
+        total = min(spec.keep, whole.count)
         shares = [size * total // sum(sizes) for size in sizes]
         rest = sorted(range(len(sizes)), key=lambda i: (-(sizes[i] * total % sum(sizes)), i))
         for index in rest[: total - sum(shares)]:

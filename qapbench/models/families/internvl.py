@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImages
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
+from qapbench.models.outline import ImageOutline, Size, blank_tokens
 from qapbench.models.pixel_shuffle import check_runs, runs, tiled
 from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded
+
+TILES = 12  # largest number of tiles that the processor cuts an image into, unless its config says otherwise
 
 
 @family("internvl")
@@ -96,6 +100,19 @@ class InternVL(Family):
         lengths = [end - start for _, start, end in runs(inputs["input_ids"], self.image_token)]
         check_runs(lengths, tokens)  # nothing in the pixels tells tiles of one image from those of another
         return tiled(tokens, [length // tokens.count for length in lengths])
+
+    def outline(self, sizes: Sequence[Size]) -> ImageOutline:
+        """Up to twelve tiles of nearly the image's shape, and a thumbnail; see `Family.outline`."""
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+        vision, count = self.model.config.vision_config, int(self.view_tokens or 0)
+        tilings = [get_optimal_tiled_canvas(size, tuple(vision.image_size), 1, TILES) for size in sizes]
+        counts = [columns * rows + (columns * rows > 1) for columns, rows in tilings]
+        side = math.isqrt(count)
+        tokens = blank_tokens(sum(counts), count, (side, side))
+        patches = math.prod(s // p for s, p in zip(vision.image_size, vision.patch_size, strict=True))
+        attended = ((patches + 1,) * tokens.batch,) * vision.num_hidden_layers
+        return ImageOutline(tiled(tokens, counts), attended, tokens.batch * patches, tokens.batch * count)
 
     def _fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
         """Make the fields of `VisionTokens` other than `projected` from captured queries, keys and patches."""

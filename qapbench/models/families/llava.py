@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImages
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, family
+from qapbench.models.outline import ImageOutline, Size, blank_tokens
 from qapbench.models.tower import TowerFamily
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"  # hub id of the CLIP whose tower LLaVA-1.5 took over
@@ -56,6 +57,23 @@ class Llava(TowerFamily):
             self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
         return VisionTokens(**self.fields(captured, needs, pixels))
 
+    def outline(self, sizes: Sequence[Size]) -> ImageOutline:
+        """One view per image, whatever its size; see `Family.outline`."""
+        count = int(self.view_tokens or 0)
+        side = math.isqrt(count)
+        tokens = blank_tokens(len(sizes), count, (side, side))
+        return self._outlined(EncodedImages.whole(tokens), len(sizes))
+
+    def outline_downsampled(self, sizes: Sequence[Size], count: int) -> ImageOutline:
+        """Smaller square images; see `Family.outline_downsampled`."""
+        side = math.isqrt(int(self.view_tokens or 0))
+        grid = smaller_grid((side, side), count)
+        held = math.prod(grid)
+        layers = len(self.model.model.vision_tower.encoder.layers)
+        encoded = EncodedImages.whole(blank_tokens(len(sizes), held, grid))
+        attended = ((held + self.skip,) * len(sizes),) * layers
+        return ImageOutline(encoded, attended, held * len(sizes), held * len(sizes))
+
     @property
     def available_fields(self) -> frozenset[str]:
         """All fields of the vision tower, and the image at a lower size."""
@@ -66,8 +84,8 @@ class Llava(TowerFamily):
         """The images at a lower size, with position embeddings interpolated; see `Family.downsampled`."""
         pixels, patch = inputs["pixel_values"], self.vision.patch_size
         height, width = (side // patch for side in pixels.shape[-2:])
-        rows = min(math.ceil(math.sqrt(count * height / width)), height)
-        size = rows * patch, math.ceil(count / rows) * patch
+        rows, columns = smaller_grid((height, width), count)
+        size = rows * patch, columns * patch
         small = interpolate(pixels.float(), size, mode="bilinear", antialias=True).to(pixels.dtype)
         made = self.model.model.get_image_features(pixel_values=small, interpolate_pos_encoding=True, return_dict=True)
         return torch.stack(list(made.pooler_output)).mT.unflatten(-1, (rows, -1))
@@ -86,3 +104,10 @@ class Llava(TowerFamily):
             "attention_mask": torch.ones_like(ids),
             "pixel_values": torch.rand(1, 3, 32, 32),
         }
+
+
+def smaller_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
+    """The grid (rows, columns) of the shape of `grid` that holds `count` tokens, or the few more that it asks for."""
+    height, width = grid
+    rows = min(math.ceil(math.sqrt(count * height / width)), height)
+    return rows, math.ceil(count / rows)

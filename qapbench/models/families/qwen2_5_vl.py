@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,16 @@ class Qwen25VL(QwenFamily):
     def merging(self) -> nn.Module:
         """The merger's MLP."""
         return self.model.model.visual.merger.mlp
+
+    def attended(self, grids: Tensor) -> list[Sequence[int]]:
+        """Blocks without full attention attend within windows; see `QwenFamily.attended`."""
+        from transformers.vision_utils import get_vision_window_index
+
+        visual = self.model.model.visual
+        bounds = get_vision_window_index(grids, self._merge, visual.window_size, visual.patch_size)[1]
+        windows = [int(size) for size in bounds.diff() if size]
+        every = super().attended(grids)
+        return [whole if at in visual.fullatt_block_indexes else windows for at, whole in enumerate(every)]
 
     def project(self, patches: Tensor) -> Tensor:
         """Apply the merger's MLP to normalised patches side by side [B, M, C]: [B, M, D]."""

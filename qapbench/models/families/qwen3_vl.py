@@ -24,6 +24,7 @@ class Qwen3VL(QwenFamily):
     """
 
     processor_class = "Qwen3VLProcessor"
+    least_tokens = 64
 
     @property
     def attending(self) -> Mapping[str, int]:
