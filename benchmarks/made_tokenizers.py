@@ -73,7 +73,7 @@ def clip(texts: Iterable[str], size: int) -> Any:
     lower = (text.lower() for text in texts)
     vocabulary, merges = _trained(tokenizer, lower, size - 2, [], end_of_word_suffix="</w>")
     vocabulary |= {"<|startoftext|>": size - 2, "<|endoftext|>": size - 1}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)  # type: ignore[arg-type]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
 def _trained(

@@ -45,9 +45,9 @@ def write(
     if len(files) == 1:
         _write_file(folder / "model.safetensors", files[0], dtype, seed)
         return total
-    where = {}
-    for index, some in enumerate(files, start=1):
-        file = f"model-{index:05d}-of-{len(files):05d}.safetensors"
+    where: dict[str, str] = {}
+    for number, some in enumerate(files, start=1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         _write_file(folder / file, some, dtype, seed)
         where |= dict.fromkeys(some, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}

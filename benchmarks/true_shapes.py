@@ -121,10 +121,11 @@ class Shape:
 def _llava(shape: Shape) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    vision = CLIPVisionConfig(**shape.vision)
-    return LlavaConfig(
+    vision: Any = CLIPVisionConfig(**shape.vision)
+    config: Any = LlavaConfig
+    return config(
         vision_config=vision,
-        text_config=LlamaConfig(**shape.text, pad_token_id=shape.words + 1),
+        text_config=LlamaConfig(**{**shape.text, "pad_token_id": shape.words + 1}),
         image_token_index=shape.words,
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         pad_token_id=shape.words + 1,
@@ -134,11 +135,12 @@ def _llava(shape: Shape) -> Any:
 def _llava_next(shape: Shape) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
-    vision = CLIPVisionConfig(**shape.vision)
+    vision: Any = CLIPVisionConfig(**shape.vision)
     scale = vision.image_size / 336
-    return LlavaNextConfig(
+    config: Any = LlavaNextConfig
+    return config(
         vision_config=vision,
-        text_config=LlamaConfig(**shape.text, pad_token_id=shape.words + 1),
+        text_config=LlamaConfig(**{**shape.text, "pad_token_id": shape.words + 1}),
         image_token_index=shape.words,
         image_grid_pinpoints=[[round(side * scale) for side in sides] for sides in PINPOINTS],
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
