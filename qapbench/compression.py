@@ -24,6 +24,7 @@ from .quantize import backends
 from .quantize.calibration import Calibration, CalibrationSamples
 from .quantize.call_tokens import TokenContext, nothing_known, watching
 from .quantize.install import SharedInputs, installed
+from .quantize.originals import Keep, Originals
 from .quantize.receipts import KVUse, LinearReceipt, measured_bits
 from .receipt import Receipt
 from .spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
@@ -37,6 +38,7 @@ def compress(
     text_tower: TextTower | str | None = None,
     calibration: Any = None,
     on_images: Callable[[list[PrunedImage]], None] | None = None,
+    keep_originals: Keep | Originals = "auto",
 ) -> Iterator[Receipt]:
     """Quantize and prune a loaded model while the context is open. Afterwards the model is as it was, to the bit.
 
@@ -57,6 +59,9 @@ def compress(
         calibration: samples for methods that calibrate: `CalibrationSamples`, or a sequence of the model's keyword
             arguments, one question each. If calibration prunes by the question, they include `relevance_text`.
         on_images: called after every pruned call with its images after pruning.
+        keep_originals: where the original weights are meanwhile: in "memory", in a temporary "file", or nowhere but in
+            the "checkpoint" that the model was loaded from, for weights that equal it to the bit (others go to a
+            temporary file). "auto" is "memory" for a model of up to 256 MB, "checkpoint" for others.
 
     Yields:
         The receipt, which fills while the model runs.
@@ -69,12 +74,13 @@ def compress(
     family = family_of(model)
     check_device(family.model.device.type)
     receipt = Receipt()
+    originals = keep_originals if isinstance(keep_originals, Originals) else Originals(family.model, keep_originals)
     with contextlib.ExitStack() as stack:
         # Calibration may prune as runs do, but its prompts must not be counted in the receipt.
         pruned = build_pruning(family, prune, receipt, processor, text_tower, owner, on_images) if prune else None
         if quantize:
             aside = dataclasses.replace(pruned, receipt=Receipt(), on_images=None) if pruned else None
-            stack.enter_context(_quantized(family, quantize, receipt, calibration, aside))
+            stack.enter_context(_quantized(family, quantize, receipt, calibration, aside, originals))
         if pruned:
             stack.enter_context(PrunedCalls(pruned).installed())
         yield receipt
@@ -92,7 +98,12 @@ def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, P
 
 @contextlib.contextmanager
 def _quantized(
-    family: Family, spec: QuantizeSpec, receipt: Receipt, calibration: Any, pruned: Pruning | None
+    family: Family,
+    spec: QuantizeSpec,
+    receipt: Receipt,
+    calibration: Any,
+    pruned: Pruning | None,
+    originals: Originals,
 ) -> Iterator[None]:
     """While the context is open, the model is quantized, and the receipt measures its linears.
 
@@ -102,6 +113,7 @@ def _quantized(
         receipt: receives one line per linear.
         calibration: calibration samples as `compress` takes them.
         pruned: pruning for calibration; None if the spec does not prune.
+        originals: where the original weights are meanwhile.
     """
     receipt.quantization = str(spec.method)
     receipt.wants_weights, receipt.wants_activations = spec.weights is not None, spec.activations is not None
@@ -109,7 +121,7 @@ def _quantized(
     linears = family.linears(spec.scope)
     parts = {name: part for part in spec.scope for name in family.linears([part])}
     method = ptqs.create(spec.method.name, **spec.method.params)
-    runner = _calibration(family, spec, calibration, pruned)
+    runner = _calibration(family, spec, calibration, pruned, originals)
     plans = method.prepare(family.model, linears, spec.weights, spec.activations, runner)
     if runner is not None:
         receipt.calibration = runner.used
@@ -124,7 +136,7 @@ def _quantized(
             stack.enter_context(quantized_cache(family.parts["language"], spec.kv, told, receipt.kv))
         shared = SharedInputs()
         for name, linear in linears.items():
-            plan = plans.get(name)
+            plan = plans.pop(name, None)  # what its weight is made of is free once it is made
             plan = plan.to(linear.weight.device) if plan else None
             if plan is None:
                 receipt.fall_back(f"{name}: left in full precision by {spec.method}")
@@ -133,10 +145,11 @@ def _quantized(
             receipt.linears.append(line)
             on_kernel = plan is not None and spec.backend == "torchao"
             if plan is not None and on_kernel:
-                stack.enter_context(backends.int8_linear(linear, plan, line))
+                stack.enter_context(backends.int8_linear(linear, plan, line, originals))
             elif plan is not None:
                 tokens = told if parts[name] == "language" else nothing_known
-                stack.enter_context(installed(linear, plan, tokens, shared=shared))
+                stack.enter_context(installed(linear, plan, tokens, shared=shared, originals=originals))
+            plan = dataclasses.replace(plan, weight=None) if plan else None
             if not on_kernel:
                 line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
                 # Registered last, so that it measures exactly what the matmul receives.
@@ -144,7 +157,9 @@ def _quantized(
         yield
 
 
-def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning | None) -> Calibration | None:
+def _calibration(
+    family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning | None, originals: Originals
+) -> Calibration | None:
     """The calibration of a model with its samples; None for a method that does not calibrate.
 
     Args:
@@ -152,6 +167,7 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning
         spec: the quantize section.
         given: samples as `compress` takes them.
         pruned: pruning for samples that bring none of their own.
+        originals: where original weights are while calibrated ones are in their place.
 
     Raises:
         UserError: samples are missing, or pruning is.
@@ -163,7 +179,7 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning
             raise UserError(f"quantize.method: {spec.method} needs calibration samples; give `calibration=[...]`")
         given = CalibrationSamples(list(given))
     if not spec.calibration.pruned:
-        return Calibration(family.model, given, family)
+        return Calibration(family.model, given, family, originals=originals)
     shorten = given.shorten
     if shorten is None:
         if pruned is None:
@@ -171,7 +187,7 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning
         shorten = pruned.shorten
         prune = pruned.spec.model_dump_json()
         given = dataclasses.replace(given, fingerprints={**given.fingerprints, "prune": prune})
-    return Calibration(family.model, given, family, shorten)
+    return Calibration(family.model, given, family, shorten, originals)
 
 
 def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> Any:

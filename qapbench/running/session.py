@@ -17,6 +17,7 @@ from qapbench.prune.build import build_pruning
 from qapbench.prune.prompt import PruningView
 from qapbench.prune.pruning import Pruning
 from qapbench.quantize.calibration import CalibrationSamples
+from qapbench.quantize.originals import Keep
 from qapbench.receipt import Receipt
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking import calibration_samples
@@ -39,11 +40,16 @@ class Session:
     Args:
         settings: where and how runs are made.
         progress: called with (name, done, total).
+
+    Attributes:
+        keep_originals: where original weights are while the model is quantized; see `compress`. A model that the
+            session loads needs no copy of them: they are read again from its checkpoint.
     """
 
     def __init__(self, settings: Settings, progress: ProgressCallback = silent) -> None:
         self.settings = settings
         self.progress = progress
+        self.keep_originals: Keep = "checkpoint"
         self._loaded: tuple[Hashable, Any, Any] | None = None
         self._tasks: dict[Hashable, LoadedTask] = {}
         self._questions: dict[Hashable, list[Question]] = {}
@@ -63,6 +69,7 @@ class Session:
 
     def adopt(self, spec: RunSpec, model: Any, processor: Any) -> None:
         """Take a model that is loaded already for the one that a spec names."""
+        self.keep_originals = "auto"
         self._loaded = (self._model_key(spec), model, processor)
 
     def _model_key(self, spec: RunSpec) -> Hashable:
@@ -118,7 +125,8 @@ class Session:
         """
         spec = planned.spec.model_copy(update={"prune": None})
         model, processor = self.model(spec)
-        with compress(model, spec, processor, calibration=self.calibration(planned)) as receipt:
+        calibration = self.calibration(planned)
+        with compress(model, spec, processor, calibration=calibration, keep_originals=self.keep_originals) as receipt:
             yield receipt
 
     def calibration(self, planned: Planned) -> CalibrationSamples | None:
