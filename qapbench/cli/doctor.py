@@ -22,6 +22,7 @@ PACKAGE = "qapbench"
 EXTRAS = {
     "torchao": "int8 W8A8 on real kernels (`backend: torchao`)",
     "lmms-eval": "tasks of lmms-eval's (`from: lmms-eval`), and qapbench as a model there",
+    "ray": "runs on many machines (`--engine ray`)",
     "smollm2": "the language model of smol-llava, for training it",
     "test": "`make test`",
 }

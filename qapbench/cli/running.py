@@ -37,8 +37,16 @@ def run(
     fresh: Annotated[bool, typer.Option(help="Make every run anew; earlier results are set aside.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="A subset first; rows out of reach there stop, marked.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions; one per GPU.")] = 1,
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where workers run.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the questions; one per GPU. With Ray, all that fit.")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where workers run: here, or on a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster (auto, or HOST:PORT); else Ray on this machine.")
+    ] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="Share of a GPU that each worker of a Ray cluster has.")] = 1.0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of each process on a CPU; 1 for small models.")
     ] = None,
@@ -49,16 +57,26 @@ def run(
     page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,
 ) -> None:
     """Make the runs of a spec that are missing, print the table, write the leaderboard page."""
+    from qapbench.running.engines import make_settings
     from qapbench.running.execute import make_runs
     from qapbench.running.planner import Planner
-    from qapbench.running.settings import BATCH, Settings, find_device
+    from qapbench.running.settings import BATCH
     from qapbench.spec.spec_file import load_spec
 
     target = page or runs / "leaderboard.html"
     if target.suffix not in (".html", ".htm"):
         raise UserError(f"--out {target}: the page is an .html file")
-    settings = Settings(
-        runs, find_device(device), batch_size or BATCH, workers, engine, spill, trust_remote_code, threads
+    settings = make_settings(
+        runs,
+        device,
+        batch_size=batch_size or BATCH,
+        workers=workers,
+        engine=engine,
+        spill=spill,
+        trust_remote_code=trust_remote_code,
+        threads=threads,
+        address=address,
+        gpus_per_worker=gpus_per_worker,
     )
     planner = Planner(runs, settings.device)
     specs = load_spec(spec, changes or (), planner.check, lambda sentence: print_notes([sentence]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +106,11 @@ class ActiveRun:
         more = {"pruning": pruning, "relevance_sign": pruned.relevance_sign, "positions": positions}
         found = [*receipt.fallbacks, *pruned.fallbacks]
         said = receipt.model_copy(update={"linears": lines, "fallbacks": found, **more})
-        write_json(self.planned.folder / RECEIPT, StoredReceipt(group=self.planned.group, receipt=said))
+        self.store_receipt(StoredReceipt(group=self.planned.group, receipt=said))
+
+    def store_receipt(self, receipt: StoredReceipt) -> None:
+        """Write a receipt to disk."""
+        write_json(self.planned.folder / RECEIPT, receipt)
 
     def read_receipt(self, answers: Sequence[Answer]) -> Receipt:
         """The receipt of the whole run.
@@ -192,17 +195,3 @@ class Clock:
             self._inner[-1] += spent
             for active in (sharers := self.active_runs if active_runs is None else active_runs):
                 active.seconds[name] += own / len(sharers)
-
-
-def worker_of(question: Question, index: int, workers: int) -> int:
-    """Index of the worker that answers a question. All questions on one image go to one worker.
-
-    Args:
-        question: the question.
-        index: its position in the order of the work.
-        workers: number of workers.
-    """
-    if not question.images:
-        return index % workers
-    text = " ".join(question.pictures)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % workers

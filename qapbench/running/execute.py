@@ -19,10 +19,11 @@ from qapbench.spec.run_spec import RunSpec
 from qapbench.spec.spec_file import load_spec
 from qapbench.spec.sweep_spec import SweepSpec
 
+from .engines import crew_of, make_settings
 from .plan import Planned
 from .planner import Planner
 from .quiet import no_foreign_bars
-from .settings import BATCH, EngineName, Settings, find_device
+from .settings import BATCH, EngineName, Settings
 
 if TYPE_CHECKING:
     from qapbench.tasking.outline import TaskOutline
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .fast import Verdict
     from .loaded import Loaded
     from .session import Session
+    from .status import Status
 
 
 def run(
@@ -45,8 +47,10 @@ def run(
     fast: bool = False,
     batch_size: int | None = None,
     device: str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     engine: EngineName = "local",
+    address: str | None = None,
+    gpus_per_worker: float = 1.0,
     spill: bool = False,
     trust_remote_code: bool = False,
     threads: int | None = None,
@@ -67,8 +71,11 @@ def run(
         fast: ask a stratified subset first, and stop the rows that are out of reach there.
         batch_size: number of questions answered together, 8 if None. No answer depends on it.
         device: "cpu", "cuda" or another torch device; if None, a GPU if there is one.
-        workers: number of processes that share the questions. With GPUs, each has its own as far as they suffice.
-        engine: where workers run. So far only processes of this machine; "ray" is refused.
+        workers: number of processes that share the questions. With GPUs, each has its own as far as they suffice. None
+            is one, and with Ray as many as the cluster has room for.
+        engine: where workers run: "local" is processes of this machine, "ray" a Ray cluster (docs/cluster.md).
+        address: address of the Ray cluster, or "auto"; None starts Ray on this machine.
+        gpus_per_worker: share of a GPU that each worker of a Ray cluster has to itself.
         spill: keep image features for later quantizers in a memory-mapped file below `runs`.
         trust_remote_code: let a checkpoint run its own Python code.
         threads: threads of each process on a CPU. None gives a small model one, and others all cores, shared among the
@@ -85,7 +92,7 @@ def run(
         import warnings
 
         warnings.warn("run(report=...) is now run(progress=...); report goes in 0.3", DeprecationWarning, stacklevel=2)
-    if model is not None and (workers != 1 or device is not None):
+    if model is not None and (workers not in (None, 1) or device is not None or engine != "local"):
         raise UserError("run(model=...) uses the model where it is: leave `workers` and `device` out")
     specs = as_specs(spec, {"model": "?"} if model is not None else {}, tasks)
     asked = report or progress
@@ -97,8 +104,18 @@ def run(
 
             loaded = stack.enter_context(standing_for(model, processor, Path(runs)))
             specs = [loaded.of(one) for one in specs]
-        place = loaded.device if loaded else find_device(device)
-        settings = Settings(Path(runs), place, batch_size or BATCH, workers, engine, spill, trust_remote_code, threads)
+        settings = make_settings(
+            Path(runs),
+            loaded.device if loaded else device,
+            batch_size=batch_size or BATCH,
+            workers=workers,
+            engine=engine,
+            spill=spill,
+            trust_remote_code=trust_remote_code,
+            threads=threads,
+            address=address,
+            gpus_per_worker=gpus_per_worker,
+        )
         session = loaded.session(specs, settings, told) if loaded else None
         return make_runs(specs, settings, fresh, fast, told, session=session)
 
@@ -176,7 +193,10 @@ def make_runs(
         for plan in todo.values():
             together.setdefault(planner.together(plan.spec), []).append(plan)
         if together:
-            execution = Execution(settings, progress, session)
+            from .status import Status
+
+            status = stack.enter_context(Status(settings.runs, list(todo.values()), settings.engine).noted())
+            execution = stack.enter_context(contextlib.closing(Execution(settings, progress, status, session)))
             for some in together.values():
                 execution.make(some, fast)
     done = iter([read_record(plan.folder).named(plan.spec.name) for plan in plans])
@@ -214,15 +234,25 @@ class Execution:
     Args:
         settings: where and how runs are made.
         progress: called with (run name, questions answered, questions in all).
+        status: is told how far the runs are, and what fails.
         session: a session to use; a new one if None.
     """
 
-    def __init__(self, settings: Settings, progress: ProgressCallback, session: Session | None = None) -> None:
+    def __init__(
+        self, settings: Settings, progress: ProgressCallback, status: Status, session: Session | None = None
+    ) -> None:
         from .session import Session
 
         self.settings = settings
+        self.status = status
         self.session = session or Session(settings, progress)
         self.session.settings = settings
+        self.crew = crew_of(settings)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self.crew is not None:
+            self.crew.close()
 
     def make(self, plans: Sequence[Planned], fast_first: bool) -> None:
         """Make runs of one model and one task, and write their records.
@@ -239,13 +269,14 @@ class Execution:
         from .workers import WorkerPool
 
         spec, device = plans[0].spec, self.settings.device
-        if device.type == "cuda":
+        if device.type == "cuda" and self.crew is None:
             torch.cuda.reset_peak_memory_stats(device)
         active_runs = [ActiveRun(plan) for plan in plans]
+        self.status.watch(active_runs)
         processor, task = self.session.processor(spec), self.session.task(spec)
         questions = self.session.questions(spec)
         threads = threads_of(spec, self.settings)
-        pool = WorkerPool(self.session, active_runs, threads)
+        pool = WorkerPool(self.session, processor, threads, self.crew, self.status)
         stopped: dict[str, Verdict] = {}
         some = fast.subset(questions) if fast_first else questions
         if len(some) < len(questions):
@@ -255,12 +286,14 @@ class Execution:
         pool.answer([active for active in active_runs if active.planned.id not in stopped], None)
         machine = {
             "batch_size": self.settings.batch_size,
-            "workers": self.settings.workers,
+            "workers": self.crew.size if self.crew else 1,
             "threads": threads,
             "engine": self.settings.engine,
             "dtype": precision(spec, device),
             "image_processor": type(processor.image_processor).__name__,
         }
+        if self.crew is not None and self.crew.device is not None:
+            machine["device"] = self.crew.device
         for active in active_runs:
             verdict = stopped.get(active.planned.id)
             had = active.answers(questions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from qapbench.tasking.images import decode
 from qapbench.tasking.questions import Question, RefusedPictureError, processor_inputs
 
 from .plan import PruneKey
+from .refusals import left_out
 
 Stage = Callable[[str], contextlib.AbstractContextManager[Any]]
 """Makes a context, from the name of a stage, that measures the time spent inside it."""
@@ -92,12 +93,7 @@ class PromptEncoder:
         Raises:
             RefusedPictureError: the processor does not accept the question's pictures.
         """
-        shown = [decode(image) for image in question.images]
-        question.transparent = tuple(one.transparent for one in shown)
-        try:
-            made = processor_inputs(self.processor, prompt, [one.picture for one in shown])
-        except RefusedPictureError as error:
-            raise RefusedPictureError(error.why, question.id) from None
+        made = _processed(self.processor, question, prompt)
         placed = {key: value.to(self.family.model.device) for key, value in made.items()}
         return {"attention_mask": torch.ones_like(placed["input_ids"]), **placed}
 
@@ -117,3 +113,37 @@ class PromptEncoder:
         same = len(pruned.features) == len(dense.features) and all(map(torch.equal, pruned.features, dense.features))
         # A prompt that kept every token becomes the dense one: its content key is the same, so they share an answer.
         return PrunedPrompt(dense.inputs, dense.features, pruned.images) if same else pruned
+
+
+def first_accepted(questions: Sequence[Question], processor: Any) -> Question:
+    """The first question that the model's processor accepts: the same in every process and session.
+
+    Those before it are noted as refused.
+
+    Raises:
+        RunFailedError: the processor refuses more questions than a run may leave out.
+    """
+    for question in questions:
+        if not question.images:
+            return question
+        try:
+            _processed(processor, question, question.prompt)
+            return question
+        except RefusedPictureError as error:
+            question.refused = error.why
+            left_out(questions)
+    raise LookupError("no question is left")  # `left_out` raises before
+
+
+def _processed(processor: Any, question: Question, prompt: str) -> dict[str, Any]:
+    """What the processor makes of a prompt of the question. Its images are decoded, and `transparent` is set.
+
+    Raises:
+        RefusedPictureError: the processor does not accept the question's pictures.
+    """
+    shown = [decode(image) for image in question.images]
+    question.transparent = tuple(one.transparent for one in shown)
+    try:
+        return processor_inputs(processor, prompt, [one.picture for one in shown])
+    except RefusedPictureError as error:
+        raise RefusedPictureError(error.why, question.id) from None

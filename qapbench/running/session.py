@@ -80,7 +80,7 @@ class Session:
         """The processor of a run. The model is not loaded for it if only worker processes need the model."""
         import torch
 
-        if self.settings.workers == 1:
+        if self.settings.in_process:
             return self.model(spec)[1]
         return load_processor(spec, torch.device("cpu"), self.settings.trust_remote_code)
 

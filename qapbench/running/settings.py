@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,14 +24,13 @@ class Settings:
         runs: folder of the results.
         device: the device that holds the model.
         batch_size: number of questions answered together; no answer depends on it.
-        workers: number of processes that share the questions.
-        engine: where workers run; so far only processes of this machine.
+        workers: number of workers that share the questions. 0, with Ray: as many as the cluster has room for.
+        engine: where workers run: "local" is processes of this machine, "ray" a Ray cluster.
         spill: keep image features for later quantizers in a file below `runs`.
         trust_remote_code: let a checkpoint run its own Python code.
         threads: threads of each process on a CPU; None chooses them by the model's size.
-
-    Raises:
-        UserError: the engine is "ray".
+        address: address of the Ray cluster; None starts Ray on this machine.
+        gpus_per_worker: share of a GPU that each worker of a Ray cluster has to itself.
     """
 
     runs: Path
@@ -43,11 +42,17 @@ class Settings:
     trust_remote_code: bool = False
     threads: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.engine == "ray":
-            raise UserError(
-                "--engine ray: not verified yet, so it is refused; --workers N uses this machine's processes"
-            )
+    address: str | None = None
+    gpus_per_worker: float = 1.0
+
+    @property
+    def in_process(self) -> bool:
+        """Whether this process answers by itself."""
+        return self.engine == "local" and self.workers == 1
+
+    def of_a_worker(self) -> Settings:
+        """The settings of one worker, which answers by itself."""
+        return replace(self, workers=1, engine="local")
 
 
 def find_device(name: str | None) -> torch.device:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qapbench.hashing import add_tensor
@@ -25,11 +25,11 @@ from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.images import UnreadablePictureError, check_pictures
 from qapbench.tasking.questions import Question, RefusedPictureError
 
-from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results, worker_of
+from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results
 from .batches import BatchRunner, Row
 from .feature_cache import FeatureCache
 from .plan import PruneKey
-from .prompt_encoder import PromptEncoder
+from .prompt_encoder import PromptEncoder, first_accepted
 from .refusals import left_out
 from .session import Session
 
@@ -39,16 +39,13 @@ AHEAD = 32  # batches of questions whose texts are embedded together
 MEMORY = 1 << 30  # bytes of pruned prompts that are kept in memory for later groups
 
 
-def answer_runs(
-    session: Session, runs: Sequence[ActiveRun], docs: set[int] | None = None, share: tuple[int, int] = (0, 1)
-) -> dict[str, int]:
+def answer_runs(session: Session, runs: Sequence[ActiveRun], docs: set[int] | None = None) -> dict[str, int]:
     """Answer the missing questions of runs in this process.
 
     Args:
         session: holds the model.
         runs: runs of one model and one task.
         docs: documents to answer; all if None.
-        share: (index, number) of the part of the questions that this process answers.
 
     Returns:
         The peak memory of this process. Questions that were refused say so themselves.
@@ -58,13 +55,8 @@ def answer_runs(
         RunFailedError: more questions are refused than a run may leave out.
     """
     questions = session.questions(runs[0].spec)
-    sweep = Sweep(session, questions, runs, limit=MEMORY // share[1])
-    mine = [
-        question
-        for index, question in enumerate(questions)
-        if (docs is None or question.place[1] in docs or question is sweep.first)
-        and worker_of(question, index, share[1]) == share[0]
-    ]
+    sweep = Sweep(session, questions, runs, MEMORY)
+    mine = [one for one in questions if docs is None or one.place[1] in docs or one is sweep.first]
     with contextlib.closing(sweep.feature_cache):
         sweep.answer(mine)
     return peak_memory(session.settings.device)
@@ -104,7 +96,9 @@ class Sweep:
         self.feature_cache = FeatureCache(limit, settings.runs if settings.spill else None)
         self.batch_runner = BatchRunner(self.family, self.processor, settings.batch_size, spec.seed)
         self._flushed = time.monotonic()
-        self.first = self._first()
+        self._encoders: dict[Any, PromptEncoder] = {}
+        with self._naming_unreadable():
+            self.first = first_accepted(questions, self.processor)
         for active in active_runs:
             active.open(questions, self.first)
 
@@ -122,27 +116,14 @@ class Sweep:
         for active in self.active_runs:
             groups.setdefault(active.planned.group, []).append(active)
         self._report(self.active_runs)
-        encoders: dict[Any, PromptEncoder] = {}
         waiting = list(groups.values())
         while waiting:
             runs = waiting.pop(0)
             missing = [q for q in asked if q.refused is None and any(q.place not in active.have for active in runs)]
             if missing:
-                self._answer_group(runs, [active for later in waiting for active in later], missing, encoders)
-
-    def _first(self) -> Question:
-        """The first question that the model's processor accepts: the same in every process and session."""
-        encoder = PromptEncoder(self.family, self.processor, {})
-        for question in self.questions:
-            if not question.images:
-                return question
-            try:
-                with self._naming_unreadable():
-                    encoder.inputs(question, question.prompt)
-                return question
-            except RefusedPictureError as error:
-                self._leave_out(question, error)
-        raise LookupError("no question is left")  # `left_out` raises before
+                with self.quantized(runs, [active for later in waiting for active in later]) as windows:
+                    for _ in windows(missing):
+                        pass
 
     def _leave_out(self, question: Question, error: RefusedPictureError) -> None:
         """Note that the model's processor refuses a question."""
@@ -160,21 +141,18 @@ class Sweep:
 
     # -- one quantized model --
 
-    def _answer_group(
-        self,
-        runs: list[ActiveRun],
-        later: list[ActiveRun],
-        missing: list[Question],
-        encoders: dict[Any, PromptEncoder],
-    ) -> None:
-        """Quantize the model, and answer the missing questions of one group.
+    @contextlib.contextmanager
+    def quantized(
+        self, runs: list[ActiveRun], later: list[ActiveRun]
+    ) -> Iterator[Callable[[Sequence[Question]], Iterator[None]]]:
+        """While the context is open, the model is quantized as the runs of one group ask.
 
         Args:
             runs: the runs of the group.
             later: the runs of later groups, for which features may be kept.
-            missing: questions that some run of the group has not answered.
-            encoders: prompt encoders by the group whose vision side they belong to; None if quantization leaves it
-                alone.
+
+        Yields:
+            A function that answers questions which some run of the group has not answered, and yields after each batch.
         """
         self.clock.active_runs = runs
         group = runs[0].planned.group
@@ -184,15 +162,23 @@ class Sweep:
             with self.clock.stage("quantize"):
                 receipt = stack.enter_context(self.session.quantized(runs[0].planned))
             stack.callback(self._flush, runs, force=True)
+            # The group whose vision side an encoder belongs to; None if quantization leaves it alone.
             own = group if _vision_side(self.family) != before or _touches_vision(runs[0].spec) else None
             waiting = [active for active in later if own is None and not _touches_vision(active.spec)]
-            encoder = encoders.get(own) or self._encoder([*runs, *waiting])
-            encoders[own] = encoder
-            for at in range(0, len(missing), self.batch_size):
-                if at % (AHEAD * self.batch_size) == 0:
-                    encoder.expect(missing[at : at + AHEAD * self.batch_size])
-                window = missing[at : at + self.batch_size]
-                self._answer_window(window, runs, waiting, encoder, receipt, known)
+            if own not in self._encoders:  # that of None serves every group that leaves the vision side alone
+                alike = [one for one in self.active_runs if own is None and not _touches_vision(one.spec)]
+                self._encoders[own] = self._encoder([*runs, *alike])
+            encoder = self._encoders[own]
+
+            def windows(missing: Sequence[Question]) -> Iterator[None]:
+                size = self.batch_size
+                for at in range(0, len(missing), size):
+                    if at % (AHEAD * size) == 0:
+                        encoder.expect(missing[at : at + AHEAD * size])
+                    self._answer_window(missing[at : at + size], runs, waiting, encoder, receipt, known)
+                    yield
+
+            yield windows
 
     def _encoder(self, runs: Sequence[ActiveRun]) -> PromptEncoder:
         """A prompt encoder that serves the pruning configurations of all these runs."""

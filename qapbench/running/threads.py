@@ -31,7 +31,7 @@ def threads_of(spec: RunSpec, settings: Settings) -> int:
     if settings.threads is not None:
         return settings.threads
     small = settings.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and _is_small(read_config(spec))
-    return 1 if small else max(1, torch.get_num_threads() // settings.workers)
+    return 1 if small else max(1, torch.get_num_threads() // max(1, settings.workers))
 
 
 @contextlib.contextmanager

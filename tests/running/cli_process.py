@@ -52,6 +52,21 @@ def qapbench(*arguments: object, cwd: Path | None = None, timeout: float = 300) 
     return subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
 
 
+def started(*arguments: object) -> multiprocessing.process.BaseProcess:
+    """Start the command line, for whoever wants to kill it. What it prints is lost.
+
+    Args:
+        arguments: what follows `qapbench`.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nowhere = Path(os.devnull)
+    process = _forking.Process(
+        target=_command, args=(list(map(str, arguments)), environment, Path.cwd(), nowhere, nowhere)
+    )
+    process.start()
+    return process
+
+
 def _command(words: list[str], environment: dict[str, str], cwd: Path, stdout: Path, stderr: Path) -> None:
     """What the forked process does: become the command."""
     os.environ.clear()

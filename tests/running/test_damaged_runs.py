@@ -5,7 +5,6 @@ import json
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -22,7 +21,6 @@ from qapbench.cli import main
 from qapbench.errors import RunFailedError
 from qapbench.records.load import load_records
 from qapbench.records.record import Record, read_record
-from qapbench.running import workers
 
 Spec = Callable[..., dict[str, Any]]
 
@@ -81,24 +79,6 @@ def test_workers_answer_the_embedded_task(spec_of: Spec, tmp_path: Path) -> None
     stored = [(tmp_path / str(n) / alone.run_id / "answers.jsonl").read_bytes() for n in (1, 2)]
     assert shared.run_id == alone.run_id
     assert stored[0] == stored[1]
-
-
-def test_a_worker_that_is_done_cannot_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its parent stops it as soon as it has the result, which put a traceback on the screen."""
-    sent: list[bytes] = []
-
-    class Sender:
-        def send_bytes(self, data: bytes) -> None:
-            sent.append(data)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(workers, "work", lambda order: ({}, {"peak_memory_mb": 1}))
-    usual = signal.getsignal(signal.SIGTERM)
-    try:
-        workers._serve(None, Sender())  # type: ignore[arg-type]
-    finally:
-        signal.signal(signal.SIGTERM, usual)
-    assert [pickle.loads(data) for data in sent] == [({}, {"peak_memory_mb": 1})]
 
 
 FILES = ("answers.jsonl", "scored.jsonl", "receipt.json", "record.json")

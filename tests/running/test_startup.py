@@ -13,7 +13,7 @@ import qapbench
 from qapbench import RunSpec
 
 Spec = Callable[..., dict[str, Any]]
-HEAVY = ("torch", "transformers", "lm_eval", "lmms_eval")
+HEAVY = ("torch", "transformers", "lm_eval", "lmms_eval", "ray")
 PROGRAM = f"""
 import json, sys
 from qapbench.cli import main
@@ -67,4 +67,5 @@ def test_a_finished_run_and_what_reads_it_need_neither(
     spec = write_spec({**spec_of(), "cases": cases})
     assert imported("run", spec, "--runs", runs, folder=tmp_path) == ["torch"]
     assert imported("leaderboard", "--runs", runs, "--out", tmp_path / "board.html", folder=tmp_path) == ["torch"]
+    assert imported("status", "--runs", runs, folder=tmp_path) == []
     assert imported("compare", "dense", "random", "--runs", runs, folder=tmp_path) == ["torch"]

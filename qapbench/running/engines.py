@@ -1,0 +1,77 @@
+"""Where workers run: the settings that a user asks for, and the workers that they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qapbench.errors import UserError
+
+from .settings import BATCH, EngineName, Settings, find_device
+
+if TYPE_CHECKING:
+    from .crew import Crew
+
+
+def make_settings(
+    runs: Path,
+    device: str | torch.device | None,
+    *,
+    batch_size: int = BATCH,
+    workers: int | None = None,
+    engine: EngineName = "local",
+    address: str | None = None,
+    gpus_per_worker: float = 1.0,
+    **more: Any,
+) -> Settings:
+    """Settings from what a user says.
+
+    Args:
+        runs: folder of the results.
+        device: name of the device, or the device; None takes a GPU, if there is one.
+        batch_size: number of questions answered together.
+        workers: number of workers; None is one, and with Ray as many as there is room for.
+        engine: where workers run.
+        address: address of the Ray cluster.
+        gpus_per_worker: share of a GPU that each worker of a Ray cluster has.
+        more: further fields of the settings.
+
+    Raises:
+        UserError: the device, the address or Ray is not there.
+    """
+    if engine == "ray":
+        from .ray_cluster import find_cluster_device
+
+        if not 0 < gpus_per_worker <= 1:
+            raise UserError(f"--gpus-per-worker {gpus_per_worker:g}: a model is loaded on one GPU, so at most 1")
+        place = find_cluster_device(device, address)
+    else:
+        if address is not None:
+            raise UserError(f"--address {address}: it is the address of a Ray cluster; add --engine ray")
+        place = device if isinstance(device, torch.device) else find_device(device)
+    number = (0 if engine == "ray" else 1) if workers is None else workers
+    return Settings(
+        runs,
+        place,
+        batch_size,
+        number,
+        engine,
+        address=address,
+        gpus_per_worker=gpus_per_worker,
+        **more,
+    )
+
+
+def crew_of(settings: Settings) -> Crew | None:
+    """The workers that the settings ask for; None if this process answers by itself."""
+    if settings.in_process:
+        return None
+    if settings.engine == "ray":
+        from .ray_crew import RayCrew
+
+        return RayCrew(settings)
+    from .processes import Processes
+
+    return Processes(settings.workers)

@@ -1,0 +1,247 @@
+"""Runs on a Ray cluster of two nodes on this machine, whose workers and nodes are killed meanwhile."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_process import started
+
+import qapbench
+from qapbench import RunSpec, UserError
+from qapbench.records.progress_note import LOG_FILE
+from qapbench.running import ray_cluster, ray_crew, ray_worker
+from qapbench.running.planner import Planner
+from qapbench.running.settings import Settings
+from qapbench.running.worker import Failure, Order
+
+FILES = ("answers.jsonl", "receipt.json", "scored.jsonl")
+W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 16}, "activations": {"bits": 4, "group_size": 16}}
+SLOW = """
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from qapbench import metric
+
+
+CALLS = []
+
+
+@metric("slow")
+def slow(tokens: Tensor) -> Tensor:
+    '''Norm of a token, which takes its time; from the third image on it waits as long as a file is there.'''
+    CALLS.append(1)
+    time.sleep(0.03)
+    while len(CALLS) > 2 and Path(HOLD).exists():
+        time.sleep(0.01)
+    return tokens.norm(dim=-1)
+"""
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Six rows, of which three wait in a plugin, so that there is time to kill somebody."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "slow_metric.py").write_text(SLOW.replace("HOLD", repr(str(folder / "hold"))))
+    base = {"model": str(tiny_model), "task": {"name": "scienceqa", "data": str(questions)}}
+    slow = {
+        "prune": {"method": "cdpruner", "keep": 5, "sensitivity": "slow"},
+        "plugins": [str(folder / "slow_metric.py")],
+    }
+    rows = [
+        {},
+        slow,
+        {"quantize": W4A4},
+        {"quantize": W4A4, **slow},
+        {"quantize": {"method": "rtn", "weights": {"bits": 3}}, **slow},
+        {"quantize": W4A4, "prune": {"method": "random", "keep": 4}},
+    ]
+    return [{"name": f"row {at}", **base, **row} for at, row in enumerate(rows)]
+
+
+def made(specs: list[dict[str, Any]], runs: Path, **more: Any) -> list[dict[str, bytes]]:
+    records = qapbench.run([RunSpec.parse(spec) for spec in specs], runs, progress=False, **more)
+    return [{name: (runs / record.run_id / name).read_bytes() for name in FILES} for record in records]
+
+
+@pytest.fixture(scope="module")
+def alone(sweep: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
+    return made(sweep, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes with one core each; this process is on the first."""
+    pytest.importorskip("ray")
+    ray_cluster.import_ray()
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    found = Cluster(initialize_head=True, head_node_args=small)
+    found.add_node(**small)
+    yield found
+    ray_cluster.disconnect()
+    found.shutdown()
+
+
+def answered(runs: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in runs.glob("*/answers.jsonl"))
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Act in another thread as soon as a condition holds."""
+
+    def wait() -> None:
+        until = time.monotonic() + 120
+        while not condition() and time.monotonic() < until:
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_an_actor_and_a_node_that_are_killed_change_no_byte(
+    sweep: Any,
+    alone: Any,
+    cluster: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The plugin travels to the second node, where it is not looked for by its path."""
+    crews: list[Any] = []
+    take = ray_crew.RayCrew.take
+    monkeypatch.setattr(ray_crew.RayCrew, "take", lambda self, order: crews.append(self) or take(self, order))
+
+    def kill_actor() -> None:
+        busy = [actor.hello.pid for actor in crews[0]._actors.values() if actor.state == "busy" and actor.hello]
+        os.kill(busy[0], signal.SIGKILL)
+
+    def kill_node() -> None:
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+    first = when(lambda: answered(tmp_path) >= 10, kill_actor)
+    second = when(lambda: answered(tmp_path) >= 30, kill_node)
+    with caplog.at_level(logging.WARNING):
+        assert made(sweep, tmp_path, engine="ray", address=cluster.address) == alone
+    first.join()
+    second.join()
+    assert "the worker died" in caplog.text
+    assert "is gone" in caplog.text
+    assert "the worker died" in (tmp_path / LOG_FILE).read_text()
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+
+def test_a_driver_that_is_killed_is_started_again(sweep: Any, alone: Any, cluster: Any, tmp_path: Path) -> None:
+    """Its worker is in the middle of the run then."""
+    (plugin,) = sweep[3]["plugins"]
+    hold, runs = Path(plugin).with_name("hold"), tmp_path / "runs"
+    (tmp_path / "spec.yaml").write_text(json.dumps(sweep[3]))
+    hold.touch()
+    ray_run = ["--engine", "ray", "--address", cluster.address, "--workers", 1, "--batch-size", 1, "--runs", runs]
+    process = started("run", tmp_path / "spec.yaml", *ray_run)
+    when(lambda: answered(runs) >= 2, process.kill).join()
+    process.join()
+    hold.unlink()
+    assert 2 <= answered(runs) < 14
+    assert made(sweep[3:4], runs, engine="ray", address=cluster.address, workers=1) == alone[3:4]
+
+
+def test_a_node_with_other_versions_is_refused(
+    sweep: Any, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray_crew, "versions", lambda: {**ray_cluster.versions(), "torch": "1.0"})
+    with pytest.raises(UserError, match=rf"node \S+ has torch {torch.__version__}, and this machine has 1\.0"):
+        made(sweep[:1], tmp_path, engine="ray", address=cluster.address, workers=1)
+    assert ray.__version__ in ray_cluster.versions().values()
+
+
+# -- without a cluster --
+
+
+def sent(spec: dict[str, Any], runs: Path) -> ray_worker.Sent:
+    settings = Settings(runs, torch.device("cpu"))
+    plan = Planner(runs, settings.device).plan(RunSpec.parse(spec))
+    return ray_worker.Sent(Order(settings, [plan], [], 1), str(runs), "here")
+
+
+def test_a_node_without_the_checkpoint_or_with_another_says_so(sweep: Any, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(sweep[0]["model"], tmp_path / "model")
+    order = sent({**sweep[0], "model": str(folder)}, tmp_path)
+    worker = ray_worker.RayWorker()
+    worker.node = "there"
+    assert isinstance(worker.begin(order), str)
+    config = folder / "config.json"
+    config.write_text(config.read_text() + "\n")
+    found = worker.begin(order)
+    assert isinstance(found, Failure)
+    assert (found.kind, str(found.error)) == ("told", "'row 0' reads another model here")
+    shutil.rmtree(folder)
+    found = worker.begin(order)
+    assert isinstance(found, Failure)
+    assert found.kind == "told"
+    assert str(folder) in str(found.error)
+    hello = ray_worker.Hello("there", "10.0.0.7", 5, {})
+    named = ray_crew._named(found.error, ray_crew._Actor(None, "loading", None, hello))
+    assert "\n" not in str(named)
+    assert str(named).endswith("(on node 10.0.0.7)")
+
+
+def test_a_plugin_is_sent_with_the_files_beside_it(sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("import beside_plugin\n")
+    (tmp_path / "beside_plugin.py").write_text("A = 1\n")
+    (tmp_path / "nothing.py").write_text("B = 2\n")
+    (slow,) = sweep[1]["plugins"]
+    sources = ray_worker.sources_of([str(plugin), slow])
+    assert {Path(name).name: sorted(files) for name, files in sources.items()} == {
+        "plugin.py": ["beside_plugin.py", "plugin.py"],
+        "slow_metric.py": ["slow_metric.py"],
+    }
+    there = ray_worker._on_this_node(replace(sent(sweep[1], tmp_path), sources=sources))
+    copy, slow_copy = map(Path, there.plugins)
+    assert there.plans[0].spec.plugins == [str(slow_copy)] != [slow]
+    assert slow_copy.read_text() == Path(slow).read_text()
+    assert (copy.parent / "beside_plugin.py").read_text() == "A = 1\n"
+    assert str(copy.parent) in sys.path  # so that the plugin finds it
+
+
+def test_without_ray_the_command_that_installs_it_is_told(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"Ray is not installed; pip install 'qapbench\[ray\]'"):
+        made(sweep[:1], tmp_path, engine="ray")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"engine": "ray", "address": "ray://head:10001"}, "start the command on a node of the cluster"),
+        ({"address": "auto"}, "add --engine ray"),
+        ({"engine": "ray", "gpus_per_worker": 2.0}, "a model is loaded on one GPU, so at most 1"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(sweep: Any, tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=said):
+        made(sweep[:1], tmp_path, **more)
