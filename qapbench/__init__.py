@@ -42,6 +42,7 @@ PUBLIC = {
         "top_k",
     ),
     "methods.normal_float": ("normal_float",),
+    "methods.packed": ("NormalFloat", "PackedWeight", "kept_rounding", "packed_on", "packed_tensors"),
     "methods.quantization": ("PTQ", "Format", "LinearPlan", "Scaling", "TokenActivation", "Tokens", "Transform"),
     "methods.rotation": ("Rotation",),
     "methods.tokens": ("RelevanceSign", "Selection", "VisionTokens"),
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
         top_k,
     )
     from .methods.normal_float import normal_float
+    from .methods.packed import NormalFloat, PackedWeight, kept_rounding, packed_on, packed_tensors
     from .methods.quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
     from .methods.rotation import Rotation
     from .methods.tokens import RelevanceSign, Selection, VisionTokens
@@ -180,6 +182,8 @@ __all__ = [
     "Levels",
     "LinearPlan",
     "MeanAbs",
+    "NormalFloat",
+    "PackedWeight",
     "Prompt",
     "Pruner",
     "Record",
@@ -207,11 +211,14 @@ __all__ = [
     "fusions",
     "grouped",
     "installed_all",
+    "kept_rounding",
     "load_records",
     "metric",
     "metrics",
     "min_max",
     "normal_float",
+    "packed_on",
+    "packed_tensors",
     "pruner",
     "pruners",
     "ptq",

@@ -25,6 +25,7 @@ from .quantize.calibration import Calibration, CalibrationSamples
 from .quantize.call_tokens import TokenContext, nothing_known, watching
 from .quantize.install import SharedInputs, installed
 from .quantize.originals import Keep, Originals
+from .quantize.packed import Buffer, held_packed, packed_weight
 from .quantize.receipts import KVUse, LinearReceipt, measured_bits
 from .receipt import Receipt
 from .spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
@@ -134,7 +135,7 @@ def _quantized(
 
             receipt.kv = KVUse(format=spec.kv.label, bits_asked=spec.kv.bits)
             stack.enter_context(quantized_cache(family.parts["language"], spec.kv, told, receipt.kv))
-        shared = SharedInputs()
+        shared, buffer = SharedInputs(), Buffer()
         for name, linear in linears.items():
             plan = plans.pop(name, None)  # what its weight is made of is free once it is made
             plan = plan.to(linear.weight.device) if plan else None
@@ -147,11 +148,22 @@ def _quantized(
             if plan is not None and on_kernel:
                 stack.enter_context(backends.int8_linear(linear, plan, line, originals))
             elif plan is not None:
+                packs = spec.storage == "packed" and plan.weight is not None
+                packed = packed_weight(plan, linear.weight.detach(), name, spec.method.name) if packs else None
+                if packed is not None:
+                    line.weight_bits, line.weight_levels = measured_bits(
+                        packed.dequantized(linear.weight.dtype), spec.weights
+                    )
+                    line.stored_bytes = packed.nbytes
+                    line.stored_bits = 8 * packed.nbytes / linear.weight.numel()
+                    stack.enter_context(held_packed(linear, packed, buffer, originals))
                 tokens = told if parts[name] == "language" else nothing_known
-                stack.enter_context(installed(linear, plan, tokens, shared=shared, originals=originals))
+                weight_too = packed is None
+                stack.enter_context(installed(linear, plan, tokens, weight_too, shared=shared, originals=originals))
             plan = dataclasses.replace(plan, weight=None) if plan else None
-            if not on_kernel:
+            if not (on_kernel or line.stored_bytes):
                 line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
+            if not on_kernel:
                 # Registered last, so that it measures exactly what the matmul receives.
                 stack.callback(linear.register_forward_pre_hook(_probe(line, spec, plan)).remove)
         yield

@@ -233,7 +233,17 @@ class Receipt(ReceiptFields):
         called = sum(1 for line in self.linears if line.calls)
         scope = ", ".join(sorted({line.part for line in self.linears}))
         cache = f"; {self.kv.format}: {self.kv.tokens:.4g} tokens x {self.kv.bits:.3g} bits" if self.kv else ""
-        return f"{self.quantization}: {bits} at {called} of {len(self.linears)} linears ({scope}){cache}"
+        return f"{self.quantization}: {bits} at {called} of {len(self.linears)} linears ({scope}){self._stored}{cache}"
+
+    @property
+    def _stored(self) -> str:
+        """What packed weights take, in words; empty if none is packed."""
+        packed = [line for line in self.linears if line.stored_bytes and line.stored_bits]
+        if not packed:
+            return ""
+        total = sum(line.stored_bytes or 0 for line in packed)
+        weights = sum(8 * (line.stored_bytes or 0) / (line.stored_bits or 1) for line in packed)
+        return f"; stored packed: {8 * total / weights:.3g} bits per weight, {total / 1e6:,.3f} MB"
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as plain data, with its summary."""

@@ -218,8 +218,11 @@ class Grid(NamedTuple):
 
         The result holds the value of the nearest level, in x's dtype. Gradients pass through the rounding unchanged.
         """
-        clamped = round_through(x.float() / self.scale).clamp(*self.ends)
-        return _finite(clamped * self.scale, x.dtype).to(x.dtype)
+        return _finite(self.numbers(x) * self.scale, x.dtype).to(x.dtype)
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """The levels that values are rounded to, less the zero point: their values in units of the scale, float32."""
+        return round_through(x.float() / self.scale).clamp(*self.ends)
 
 
 class _RoundThrough(torch.autograd.Function):

@@ -138,12 +138,16 @@ class FloatGrid(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize x. The result has x's dtype; gradients pass through the rounding unchanged."""
+        return _finite(self.numbers(x).to(self.dtype) * self.scale, x.dtype).to(x.dtype)
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """The numbers of the element type that values are rounded to, in units of the scale, float32."""
         work = x.to(self.dtype)
         # A factor may be infinite, and zero times infinity is NaN.
         scaled = work / self.by if self.divides else torch.where(work == 0, work, work * self.by)
         if self.drops_sign:
             scaled = scaled + 0
-        return _finite(self.element.round(scaled).to(self.dtype) * self.scale, x.dtype).to(x.dtype)
+        return self.element.round(scaled)
 
     def write(self, x: Tensor, out: Tensor, scratch: Tensor) -> None:
         """Quantize and dequantize x into `out`, without gradients and without large temporary tensors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -46,16 +47,29 @@ def normal_float(w: Tensor, block: int = 64, double: bool = True) -> Tensor:
         A tensor of w's shape and dtype.
     """
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
+    levels = nf4_levels().to(w.device)
+    for (codes, scale), target in zip(normal_codes(w, block, double), grouped(out, block), strict=True):
+        target.copy_(levels[codes] * scale.unsqueeze(-1))
+    return out
+
+
+def normal_codes(w: Tensor, block: int, double: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """The indices of the levels [R, G, block] that values are rounded to, and the scales of the blocks [R, G].
+
+    Args:
+        w: [R, in].
+        block: inputs per block. If it does not divide the width, the shorter last blocks come in a second pair.
+        double: whether the scales are quantized too.
+    """
     parts = grouped(w, block)
-    absmaxes = [part.float().abs().amax(dim=-1) for part in parts]  # [R, G] each
+    absmaxes = [part.float().abs().amax(dim=-1) for part in parts]
     scales = absmaxes
     if double:
         scales = list(double_quantize(torch.cat(absmaxes, dim=1)).split([each.shape[1] for each in absmaxes], dim=1))
-    code = nf4_levels().to(w.device)
-    for part, absmax, scale, target in zip(parts, absmaxes, scales, grouped(out, block), strict=True):
+    levels = nf4_levels().to(w.device)
+    for part, absmax, scale in zip(parts, absmaxes, scales, strict=True):
         unit = part.float() / torch.where(absmax == 0, 1, absmax).unsqueeze(-1)
-        target.copy_(_nearest(unit, code) * scale.unsqueeze(-1))
-    return out
+        yield _nearest_index(unit, levels), scale
 
 
 def nf4_levels() -> Tensor:
@@ -101,6 +115,10 @@ def dynamic_levels() -> Tensor:
 
 def _nearest(x: Tensor, code: Tensor) -> Tensor:
     """The value of `code` [C], ascending, that is nearest to each element of x; the lower one of two equally near."""
+    return code[_nearest_index(x, code)]
+
+
+def _nearest_index(x: Tensor, code: Tensor) -> Tensor:
+    """Index of `_nearest` in the code."""
     above = torch.searchsorted(code, x.contiguous()).clamp(1, len(code) - 1)
-    low, high = code[above - 1], code[above]
-    return torch.where(x - low <= high - x, low, high)
+    return torch.where(x - code[above - 1] <= code[above] - x, above - 1, above)

@@ -17,6 +17,7 @@ from qapbench.errors import Problem, UserError
 
 from .affine import Divisor, Levels, ZeroPoint, fake_quantize
 from .floating import FLOATS, FloatLevels, FormatName, ScaleRule, fake_quantize_float
+from .packed import PackedWeight, WeightRounding, packed_by
 
 Granularity = Literal["row", "channel", "tensor", "block"]
 """Which values share a scale; see `Format`."""
@@ -157,6 +158,14 @@ class Format(BaseModel):
             return fake_quantize(x, self.bits, self.group_size, self.symmetric, self.divisor, self.zero_point)
         return levels.grid(*self.range(x, valid))(x)
 
+    def packed(self, w: Tensor) -> PackedWeight:
+        """The codes and scales of a weight [out, in], whose values are those that a call returns.
+
+        Raises:
+            CannotPackError: a value is not finite, or a range overflows.
+        """
+        return packed_by(w, self)
+
     def range(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Lowest and highest value of each set of values that shares a scale.
 
@@ -294,7 +303,7 @@ class LinearPlan:
     Attributes:
         weight: returns the fake-quantized weight [out, in] for the original (or transformed) one; None leaves the
             weight as it is. It is called for one linear at a time, so that a GPU never holds both versions of more than
-            one weight.
+            one weight. If it is a `WeightRounding`, the weight can be stored packed.
         activation: fake-quantizes the linear's input [..., in]; None leaves it as it is. A `TokenActivation` is also
             given what is known of the tokens.
         transform: transformation applied before both, in float32; None for none.
@@ -311,6 +320,16 @@ class LinearPlan:
         """
         new = weight if self.transform is None else self.transform.weight(weight)
         return (new if self.weight is None else self.weight(new)).to(weight.dtype)
+
+    def packed(self, weight: Tensor) -> PackedWeight | None:
+        """The codes and scales of `new_weight`; None if the method rounds weights in a way that does not tell them.
+
+        Raises:
+            CannotPackError: they are not made of codes and scales.
+        """
+        if not isinstance(self.weight, WeightRounding):
+            return None
+        return self.weight.packed(weight if self.transform is None else self.transform.weight(weight))
 
     def new_input(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
         """The input [..., in] used in the matmul, in the dtype of x.

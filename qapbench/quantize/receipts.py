@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from qapbench.errors import RunFailedError
@@ -14,6 +16,8 @@ from qapbench.methods.quantization import Format
 ENOUGH = 32  # values whose gaps tell a step
 OFF_GRID = 0.15  # of a step, mean distance: see _off_grid
 ROWS = 8  # rows of a tensor that are inspected: enough to see 2^bits levels, cheap enough for every linear
+
+STORED = ("stored_bits", "stored_bytes")  # fields of a packed weight
 
 
 class NotQuantizedError(RunFailedError):
@@ -32,6 +36,8 @@ class LinearReceipt(BaseModel):
         activation_exact: share of that input's elements that were passed on in full precision beside the quantized
             ones (outliers); `activation_bits` are those of the others.
         planned: whether the method undertook to quantize it; what it left out is a fallback, not a fault.
+        stored_bytes: bytes that a packed weight takes, with its scales; None for one that is not packed, and then not
+            stored. `stored_bits`: the same in bits per weight.
     """
 
     name: str
@@ -44,6 +50,13 @@ class LinearReceipt(BaseModel):
     activation_exact: float = 0.0
     calls: int = 0
     planned: bool = True
+    stored_bits: float | None = None
+    stored_bytes: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_storage(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data. A weight that is not packed has the fields that it always had."""
+        return {name: value for name, value in dump(self).items() if value is not None or name not in STORED}
 
 
 class CalibrationUse(BaseModel):

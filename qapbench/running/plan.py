@@ -36,6 +36,7 @@ class Planned:
         damaged: names of the files that are not as the record says. Such a run is neither done nor stopped.
         fingerprints: content hashes of what the run reads.
         fresh: whether every question is answered anew, also where another run has an answer of the same key.
+        values: hash of what the quantized model computes: `group` without how it stores its weights.
     """
 
     spec: RunSpec
@@ -50,6 +51,7 @@ class Planned:
     damaged: tuple[str, ...] = ()
     fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     fresh: bool = False
+    values: str = ""
 
     @property
     def state(self) -> Literal["done", "stopped", "damaged", "begun", "new"]:
@@ -97,14 +99,16 @@ class Shared:
         ]
 
 
-def group_key(spec: RunSpec, content: dict[str, str]) -> str:
+def group_key(spec: RunSpec, content: dict[str, str], stored: bool = True) -> str:
     """Hash of the quantized model. If calibration prunes, it includes the pruning.
 
     Args:
         spec: the run.
         content: the run's fingerprints.
+        stored: whether it includes how weights are stored, which changes no value.
     """
-    quantize = spec.quantize.model_dump(mode="json") if spec.quantize else None
+    left_out: set[str] = set() if stored else {"storage"}
+    quantize = spec.quantize.model_dump(mode="json", exclude=left_out) if spec.quantize else None
     parts: list[Any] = [quantize, spec.seed, about(content, OF_TEXT)]
     if spec.quantize and spec.quantize.calibration and spec.task.background:  # its samples are shown on it too
         parts.append(spec.task.background)

@@ -166,10 +166,10 @@ class Planner:
             answered = task.count - len(record.unanswered)
         else:
             answered = _answered(folder, told=bool(damaged) or fresh)
-        group = group_key(spec, content)
+        group, values = group_key(spec, content), group_key(spec, content, stored=False)
         names = tuple(damaged)
         return Planned(
-            spec, run_id, text_key, group, folder, task.count, answered, done, stopped, names, content, fresh
+            spec, run_id, text_key, group, folder, task.count, answered, done, stopped, names, content, fresh, values
         )
 
     def _calibration_source(self, spec: RunSpec) -> str:

@@ -223,7 +223,7 @@ class Sweep:
             for active in (active for active in runs if question.place not in active.have):
                 prompts = {text: by_key[active.prune_key] for text, by_key in encoded[question.place].items()}
                 rows = self.batch_runner.rows(question, prompts)
-                key = _key(active.planned.group, rows)
+                key = _key(active.planned.values, rows)
                 wanted.append((question, active, key))
                 if question is self.first:
                     known.pop(key, None)  # receipts are measured on a forward pass, not taken from an earlier run

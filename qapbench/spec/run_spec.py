@@ -35,6 +35,7 @@ from .model_name import ModelName
 from .text import Data, NameOrPath
 
 Scope = Literal["language", "projector", "vision"]
+Storage = Literal["unpacked", "packed"]
 WHITE = "#ffffff"
 
 
@@ -108,6 +109,8 @@ class QuantizeSpec(Strict):
         scope: parts of the model whose linears are quantized.
         calibration: the samples; always None for a method that does not calibrate, whatever the spec file says.
         kv: format of the KV cache; None leaves it in the model's precision.
+        storage: how quantized weights are held in memory. "unpacked" holds their values in the model's dtype. "packed"
+            holds codes and scales, and computes the same values, to the bit, for each product.
         backend: "simulate" computes the values of a low-bit kernel in floating point. "torchao" runs real int8 kernels,
             which exist for one pair of formats.
     """
@@ -119,13 +122,16 @@ class QuantizeSpec(Strict):
     calibration: CalibrationSpec | None = None
     backend: Backend = "simulate"
     kv: KVFormat | None = None
+    storage: Storage = "unpacked"
 
     @model_serializer(mode="wrap")
-    def _without_kv(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data. Without a quantized cache it has the fields that it always had, so that runs keep their ids."""
+    def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data. What is not used of later versions' fields is left out, so that runs keep their ids."""
         data: dict[str, Any] = dump(self)
         if self.kv is None:
             data.pop("kv", None)
+        if self.storage == "unpacked":
+            data.pop("storage", None)
         return data
 
     @field_validator("scope")
@@ -158,6 +164,9 @@ class QuantizeSpec(Strict):
             raise ValueError("give `weights`, `activations` or both; leave `quantize` out for full precision")
         created(ptqs, self.method).check(self.weights, self.activations)
         check_backend(self.backend, self.weights, self.activations)
+        if self.storage == "packed" and (self.weights is None or self.backend != "simulate"):
+            reason = "no `weights` are quantized" if self.weights is None else f"{self.backend} stores its own weights"
+            raise UserError(Problem(f"'packed' stores quantized weights, but {reason}; leave it out", ("storage",)))
         return self
 
     @property

@@ -15,6 +15,7 @@ from qapbench import (
     Format,
     LinearPlan,
     MeanAbs,
+    PackedWeight,
     Rows,
     Scaling,
     installed_all,
@@ -80,12 +81,27 @@ class AWQ(CalibratedPTQ):
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         if weights is None:
             return LinearPlan(None, activations)
-        limit = found.get("clip")
-
-        def weight(w: Tensor) -> Tensor:
-            return weights(w if limit is None else clamp(w, limit.to(w), weights))
-
+        weight = Clamped(weights, found["clip"]) if "clip" in found else weights
         return LinearPlan(weight, activations, Scaling(found["scale"]))
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """Rounding of a weight whose groups are clamped first.
+
+    Attributes:
+        format: format of the weight.
+        limit: [out, groups], the largest magnitude that is left of each group.
+    """
+
+    format: Format
+    limit: Tensor
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return self.format(clamp(w, self.limit.to(w), self.format))
+
+    def packed(self, w: Tensor) -> PackedWeight:
+        return self.format.packed(clamp(w, self.limit.to(w), self.format))
 
 
 def scales(mean: Tensor) -> Iterator[Tensor]:

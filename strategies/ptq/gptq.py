@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,6 +18,8 @@ from qapbench import (
     Gram,
     LinearPlan,
     Rounding,
+    kept_rounding,
+    packed_tensors,
     ptq,
 )
 
@@ -63,10 +65,9 @@ class GPTQ(CalibratedPTQ):
             return {name: {} for name in linears}
 
         def find(block: Block) -> CalibrationResult:
-            grams = self.grams(block)
             return {
-                name: {"weight": self.solve(block.linears[name].weight.detach(), gram.value, weights)}
-                for name, gram in grams.items()
+                name: packed_tensors(*self.on_levels(block.linears[name].weight.detach(), gram.value, weights), weights)
+                for name, gram in self.grams(block).items()
             }
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, None))
@@ -76,7 +77,7 @@ class GPTQ(CalibratedPTQ):
         return block.observe(lambda _: Gram())
 
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
-        return LinearPlan(found["weight"].to if weights else None, activations)
+        return LinearPlan(kept_rounding(found) if weights else None, activations)
 
     def solve(self, weight: Tensor, gram: Tensor, format: Format, grids: Sequence[Rounding] | None = None) -> Tensor:
         """Round a weight so that its product with the inputs X changes little.
@@ -93,6 +94,12 @@ class GPTQ(CalibratedPTQ):
         Raises:
             ArithmeticError: `gram` is not finite.
         """
+        return self.on_levels(weight, gram, format, grids)[0].to(weight.dtype)
+
+    def on_levels(
+        self, weight: Tensor, gram: Tensor, format: Format, grids: Sequence[Rounding] | None = None
+    ) -> tuple[Tensor, list[Any]]:
+        """The rounded weight [out, in] in float32, and the levels of each group; see `solve`."""
         w, width = weight.float().clone(), weight.shape[1]
         dead = gram.diagonal() == 0
         w[:, dead] = 0
@@ -117,7 +124,7 @@ class GPTQ(CalibratedPTQ):
                 w[:, column + 1 : stop] -= error.outer(upper[column, column + 1 : stop])
                 errors[:, column - start] = error
             w[:, stop:] -= errors @ upper[start:stop, stop:]
-        return done.to(weight.dtype)
+        return done, found
 
 
 def inverse_root(gram: Tensor, damping: float) -> Tensor:

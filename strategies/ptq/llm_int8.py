@@ -8,7 +8,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qapbench import PTQ, Format, LinearPlan, TokenActivation, Tokens, UserError, ptq
+from qapbench import (
+    PTQ,
+    Format,
+    Grid,
+    LinearPlan,
+    PackedWeight,
+    TokenActivation,
+    Tokens,
+    UserError,
+    packed_on,
+    ptq,
+)
 
 TOP = 127
 INT8 = Format(bits=8, symmetric=True)
@@ -53,7 +64,7 @@ class LLMInt8(PTQ):
         plans = {}
         for name in linears:
             activation = Mixed(self.threshold) if activations else None
-            plans[name] = LinearPlan(int8_rows if weights else None, activation)
+            plans[name] = LinearPlan(Int8Rows() if weights else None, activation)
         return plans
 
 
@@ -74,6 +85,18 @@ class Mixed(TokenActivation):
         rounded = int8_rows(x.masked_fill(outlying, 0))
         self.exact = channels
         return torch.where(channels, x, rounded)
+
+
+class Int8Rows:
+    """Rounding of a weight by `int8_rows`."""
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return int8_rows(w)
+
+    def packed(self, w: Tensor) -> PackedWeight:
+        scale = w.half().float().abs().amax(dim=-1, keepdim=True) / TOP
+        grid = Grid(torch.where(scale == 0, 1, scale), torch.zeros_like(scale), -TOP, TOP)
+        return packed_on(int8_rows(w.float()), [grid], INT8)
 
 
 def int8_rows(x: Tensor) -> Tensor:

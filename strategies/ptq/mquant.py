@@ -13,17 +13,20 @@ from qapbench import (
     CalibratedPTQ,
     Calibration,
     CalibrationResult,
+    FloatGrid,
     FloatLevels,
     Format,
     Fraction,
     Gram,
+    Grid,
     Levels,
     LinearPlan,
     Rotation,
-    Rounding,
     TokenActivation,
     Tokens,
     Transform,
+    kept_rounding,
+    packed_tensors,
     ptq,
 )
 
@@ -95,7 +98,7 @@ class MQuant(CalibratedPTQ):
                 found[name] = {"signs": rotation.signs, "mixer": rotation.mixer, **seen.found}
                 if weights is not None:
                     gram = rotation(rotation(grams[name].value).mT) if grams else None
-                    found[name]["weight"] = self.rounded(rotation(linear.weight.detach()), gram, weights)
+                    found[name] |= self.rounded(rotation(linear.weight.detach()), gram, weights)
             return found
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, None))
@@ -103,24 +106,23 @@ class MQuant(CalibratedPTQ):
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         transform = Rotated(Rotation(found["signs"], found["mixer"]))
         static = ByModality(activations, found["vision"], found["text"]) if activations else None
-        return LinearPlan(found["weight"].to if weights else None, static, transform)
+        return LinearPlan(kept_rounding(found) if weights else None, static, transform)
 
-    def rounded(self, w: Tensor, gram: Tensor | None, format: Format) -> Tensor:
-        """Round a weight to the levels of a format, in clipped ranges.
+    def rounded(self, w: Tensor, gram: Tensor | None, format: Format) -> dict[str, Tensor]:
+        """Round a weight to the levels of a format, in clipped ranges, as tensors for the result of the calibration.
 
         Args:
             w: [out, in] weight, rotated.
             gram: [in, in], X X^T of the rotated inputs, for rounding by GPTQ; None rounds to nearest.
             format: format of the weight.
-
-        Returns:
-            The rounded weight [out, in].
         """
         parts = w.split(format.group_size or w.shape[1], dim=1)
         grids = [clipped(part, format, w) for part in parts]
         if gram is not None:
-            return GPTQ(damping=self.damping).solve(w, gram, format, grids)
-        return torch.cat([grid(part) for grid, part in zip(grids, parts, strict=True)], dim=1)
+            return packed_tensors(*GPTQ(damping=self.damping).on_levels(w, gram, format, grids), format)
+        return packed_tensors(
+            torch.cat([grid(part) for grid, part in zip(grids, parts, strict=True)], 1), grids, format
+        )
 
     def rotation(self, linear: nn.Linear) -> Rotation:
         """The rotation of a linear's input."""
@@ -191,7 +193,7 @@ def levels_of(format: Format, w: Tensor | None = None) -> Levels | FloatLevels:
     return replace(levels, divisor="full") if isinstance(levels, Levels) and levels.divisor == "qmax" else levels
 
 
-def clipped(w: Tensor, format: Format, whole: Tensor | None = None) -> Rounding:
+def clipped(w: Tensor, format: Format, whole: Tensor | None = None) -> Grid | FloatGrid:
     """Find the levels of each row of w [out, G]: its range, shrunk to the share with the least sum of |error|^2.4.
 
     Args:

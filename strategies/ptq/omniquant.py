@@ -16,9 +16,13 @@ from qapbench import (
     CalibrationResult,
     Format,
     Fraction,
+    Grid,
+    Levels,
     LinearPlan,
+    PackedWeight,
     Scaling,
     grouped,
+    packed_on,
     ptq,
 )
 
@@ -103,10 +107,29 @@ class OmniQuant(CalibratedPTQ):
         transform = Scaling(found["scale"]) if "scale" in found else None
         if weights is None:
             return LinearPlan(None, activations, transform)
-        high, low = found["high"], found["low"]
-        return LinearPlan(
-            lambda w: clip_quantize(w, high.to(w.device), low.to(w.device), weights), activations, transform
-        )
+        return LinearPlan(LearnedClip(found["high"], found["low"], weights), activations, transform)
+
+
+@dataclass(frozen=True)
+class LearnedClip:
+    """Rounding of a weight in learned ranges.
+
+    Attributes:
+        high: [out, groups] clipping strengths of the upper ends, before the sigmoid.
+        low: [out, groups] clipping strengths of the lower ends.
+        format: format of the weight.
+    """
+
+    high: Tensor
+    low: Tensor
+    format: Format
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return clip_quantize(w, self.high.to(w.device), self.low.to(w.device), self.format)
+
+    def packed(self, w: Tensor) -> PackedWeight:
+        grids = clipped_grids(w, self.high.to(w.device), self.low.to(w.device), self.format)
+        return packed_on(self(w), grids, self.format)
 
 
 class Learner:
@@ -233,11 +256,17 @@ def clip_quantize(w: Tensor, high: Tensor, low: Tensor, format: Format) -> Tenso
     Returns:
         [out, in] float32.
     """
-    parts, start = [], 0
+    parts, grids = grouped(w.float(), format.group_size), clipped_grids(w, high, low, format)
+    return torch.cat([grid(part).flatten(1) for grid, part in zip(grids, parts, strict=True)], dim=1)
+
+
+def clipped_grids(w: Tensor, high: Tensor, low: Tensor, format: Format) -> list[Grid]:
+    """The levels of each part that `grouped` cuts a weight into; the arguments are those of `clip_quantize`."""
+    grids, start = [], 0
     for part in grouped(w.float(), format.group_size):
         stop = start + part.shape[1]
         least = part.amin(dim=-1, keepdim=True) * low[:, start:stop].sigmoid().unsqueeze(-1)
         most = part.amax(dim=-1, keepdim=True) * high[:, start:stop].sigmoid().unsqueeze(-1)
-        parts.append(format.levels.grid(least, most)(part).flatten(1))
+        grids.append(Levels(format.bits, format.symmetric, format.divisor, format.zero_point).grid(least, most))
         start = stop
-    return torch.cat(parts, dim=1)
+    return grids

@@ -18,6 +18,7 @@ from qapbench import (
     LinearPlan,
     Rotation,
     Transform,
+    kept_rounding,
     ptq,
 )
 
@@ -74,7 +75,7 @@ class QuaRot(CalibratedPTQ):
                     if weights is not None:
                         turned = turned_by(found[name])
                         gram = turned.input(turned.input(grams[name].value).mT) if self.rounding == "gptq" else None
-                        found[name]["weight"] = rounder.rounded(turned.weight(linear.weight.detach()), gram, weights)
+                        found[name] |= rounder.rounded(turned.weight(linear.weight.detach()), gram, weights)
             return found
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, None))
@@ -114,7 +115,7 @@ class QuaRot(CalibratedPTQ):
         return Rotation(drawn.signs if signs else ones_like(drawn.signs), mixer)
 
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
-        return LinearPlan(found["weight"].to if weights else None, activations, turned_by(found))
+        return LinearPlan(kept_rounding(found) if weights else None, activations, turned_by(found))
 
 
 class Turned(Transform):

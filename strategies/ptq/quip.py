@@ -13,12 +13,16 @@ from qapbench import (
     CalibratedPTQ,
     Calibration,
     CalibrationResult,
+    FloatGrid,
     Format,
     Fraction,
     Gram,
+    Grid,
     LinearPlan,
     Rotation,
     Transform,
+    kept_rounding,
+    packed_tensors,
     ptq,
 )
 
@@ -70,7 +74,8 @@ class QuIP(CalibratedPTQ):
                     found[name]["bias"] = linear.bias.detach()
                 if weights is not None:
                     turned = Incoherent(ins, outs).weight(linear.weight.detach())
-                    found[name]["weight"] = ldlq(turned, ins(ins(gram.value).mT), weights, self.damping)
+                    done, grids = ldlq_on_levels(turned, ins(ins(gram.value).mT), weights, self.damping)
+                    found[name] |= packed_tensors(done, grids, weights)
             return found
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, None))
@@ -78,7 +83,7 @@ class QuIP(CalibratedPTQ):
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         rotations = Rotation(found["in"], found["in_mixer"]), Rotation(found["out"], found["out_mixer"])
         transform = Incoherent(*rotations, found.get("bias"))
-        return LinearPlan(found["weight"].to if weights else None, activations, transform)
+        return LinearPlan(kept_rounding(found) if weights else None, activations, transform)
 
 
 class Incoherent(Transform):
@@ -117,6 +122,11 @@ def ldlq(w: Tensor, gram: Tensor, format: Format, damping: float) -> Tensor:
     Returns:
         The rounded weight [out, in].
     """
+    return ldlq_on_levels(w, gram, format, damping)[0]
+
+
+def ldlq_on_levels(w: Tensor, gram: Tensor, format: Format, damping: float) -> tuple[Tensor, list[Grid | FloatGrid]]:
+    """The rounded weight [out, in], and the levels of each group; see `ldlq`."""
     width, size = w.shape[1], format.group_size or w.shape[1]
     feedback = upper_unit(gram, damping)
     levels = format.levels_within(w)
@@ -129,7 +139,7 @@ def ldlq(w: Tensor, gram: Tensor, format: Format, damping: float) -> Tensor:
             column = target[:, k : k + 1] + errors @ feedback[start:k, k : k + 1]
             done[:, k : k + 1] = grids[k // size](column)
         target[:, stop:] += (w[:, start:stop] - done[:, start:stop]) @ feedback[start:stop, stop:]
-    return done
+    return done, grids
 
 
 def upper_unit(gram: Tensor, damping: float) -> Tensor:

@@ -18,10 +18,10 @@ from qapbench import (
     CalibrationResult,
     Format,
     LinearPlan,
+    NormalFloat,
     TokenActivation,
     Tokens,
     UserError,
-    normal_float,
     ptq,
 )
 
@@ -108,7 +108,7 @@ class QVLM(CalibratedPTQ):
 
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         static = (found["low"], found["high"]) if "low" in found else None
-        return LinearPlan(normal_float if weights else None, RunningRange(static) if activations else None)
+        return LinearPlan(NormalFloat() if weights else None, RunningRange(static) if activations else None)
 
 
 class RunningRange(TokenActivation):

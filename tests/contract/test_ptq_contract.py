@@ -95,6 +95,10 @@ def test_weights(name: str, asked: Format | None, dtype: torch.dtype) -> None:
         assert torch.isfinite(new).all()
         assert not torch.equal(new, linear.weight)
         assert plans[key].activation is None
+        packed = plans[key].packed(linear.weight.detach())
+        assert packed is not None, "no codes and scales"
+        assert torch.equal(packed.dequantized(dtype), new)
+        assert packed.bits == weights.bits
         if name not in OFF_GRID:
             assert max(levels(row, weights.group_size) for row in new) <= 2**weights.bits
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "model changed"

@@ -94,6 +94,30 @@ def test_quantized_while_open_and_restored_to_the_bit(name: str, model: Any, sam
 
 
 @each_ptq
+def test_packed_weights_give_the_same_logits(name: str, model: Any, samples: Any, asked: Any) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with compress(model, quantize(name), calibration=samples) as unpacked:
+        wanted = logits(model, asked)
+    with compress(model, quantize(name, storage="packed"), calibration=samples) as receipt:
+        assert torch.equal(logits(model, asked), wanted)
+        weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.isnan().all()]
+        assert len(weights) == len(receipt.linears), "a weight is unpacked"
+        assert {weight.untyped_storage().nbytes() for weight in weights} == {4}
+        with torch.inference_mode():
+            assert torch.equal(model(**asked).logits, wanted)
+    receipt.check()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    bits = made_by(name)[0].bits
+    for line, plain in zip(receipt.linears, unpacked.linears, strict=True):
+        assert (line.weight_bits, line.weight_levels) == (plain.weight_bits, plain.weight_levels)
+        assert plain.stored_bytes is None
+        assert bits < (line.stored_bits or 0) < 32
+        assert not set(plain.model_dump()) & {"stored_bits", "stored_bytes"}
+    assert "stored packed: " in receipt.summary()
+    assert "stored packed" not in unpacked.summary()
+
+
+@each_ptq
 def test_transforms_alone_change_nothing(name: str, model: Any, samples: Any, asked: Any) -> None:
     """Rotated, scaled or shifted, but not rounded: the function is that of the model."""
     linears = {key: m for key, m in model.named_modules() if isinstance(m, nn.Linear) and "language_model." in key}

@@ -81,6 +81,24 @@ def test_a_record_says_what_was_done(spec_of: Spec, tmp_path: Path) -> None:
     assert {key: value for key, value in stored.items() if key != "check"} == record.to_json()
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "omniquant", "mbq", "quip"])
+def test_answers_of_packed_weights_are_the_same_bytes(
+    method: str, spec_of: Spec, questions: Path, tmp_path: Path
+) -> None:
+    quick = {method: {"epochs": 1}} if method == "omniquant" else method
+    quantize = {**W4A4, "method": quick, "calibration": {"samples": 2, "data": str(questions)}}
+    plain, packed = (
+        run(spec_of(quantize={**quantize, "storage": storage}, dtype="bfloat16"), tmp_path)
+        for storage in ("unpacked", "packed")
+    )
+    assert plain.run_id != packed.run_id
+    assert answers(tmp_path, plain) == answers(tmp_path, packed)
+    assert all(line.stored_bytes and 4 < (line.stored_bits or 0) < 16 for line in packed.receipt.linears)
+    assert "stored packed: " in packed.receipt.summary
+    stored = json.loads((tmp_path / plain.run_id / "record.json").read_text())
+    assert "stored_bytes" not in stored["receipt"]["linears"][0]
+
+
 def test_what_version_0_1_wrote_works_and_warns(spec_of: Spec, tmp_path: Path) -> None:
     """Records as dictionaries, and `report`: for one more version."""
     told: list[tuple[str, int, int]] = []
