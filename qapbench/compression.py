@@ -121,6 +121,11 @@ def _quantized(
     receipt.backend = backends.describe(spec.backend, family.model.device)
     linears = family.linears(spec.scope)
     parts = {name: part for part in spec.scope for name in family.linears([part])}
+    for part in sorted(set(spec.scope) - set(parts.values())):
+        if not linears:
+            kind = family.model.config.model_type
+            raise UserError(f"quantize.scope: the {part} of a {kind} has no linear layers")
+        receipt.fall_back(f"{part}: left in full precision, because it has no linear layers")
     method = ptqs.create(spec.method.name, **spec.method.params)
     runner = _calibration(family, spec, calibration, pruned, originals)
     plans = method.prepare(family.model, linears, spec.weights, spec.activations, runner)

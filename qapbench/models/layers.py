@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from qapbench.errors import UserError
 
+SLIDING = "sliding_attention"
+
 
 class DecoderLayers:
     """The layers of a language model with normalised inputs, q_proj and k_proj, and rotary embeddings (Llama, Qwen2).
@@ -19,6 +21,8 @@ class DecoderLayers:
         config: config of the language model.
         added_behind: number of first layers behind each of which the model itself adds something to the columns of the
             whole prompt (DeepStack).
+        window: number of tokens that the layers with a sliding window see, the token itself among them; None if every
+            layer sees all tokens.
         norm: the norm that follows the last layer; None if there is none.
 
     Raises:
@@ -39,8 +43,9 @@ class DecoderLayers:
         self.config: Any = language.config
         self.norm: nn.Module | None = getattr(language, "norm", None)
         kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        if other := sorted(kinds - {"full_attention"}):
+        if other := sorted(kinds - {"full_attention", SLIDING}):
             raise UserError(f"model: tokens cannot be dropped between layers of {', '.join(other)}")
+        self.window: int | None = self.config.sliding_window if SLIDING in kinds else None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -89,7 +94,14 @@ class DecoderLayers:
         return _rotated(_heads(self.layers[index].self_attn, "k_norm", keys), *rotary).flatten(1)
 
 
-def attention_rows(attention: Any, queries: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
+def attention_rows(
+    attention: Any,
+    queries: Tensor,
+    keys: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    at: Tensor,
+    seen: Tensor | None = None,
+) -> Tensor:
     """Compute rows of an attention matrix over one sequence: [R, S], averaged over heads, in float32.
 
     Args:
@@ -97,13 +109,15 @@ def attention_rows(attention: Any, queries: Tensor, keys: Tensor, rotary: tuple[
         queries: [R, heads * width] queries at the places `at`, before the rotary embedding.
         keys: [S, key heads * width] keys at all places, before the rotary embedding.
         rotary: cosine and sine of all places, each [S, width].
-        at: [R] places of the queries. Each attends to itself and to the places before it.
+        at: [R] places of the queries.
+        seen: [R, S] bool, True at the places that a query attends to; None stands for itself and the places before it.
     """
     cos, sin = rotary
     query = _rotated(_heads(attention, "q_norm", queries), cos[at], sin[at])
     key = _rotated(_heads(attention, "k_norm", keys), cos, sin)
-    later = torch.arange(len(keys), device=at.device) > at.unsqueeze(1)
-    return _logits(attention, query, key).masked_fill(later, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+    if seen is None:
+        seen = torch.arange(len(keys), device=at.device) <= at.unsqueeze(1)
+    return _logits(attention, query, key).masked_fill(~seen, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
 
 
 def _heads(attention: Any, norm: str, states: Tensor) -> Tensor:

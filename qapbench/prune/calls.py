@@ -14,7 +14,7 @@ from torch import Tensor
 from qapbench.errors import UserError
 
 from .generation import ShortenedPrompt, refuse
-from .pruning import Pruning
+from .pruning import TYPES, Pruning
 from .turns import CACHES, CachedPrompt, cache_of, filled
 
 VIDEO = "pixel_values_videos"
@@ -164,7 +164,8 @@ class PrunedCalls:
         if positions is None:
             positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         counted = positions.ndim == 2 and self.pruning.spec.positions != "keep"
-        CACHES[cache] = CachedPrompt(kwargs["input_ids"], ids, mask, positions, counted, self.pruning.decoder)
+        typed = {name: short[name] for name in TYPES if short.get(name) is not None}
+        CACHES[cache] = CachedPrompt(kwargs["input_ids"], ids, mask, positions, typed, counted, self.pruning.decoder)
 
     def _check_training(self) -> None:
         """Refuse training of the vision tower or the projector, whose gradients end at the selection.

@@ -30,7 +30,7 @@ from .prompt import PruningView
 from .splice import PrunedImage
 from .stages import stage_budgets
 from .state import DecoderState, ViewState
-from .token_layout import TokenLayout, cut, cut_mask
+from .token_layout import TokenLayout, causal, cut, cut_mask
 
 
 class DecoderPruning:
@@ -151,7 +151,10 @@ class DecoderPruning:
             if 1 <= index <= self.layers.added_behind and not state.whole(index - 1):
                 hidden = gathered(hidden, state.layouts[index - 1].columns)
             if index in state.stages:
-                hidden = self._drop(state, index, hidden, kwargs["position_embeddings"])
+                # Layers may turn their keys differently, so the angles are those of the layer that is read.
+                read = None if self.pruner.ahead else state.rotary
+                hidden = self._drop(state, index, hidden, read or kwargs["position_embeddings"])
+            state.rotary = kwargs["position_embeddings"]
             for view in state.view_states:
                 view.counts.append(len(view.left))
             if state.whole(index):
@@ -181,6 +184,7 @@ class DecoderPruning:
             return
         if hidden.shape[1] < state.layouts[0].columns.shape[1]:
             raise UserError(f"{self._name}: the prompt has to pass in one piece; leave out prefill_chunk_size")
+        self._check_window(hidden.shape[1])
         state.enter(*hidden.shape[:2])
         if past is not None:
             self._passed[past] = state
@@ -197,8 +201,28 @@ class DecoderPruning:
         # Candidates that came with the prompt may have been taken back since: what follows it is counted anew.
         layout, prompt = state.layouts[index].ahead_of(state.tail), state.layouts[0].columns.shape[1] - state.tail
         new = past.get_seq_length(index) - layout.columns.shape[1] + fresh
+        self._check_window(prompt + new)
         keys = layout.repeated(batch // len(layout.columns)).behind(prompt, new)
-        return args, {**kwargs, "attention_mask": cut_mask(kwargs.get("attention_mask"), keys, fresh, self._flash)}
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 4 and mask.shape[-1] != prompt + new:
+            # Made for the keys of another layer of the same kind, the first one, which is cut already.
+            return args, {**kwargs, "attention_mask": causal(keys, fresh, mask.dtype)}
+        return args, {**kwargs, "attention_mask": cut_mask(mask, keys, fresh, self._flash)}
+
+    def _check_window(self, length: int) -> None:
+        """Check that a prompt and its answer fit into the layers' sliding window, which then never slides.
+
+        Args:
+            length: their number of columns.
+
+        Raises:
+            UserError: they do not.
+        """
+        if self.layers.window is not None and length > self.layers.window:
+            raise UserError(
+                f"{self._name}: prompt and answer have {length} tokens, more than the {self.layers.window} that the "
+                "model's layers with a sliding window see; pruners in front of the decoder have no such limit"
+            )
 
     @property
     def _flash(self) -> bool:
@@ -242,7 +266,7 @@ class DecoderPruning:
             state: the prompt.
             index: index of the layer.
             hidden: [B, C, D] hidden states of the columns that are left.
-            rotary: cosine and sine of the prompt's columns.
+            rotary: cosine and sine of the prompt's columns, in the layer that the pruner reads.
 
         Returns:
             Hidden states of the columns that stay.

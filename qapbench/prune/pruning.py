@@ -37,7 +37,9 @@ from .splice import (
 from .state import view_states
 from .turns import filled
 
-PER_TOKEN = {"labels": UNLABELLED, "mm_token_type_ids": 0, "token_type_ids": 0}
+TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Inputs that tell images from text, one value per token, 0 for text and padding."""
+PER_TOKEN = {"labels": UNLABELLED, **dict.fromkeys(TYPES, 0)}
 """Inputs with one value per token, besides ids, mask and positions -> their padding. The loss skips labels of -100."""
 
 

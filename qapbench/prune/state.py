@@ -96,6 +96,7 @@ class DecoderState:
         view_states: the views, sorted by image.
         images: the images of the call.
         layouts: the columns of the prompt that each layer holds.
+        rotary: cosine and sine of the prompt's columns in the layer that ran last; None before the first one.
         embedded: [B, L, D] hidden states with which the prompt entered; None if the pruner does not read them.
         times: number of copies of each row in the batch (beams).
         tail: number of columns behind the prompt with which the call came.
@@ -106,6 +107,7 @@ class DecoderState:
     view_states: list[ViewState]
     images: list[EncodedImage]
     layouts: list[TokenLayout]
+    rotary: tuple[Tensor, Tensor] | None = None
     embedded: Tensor | None = None
     times: int = 1
     tail: int = 0

@@ -88,6 +88,22 @@ def cut(kwargs: dict[str, Any], layout: TokenLayout, flash: bool) -> dict[str, A
     return short
 
 
+def causal(keys: TokenLayout, queries: int, dtype: torch.dtype) -> Tensor:
+    """A mask [B, 1, Q, S] under which queries see all keys before them and themselves, and no padding.
+
+    Args:
+        keys: layout of the layer's keys.
+        queries: number of queries, which are the last of these columns.
+        dtype: bool, or that of a mask which is added to the logits.
+    """
+    length = keys.columns.shape[1]
+    seen = torch.ones(queries, length, dtype=torch.bool, device=keys.columns.device).tril(length - queries)
+    seen = seen & keys.valid[:, None, None, :]
+    if dtype == torch.bool:
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def cut_mask(mask: Tensor | None, keys: TokenLayout, queries: int, flash: bool) -> Tensor | None:
     """Cut an attention mask over the prompt to the columns that a layer's keys hold.
 

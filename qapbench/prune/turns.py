@@ -21,6 +21,7 @@ class CachedPrompt:
         short: [B, S] those of the prompt as the decoder got it.
         mask: [B, S] its attention mask.
         positions: [..., B, S] its positions.
+        typed: inputs with one value per token, by name, each [B, S] as the decoder got it.
         counted: whether they count the tokens that are left, so that the caller's own positions would not follow them.
         decoder: what pruned it between the decoder's layers; None for pruning in front of the decoder.
     """
@@ -29,6 +30,7 @@ class CachedPrompt:
     short: Tensor
     mask: Tensor
     positions: Tensor
+    typed: dict[str, Tensor]
     counted: bool
     decoder: Any = None
 
@@ -71,8 +73,14 @@ class CachedPrompt:
         rest = torch.ones_like(ids[:, length:]) if mask is None else mask[:, length:]
         if cache.get_seq_length() >= self.short.shape[1] + rest.shape[1]:
             raise UserError("input_ids: the KV cache holds all of them already; a further turn needs new tokens")
+        types = {
+            name: torch.cat([held, kwargs[name][:, -rest.shape[1] :]], dim=1)
+            for name, held in self.typed.items()
+            if kwargs.get(name) is not None
+        }
         return {
             **kwargs,
+            **types,
             "input_ids": ids if fresh else torch.cat([self.short, ids[:, length:]], dim=1),
             "attention_mask": torch.cat([self.mask, rest], dim=1),
             "position_ids": torch.cat([self.positions, self._behind(rest)], dim=-1),

@@ -17,12 +17,12 @@ from qapbench.models import Family, row_products
 from qapbench.models.row_products import row_by_row
 from qapbench.prune.generation import limit_on_length
 from qapbench.prune.prompt import PrunedPrompt
+from qapbench.prune.pruning import TYPES
 from qapbench.tasking.questions import ContinuationTokenizer, Question
 
 from .active_run import Result
 
 REPEATS = 1 << 24  # step between the seeds of several samples of one answer; the generator reads 32 bits of a seed
-PER_TOKEN = frozenset({"mm_token_type_ids", "token_type_ids"})  # inputs with one value per token, which is 0 for text
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _with_tail(row: Row) -> dict[str, Any]:
         tail = torch.tensor([row.tail], device=inputs["input_ids"].device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], tail], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tail)], dim=1)
-        for name in PER_TOKEN & inputs.keys():
+        for name in set(TYPES) & inputs.keys():
             inputs[name] = torch.cat([inputs[name], torch.zeros_like(tail)], dim=1)
         if "position_ids" in inputs:
             positions = inputs["position_ids"]

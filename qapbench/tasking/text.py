@@ -176,6 +176,9 @@ def _masked_tokenizer(tokenizer: Any, special: frozenset[str], mask: str) -> Any
         model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & special]
     made = copy.copy(tokenizer)
     made._tokenizer = Tokenizer.from_str(json.dumps(data))
+    # A processor asks for its tokens by name, too (`image_token_id`).
+    named = tokenizer._special_tokens_map.items()
+    made._special_tokens_map = {name: spelled(str(token)) if token is not None else None for name, token in named}
     for token in special:
         if made._tokenizer.token_to_id(mask + token) != backend.token_to_id(token):
             raise UserError(f"model: a question spells {token!r}, which this tokenizer cannot read as text")

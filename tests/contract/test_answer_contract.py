@@ -10,6 +10,7 @@ from qapbench.models.family import families, family_of
 from qapbench.models.relevance import QuestionReader
 from qapbench.prune.build import build_pruning
 from qapbench.prune.prompt import PruningView
+from qapbench.prune.pruning import TYPES
 from qapbench.prune.splice import PrunedImage
 from qapbench.quantize.calibration import Calibration, CalibrationSamples
 from qapbench.receipt import Receipt
@@ -38,7 +39,7 @@ def answered(prompt: dict[str, Any], *parts: tuple[bool, list[int]]) -> dict[str
     more = torch.tensor([[token for _, tokens in parts for token in tokens]])
     known = torch.tensor([[labelled for labelled, tokens in parts for _ in tokens]])
     longer = {**prompt, "input_ids": torch.cat([prompt["input_ids"], more], dim=1)}
-    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    for name, fill in (("attention_mask", 1), *((name, 0) for name in TYPES)):
         if name in prompt:
             longer[name] = torch.cat([prompt[name], torch.full_like(more, fill)], dim=1)
     nothing = torch.full_like(prompt["input_ids"], -100)
@@ -109,7 +110,7 @@ def test_an_earlier_answer_is_part_of_a_later_images_prompt(family: str) -> None
                 ids = torch.cat([turn["input_ids"], prompt["input_ids"], torch.tensor([second])], dim=1)
                 labels = torch.cat([turn["labels"], torch.full_like(prompt["input_ids"], -100)], dim=1)
                 labels = torch.cat([labels, torch.tensor([second])], dim=1)
-                types = {"mm_token_type_ids": (ids == 3).long()} if "mm_token_type_ids" in prompt else {}
+                types = {name: (ids == 3).long() for name in TYPES if name in prompt}
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, **types, **images)
         one, two, three = places(kept)
         assert one[0] == two[0] == three[0], name

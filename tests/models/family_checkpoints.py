@@ -11,6 +11,7 @@ import transformers
 from llava_checkpoints import make_tokenizer
 from PIL import Image
 from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -20,6 +21,7 @@ from qapbench.models.family import families, images_only
 TILE = {"height": 32, "width": 32}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 PICTURE = {
+    "gemma3": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -56,10 +58,14 @@ def save_family(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
     tokenizer = processor.tokenizer
     tiny.config.text_config.vocab_size = len(tokenizer)
     tiny.config.text_config.initializer_range = 0.15
-    tiny.config.image_token_id = processor.image_token_id
+    # Gemma's processor gives the token that a text has for an image, and not the one that stands for a visual token.
+    tiny.config.image_token_id = getattr(tokenizer, "image_token_id", None) or processor.image_token_id
     for key, value in config.items():
         setattr(tiny.config, key, value)
     model = type(tiny)(tiny.config)
+    for weight in model.parameters():
+        if weight.ndim == 2 and not weight.any():  # Gemma's projector begins as zeros
+            torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -128,7 +134,20 @@ def _idefics3(config: Any) -> Any:
     )
 
 
+def _gemma3(config: Any) -> Any:
+    tokenizer = tokenizer_with(
+        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
+    )
+    return transformers.Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size=TILE),
+        tokenizer=tokenizer,
+        image_seq_length=16,
+        chat_template=template("<start_of_image>"),
+    )
+
+
 PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "gemma3": _gemma3,
     "idefics3": _idefics3,
     "smolvlm": _idefics3,
     "llava_next": _llava_next,

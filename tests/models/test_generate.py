@@ -172,7 +172,7 @@ def behind(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     """The inputs of a conversation that goes on: the same images, more tokens."""
     more = ids.shape[1] - inputs["input_ids"].shape[1]
     longer = {**inputs, "input_ids": ids}
-    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
         if name in inputs:
             longer[name] = torch.cat([inputs[name], inputs[name].new_full((len(ids), more), fill)], dim=1)
     return longer

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +10,15 @@ from torch import Tensor, nn
 
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImages
-from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
-from qapbench.models.pixel_shuffle import check_runs, runs, tiled
-from qapbench.models.tower import MIDDLE, OF_CLS, RECEIVED, SHALLOW, at_depth, digest, received, recorded
+from qapbench.models.family import TINY_TEXT, TINY_TOWER, family
+from qapbench.models.merged_patches import MergedFamily, check_runs, runs, tiled
 
 
 @family("idefics3")
-class Idefics3(Family):
+class Idefics3(MergedFamily):
     """Every tile is a view, and so is the image scaled down, which comes last if there are tiles.
 
-    The tower is a SigLIP without CLS token, whose last layer is read. A token consists of a square of patches side by
-    side, which is what `patches` holds. Its attention and its keys are the means over these patches.
+    See `MergedFamily`. A token consists of a square of patches side by side, which is what `patches` holds.
     """
 
     image_inputs = ("pixel_values", "pixel_attention_mask")
@@ -34,15 +31,14 @@ class Idefics3(Family):
         return {"language": core.text_model, "projector": core.connector, "vision": core.vision_model}
 
     @property
-    def available_fields(self) -> frozenset[str]:
-        """All fields of the vision tower except `cls_token`."""
-        fields = {"patches", "image_ids", "grid", "cls_attention", "keys", "last_cls_attention", "last_keys"}
-        return frozenset(fields | {"attention_received", "middle_attention_received", "shallow_cls_attention"})
+    def layers(self) -> Sequence[Any]:
+        """The layers of the vision tower."""
+        return self.model.model.vision_model.encoder.layers
 
     @property
-    def substitutes(self) -> Mapping[str, str]:
-        """Attention received from all patches takes the place of CLS attention."""
-        return dict.fromkeys(OF_CLS, RECEIVED)
+    def merging(self) -> nn.Module:
+        """The projection of shuffled patches."""
+        return self.model.model.connector.modality_projection
 
     @property
     def view_tokens(self) -> int | None:
@@ -56,23 +52,14 @@ class Idefics3(Family):
     @torch.no_grad()
     def encode_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
         """Run vision tower and connector on all tiles of the call at once; see `Family.encode_images`."""
-        self.check_available(needs)
         core = self.model.model
-        layers = core.vision_model.encoder.layers
-        used = {"": layers[-1], "middle_": at_depth(layers, MIDDLE), "shallow_": at_depth(layers, SHALLOW)}
-        outputs = [
-            (getattr(layer.self_attn, f"{kind}_proj"), f"{prefix}{kind}")
-            for prefix, layer in used.items()
-            for kind in "qk"
-        ]
-        inner = {core.connector.modality_projection: "patches"}
-        with recorded(outputs, inner, {core.vision_model: "tower"}) as captured:
+        with self.recording(needs, {core.vision_model: "tower"}) as captured:
             rows = core.get_image_features(
                 inputs["pixel_values"], inputs.get("pixel_attention_mask"), return_dict=True
             ).pooler_output
         pixels = captured["tower"]["pixel_values"]  # those of the call without the tiles that fill up its rows
         projected = torch.cat(rows).unflatten(0, (len(pixels), -1))
-        tokens = VisionTokens(projected=projected, **self._fields(captured, needs, pixels))
+        tokens = VisionTokens(projected=projected, **self.fields(captured, needs, pixels))
         return tiled(tokens, self._tiles(inputs["input_ids"], tokens))
 
     def _tiles(self, ids: Tensor, tokens: VisionTokens) -> list[int]:
@@ -99,29 +86,7 @@ class Idefics3(Family):
             last = row, end
         return counts
 
-    def _fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
-        """Make the fields of `VisionTokens` other than `projected` from captured queries, keys and patches."""
-        heads, side = self.model.config.vision_config.num_attention_heads, math.isqrt(seen["patches"].shape[1])
-        found: dict[str, Any] = {"heads": heads, "grid": (side, side)}
-        attention = {
-            "cls_attention": ("", heads),
-            "last_cls_attention": ("", 1),
-            "attention_received": ("", heads),
-            "middle_attention_received": ("middle_", heads),
-            "shallow_cls_attention": ("shallow_", heads),
-        }
-        for name in attention.keys() & needs:
-            prefix, parts = attention[name]
-            found[name] = self._merged(received(seen[f"{prefix}q"], seen[f"{prefix}k"], parts)[..., None])[..., 0]
-        if "patches" in needs:
-            found["patches"] = seen["patches"]
-        for name in needs & {"keys", "last_keys"}:
-            found[name] = self._merged(seen["k"])
-        if "image_ids" in needs:
-            found["image_ids"] = tuple(digest(tile) for tile in pixels)
-        return found
-
-    def _merged(self, values: Tensor) -> Tensor:
+    def merged(self, values: Tensor) -> Tensor:
         """The mean over the patches of each token: [T, P, C] -> [T, N, C]."""
         connector = self.model.model.connector
         shuffled = connector.pixel_shuffle(values, connector.scale_factor)

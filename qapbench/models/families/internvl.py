@@ -13,8 +13,8 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImages
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
+from qapbench.models.merged_patches import check_runs, joined, runs, tiled
 from qapbench.models.outline import ImageOutline, Size, blank_tokens
-from qapbench.models.pixel_shuffle import check_runs, runs, tiled
 from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded
 
 TILES = 12  # largest number of tiles that the processor cuts an image into, unless its config says otherwise
@@ -71,10 +71,7 @@ class InternVL(Family):
 
     def encoded(self, features: list[Tensor]) -> dict[str, Any]:
         """Keyword arguments that hand the features [K, D] of each image to the model in place of pixels."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        # This model expects one tensor for all images, the other families a list.
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(features))}}
+        return joined(features)
 
     @torch.no_grad()
     def encode_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:

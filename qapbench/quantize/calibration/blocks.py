@@ -151,7 +151,9 @@ class Block:
             valid = one.masks(seen["q_proj"])[1]
             turns = [part.to(valid.device).flatten(0, -2)[valid] for part in rotary]
             places = torch.arange(int(valid.sum()), device=valid.device)
-            rows = attention_rows(attention, seen["q_proj"][valid], seen["k_proj"][valid], (turns[0], turns[1]), places)
+            visible = visible_places(one.kwargs.get("attention_mask"), valid)
+            states = seen["q_proj"][valid], seen["k_proj"][valid]
+            rows = attention_rows(attention, *states, (turns[0], turns[1]), places, visible)
             found.append(rows.sum(dim=0))
         return found
 
@@ -365,6 +367,19 @@ def check_finite(x: Tensor, what: str) -> None:
     if bad:
         message = f"calibration: {what} has {bad} of {x.numel()} values that are not finite"
         raise UserError(f"{message}; try a wider dtype, or look for NaN in the checkpoint and the samples")
+
+
+def visible_places(mask: Tensor | None, valid: Tensor) -> Tensor | None:
+    """What a layer's attention mask lets the valid tokens of a sample see: [T, T] bool; None if it only says causal.
+
+    Args:
+        mask: the mask, [1, 1, L, L] if it is one of queries and keys.
+        valid: [L] bool, False at padding.
+    """
+    if mask is None or mask.ndim != 4 or mask.shape[:2] != (1, 1):
+        return None
+    square = mask[0, 0].to(valid.device)
+    return (square if square.dtype == torch.bool else square >= 0)[valid][:, valid]
 
 
 def first(output: Any) -> Tensor:
