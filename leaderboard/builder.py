@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from qapbench.files import replace_all_synced
 from qapbench.records.record import Record, parse_record
 from qapbench.visible import visible, visible_logger
 
+from .costs import cost_columns, costs_of, with_equal_costs
 from .export import csv_text, json_text, page_data, percent, plain, script_json, signed
 from .flips import Flips, find_flips
 from .paper import paper_rows, reference
@@ -32,7 +34,7 @@ from .unfinished import Unfinished, unfinished_runs
 
 LOG = visible_logger(__name__)
 TITLE = "qapbench leaderboard"
-FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion")
+FACETS = ("model", "quantization", "pruner", "sensitivity", "fusion", "equal_cost")
 APP = ("dom.js", "flips.js", "details.js", "chart.js", "tokens.js", "metrics.js", "study.js", "heat.js", "table.js")
 OVERALL = "Avg"
 GROUPS = {
@@ -90,7 +92,8 @@ def build(
     if folder and (strata := Strata(folder)):
         scored = [strata.of(run) if run else None for run in scored]
         cleaned = [run.record if run else record for run, record in zip(scored, cleaned, strict=True)]
-    own = [from_record(record) for record in cleaned]
+    own = [dataclasses.replace(from_record(record), costs=costs_of(record)) for record in cleaned]
+    own = with_equal_costs(own)
     labels = task_labels(cleaned)
     own = rows_by_task(own, cleaned, scored) if labels else compared(own, scored)
     paper = paper_rows(len(own))
@@ -189,7 +192,8 @@ def _render(
         groups={} if labels else _grouped(columns),
         hints=HINTS,
         references=REFERENCES,
-        facets={name: sorted({getattr(row, name) for row in rows}) for name in FACETS},
+        costs=cost_columns(rows),
+        facets=_facets(rows),
         stand_ins=sum(row.stand_in for row in own),
         stand_in_notes=list(notes),
         newest=max((row.created for row in own), default=""),
@@ -204,6 +208,14 @@ def _render(
         script_hashes=[_csp_hash(script) for script in scripts.values()],
         data=Markup(script_json(data)),
     )
+
+
+def _facets(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """What the table can be filtered by, and the values of each: an equal cost only if some rows have one."""
+    found = {name: sorted({getattr(row, name) for row in rows}) for name in FACETS}
+    if not any(found["equal_cost"]):
+        del found["equal_cost"]
+    return found
 
 
 def _grouped(columns: Sequence[str]) -> dict[str, list[str]]:

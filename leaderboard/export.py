@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -14,6 +14,7 @@ import yaml
 from qapbench.records.record import Record
 from qapbench.visible import HIDDEN, json_visible, visible
 
+from .costs import cost_columns
 from .flips import Flips
 from .ranking import REFERENCES
 from .rows import Row, Score, Standing, Versus, mapping
@@ -61,13 +62,13 @@ def plain(value: float | int | None, digits: int = 1) -> str:
     return str(int(value)) if value == int(value) else f"{value:.{digits}f}"
 
 
-def csv_text(rows: Iterable[Row], columns: Sequence[str], labels: Sequence[str] = ()) -> str:
+def csv_text(rows: Sequence[Row], columns: Sequence[str], labels: Sequence[str] = ()) -> str:
     """The rows as CSV, one line per row.
 
     Accuracies are in percent as in the table, each followed by k, n and its interval. Then come the references, each
     with the difference in percentage points; on a page with several tasks these are listed for each task, with the rank
-    in it, and the relative average comes first. A text that a spreadsheet would read as a formula gets an apostrophe in
-    front.
+    in it, and the relative average comes first. The costs that some row has follow. A text that a spreadsheet would
+    read as a formula gets an apostrophe in front.
 
     Args:
         rows: the rows.
@@ -83,6 +84,8 @@ def csv_text(rows: Iterable[Row], columns: Sequence[str], labels: Sequence[str] 
     for label in labels or [""]:
         heads += [f"{label} rank"] if label else []
         heads += [f"{label} {kind} {part}".strip() for kind in REFERENCES for part in VERSUS]
+    costs = cost_columns(rows)
+    heads += [column.head for column in costs.values()]
     writer.writerow([_harmless(name) for name in (*FIELDS, *heads, *LAST_FIELDS)])
     for row in rows:
         line = [getattr(row, name) for name in FIELDS]
@@ -96,6 +99,7 @@ def csv_text(rows: Iterable[Row], columns: Sequence[str], labels: Sequence[str] 
             line += [standing.rank] if label else []
             for kind in REFERENCES:
                 line += _versus_cells(standing.against.get(kind))
+        line += [row.costs.get(name) for name in costs]
         line += [getattr(row, name) for name in LAST_FIELDS]
         writer.writerow([_harmless(value) for value in line])
     return buffer.getvalue()

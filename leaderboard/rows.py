@@ -128,6 +128,8 @@ class Row:
         too_long: number of questions whose prompts need more positions than the model was made for.
         unanswered: number of questions that could not be asked.
         left_out: number of questions that its rank and comparisons leave out, because not all rows were asked them.
+        costs: what it costs, by the names of the cost columns.
+        equal_cost: the cost that other rows have too, in words; "" if none has.
     """
 
     kind: str = "run"
@@ -162,6 +164,8 @@ class Row:
     too_long: int = 0
     unanswered: int = 0
     left_out: int = 0
+    costs: dict[str, float] = field(default_factory=dict)
+    equal_cost: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data. What there is only on a page with several tasks is left out elsewhere."""

@@ -30,7 +30,7 @@ function hover(row, cell, column) {
   return [
     `<b>${chartText(row.name)}</b>`, chartText(`${row.model} · ${row.quantization}`), chartText(methodOf(row)),
     chartText(`${column} ${percent(cell.accuracy)} %${interval}${counts}`),
-    `${plain(position(row))} tokens${row.tokens === null ? " as stated" : ""}`,
+    `${plain(position(row))} tokens${row.tokens === null ? " as stated" : ""}`, ...costWords(row),
   ].join("<br>");
 }
 
@@ -108,5 +108,5 @@ function startPlotly() {
 }
 
 function startCharts() {
-  byId("column").addEventListener("change", drawFigures);
+  for (const id of ["column", "axis"]) byId(id).addEventListener("change", drawFigures);
 }

@@ -79,6 +79,13 @@ function tokenLine(row) {
   return make("p", "", `${plain(row.tokens)}${of} vision tokens per image as measured${merged}${spread}.`);
 }
 
+/** What a prompt of the run costs, with the heads of the table. */
+function costSection(row) {
+  const named = [...byId("axis").options].filter((option) => Object.hasOwn(row.costs, option.value));
+  return named.length ? section("Cost of a prompt",
+    pairs(named.map((option) => [option.text, Number(row.costs[option.value].toPrecision(4)).toString()]))) : null;
+}
+
 function linearsTable(table) {
   const show = (value) => (value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value));
   const numeric = table.keys.map((_, i) => i).filter((i) => table.rows.every((row) => typeof row[i] !== "string"));
@@ -102,6 +109,7 @@ function runSections(row, detail, index) {
     section("Receipt", make("p", "", row.receipt || "The record holds no receipt."), tokenLine(row),
       detail.fallbacks.length ? make("div", "banner", make("strong", "", "Fallbacks"), bullets(detail.fallbacks)) : null,
       linears.rows.length ? linearsTable(linears) : null),
+    costSection(row),
     detail.timing.length ? section("Timing", pairs(detail.timing)) : null,
     detail.environment.length ? section("Environment", pairs(detail.environment)) : null,
     section("Identity", pairs([["run id", row.run_id || "–"], ["created", row.created || "–"], ...detail.fingerprints])),

@@ -25,7 +25,7 @@ const table = window.$("#table").DataTable({
 const groups = [...document.querySelectorAll("#table tr.groups th")].flatMap((head) =>
   Array.from({ length: head.colSpan }, () => head.dataset.group ?? ""));
 const chips = [...document.querySelectorAll("[data-columns]")];
-const WIDE_ONLY = ["Compression", "Subject", "Context", "Grade", "Strata", "Confidence", "Other", "Provenance"]; // what a phone leaves out at first
+const WIDE_ONLY = ["Compression", "Cost", "Subject", "Context", "Grade", "Strata", "Confidence", "Other", "Provenance"]; // what a phone leaves out at first
 
 function press(chip, pressed) {
   chip.setAttribute("aria-pressed", String(pressed));

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from qapbench.methods.kinds import pruners
+from qapbench.models.encoded import EncodedImages
+from qapbench.models.outline import ImageOutline
 from qapbench.receipt import LinearReceipt
 from qapbench.spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
 
@@ -210,9 +212,12 @@ def _cost(
     shape = shape_of(family)
     bits = Bits(quantize, measured_lines(receipt))
     pruner = pruners.create(prune.method.name, **prune.method.params) if prune else None
-    outline = family.outline(prompt.images)
+    none = ImageOutline(EncodedImages([], []), ((),) * len(shape.tower), 0, 0)
+    outline = family.outline(prompt.images) if prompt.images else none
     planned = token_flow(outline, prune, pruner, shape.depth, family.view_tokens)
     tokens = measured or MeasuredTokens(planned.available, planned.layers, planned.separators)
+    if len(tokens.layers) == 1:
+        tokens = replace(tokens, layers=tokens.layers * shape.depth)
     columns = [count + tokens.separators + prompt.text for count in tokens.layers]
     needs = pruner.needs & family.available_fields if pruner else frozenset()
     watched = quantize is not None and "vision" in quantize.scope  # such a layer runs, whoever reads it

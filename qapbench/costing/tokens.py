@@ -38,7 +38,7 @@ class MeasuredTokens:
 
     Attributes:
         available: tokens before pruning, without separators.
-        layers: tokens that each layer of the decoder received, without separators.
+        layers: tokens that each layer of the decoder received, without separators; one number if all received the same.
         separators: tokens that the model added itself and that the decoder received.
     """
 

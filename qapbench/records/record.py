@@ -285,6 +285,59 @@ class Stopped(Part):
     bound: str
 
 
+class StageCost(Part):
+    """A number for each stage of one prompt, such as FLOPs; see `qapbench.costing.cost.StageNumbers`.
+
+    Attributes:
+        tower: the vision tower.
+        projector: the projector.
+        selection: choosing the tokens.
+        prefill: the language model on the prompt.
+        decode: the language model on the token after it.
+    """
+
+    tower: FiniteFloat
+    projector: FiniteFloat
+    selection: FiniteFloat
+    prefill: FiniteFloat
+    decode: FiniteFloat
+
+    @property
+    def prompt(self) -> float:
+        """All stages up to the first token of the answer."""
+        return self.tower + self.projector + self.selection + self.prefill
+
+
+class CostRecord(Part):
+    """What one prompt of a run costs, by its model's config and what was measured; docs/cost.md has the definitions.
+
+    Attributes:
+        text: text tokens of the prompt, which are the same for every run.
+        image: height and width in pixels of its image; None if no question has one.
+        available: visual tokens per image before pruning, as measured.
+        layer_mean: mean over the decoder's layers of those that they received, as measured.
+        tokens_share: visual tokens x layers relative to those without pruning.
+        flops: FLOPs of each stage.
+        bops: FLOPs x bits x bits / 256 of each stage.
+        flops_share: FLOPs of the prompt relative to the same model with nothing compressed.
+        weight_bytes: bytes of the weights as they are stored.
+        kv_bytes: bytes of the KV cache that the prompt leaves.
+        activation_bytes: bytes of activations that are held at the same time at most.
+    """
+
+    text: Count
+    image: tuple[int, int] | None = None
+    available: FiniteFloat
+    layer_mean: FiniteFloat
+    tokens_share: FiniteFloat
+    flops: StageCost
+    bops: StageCost
+    flops_share: FiniteFloat
+    weight_bytes: Count
+    kv_bytes: FiniteFloat
+    activation_bytes: FiniteFloat
+
+
 class Unanswered(Part):
     """A question that could not be asked.
 
@@ -322,6 +375,7 @@ class Record(Part):
         parts: the results by task, if the run asked several. `scores` then has one column per task, which is the task's
             score.
         unanswered: the questions that could not be asked; the scores are of the others.
+        cost: what one prompt costs; None in records of earlier versions, and where the model's kind has no cost model.
     """
 
     schema_version: Annotated[Literal[3], Field(alias="schema")] = 3
@@ -343,6 +397,7 @@ class Record(Part):
     stopped: Stopped | None = None
     parts: list[TaskPart] | None = None
     unanswered: list[Unanswered] = Field(default_factory=list)
+    cost: CostRecord | None = None
 
     @property
     def score(self) -> ColumnScore | None:

@@ -27,6 +27,7 @@ from qapbench.tasking.scores import score
 from qapbench.tasking.tasks import LoadedTask
 
 from .active_run import ActiveRun, place_among
+from .costs import run_cost
 from .environment import environment
 from .notes import chance, labels, notes, receipt_record
 
@@ -96,4 +97,5 @@ def finish(
         notes=[stopped.bound, *said] if stopped else said,
         stopped=stopped,
         unanswered=unanswered,
+        cost=run_cost(spec, receipt, str(machine["dtype"])),
     )

@@ -10,6 +10,7 @@ from qapbench.hashing import digest_json
 from qapbench.receipt import Receipt, ReceiptFields
 from qapbench.records.record import (
     ColumnScore,
+    CostRecord,
     Record,
     ScoreTable,
     Stopped,
@@ -57,6 +58,7 @@ def joined(spec: RunSpec, parts: Sequence[RunSpec], records: Sequence[Record]) -
         notes=_notes(spec, records),
         stopped=_stopped(records, questions),
         unanswered=[one for record in records for one in record.unanswered],
+        cost=_cost(records),
         parts=[
             TaskPart(
                 label=label,
@@ -108,6 +110,27 @@ def _receipt(records: Sequence[Record]) -> Receipt:
         totals[name] = extreme((v for one in receipts if (v := getattr(one, name)) is not None), default=None)
     totals["fallbacks"] = list(dict.fromkeys(what for one in receipts for what in one.fallbacks))
     return Receipt.model_validate({**receipts[0].model_dump(include=set(ReceiptFields.model_fields)), **totals})
+
+
+def _cost(records: Sequence[Record]) -> CostRecord | None:
+    """The cost of all parts: the mean over images. What does not depend on the images is that of the first part."""
+    costs = [record.cost for record in records if record.cost is not None]
+    if len(costs) < len(records):
+        return None
+    images = [(record.tokens.images or 1) if record.tokens else 0 for record in records]
+    if not any(images):
+        return costs[0]
+
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: mean([value[key] for value in values]) for key in values[0]}
+        return sum(n * value for n, value in zip(images, values, strict=True)) / sum(images)
+
+    measured = {name for name in CostRecord.model_fields if name not in ("text", "image", "weight_bytes")}
+    return CostRecord.model_validate(
+        costs[next(at for at, n in enumerate(images) if n)].model_dump()
+        | {name: mean([cost.model_dump()[name] for cost in costs]) for name in measured}
+    )
 
 
 def _together(content: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

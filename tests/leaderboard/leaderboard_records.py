@@ -81,6 +81,7 @@ def record(index: int, prune: Data | None, model: str = "diagram-llava", bits: i
             "kept": keep - merged,
             "merged": merged,
         },
+        "cost": cost(keep, bits),
         "receipt": {
             "summary": f"rtn W{bits}A{bits} on 30 linears (language); keeps {keep} of 144",
             "linears": linears,
@@ -90,6 +91,24 @@ def record(index: int, prune: Data | None, model: str = "diagram-llava", bits: i
         "fingerprints": {"model": "a" * 64, "data": "b" * 64},
         "timing": {"seconds": 12.3, "questions": 1000, "peak_memory_mb": 900},
         "notes": [NOTE],
+    }
+
+
+def cost(keep: int, bits: int) -> Data:
+    """The cost of a record; its numbers are round ones."""
+    flops = {"tower": 1e8, "projector": 1e7, "selection": 1e6 * (keep < 144), "prefill": 6e6 * keep, "decode": 6e6}
+    return {
+        "text": 64,
+        "image": [96, 96],
+        "available": 144.0,
+        "layer_mean": float(keep),
+        "tokens_share": keep / 144,
+        "flops": flops,
+        "bops": {stage: n * bits**2 / 256 for stage, n in flops.items()},
+        "flops_share": sum(n for stage, n in flops.items() if stage != "decode") / 9.74e8,
+        "weight_bytes": 6_000_000 * bits // 16,
+        "kv_bytes": 2000.0 * (keep + 64),
+        "activation_bytes": 1e6,
     }
 
 
