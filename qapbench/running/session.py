@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.compression import compress
 from qapbench.hashing import state_of_tree
+from qapbench.memory import Phases
 from qapbench.models import family_of
 from qapbench.models.loading import load_model, load_processor, precision
 from qapbench.progress import ProgressCallback, silent
@@ -23,6 +24,7 @@ from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking import calibration_samples
 from qapbench.tasking.tasks import LoadedTask, load_task
 
+from .estimate import refuse_unless_it_fits
 from .plan import Planned
 from .settings import Settings
 
@@ -44,11 +46,13 @@ class Session:
     Attributes:
         keep_originals: where original weights are while the model is quantized; see `compress`. A model that the
             session loads needs no copy of them: they are read again from its checkpoint.
+        phases: peak memory of loading, quantizing and answering.
     """
 
     def __init__(self, settings: Settings, progress: ProgressCallback = silent) -> None:
         self.settings = settings
         self.progress = progress
+        self.phases = Phases(settings.device)
         self.keep_originals: Keep = "checkpoint"
         self._loaded: tuple[Hashable, Any, Any] | None = None
         self._tasks: dict[Hashable, LoadedTask] = {}
@@ -59,12 +63,15 @@ class Session:
         """The model of a run in full precision, and its processor.
 
         Raises:
-            UserError: the checkpoint cannot be loaded.
+            UserError: the checkpoint cannot be loaded, or its weights do not fit into the memory that is free.
         """
         key = self._model_key(spec)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
+            refuse_unless_it_fits(spec, self.settings)
+            self.phases.begin("load")
             self._loaded = (key, *load_model(spec, self.settings.device, self.settings.trust_remote_code))
+            self.phases.end()
         return self._loaded[1], self._loaded[2]
 
     def adopt(self, spec: RunSpec, model: Any, processor: Any) -> None:
@@ -82,6 +89,7 @@ class Session:
 
         if self.settings.in_process:
             return self.model(spec)[1]
+        refuse_unless_it_fits(spec, self.settings)
         return load_processor(spec, torch.device("cpu"), self.settings.trust_remote_code)
 
     def task(self, spec: RunSpec) -> LoadedTask:
@@ -126,8 +134,11 @@ class Session:
         spec = planned.spec.model_copy(update={"prune": None})
         model, processor = self.model(spec)
         calibration = self.calibration(planned)
+        self.phases.begin("quantize")
         with compress(model, spec, processor, calibration=calibration, keep_originals=self.keep_originals) as receipt:
+            self.phases.begin("answer")
             yield receipt
+        self.phases.end()
 
     def calibration(self, planned: Planned) -> CalibrationSamples | None:
         """The calibration samples of a run; None if it does not calibrate.

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qapbench.hashing import add_tensor
-from qapbench.memory import peak_memory
 from qapbench.models import Family, family_of
 from qapbench.models.positions import positions_needed, positions_of
 from qapbench.prune.prompt import PrunedPrompt
@@ -48,7 +47,7 @@ def answer_runs(session: Session, runs: Sequence[ActiveRun], docs: set[int] | No
         docs: documents to answer; all if None.
 
     Returns:
-        The peak memory of this process. Questions that were refused say so themselves.
+        The peak memory of this process, and that of its phases. Questions that were refused say so themselves.
 
     Raises:
         NotQuantizedError: a run asks for quantization that never reached a matmul.
@@ -59,7 +58,7 @@ def answer_runs(session: Session, runs: Sequence[ActiveRun], docs: set[int] | No
     mine = [one for one in questions if docs is None or one.place[1] in docs or one is sweep.first]
     with contextlib.closing(sweep.feature_cache):
         sweep.answer(mine)
-    return peak_memory(session.settings.device)
+    return session.phases.peaks
 
 
 class Sweep:
