@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -106,15 +107,27 @@ def _input_hook(plan: LinearPlan, tokens: TokenContext, shared: SharedInputs | N
     return quantize
 
 
+_ORIGINALS: WeakKeyDictionary[nn.Linear, Tensor] = WeakKeyDictionary()
+"""Weights of linears that have another one now."""
+
+
+def full_weight(linear: nn.Linear) -> Tensor:
+    """The linear's weight in full precision, whatever it is replaced by at the moment; it may lie in host memory."""
+    return _ORIGINALS.get(linear, linear.weight).detach()
+
+
 @contextlib.contextmanager
 def replaced(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
     """Give the linear another weight while the context is open; meanwhile the original waits in host memory."""
-    original = linear.weight
+    original, outer = linear.weight, linear in _ORIGINALS
     device = original.device
     linear.weight = nn.Parameter(weight, requires_grad=False)
     original.data = original.data.to("cpu")
+    _ORIGINALS.setdefault(linear, original)
     try:
         yield
     finally:
         original.data = original.data.to(device)
         linear.weight = original
+        if not outer:
+            del _ORIGINALS[linear]
