@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +112,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="changes")
     args = parser.parse_args()
     control, others = lines(args.spec, args.runs, args.against, args.changes)
-    corrected: Iterable[float] = false_discovery_control([line.p for line in others]) if others else []
+    corrected = list(false_discovery_control([line.p for line in others])) if others else []
     print("| row | right, % | difference, points | 95 % | gained | lost | p | q | smallest |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     print(f"| {control.name} (control), n = {control.n} | {100 * control.right:.2f} | | | | | | | |")

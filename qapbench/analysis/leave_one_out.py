@@ -79,6 +79,14 @@ class Spliced:
                 "embeddings"
             )
         embeds[0, placeholders] = prompt.features[0].to(embeds.dtype)
+        self.restart(embeds)
+
+    def restart(self, embeds: Tensor) -> None:
+        """Run the prompt that was started with other embeddings.
+
+        Args:
+            embeds: [1, L, D].
+        """
         self.embeds = embeds
         self.cache = _empty_cache()
         self.logits, self.states = self._run(embeds, self.cache, self._numbered(0, embeds.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_code
-from qapbench.methods.kinds import metrics
-from qapbench.models import family_of
+from qapbench.methods.kinds import Metric, metrics
+from qapbench.models import Family, family_of
+from qapbench.prune.first_reads import on_model
 from qapbench.prune.prompt import PruningView
 from qapbench.receipt import Receipt
 from qapbench.records.store import Store, write_json
@@ -148,6 +150,7 @@ class Study:
                 prunings[key] = session.pruning(one, views[key].append)
             encoder = PromptEncoder(family, processor, {k: p for k, p in prunings.items() if p is not None})
             runner = BatchRunner(family, processor)
+            measures = _measures(family)
             for place, question in enumerate(questions):
                 inputs = encoder.inputs(question.question, question.question.prompt)
                 for spliced in (quantized, full):
@@ -159,13 +162,22 @@ class Study:
                 tokens = quantized.view.projected
                 units = units_of(tokens.shape[1], quantized.view.grid, self.block)
                 effect = occlusion_effects(quantized, full, inputs, units, question.ids, self.batch_size)
-                scores = {f"metric {name}": metrics.create(name)(tokens)[0] for name in metrics.names()}
+                scores = {f"metric {name}": measure(tokens)[0] for name, measure in measures.items()}
                 for prune, (key, pruning) in zip(self.prunes, prunings.items(), strict=True):
                     relevance = _relevance(question, key, views[key], encoder, runner)
                     if relevance is not None and pruning is not None:
                         scores[f"relevance {prune.method.name}"] = relevance
                 fallbacks = [note for one in prunings.values() if one for note in one.receipt.fallbacks]
                 yield _row(question, scores, effect, units, list(dict.fromkeys(fallbacks)))
+
+
+def _measures(family: Family) -> dict[str, Metric]:
+    """All metrics that can be had on a model, by name."""
+    found = {}
+    for name in metrics.names():
+        with contextlib.suppress(UserError):  # a metric that looks at linears which this model does not have
+            found[name] = on_model(metrics.create(name), family)
+    return found
 
 
 def _relevance(

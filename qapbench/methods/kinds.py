@@ -16,6 +16,7 @@ from torch import Tensor
 from qapbench.errors import UserError
 
 from .quantization import PTQ
+from .reads import FirstReads
 from .registry import Entry, Registry
 from .tokens import RelevanceSign, Selection, VisionTokens, all_finite
 
@@ -259,22 +260,74 @@ def even_stages(layers: Sequence[float], count: int, keep: int, depth: int) -> l
     return [Stage(*stage) for stage in dict(zip(places, budgets, strict=True)).items()]
 
 
-def _build_metric(entry: Entry[Metric], params: dict[str, Any]) -> Metric:
-    """Wrap the metric: check its input and convert it to float32, and check its output."""
+class ModelMetric(abc.ABC):
+    """A metric that looks at the language model's first linears as well as at the tokens.
 
-    @functools.wraps(entry.target)
-    def measured(tokens: Tensor) -> Tensor:
+    Subclasses are frozen dataclasses whose fields are the parameters that a spec can set.
+
+    Attributes:
+        needs: what it looks at; "first_reads" is all that there is.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"first_reads"})
+
+    @abc.abstractmethod
+    def scores(self, tokens: Tensor, reads: FirstReads) -> Tensor:
+        """Sensitivity [B, N] of tokens [B, N, D] in float32, higher means more sensitive.
+
+        Args:
+            tokens: a batch of images, which must not influence each other.
+            reads: how the language model first reads a token.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A configured metric: checks the tokens, converts them to float32, and checks the scores.
+
+    Attributes:
+        name: name of the metric.
+        target: what scores tokens in float32.
+        needs: what it looks at apart from the tokens; empty for most.
+    """
+
+    name: str
+    target: Callable[..., Tensor]
+    needs: frozenset[str] = frozenset()
+
+    def __call__(self, tokens: Tensor, reads: FirstReads | None = None) -> Tensor:
+        """Scores [B, N] of tokens [B, N, D].
+
+        Args:
+            tokens: a batch of images.
+            reads: how the language model first reads a token, for a metric that needs it.
+
+        Raises:
+            UserError: a value is not finite, a shape is wrong, or the metric needs a model and none is given.
+        """
         if tokens.ndim != 3:
-            raise UserError(f"metric '{entry.name}': expected tokens [B, N, D], got {tuple(tokens.shape)}")
-        _check_finite(tokens, f"metric '{entry.name}': tokens")
-        scores = entry.target(tokens.float(), **params)
+            raise UserError(f"metric '{self.name}': expected tokens [B, N, D], got {tuple(tokens.shape)}")
+        _check_finite(tokens, f"metric '{self.name}': tokens")
+        if self.needs and reads is None:
+            raise UserError(f"metric '{self.name}' looks at the language model, and none is given to it here")
+        given = (tokens.float(), reads) if self.needs else (tokens.float(),)
+        scores = self.target(*given)
         if not isinstance(scores, Tensor) or scores.shape != tokens.shape[:2]:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise UserError(f"metric '{entry.name}': must return [B, N] = {tuple(tokens.shape[:2])}, got {got}")
-        _check_finite(scores, f"metric '{entry.name}': scores")
+            raise UserError(f"metric '{self.name}': must return [B, N] = {tuple(tokens.shape[:2])}, got {got}")
+        _check_finite(scores, f"metric '{self.name}': scores")
         return scores
 
-    return measured
+
+def _build_metric(entry: Entry[Measure], params: dict[str, Any]) -> Measure:
+    if isinstance(entry.target, type):
+        metric: Any = entry.target(**params)
+        return Measure(entry.name, metric.scores, metric.needs)
+    return Measure(entry.name, functools.partial(entry.target, **params))
+
+
+def _check_metric(target: Any) -> None:
+    _check_class(ModelMetric, "metric")(target) if isinstance(target, type) else _check_callable(target)
 
 
 def _call(entry: Entry[Any], params: dict[str, Any]) -> Any:
@@ -304,7 +357,9 @@ def _check_callable(target: Any) -> None:
         raise TypeError(f"expected a function or a class with __call__, got {target!r}")
 
 
-metrics: Registry[Metric] = Registry("metric", _build_metric, _check_callable, positional=1)
+metrics: Registry[Measure] = Registry(
+    "metric", _build_metric, _check_metric, lambda of: 0 if isinstance(of, type) else 1
+)
 quantizers: Registry[Quantizer] = Registry("quantizer", _call, _check_callable)
 fusions: Registry[Fusion] = Registry("fusion", _build_fusion, _check_callable, positional=2)
 pruners: Registry[Pruner] = Registry("pruner", _call, _check_class(Pruner, "pruner"))

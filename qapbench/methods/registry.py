@@ -88,7 +88,8 @@ class Registry(Generic[T]):
         kind: singular noun for messages ("metric").
         build: makes the usable object of an entry and its validated parameters.
         check: raises TypeError when a target cannot serve as this kind.
-        positional: how many leading parameters are call arguments and not part of the spec; None: all of them.
+        positional: how many leading parameters are call arguments and not part of the spec; None: all of them. Where
+            it depends on the target, a function of it.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Registry(Generic[T]):
         kind: str,
         build: Callable[[Entry[T], dict[str, Any]], T],
         check: Callable[[Any], None] = lambda target: None,
-        positional: int | None = 0,
+        positional: int | Callable[[Any], int] | None = 0,
     ) -> None:
         self.kind = kind
         self._build = build
@@ -109,7 +110,8 @@ class Registry(Generic[T]):
 
         def decorate(target: Any) -> Any:
             self._check(target)
-            params = params_model(f"{self.kind}:{name}", target, self._positional)
+            leading = self._positional(target) if callable(self._positional) else self._positional
+            params = params_model(f"{self.kind}:{name}", target, leading)
             entry: Entry[T] = Entry(name, target, params, default)
             held = self._entries.get(name)
             if held and held.place and held.place == entry.place and held.origin != entry.origin:

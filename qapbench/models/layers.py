@@ -59,6 +59,19 @@ class DecoderLayers:
         attention = self.layers[index].self_attn
         return attention.q_proj, attention.k_proj
 
+    def readers(self, index: int) -> list[nn.Linear]:
+        """The layer's linears that read the output of its input norm: query, key and value.
+
+        Raises:
+            UserError: the layer has no such linears.
+        """
+        attention = self.layers[index].self_attn
+        named = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        found = [linear for linear in named if isinstance(linear, nn.Linear)]
+        if len(found) != len(named):
+            raise UserError(f"model: {type(attention).__name__} has no linears q_proj, k_proj and v_proj")
+        return found
+
     def rows(self, index: int, queries: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
         """Compute rows of a layer's attention matrix over one sequence, see `attention_rows`.
 

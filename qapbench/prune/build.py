@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import DecoderPruner, Pruner, metrics, pruners
+from qapbench.methods.kinds import DecoderPruner, Metric, Pruner, metrics, pruners
 from qapbench.models import Family
 from qapbench.models.family import default_tower
 from qapbench.models.relevance import QuestionReader, TextTower, find_tower, load_tower
 from qapbench.receipt import Receipt
 from qapbench.spec.run_spec import PruneSpec
 
+from .first_reads import on_model
 from .prompt import PruningView
 from .pruning import Pruning
 from .splice import PrunedImage
@@ -57,7 +58,15 @@ def build_pruning(
     joint = joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
     reader = QuestionReader(frozenset() if inside else pruner.needs, joint, family.model.get_input_embeddings())
     receipt.relevance_sign = _sign_in_words(pruner, reader, receipt)
-    sensitivity = metrics.create(spec.sensitivity.name, **spec.sensitivity.params) if spec.sensitivity else None
+    sensitivity: Metric | None = None
+    if spec.sensitivity:
+        measure = metrics.create(spec.sensitivity.name, **spec.sensitivity.params)
+        if inside and measure.needs:
+            raise UserError(
+                f"prune.sensitivity: {spec.sensitivity} looks at the language model's first layer, and {spec.method} "
+                "drops tokens behind it"
+            )
+        sensitivity = on_model(measure, family)
     return Pruning(family, spec, pruner, sensitivity, reader, receipt, processor, on_view, on_images)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -110,6 +111,16 @@ def _input_hook(plan: LinearPlan, tokens: TokenContext, shared: SharedInputs | N
     return quantize
 
 
+_ORIGINALS: WeakKeyDictionary[nn.Linear, Callable[[], Tensor]] = WeakKeyDictionary()
+"""What reads the full-precision weights of linears that have another one now."""
+
+
+def full_weight(linear: nn.Linear) -> Tensor:
+    """The linear's weight in full precision, whatever it is replaced by at the moment; it may lie in host memory."""
+    read = _ORIGINALS.get(linear)
+    return (linear.weight if read is None else read()).detach()
+
+
 @contextlib.contextmanager
 def replaced(linear: nn.Linear, weight: Tensor, originals: Originals | None = None) -> Iterator[None]:
     """Give the linear another weight while the context is open.
@@ -119,12 +130,15 @@ def replaced(linear: nn.Linear, weight: Tensor, originals: Originals | None = No
         weight: the other weight.
         originals: where the original weight is meanwhile; None keeps it in host memory.
     """
-    original = linear.weight
-    restore = originals.set_aside(original) if originals else in_host_memory(original)
+    original, outer = linear.weight, linear in _ORIGINALS
+    waiting = originals.set_aside(original) if originals else in_host_memory(original)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     del weight
+    _ORIGINALS.setdefault(linear, waiting.read)
     try:
         yield
     finally:
         linear.weight = original
-        restore()
+        waiting.restore()
+        if not outer:
+            del _ORIGINALS[linear]

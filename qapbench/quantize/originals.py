@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
@@ -20,8 +21,19 @@ from qapbench.models.streaming import Weights
 
 Keep = Literal["auto", "memory", "file", "checkpoint"]
 SMALL = 2**28  # bytes of a model's weights up to which "auto" keeps them in memory
-Restore = Callable[[], None]
-"""Puts a weight's values back."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A weight whose values are elsewhere.
+
+    Attributes:
+        read: gives the values, in host memory. It raises a RunFailedError if the file that holds them was changed.
+        restore: puts them back, on the device where they were. It raises the same error.
+    """
+
+    read: Callable[[], Tensor]
+    restore: Callable[[], None]
 
 
 class Originals:
@@ -53,19 +65,14 @@ class Originals:
         self._checkpoint = _Checkpoint(folder or _folder_of(model)) if keep == "checkpoint" else None
         self._file = _SpillFile()
 
-    def set_aside(self, weight: Tensor) -> Restore:
-        """Free the memory of a weight as far as its values can be had elsewhere.
-
-        Returns:
-            What puts the values back, on the device where they were. It raises a RunFailedError if the file that holds
-            them was changed meanwhile.
-        """
+    def set_aside(self, weight: Tensor) -> SetAside:
+        """Free the memory of a weight as far as its values can be had elsewhere."""
         device = weight.device
         read = self._elsewhere(weight) if not self._in_memory and self._frees(weight) else None
         if read is None:
             return in_host_memory(weight)
         weight.data = weight.data.new_empty(0)
-        return lambda: setattr(weight, "data", read().to(device))
+        return SetAside(read, lambda: setattr(weight, "data", read().to(device)))
 
     def _frees(self, weight: Tensor) -> bool:
         """Whether memory becomes free if the weight lets go of it: nothing else of the model holds it."""
@@ -82,11 +89,11 @@ class Originals:
             return None
 
 
-def in_host_memory(weight: Tensor) -> Restore:
-    """Move a weight to host memory, and return what moves it back."""
+def in_host_memory(weight: Tensor) -> SetAside:
+    """Move a weight to host memory."""
     device = weight.device
     weight.data = weight.data.to("cpu")
-    return lambda: setattr(weight, "data", weight.data.to(device))
+    return SetAside(lambda: weight.data, lambda: setattr(weight, "data", weight.data.to(device)))
 
 
 class _Checkpoint:

@@ -48,6 +48,10 @@ class WeightedGPTQ(GPTQ):
             if name not in metrics.names():
                 known = ", ".join((ATTENTION, *metrics.names()))
                 raise UserError(f"method.weighted_gptq.importance: no metric '{name}'; it is one of {known}")
+            if metrics.create(name).needs:
+                raise UserError(
+                    f"method.weighted_gptq.importance: '{name}' looks at the language model, not at inputs alone"
+                )
 
     def grams(self, block: Block) -> Mapping[str, Gram]:
         if self.importance == ATTENTION:

@@ -1,9 +1,35 @@
 """What every metric owes: [B, N, D] -> float32 [B, N], deterministic, batch invariant, finite or refused."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from qapbench import UserError, VisionTokens, metrics
+from qapbench import FirstReads, UserError, VisionTokens, metrics
+
+
+def reads_of(width: int) -> FirstReads:
+    """First linears of a random language model of this width."""
+    generator = torch.Generator().manual_seed(5)
+    weights = tuple(torch.randn(8, width, generator=generator) for _ in range(3))
+
+    def normed(tokens: Tensor) -> Tensor:
+        return tokens.float() * torch.rsqrt(tokens.float().square().mean(-1, keepdim=True) + 1e-6)
+
+    def attention(x: Tensor) -> Tensor:
+        query, key = x @ weights[0].T, x @ weights[1].T
+        return (query.mean(1, keepdim=True) @ key.mT / 8**0.5).softmax(-1)[:, 0]
+
+    return FirstReads(normed, weights, attention)
+
+
+def create(name: str, width: int) -> Callable[[Tensor], Tensor]:
+    """The metric as a pruning calls it, with a model of this width if it needs one."""
+    measure = metrics.create(name)
+    return functools.partial(measure, reads=reads_of(width)) if measure.needs else measure
+
 
 each_metric = pytest.mark.parametrize("name", metrics.names())
 
@@ -12,28 +38,29 @@ each_metric = pytest.mark.parametrize("name", metrics.names())
 def test_shape_dtype_and_determinism(name: str, tokens: VisionTokens) -> None:
     x = tokens.projected
     before = x.clone()
-    scores = metrics.create(name)(x)
+    scores = create(name, x.shape[-1])(x)
     assert scores.shape == (3, 49)
     assert scores.dtype == torch.float32
     assert torch.isfinite(scores).all()
-    assert torch.equal(scores, metrics.create(name)(x))
+    assert torch.equal(scores, create(name, x.shape[-1])(x))
     assert torch.equal(x, before), "the input was changed"
     assert scores.std() > 0
 
 
 @each_metric
 def test_a_batch_changes_nothing(name: str, tokens: VisionTokens) -> None:
-    measure = metrics.create(name)
+    measure = create(name, tokens.projected.shape[-1])
     alone = torch.cat([measure(tokens.projected[index : index + 1]) for index in range(3)])
     torch.testing.assert_close(measure(tokens.projected), alone, rtol=1e-6, atol=0)
 
 
 @each_metric
 def test_permuting_tokens_permutes_scores(name: str, tokens: VisionTokens) -> None:
-    measure = metrics.create(name)
+    measure = create(name, tokens.projected.shape[-1])
     order = torch.randperm(49, generator=torch.Generator().manual_seed(1))
     permuted = measure(tokens.projected[:, order])
-    torch.testing.assert_close(permuted, measure(tokens.projected)[:, order], rtol=1e-6, atol=0)
+    # 1e-5, because a mean over the tokens is summed in another order
+    torch.testing.assert_close(permuted, measure(tokens.projected)[:, order], rtol=1e-5, atol=0)
 
 
 @each_metric
@@ -57,9 +84,9 @@ def test_wrong_input_refused(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype, tokens: VisionTokens) -> None:
     x = tokens.projected.to(dtype)
-    scores = metrics.create(name)(x)
+    scores = create(name, x.shape[-1])(x)
     assert scores.dtype == torch.float32
-    assert torch.equal(scores, metrics.create(name)(x.float()))
+    assert torch.equal(scores, create(name, x.shape[-1])(x.float()))
 
 
 @each_metric
@@ -67,7 +94,7 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype, to
 def test_odd_sizes(name: str, shape: tuple[int, ...]) -> None:
     """One token, one channel, a width that the group size does not divide."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    scores = metrics.create(name)(x)
+    scores = create(name, x.shape[-1])(x)
     assert scores.shape == shape[:2]
     assert torch.isfinite(scores).all()
 
@@ -77,13 +104,13 @@ def test_layout_does_not_matter(name: str, tokens: VisionTokens) -> None:
     """Up to the order of summation, which may follow the strides."""
     strided = tokens.projected.mT.contiguous().mT
     assert not strided.is_contiguous()
-    measure = metrics.create(name)
+    measure = create(name, tokens.projected.shape[-1])
     torch.testing.assert_close(measure(strided), measure(tokens.projected), rtol=1e-5, atol=1e-6)
 
 
 @each_metric
 def test_identical_and_zero_tokens_get_equal_scores(name: str) -> None:
     for x in (torch.zeros(2, 6, 32), torch.full((2, 6, 32), -2.5)):
-        scores = metrics.create(name)(x)
+        scores = create(name, x.shape[-1])(x)
         assert torch.isfinite(scores).all()
         assert (scores == scores[0, 0]).all()

@@ -1,14 +1,15 @@
 """Plans on linears: what several linears read is quantized once, and never stays when what was read has changed."""
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qapbench.methods.quantization import Format, LinearPlan
-from qapbench.quantize.install import SharedInputs, installed
+from qapbench.quantize.install import SharedInputs, full_weight, installed, replaced
+from qapbench.quantize.originals import Originals
 
 FORMAT = Format(bits=4, group_size=8)
 
@@ -127,3 +128,18 @@ def test_a_change_of_the_quantized_input_reaches_no_other_reader(
 
 def _triple(x: Tensor) -> None:
     x.mul_(3)
+
+
+@pytest.mark.parametrize("keep", ["memory", "file", "checkpoint"])
+def test_the_full_weight_is_read_wherever_it_waits(keep: str) -> None:
+    """Also while a second weight is in the place of the first one."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    linear: Any = model[0]
+    before, originals = linear.weight.detach().clone(), Originals(model, keep)
+    with replaced(linear, torch.zeros(4, 8), originals):
+        assert torch.equal(full_weight(linear), before)
+        with replaced(linear, torch.ones(4, 8)):
+            assert torch.equal(full_weight(linear), before)
+        assert torch.equal(full_weight(linear), before)
+    assert torch.equal(full_weight(linear), before)
+    assert torch.equal(linear.weight, before)
