@@ -62,6 +62,7 @@ UNSHARED = {
     "qapbench/files.py": "which writes drafts",
     "qapbench/checkpoints/made.py": "into a new folder, which is put in its place when it is whole",
     "qapbench/checkpoints/outlier_recipe.py": "into the new folder that made.py gives it",
+    "qapbench/memory.py": "into /proc, where Linux takes the order to set its mark back",
     "qapbench/analysis/pictures.py": "into memory",
     "qapbench/running/feature_cache.py": "into memory",
     "tasks/diagramqa/make_sprites.py": "for whoever changes the task",

@@ -76,7 +76,7 @@ def test_a_weight_that_was_changed_since_it_was_loaded_is_not_taken_from_the_che
     originals = Originals(model, "checkpoint")
     with compress(model, {"quantize": {**W4["quantize"], "scope": ["projector"]}}, keep_originals=originals):
         pass
-    restore = originals.set_aside(changed)
+    restore = originals.set_aside(changed).restore
     assert not changed.numel()
     restore()
     assert same(before, bits(model))
