@@ -126,6 +126,41 @@ def validate(
     out.print(f"{len(specs)} run(s), all valid")
 
 
+def select(
+    spec: SpecArgument,
+    table: Annotated[Path, typer.Option("--out", help="The table to write, a .parquet file.")],
+    changes: SetOption = None,
+    embeds: Annotated[
+        Path | None, typer.Option(help="Folder for the embeddings of every prompt, as engines take them.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Write which tokens of every image the runs of a spec keep. Nothing is answered."""
+    from qapbench.running.keep_lists import select, write
+    from qapbench.running.planner import Planner
+    from qapbench.running.session import Session
+    from qapbench.running.settings import Settings, find_device
+    from qapbench.spec.spec_file import load_spec
+
+    if table.suffix != ".parquet":
+        raise UserError(f"--out {table}: the table is a .parquet file")
+    settings = Settings(runs, find_device(device), trust_remote_code=trust_remote_code)
+    planner = Planner(runs, settings.device)
+    specs = load_spec(spec, changes or (), planner.check, lambda sentence: print_notes([sentence]))
+    collect_as_usual()
+    with progress() as report:
+        found = select(specs, Session(settings, report), planner, embeds)
+    write(found, table)
+    merged = sum(count > 0 for count in found["merged"].to_pylist())
+    if merged and embeds is None:
+        print_notes(
+            [f"{merged} of {len(found)} images have merged tokens, which no index stands for; --embeds writes them too"]
+        )
+    out.print(f"{len(found)} images: {escape(str(table.resolve()))}", highlight=False, soft_wrap=True)
+
+
 def _plans(specs: list[RunSpec], planner: Planner) -> list[tuple[RunSpec, Planned | UserError]]:
     """The plan of each run, or the error if it cannot be planned."""
     plans: list[tuple[RunSpec, Planned | UserError]] = []

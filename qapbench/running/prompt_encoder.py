@@ -85,6 +85,17 @@ class PromptEncoder:
         with self.stage("choose"):
             return {key: self._pruned(key, inputs, encoded, question, memo) for key in prune_keys}
 
+    @property
+    def encoded(self) -> EncodedImages:
+        """The images of the question that was encoded last.
+
+        Raises:
+            LookupError: no question with images was encoded yet.
+        """
+        if self._latest is None:
+            raise LookupError("no question with images was encoded yet")
+        return self._latest[1]
+
     def inputs(self, question: Question, prompt: str) -> dict[str, Any]:
         """The model's keyword arguments for a prompt of the question, on the model's device, with an attention mask.
 
