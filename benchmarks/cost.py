@@ -7,6 +7,7 @@ said to what is counted. `python -m benchmarks.cost --wide` takes models of abou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,14 +25,19 @@ from qapbench.prune.build import missing_fields
 from qapbench.receipt import Receipt
 
 PROMPTS = {
+    "gemma3": Prompt(before=3, after=3, images=((32, 32),)),
+    "idefics3": Prompt(before=4, after=8, images=((32, 64),)),
     "internvl": Prompt(before=3, after=3, images=((32, 64),)),
     "llava": Prompt(before=3, after=3, images=((32, 32),)),
     "llava_next": Prompt(before=3, after=3, images=((32, 64),)),
     "llava_onevision": Prompt(before=3, after=3, images=((32, 64),)),
     "qwen2_5_vl": Prompt(before=3, after=3, images=((32, 40),)),
     "qwen3_vl": Prompt(before=3, after=3, images=((32, 40),)),
+    "smolvlm": Prompt(before=4, after=8, images=((32, 64),)),
 }
 """The prompts of `Family.tiny`."""
+SMALL = {"qwen3_vl": {"least_tokens": 1}, "idefics3": {"longest_edge": 2}, "smolvlm": {"longest_edge": 2}}
+"""What the processor would do with images as small as those of `Family.tiny`, where it enlarges others."""
 WIDE = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 10}
 TOLERANCE = 0.01
 
@@ -97,7 +103,9 @@ def agreement(model: Any, inputs: dict[str, Any], spec: dict[str, Any], prompt: 
         cache = model.generate(**inputs, do_sample=False, **options).past_key_values
         handle.remove()
     decoded = len(counted) - 1
-    with mock.patch.object(type(family_of(model)), "least_tokens", 1, create=True):  # a tiny model has tiny images
+    with contextlib.ExitStack() as stack:
+        for name, value in SMALL.get(model.config.model_type, {}).items():
+            stack.enter_context(mock.patch.object(type(family_of(model)), name, value))
         measured = _separated(receipt, model, spec, prompt)
         said = cost(model, spec, replace(prompt, new_tokens=decoded), tokens=measured)
     layers = [(layer.keys, layer.values) for layer in cache.layers]

@@ -106,7 +106,9 @@ def shape_of(family: Family) -> ModelShape:
         patch=sum(2 * module.weight.numel() for module in convolutions),
         tower_width=vision.hidden_size,
         tower_heads=getattr(vision, "num_attention_heads", None) or vision.num_heads,
-        projector=tuple(one for root in family.roots("projector") for one in linears(root, "projector")),
+        projector=tuple(
+            one for root in family.roots("projector") for one in (*linears(root, "projector"), *_matrices(root, names))
+        ),
         decoder=tuple(linears(block, "language") for block in family.blocks("language")),
         head=_product(output, names[id(output)], "head"),
         width=text.hidden_size,
@@ -116,6 +118,13 @@ def shape_of(family: Family) -> ModelShape:
         tensors=dict(_tensors(model)),
         table=f"{names[id(model.get_input_embeddings())]}.weight",
     )
+
+
+def _matrices(root: nn.Module, names: Mapping[int, str]) -> Iterator[Product]:
+    """Matrices [in, out] that a projector holds itself, not in a linear layer, as that of Gemma 3."""
+    for name, value in root.named_parameters(recurse=False):
+        if value.ndim == 2:
+            yield Product(f"{names[id(root)]}.{name}", "projector", *value.shape)
 
 
 def _product(linear: Any, name: str, part: str) -> Product:

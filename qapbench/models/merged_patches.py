@@ -18,6 +18,7 @@ from qapbench.methods.tokens import VisionTokens
 
 from .encoded import EncodedImage, EncodedImages, Views
 from .family import Family
+from .outline import ImageOutline, Size, blank_tokens
 from .tower import MIDDLE, OF_CLS, RECEIVED, SHALLOW, at_depth, digest, received, recorded
 
 ATTENTION: Mapping[str, str] = {
@@ -60,6 +61,23 @@ class MergedFamily(Family):
     def substitutes(self) -> Mapping[str, str]:
         """Attention received from all patches takes the place of CLS attention."""
         return dict.fromkeys(OF_CLS, RECEIVED)
+
+    def views_of(self, size: Size) -> int:
+        """Number of views that the processor makes of an image, unless its config says otherwise.
+
+        Args:
+            size: height and width of the image in pixels.
+        """
+        return 1
+
+    def outline(self, sizes: Sequence[Size]) -> ImageOutline:
+        """Views of one size; see `Family.outline`."""
+        vision, count = self.model.config.vision_config, int(self.view_tokens or 0)
+        counts = [self.views_of(size) for size in sizes]
+        tokens = blank_tokens(sum(counts), count, (math.isqrt(count), math.isqrt(count)))
+        patches = (vision.image_size // vision.patch_size) ** 2
+        attended = ((patches,) * tokens.batch,) * len(self.layers)
+        return ImageOutline(tiled(tokens, counts), attended, tokens.batch * patches, tokens.batch * count)
 
     @contextlib.contextmanager
     def recording(self, needs: frozenset[str], calls: Mapping[nn.Module, str]) -> Iterator[dict[str, Any]]:

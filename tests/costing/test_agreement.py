@@ -17,5 +17,5 @@ def test_a_prompt_and_its_answer_cost_what_is_counted(name: str) -> None:
     model, inputs = tiny_model(families.create(name))
     sample = [pruner for at, pruner in enumerate(pruners.names()) if at % len(NAMES) == NAMES.index(name)]
     found = {str(spec): agreement(model, inputs, spec, PROMPTS[name]) for spec in specs_of(model, sample)}
-    assert len(found) > 3
+    assert len(found) > 2
     assert {spec: one for spec, one in found.items() if not one.agrees} == {}

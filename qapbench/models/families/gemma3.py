@@ -83,7 +83,7 @@ class Gemma3(MergedFamily):
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         }
         config = Gemma3Config(
-            vision_config={**TINY_TOWER, "patch_size": 4},
+            vision_config={**TINY_TOWER, "patch_size": 4, "vision_use_head": False},  # as in the checkpoints
             text_config=text,
             mm_tokens_per_image=16,
             boi_token_index=5,

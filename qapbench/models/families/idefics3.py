@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImages
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, family
 from qapbench.models.merged_patches import MergedFamily, check_runs, runs, tiled
+from qapbench.models.outline import Size
 
 
 @family("idefics3")
@@ -23,6 +24,8 @@ class Idefics3(MergedFamily):
 
     image_inputs = ("pixel_values", "pixel_attention_mask")
     processor_class = "Idefics3Processor"
+    longest_edge: ClassVar[int] = 4
+    """Length in tiles to which the processor scales the longer edge of an image, unless its config says otherwise."""
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
@@ -48,6 +51,14 @@ class Idefics3(MergedFamily):
     def project(self, patches: Tensor) -> Tensor:
         """Apply the projection to shuffled patches [B, M, C]: [B, M, D]."""
         return self.model.model.connector.modality_projection(patches)
+
+    def views_of(self, size: Size) -> int:
+        """The tiles of the image and itself scaled down."""
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+        side = self.model.config.vision_config.image_size
+        scaled = {"size": {"longest_edge": self.longest_edge * side}, "max_image_size": {"longest_edge": side}}
+        return Idefics3ImageProcessorPil().get_number_of_image_patches(*size, scaled)[0]
 
     @torch.no_grad()
     def encode_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
