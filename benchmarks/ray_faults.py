@@ -89,11 +89,22 @@ def acting(runs: Path, number: int, act: Callable[[], None]) -> threading.Thread
 
 
 def kill_worker(draw: random.Random) -> None:
-    """Kill one of the workers on this machine, if there is one, by `kill -9`."""
-    mine = psutil.Process().children(recursive=True)
-    found = [process for process in mine if f"ray::{ACTOR}" in " ".join(process.cmdline()[:1])]
-    if found:
-        os.kill(draw.choice(found).pid, signal.SIGKILL)
+    """Kill one of the workers on this machine by `kill -9`, as soon as there is one."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        found = [process for process in psutil.Process().children(recursive=True) if is_worker(process)]
+        if found:
+            os.kill(draw.choice(found).pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Whether a process is a worker of Ray's that answers questions now."""
+    try:
+        return " ".join(process.cmdline()).startswith(f"ray::{ACTOR}")
+    except psutil.Error:  # it has ended
+        return False
 
 
 def kill(left: Path, runs: Path, limit: int, draw: random.Random) -> bool:

@@ -66,9 +66,9 @@ class Times:
     score: float
 
 
-LETTER = Times(90.0, 20.0, 0.08, 0.35, 0.15, 0.12, 0.005, 0.00035, 0.0015)
+LETTER = Times(90.0, 20.0, 0.08, 0.35, 0.15, 0.12, 0.005, 0.00035, 0.0006)
 """A 13B model in bfloat16 with fake quantization on a data-centre GPU, answered by the most likely letter: the order of
-magnitude of prefills of 600 and of 64 tokens. `merge` and `score` are what `--measure` found on a CPU."""
+magnitude of prefills of 600 and of 64 tokens. `merge` and `score` were measured on a CPU, as processor time."""
 GENERATED = replace(LETTER, dense=1.6, pruned=1.2, text=1.2)
 """The same with some twenty tokens generated per answer, which makes the sweep take days on one GPU."""
 
