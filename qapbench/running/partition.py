@@ -44,6 +44,18 @@ class Unit:
         """The documents that some run has not answered."""
         return sorted(set().union(*self.missing.values()))
 
+    def of(self, docs: set[int]) -> Unit:
+        """The unit with some of its documents only."""
+        parts = {run: tuple(doc for doc in mine if doc in docs) for run, mine in self.missing.items()}
+        return replace(self, missing={run: some for run, some in parts.items() if some})
+
+    def halves(self) -> tuple[Unit, Unit] | None:
+        """The unit in two, in the order of its questions; None if it has too few."""
+        docs = list(dict.fromkeys(doc for mine in self.missing.values() for doc in mine))
+        if len(docs) < 4:
+            return None
+        return self.of(set(docs[: len(docs) // 2])), self.of(set(docs[len(docs) // 2 :]))
+
 
 def chunks(questions: Sequence[Question], workers: int, batch_size: int) -> list[list[Question]]:
     """Questions in chunks, in their order. All questions on one image are in one chunk.
@@ -53,8 +65,8 @@ def chunks(questions: Sequence[Question], workers: int, batch_size: int) -> list
         workers: number of workers that will share them.
         batch_size: number of questions answered together, of which a chunk has a multiple where images allow.
     """
-    even = -(-len(questions) // (CHUNKS * max(1, workers)))
-    size = batch_size * min(BATCHES, -(-even // batch_size))
+    even = len(questions) // (CHUNKS * max(1, workers))
+    size = batch_size * min(BATCHES, max(1, even // batch_size))
     found: list[list[Question]] = []
     for question in questions:
         same = bool(found) and bool(question.images) and found[-1][-1].pictures == question.pictures
@@ -78,7 +90,8 @@ class Schedule:
     Few workers go through the quantized models together, one after the other: each encodes its own images once and
     keeps them for the next model. Many workers spread over the models instead, since each would spend longer on
     quantizing every one of them than encoding all images takes. In either case, a worker stays with its model while
-    there is work on it, and takes the images first that it has encoded already.
+    there is work on it, and takes the images first that it has encoded already. Towards the end, when fewer units wait
+    than there are workers, units are halved as they are given out, so that all workers end at about the same time.
 
     Args:
         units: all units, group by group.
@@ -91,6 +104,7 @@ class Schedule:
         for unit in units:
             self._work.setdefault(unit.group, _Work()).waiting.append(unit)
         self._owner: dict[int, str] = {}
+        self._workers: set[str] = set()
         self._given = 0
 
     @property
@@ -105,6 +119,7 @@ class Schedule:
 
     def next(self, worker: str) -> Unit | None:
         """The next unit for a worker; None if nothing is waiting."""
+        self._workers.add(worker)
         group = self._group(worker)
         if group is None:
             return None
@@ -112,7 +127,11 @@ class Schedule:
             (work.workers.add if name == group else work.workers.discard)(worker)
         waiting = self._work[group].waiting
         unit = min(waiting, key=lambda unit: self._preference(worker, unit))
+        few = self.waiting < len(self._workers)
         waiting.remove(unit)
+        if few and (halves := unit.halves()) is not None:
+            unit, rest = halves
+            waiting.append(rest)
         self._owner.setdefault(unit.chunk, worker)
         self._given += 1
         order = list(self._work)
@@ -135,14 +154,12 @@ class Schedule:
         left = replace(unit, missing=missing)
         parts = [left]
         if unit.tried >= RETRIES - 2 and len(left.docs) > 1:
-            parts = [
-                replace(left, missing={run: (doc,) for run, docs in missing.items() if doc in docs})
-                for doc in left.docs
-            ]
+            parts = [left.of({doc}) for doc in left.docs]
         self._work[unit.group].waiting[:0] = parts
 
     def gone(self, worker: str) -> None:
         """Forget a worker: what it encoded and quantized is lost."""
+        self._workers.discard(worker)
         self._owner = {chunk: owner for chunk, owner in self._owner.items() if owner != worker}
         for work in self._work.values():
             work.workers.discard(worker)

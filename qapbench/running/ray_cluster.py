@@ -57,10 +57,10 @@ def connect(address: str | None, cpus: int = 1) -> bool:
         UserError: there is no such cluster, or it runs another version of Ray or Python.
     """
     ray = import_ray()
-    if ray.is_initialized():
-        return False
     if address is not None and address.startswith("ray://"):
         raise UserError(f"--address {address}: start the command on a node of the cluster, with --address auto")
+    if ray.is_initialized():
+        return False
     mine: dict[str, Any] = {"address": address}
     if address is None:
         cores = max(cpus, os.cpu_count() or 1)

@@ -56,7 +56,7 @@ class Sharing:
         self.peak: dict[str, int] = {}
         self.batch_size = settings.batch_size
         self._halved = False
-        self._flushed, self._pause = time.monotonic(), FLUSH
+        self._flushed, self._pause = time.monotonic(), 0.0
 
     def share(self, order: Order, wanted: Sequence[Question], status: Status) -> None:
         """Let the workers answer questions that some run has not answered.
@@ -229,16 +229,21 @@ class Sharing:
     # -- storing --
 
     def _flush(self, force: bool = False) -> None:
-        """Write answers to disk, unless the last time was a moment ago; where storing is slow, more seldom."""
+        """Write answers to disk, but do not spend most of the time on it."""
         started = time.monotonic()
         if force or started - self._flushed >= self._pause:
             for active in self.active_runs.values():
                 active.flush()
             self._report()
             self._flushed = time.monotonic()
-            self._pause = max(FLUSH, SHARE * (self._flushed - started))
+            self._pause = SHARE * (self._flushed - started)
 
     def _report(self) -> None:
+        """Say how far all runs together are, and each of them."""
         refused = sum(question.refused is not None for question in self.questions.values())
-        for active in self.active_runs.values():
-            self.progress(active.spec.name, len(active.have) + refused, active.planned.total)
+        done = {run_id: len(active.have) + refused for run_id, active in self.active_runs.items()}
+        if len(done) > 1:
+            total = sum(active.planned.total for active in self.active_runs.values())
+            self.progress(f"all {len(done)} runs", sum(done.values()), total)
+        for run_id, active in self.active_runs.items():
+            self.progress(active.spec.name, done[run_id], active.planned.total)

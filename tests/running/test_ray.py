@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -164,12 +165,10 @@ def test_a_driver_that_is_killed_is_started_again(sweep: Any, alone: Any, cluste
 def test_a_node_with_other_versions_is_refused(
     sweep: Any, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
+    here = re.escape(torch.__version__)
     monkeypatch.setattr(ray_crew, "versions", lambda: {**ray_cluster.versions(), "torch": "1.0"})
-    with pytest.raises(UserError, match=rf"node \S+ has torch {torch.__version__}, and this machine has 1\.0"):
+    with pytest.raises(UserError, match=rf"node \S+ has torch {here}, and this machine has 1\.0"):
         made(sweep[:1], tmp_path, engine="ray", address=cluster.address, workers=1)
-    assert ray.__version__ in ray_cluster.versions().values()
 
 
 # -- without a cluster --

@@ -91,7 +91,8 @@ class Here:
 
 
 def made(specs: list[dict[str, Any]], runs: Path, **more: Any) -> list[dict[str, bytes]]:
-    records = qapbench.run([RunSpec.parse(spec) for spec in specs], runs, progress=False, **more)
+    more.setdefault("progress", False)
+    records = qapbench.run([RunSpec.parse(spec) for spec in specs], runs, **more)
     return [{name: (runs / record.run_id / name).read_bytes() for name in FILES} for record in records]
 
 
@@ -144,8 +145,12 @@ def test_only_the_one_that_gives_the_work_writes(
     append = Store.append
     monkeypatch.setattr(Store, "append", lambda self, some: lines.extend(some) or append(self, some))
     crew(2, lambda worker, unit: "twice")
-    assert made(specs[:3], tmp_path, workers=2) == alone[:3]
+    told: list[tuple[str, int, int]] = []
+    assert made(specs[:3], tmp_path, workers=2, progress=lambda *said: told.append(said)) == alone[:3]
     assert len(lines) == 3 * QUESTIONS
+    together = [(done, total) for name, done, total in told if name == "all 3 runs"]
+    assert (together[0], together[-1]) == ((0, 3 * QUESTIONS), (3 * QUESTIONS, 3 * QUESTIONS))
+    assert together == sorted(together)
 
 
 def test_a_question_that_always_fails_is_named_and_its_traceback_kept(
@@ -271,6 +276,24 @@ def test_a_unit_that_fails_often_is_parted_into_questions() -> None:
     schedule.again(unit, unit.missing)
     parts = [schedule.next("a") for _ in range(schedule.waiting)]
     assert [part.missing for part in parts if part] == [{"one": (1,)}, {"one": (2,), "two": (2,)}, {"two": (3,)}]
+
+
+def test_the_last_units_are_halved() -> None:
+    """So that nobody waits for one worker with a whole unit."""
+    docs = [tuple(range(16 * at, 16 * at + 16)) for at in range(3)]
+    schedule = Schedule([Unit("g", at, {"one": mine, "two": mine[8:]}) for at, mine in enumerate(docs)])
+    sizes: list[int] = []
+    answered: dict[str, list[int]] = {"one": [], "two": []}
+    while schedule.left:
+        for worker in "abc":
+            if (unit := schedule.next(worker)) is not None:
+                sizes.append(len(unit.docs))
+                for run, mine in unit.missing.items():
+                    answered[run] += mine
+                schedule.done()
+    assert sizes == [16, 16, 8, 4, 2, 2]
+    assert sorted(answered["one"]) == list(range(48))
+    assert sorted(answered["two"]) == [doc for mine in docs for doc in mine[8:]]
 
 
 def test_a_unit_of_which_nothing_is_left_is_done() -> None:
