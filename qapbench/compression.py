@@ -15,6 +15,7 @@ from .memory import check_device
 from .methods.kinds import ptqs
 from .methods.quantization import LinearPlan, TokenActivation
 from .models import Family, family_of
+from .models.compressed import described
 from .models.relevance import TextTower
 from .prune.build import build_pruning
 from .prune.calls import PrunedCalls
@@ -74,7 +75,7 @@ def compress(
     owner = spec.text_tower if isinstance(spec, RunSpec) else None
     family = family_of(model)
     check_device(family.model.device.type)
-    receipt = Receipt()
+    receipt = Receipt(checkpoint=described(family.model))
     originals = keep_originals if isinstance(keep_originals, Originals) else Originals(family.model, keep_originals)
     with contextlib.ExitStack() as stack:
         # Calibration may prune as runs do, but its prompts must not be counted in the receipt.
@@ -172,6 +173,23 @@ def _quantized(
                 # Registered last, so that it measures exactly what the matmul receives.
                 stack.callback(linear.register_forward_pre_hook(_probe(line, spec, plan)).remove)
         yield
+
+
+def plans_of(model: Any, spec: RunSpec, calibration: Any = None) -> tuple[dict[str, nn.Linear], dict[str, LinearPlan]]:
+    """The linears that a run quantizes, and the plan of each that its method undertakes to.
+
+    Args:
+        model: the loaded model, which stays as it is.
+        spec: a run with a `quantize` section.
+        calibration: calibration samples as `compress` takes them.
+    """
+    family, asked = family_of(model), spec.quantize
+    if asked is None:
+        return {}, {}
+    linears = family.linears(asked.scope)
+    method = ptqs.create(asked.method.name, **asked.method.params)
+    runner = _calibration(family, asked, calibration, None, Originals(family.model))
+    return linears, method.prepare(family.model, linears, asked.weights, asked.activations, runner)
 
 
 def _calibration(

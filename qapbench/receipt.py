@@ -46,7 +46,7 @@ class ImageTokens(BaseModel):
         return {"available": self.available, **pruned, **{name: value for name, value in more.items() if value}}
 
 
-LATER = ("transparent", "positions", "too_long", "longest", "kv")
+LATER = ("transparent", "positions", "too_long", "longest", "kv", "checkpoint")
 """Fields of a receipt that earlier versions did not have."""
 
 
@@ -80,6 +80,7 @@ class ReceiptFields(BaseModel):
         too_long: number of questions whose prompts need more of them, as they are after pruning in front of the
             decoder.
         longest: positions that the longest of these prompts needs; None if there are none.
+        checkpoint: what the checkpoint is, in words, if it was quantized already; None if it was not.
         kv: what the quantized KV cache held of the first prompt; None if it is in full precision, and then not stored.
     """
 
@@ -105,6 +106,7 @@ class ReceiptFields(BaseModel):
     too_long: int = 0
     longest: int | None = None
     kv: KVUse | None = None
+    checkpoint: str | None = None
 
     @model_serializer(mode="wrap")
     def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -210,7 +212,8 @@ class Receipt(ReceiptFields):
 
     def summary(self) -> str:
         """The receipt in one line, for tables."""
-        parts = [self._quantization_line() if self.quantization else "full precision"]
+        given = f"as the checkpoint has it: {self.checkpoint}" if self.checkpoint else "full precision"
+        parts = [self._quantization_line() if self.quantization else given]
         if self.tokens and self.pruning:
             t = self.tokens
             merged = f" ({t['kept']:g} kept + {t['merged']:g} merged)" if self.merged else ""

@@ -14,7 +14,7 @@ from rich.markup import escape
 from qapbench import __version__
 from qapbench.errors import RunFailedError, UserError
 
-from . import costs, doctor, items, results, running, scaffold, status, studies
+from . import costs, doctor, items, quantizing, results, running, scaffold, status, studies
 from .console import collect_rarely, err
 
 study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.", rich_markup_mode=None)
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command(short_help="Make the missing runs of a spec.")(running.run)
 app.command(short_help="Say how far runs are.")(status.status)
 app.command(short_help="Check a spec and list its runs.")(running.validate)
+app.command(short_help="Write a quantized checkpoint.")(quantizing.quantize)
 app.command("list", short_help="List what is registered, or specs.")(items.list_items)
 app.command(short_help="Describe one registered item.")(items.show)
 app.command(short_help="Print the JSON Schema of specs.")(items.schema)

@@ -21,6 +21,7 @@ State = Literal["ok", "missing", "broken"]
 PACKAGE = "qapbench"
 EXTRAS = {
     "torchao": "int8 W8A8 on real kernels (`backend: torchao`)",
+    "compressed-tensors": "quantized checkpoints as the `model` (W4A16, W8A8, FP8, NVFP4), also those of `quantize`",
     "lmms-eval": "tasks of lmms-eval's (`from: lmms-eval`), and qapbench as a model there",
     "ray": "runs on many machines (`--engine ray`)",
     "smollm2": "the language model of smol-llava, for training it",

@@ -11,6 +11,7 @@ from qapbench.checkpoints.find import HASHES, find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping, why_not_loaded
 from qapbench.errors import Problem, UserError
 from qapbench.models.checkpoint_format import format_of
+from qapbench.models.compressed import check_not_twice, complete, loading_arguments
 from qapbench.models.family import family_class, family_of
 from qapbench.models.streaming import streaming
 from qapbench.spec.run_spec import RunSpec
@@ -38,7 +39,9 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
     if (folder / HASHES).is_file():
         what = f"{folder} stands for a model that was loaded in Python, and holds no weights: use run(model=...) again"
         raise UserError(Problem(what, ("model",)))
+    check_not_twice(spec, config)
     try:
+        quantized = loading_arguments(folder, config, trust_remote_code)
         with streaming():
             if layout := format_of(config):
                 model, processor = layout(folder, config).load(dtype)
@@ -46,7 +49,12 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
                 family = family_class(str(config.get("model_type")))
                 placed = {"device_map": {"": device}} if device.type != "cpu" and find_spec("accelerate") else {}
                 model = AutoModelForImageTextToText.from_pretrained(
-                    folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
+                    folder,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    **placed,
+                    **quantized,
                 )
                 processor = family.load_processor(folder, trust_remote_code)
     except UserError:
@@ -54,6 +62,7 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
     except Exception as error:  # OSError, SafetensorError, ImportError and others: no common base
         raise why_not_loaded(folder, error) from error
     model = model.eval().requires_grad_(False).to(device)
+    complete(model, folder, config)
     family_of(model).complete(processor)
     return model, processor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from qapbench.methods.quantization import LinearPlan
 
 from .install import replaced
 from .originals import Originals
+
+_held: WeakKeyDictionary[nn.Linear, PackedWeight] = WeakKeyDictionary()
 
 
 class Buffer:
@@ -77,8 +80,12 @@ def held_packed(
         originals: where the original weight is meanwhile; None keeps it in host memory.
     """
     original = linear.weight
-    nothing = torch.full((1, 1), torch.nan, dtype=original.dtype, device=original.device).expand(original.shape)
-    with replaced(linear, nothing, originals):
+    with contextlib.ExitStack() as stack:
+        with torch.inference_mode(False):  # a parameter that is made in inference mode takes no other values
+            nothing = torch.full((1, 1), torch.nan, dtype=original.dtype, device=original.device).expand(original.shape)
+            stack.enter_context(replaced(linear, nothing, originals))
+        stack.callback(_held.pop, linear, None)
+        _held[linear] = weight
         parameter = linear.weight
 
         def fill(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -89,12 +96,11 @@ def held_packed(
         def empty(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             parameter.data = nothing
 
-        handles = [
-            linear.register_forward_pre_hook(fill),
-            linear.register_forward_hook(empty, always_call=True),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        stack.callback(linear.register_forward_pre_hook(fill).remove)
+        stack.callback(linear.register_forward_hook(empty, always_call=True).remove)
+        yield
+
+
+def packed_weight_of(linear: nn.Linear) -> PackedWeight | None:
+    """The packed weight that a linear has now; None if its weight is not packed."""
+    return _held.get(linear)

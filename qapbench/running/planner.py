@@ -14,7 +14,8 @@ import torch
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_json
-from qapbench.models.loading import precision
+from qapbench.models.compressed import check_not_twice
+from qapbench.models.loading import precision, read_config
 from qapbench.records.intact import damage, lines_in_words
 from qapbench.records.record import RECORD, NewerRecordError, Record, read_record
 from qapbench.records.store import ANSWERS, answers_of
@@ -231,7 +232,9 @@ def _check_local(spec: RunSpec) -> None:
     """
     for name, where in ((spec.model, "model"), (spec.text_tower, "text_tower")):
         if name and (name.count("/") != 1 or Path(name).exists()):
-            find_checkpoint(name, where)
+            folder = find_checkpoint(name, where).folder
+            if where == "model" and spec.quantize is not None and (folder / "config.json").is_file():
+                check_not_twice(spec, read_config(spec))
 
 
 def _record(folder: Path, fresh: bool) -> Record | None:

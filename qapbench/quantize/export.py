@@ -1,0 +1,206 @@
+"""Quantized weights in the format of compressed-tensors: what a checkpoint says of them, and the tensors it holds.
+
+The names are those of the library's files. A scheme says how weights and inputs of a group of linears are quantized.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qapbench.errors import Problem, UserError
+from qapbench.methods.packed import TILE, PackedWeight, unpack
+from qapbench.methods.quantization import Format, LinearPlan
+from qapbench.spec.run_spec import QuantizeSpec
+
+METHOD = "compressed-tensors"
+WORD = 32  # bits of the integers that codes are packed into
+
+
+def refused(message: str, *where: str) -> UserError:
+    """The error for what the format has no place for."""
+    return UserError(Problem(f"compressed-tensors cannot store {message}", ("quantize", *where)))
+
+
+def layout_of(spec: QuantizeSpec) -> str:
+    """Name of the format in which the library stores weights that are quantized so.
+
+    Raises:
+        UserError: there is none. The message names the field.
+    """
+    weights, activations = spec.weights, spec.activations
+    if spec.kv is not None:
+        raise refused(f"the KV cache as {spec.kv.label}; leave `kv` out", "kv")
+    if weights is None:
+        raise refused("weights that are not quantized; give `weights`", "weights")
+    if weights.format not in ("int", "fp8"):
+        raise refused(
+            f"weights as {weights.format} with these scales to the bit; take `int` or `fp8`", "weights", "format"
+        )
+    if weights.granularity == "channel" or (weights.format == "int" and weights.granularity != "row"):
+        raise refused(f"weights with scales per {weights.granularity}; take `row`", "weights", "granularity")
+    if weights.format == "fp8" and weights.granularity == "row" and weights.group_size is not None:
+        raise refused("fp8 weights in groups of a row; leave `group_size` out", "weights", "group_size")
+    if activations is not None:
+        _check_activations(weights, activations)
+    if weights.format == "fp8":
+        return "float-quantized"
+    whole = weights.bits == 8 and weights.group_size is None and weights.symmetric
+    return "int-quantized" if whole and activations is not None and activations.bits == 8 else "pack-quantized"
+
+
+def _check_activations(weights: Format, activations: Format) -> None:
+    """Check that the library computes the same scales of activations, and has a kernel type for the pair."""
+    if activations.format not in ("int", "fp8") or activations.format != weights.format:
+        raise refused(f"{activations.format} activations beside {weights.format} weights", "activations", "format")
+    if activations.granularity != "row":
+        raise refused(
+            f"activations with scales per {activations.granularity}, since its own span all samples of a batch; take "
+            "`row`",
+            "activations",
+            "granularity",
+        )
+    if activations.format == "fp8":
+        if activations.group_size is not None:
+            raise refused("fp8 activations in groups; leave `group_size` out", "activations", "group_size")
+        if activations.scale != "compressed_tensors":
+            raise refused(f"the rule {activations.scale}; write `scale: compressed_tensors`", "activations", "scale")
+    elif activations.symmetric and activations.divisor != "half":
+        raise refused(
+            f"activations with `divisor: {activations.divisor}`, since it divides by half of all levels; write "
+            "`divisor: half`",
+            "activations",
+            "divisor",
+        )
+    elif activations.zero_point != "in_range":
+        raise refused(
+            f"activations with `zero_point: {activations.zero_point}`; leave it out", "activations", "zero_point"
+        )
+
+
+def scheme_of(spec: QuantizeSpec, layout: str) -> dict[str, Any]:
+    """The group of linears of a checkpoint that is quantized so, as its config has it."""
+    weights = spec.weights
+    if weights is None:
+        raise refused("weights that are not quantized; give `weights`", "weights")
+    strategy, more = "channel", dict[str, Any]()
+    if weights.granularity == "block":
+        side = weights.group_size or 128
+        strategy, more = "block", {"block_structure": [side, side]}
+    elif weights.granularity == "tensor":
+        strategy = "tensor"
+    elif weights.group_size is not None:
+        strategy, more = "group", {"group_size": weights.group_size}
+    inputs = None
+    if spec.activations is not None:
+        size = spec.activations.group_size
+        of_inputs = {"strategy": "token"} if size is None else {"strategy": "group", "group_size": size}
+        inputs = _arguments(spec.activations, dynamic=True, **of_inputs)
+    return {
+        "targets": ["Linear"],
+        "format": layout,
+        "weights": _arguments(weights, dynamic=False, strategy=strategy, **more),
+        "input_activations": inputs,
+        "output_activations": None,
+    }
+
+
+def _arguments(format: Format, **more: Any) -> dict[str, Any]:
+    kind = "float" if format.format == "fp8" else "int"
+    return {"num_bits": format.bits, "type": kind, "symmetric": format.symmetric, **more}
+
+
+def check_plan(name: str, plan: LinearPlan, method: str) -> None:
+    """Check that a plan is nothing but rounded weights and activations in a format.
+
+    Raises:
+        UserError: it is more.
+    """
+    if plan.transform is not None:
+        what = f"what {method} does to the input of {name} ({type(plan.transform).__name__})"
+        raise refused(f"{what}: take a method that only rounds, such as rtn or gptq", "method")
+    if plan.activation is not None and not isinstance(plan.activation, Format):
+        what = f"how {method} quantizes the input of {name} ({type(plan.activation).__name__})"
+        raise refused(f"{what}: leave `activations` out", "method")
+
+
+def tensors_of(name: str, weight: PackedWeight, layout: str, method: str) -> dict[str, Tensor]:
+    """The tensors that stand in a checkpoint for the weight of the linear `name`.
+
+    Raises:
+        UserError: its codes or its zero points have no place there.
+    """
+    rows, width = weight.shape
+    if weight.numbers not in ("int", "e4m3"):
+        raise refused(f"weights on the levels of {method} ({weight.numbers})", "method")
+    if weight.columns < width and width % weight.columns and weight.rows == 1:
+        raise refused(
+            f"groups of {weight.columns} in {name}, whose {width} inputs they do not divide", "weights", "group_size"
+        )
+    scale = weight.scale.flatten() if weight.rows > 1 and weight.columns >= width else weight.scale
+    found = {"weight_scale": scale.contiguous()}
+    if layout == "float-quantized":
+        codes = unpack(weight.codes, weight.bits, torch.empty(rows, width, dtype=torch.uint8))
+        return {"weight": codes.view(torch.float8_e4m3fn), **found}
+    if weight.zero is None:
+        raise refused(f"{name} as integers", "weights", "format")
+    half = 2 ** (weight.bits - 1)
+    if layout == "int-quantized":
+        codes = unpack(weight.codes, weight.bits, torch.empty(rows, width, dtype=torch.uint8))
+        if weight.zero.numel() != 1:
+            raise refused(f"the levels of {method}, which are not symmetric", "method")
+        return {"weight": (codes.to(torch.int16) - half).to(torch.int8), **found}
+    found |= {"weight_packed": words(weight), "weight_shape": torch.tensor([rows, width])}
+    if weight.zero.numel() > 1 or weight.zero.item() != half:
+        zero = weight.zero.int().expand(weight.scale.shape)
+        if not bool(((zero >= 0) & (zero < 2 * half)).all()):
+            raise refused(f"zero points of {name} that are no codes", "weights", "zero_point")
+        found["weight_zero_point"] = _words(zero.to(torch.uint8).mT.contiguous(), weight.bits).mT.contiguous()
+    return found
+
+
+def words(weight: PackedWeight) -> Tensor:
+    """Codes [out, in] bit after bit in 32-bit integers: int32 [out, ceil(in * bits / 32)]."""
+    rows, width = weight.shape
+    step, parts = max(1, TILE // max(1, width)), []
+    for start in range(0, rows, step):
+        some = weight.codes[start : start + step].cpu()
+        parts.append(_words(unpack(some, weight.bits, torch.empty(len(some), width, dtype=torch.uint8)), weight.bits))
+    return torch.cat(parts)
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [R, W] below 2^bits, the first one in the lowest bits: int32 [R, ceil(W * bits / 32)]."""
+    each = np.unpackbits(codes.numpy()[..., None], axis=-1, count=bits, bitorder="little").reshape(len(codes), -1)
+    padded = np.pad(each, ((0, 0), (0, -each.shape[1] % WORD)))
+    return torch.from_numpy(np.packbits(padded, axis=-1, bitorder="little").view("<i4").copy())
+
+
+def config_of(spec: QuantizeSpec, layout: str, ignored: list[str], symmetric: bool) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint.
+
+    Args:
+        spec: how it is quantized.
+        layout: name of the format of its weights.
+        ignored: names of linears that are not quantized.
+        symmetric: whether weights have no zero points.
+    """
+    scheme = scheme_of(spec, layout)
+    scheme["weights"]["symmetric"] = symmetric
+    return {
+        "quant_method": METHOD,
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def linears_left(model: nn.Module, quantized: set[str]) -> list[str]:
+    """Names of the linears of a model that are not among the quantized ones."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in quantized]

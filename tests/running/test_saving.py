@@ -1,0 +1,227 @@
+"""Quantized checkpoints: what `quantize` writes, transformers reads, and it answers as the run that it came from."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+from transformers.utils.quantization_config import CompressedTensorsConfig
+from typer.testing import CliRunner
+
+import qapbench
+from qapbench import Format, RunSpec, UserError
+from qapbench.cli import app
+from qapbench.models import compressed
+from qapbench.models.loading import load_model
+from qapbench.records.store import answers_of
+from qapbench.running import saving
+from qapbench.running.saving import check_saving, save_quantized
+from qapbench.running.session import Session
+from qapbench.running.settings import Settings
+
+Spec = Callable[..., dict[str, Any]]
+G8 = {"bits": 4, "group_size": 8}
+HALF = {"bits": 8, "symmetric": True, "divisor": "half"}
+QMAX = {"bits": 8, "symmetric": True}
+W4 = {"bits": 4}
+AMAX = {"format": "fp8"}
+FP8 = {"format": "fp8", "scale": "compressed_tensors"}
+KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
+    "W4A16": ("pack-quantized", "gptq", G8, None),
+    "W3A16 symmetric": ("pack-quantized", "rtn", {"bits": 3, "symmetric": True}, None),
+    "W4A4": ("pack-quantized", "rtn", G8, G8),
+    "W8A8": ("int-quantized", "rtn", {"bits": 8, "symmetric": True}, HALF),
+    "FP8": ("float-quantized", "rtn", {"format": "fp8"}, FP8),
+    "FP8 blocks": ("float-quantized", "rtn", {"format": "fp8", "granularity": "block", "group_size": 16}, None),
+}
+CPU = torch.device("cpu")
+
+
+def section(kind: str, questions: Path) -> dict[str, Any]:
+    _, method, weights, activations = KINDS[kind]
+    calibration = {"samples": 2, "data": str(questions)}
+    return {"method": method, "weights": weights, "activations": activations, "calibration": calibration}
+
+
+def answered(spec: dict[str, Any], runs: Path) -> tuple[list[Any], Any]:
+    (record,) = qapbench.run(RunSpec.parse(spec), runs)
+    return [(answer.doc, answer.answer) for answer in answers_of(runs / record.run_id).read()], record
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_checkpoint_answers_as_its_run(kind: str, spec_of: Spec, questions: Path, tmp_path: Path) -> None:
+    dtype = "bfloat16" if kind == "W4A16" else "float32"
+    spec = spec_of(quantize=section(kind, questions), dtype=dtype)
+    session = Session(Settings(tmp_path / "runs", CPU))
+    saved = save_quantized(RunSpec.parse(spec), tmp_path / "saved", session)
+    assert (saved.layout, saved.linears) == (KINDS[kind][0], 14)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "saved"][not (tmp_path / "runs").exists() :]
+    config = json.loads((saved.folder / "config.json").read_text())
+    assert config["quantization_config"]["format"] == saved.layout
+    assert "lm_head" in config["quantization_config"]["ignore"]
+
+    wanted, _ = answered(spec, tmp_path / "runs")
+    got, record = answered({**spec, "model": str(saved.folder), "quantize": None}, tmp_path / "runs")
+    assert got == wanted
+    assert len(got) == 14
+    assert record.receipt.summary.startswith(f"as the checkpoint has it: compressed-tensors {saved.layout} W")
+
+    with pytest.raises(UserError, match=r"is quantized already .*leave `quantize` out"):
+        qapbench.run(RunSpec.parse({**spec, "model": str(saved.folder)}), tmp_path / "runs")
+
+
+def test_transformers_reads_the_values_of_the_format(spec_of: Spec, tmp_path: Path) -> None:
+    spec = RunSpec.parse(spec_of(quantize={"method": "rtn", "weights": G8}))
+    session = Session(Settings(tmp_path / "runs", CPU))
+    saved = save_quantized(spec, tmp_path / "saved", session)
+    plain, _ = session.model(spec)
+    read = AutoModelForImageTextToText.from_pretrained(
+        saved.folder, dtype="float32", quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    for name, tensor in plain.state_dict().items():
+        inside = "language_model.layers" in name and name.endswith("proj.weight")
+        assert torch.equal(read.state_dict()[name], Format(**G8)(tensor) if inside else tensor), name
+
+
+@pytest.mark.parametrize(
+    ("quantize", "field", "said"),
+    [
+        ({"method": "rtn", "activations": G8}, "quantize.weights", "weights that are not quantized"),
+        ({"method": "rtn", "weights": {"format": "mxfp4"}}, "quantize.weights.format", "weights as mxfp4"),
+        ({"method": "rtn", "weights": {**W4, "granularity": "tensor"}}, "quantize.weights.granularity", "per tensor"),
+        ({"method": "rtn", "weights": G8, "activations": QMAX}, "quantize.activations.divisor", "half"),
+        ({"method": "rtn", "weights": G8, "activations": FP8}, "quantize.activations.format", "beside int weights"),
+        ({"method": "rtn", "weights": AMAX, "activations": AMAX}, "quantize.activations.scale", "amax"),
+        ({"method": "rtn", "weights": {**W4, "group_size": 7}}, "quantize.weights.group_size", "do not divide"),
+        ({"method": "quip", "weights": G8}, "quantize.method", "what quip does to the input of"),
+        ({"method": "qvlm", "activations": None, "weights": {"bits": 4, "group_size": 64}}, "quantize.method", "nf4"),
+    ],
+)  # fmt: skip
+def test_what_the_format_cannot_say_is_refused(
+    quantize: dict[str, Any], field: str, said: str, spec_of: Spec, questions: Path, tmp_path: Path
+) -> None:
+    calibration = {"samples": 1, "data": str(questions)}
+    spec = RunSpec.parse(spec_of(quantize={**quantize, "calibration": calibration}))
+    with pytest.raises(UserError, match=f"{field}: compressed-tensors cannot store .*{said}"):
+        save_quantized(spec, tmp_path / "saved", Session(Settings(tmp_path / "runs", CPU)))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_whole_or_not_at_all(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = RunSpec.parse(spec_of(quantize={"method": "rtn", "weights": G8}))
+    session = Session(Settings(tmp_path / "runs", CPU))
+    monkeypatch.setattr(saving, "SHARD", 20_000)
+    several = save_quantized(spec, tmp_path / "several", session)
+    assert len(list(several.folder.glob("*.safetensors"))) > 3
+    load_model(RunSpec.parse(spec_of(model=str(several.folder))), CPU)
+    with pytest.raises(UserError, match="there is something already"):
+        check_saving(spec, several.folder)
+
+    def full(source: Path, folder: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(saving, "_copy_others", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_quantized(spec, tmp_path / "torn", session)
+    assert [path.name for path in tmp_path.iterdir()] == ["several"]
+
+
+def test_the_command(spec_of: Spec, tmp_path: Path) -> None:
+    path, folder = tmp_path / "spec.yaml", tmp_path / "out"
+    path.write_text(json.dumps(spec_of(quantize={"method": "rtn", "weights": G8})))
+    done = CliRunner().invoke(app, ["quantize", str(path), "--out", str(folder), "--runs", str(tmp_path / "runs")])
+    assert done.exit_code == 0, done.output
+    assert "pack-quantized, 14 linears at " in done.output
+    assert (folder / "model.safetensors").is_file()
+
+
+# -- checkpoints of others --
+
+LOCAL = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+STATIC = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nvfp4-pack-quantized": ({**LOCAL, "dynamic": False}, {**LOCAL, "dynamic": "local"}),
+    "float-quantized": (STATIC, STATIC),
+}
+
+
+def made_by_others(layout: str, source: Path, folder: Path) -> Path:
+    """A checkpoint as the library compresses it, with static scales of its inputs."""
+    weights, inputs = OTHERS[layout]
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": layout}
+    scheme = QuantizationScheme.model_validate(group)
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    shutil.copytree(source, folder)
+    tensors, left = load_file(folder / "model.safetensors"), []
+    for name in [key for key in tensors if key.endswith("proj.weight")]:
+        owner = name.removesuffix(".weight")
+        if "vision" in name:
+            left.append(owner)
+            continue
+        w = tensors.pop(name)
+        given = {"weight": w}
+        if layout == "float-quantized":
+            given["weight_scale"] = w.abs().amax().reshape(1) / 448
+            more = {"input_scale": torch.tensor([0.01])}
+        else:
+            up = 2688 / w.abs().amax().reshape(1)
+            given["weight_global_scale"] = up
+            blocks = w.unflatten(1, (-1, 16)).abs().amax(dim=-1) / 6 * up
+            given["weight_scale"] = blocks.to(torch.float8_e4m3fn).float()
+            more = {"input_global_scale": torch.tensor([600.0])}
+        tensors |= {f"{owner}.{key}": value for key, value in {**compressor.compress(given, scheme), **more}.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*vision.*", "re:.*multi_modal.*"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_checkpoints_of_others(layout: str, tiny_model: Path, spec_of: Spec, tmp_path: Path) -> None:
+    folder = made_by_others(layout, tiny_model, tmp_path / "theirs")
+    spec = RunSpec.parse(spec_of(model=str(folder)))
+    model, _ = load_model(spec, CPU)
+    assert layout in (compressed.described(model) or "")
+    linear = model.model.language_model.layers[0].mlp.gate_proj
+    assert linear.weight.dtype == torch.float32
+    seen: list[torch.Tensor] = []
+    linear.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    x = torch.randn(1, 3, 48)
+    linear(x)
+    (rounded,) = seen
+    assert not torch.equal(rounded, x)
+    assert (rounded - x).norm() < 0.2 * x.norm()
+    if layout == "float-quantized":
+        assert torch.equal(rounded, (x / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01)
+    _, record = answered(spec_of(model=str(folder)), tmp_path / "runs")
+    assert f"compressed-tensors {layout} W" in record.receipt.summary
+
+
+def test_inputs_that_are_not_known_are_refused() -> None:
+    with pytest.raises(UserError, match="model: the inputs of q_proj are quantized to 8-bit float per block"):
+        compressed.rounding_of({"num_bits": 8, "type": "float", "strategy": "block", "dynamic": True}, {}, "q_proj")
+    with pytest.raises(UserError, match="static scales per tensor"):
+        compressed.rounding_of(STATIC, {}, "q_proj")
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"a": {}}}}
+    with pytest.raises(UserError, match="pip install 'qapbench\\[compressed-tensors\\]'"):
+        compressed.loading_arguments(tmp_path, config)
+    assert compressed.loading_arguments(tmp_path, {}) == {}
