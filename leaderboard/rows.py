@@ -305,6 +305,7 @@ def _unparsed(unparsed: Unparsed) -> Score:
 def from_record(record: Record) -> Row:
     """The row of one record, not yet compared with others."""
     spec, tokens, prune = record.spec, record.tokens, mapping(record.spec.get("prune"))
+    budget = record.cost.budget if record.cost else None
     labels = record.labels  # they omit parameters that have their default
     return Row(
         name=record.name,
@@ -313,7 +314,7 @@ def from_record(record: Record) -> Row:
         pruner=labels.get("pruner") or item_label(prune.get("method")),
         sensitivity=labels.get("sensitivity") or item_label(prune.get("sensitivity")),
         fusion=labels.get("fusion") or item_label(prune.get("fusion")),
-        keep=number(prune.get("keep")),
+        keep=number(prune.get("keep")) if budget is None else budget.keep,
         tokens=tokens.mean if tokens else None,
         tokens_min=tokens.min if tokens else None,
         tokens_max=tokens.max if tokens else None,

@@ -65,7 +65,8 @@ PUBLIC = {
     ),
     "quantize.install": ("installed_all",),
     "compression": ("compress",),
-    "costing.cost": ("Cost", "cost"),
+    "costing.amounts": ("Cost",),
+    "costing.cost": ("cost",),
     "costing.prompt": ("Prompt",),
     "models.checkpoint_format": ("CheckpointFormat", "checkpoint_format"),
     "models.family": ("Family", "family"),
@@ -88,7 +89,8 @@ HOMES = {name: module for module, names in PUBLIC.items() for name in names}
 
 if TYPE_CHECKING:
     from .compression import compress
-    from .costing.cost import Cost, cost
+    from .costing.amounts import Cost
+    from .costing.cost import cost
     from .costing.prompt import Prompt
     from .errors import UserError
     from .methods.affine import Grid, Levels, Rounding, fake_quantize, grouped, round_through

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .costing.budget import resolved
+from .costing.known import costed_model
 from .errors import UserError
 from .memory import check_device
 from .methods.kinds import ptqs
@@ -77,6 +79,8 @@ def compress(
     check_device(family.model.device.type)
     receipt = Receipt(checkpoint=described(family.model))
     originals = keep_originals if isinstance(keep_originals, Originals) else Originals(family.model, keep_originals)
+    if prune and prune.budget is not None:
+        prune = resolved(prune, costed_model(model, named_tower=owner), quantize)
     with contextlib.ExitStack() as stack:
         # Calibration may prune as runs do, but its prompts must not be counted in the receipt.
         pruned = build_pruning(family, prune, receipt, processor, text_tower, owner, on_images) if prune else None

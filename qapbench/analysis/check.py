@@ -267,12 +267,13 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
         said = f"{record.receipt.too_long} prompts are too long, the stored answers give {counted.too_long}"
         problems.append(f"receipt: {said}")
     if spec.prune and counted.most is not None:
-        few = counted.most < min(spec.prune.keep, counted.available // counted.images)
-        many = (
-            counted.most > spec.prune.keep and spec.prune.per == "image"
-        )  # with `per: tile`, every tile may keep that many
+        keep, budget = spec.prune.keep, record.cost.budget if record.cost else None
+        if spec.prune.budget is not None:
+            keep = budget.keep if budget else counted.most
+        few = counted.most < min(keep, counted.available // counted.images)
+        many = counted.most > keep and spec.prune.per == "image"  # with `per: tile`, every tile may keep that many
         if few or many:
-            problems.append(f"tokens: the spec keeps {spec.prune.keep}, the stored answers up to {counted.most}")
+            problems.append(f"tokens: the spec keeps {keep}, the stored answers up to {counted.most}")
     return problems
 
 

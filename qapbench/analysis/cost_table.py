@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from qapbench.costing.cost import Cost
+from qapbench.costing.amounts import Cost
 from qapbench.costing.devices import Device
 from qapbench.costing.prompt import Prompt
 

@@ -87,7 +87,10 @@ def budgets(encoded: EncodedImages, spec: PruneSpec, most: int | None) -> list[l
 
     Raises:
         UserError: the budget of a view is larger than the view.
+        ValueError: the budget is a cost, which has to be turned into a number of tokens first.
     """
+    if spec.budget is not None:
+        raise ValueError(f"keep: {spec.budget} is not resolved")
     if spec.per == "tile":
         if most is not None and spec.keep > most:
             raise UserError(f"keep={spec.keep} is out of range: an image has {most} tokens (1..{most})")

@@ -292,7 +292,7 @@ class Stopped(Part):
 
 
 class StageCost(Part):
-    """A number for each stage of one prompt, such as FLOPs; see `qapbench.costing.cost.StageNumbers`.
+    """A number for each stage of one prompt, such as FLOPs; see `qapbench.costing.amounts.StageNumbers`.
 
     Attributes:
         tower: the vision tower.
@@ -314,6 +314,22 @@ class StageCost(Part):
         return self.tower + self.projector + self.selection + self.prefill
 
 
+class BudgetUse(Part):
+    """A budget that a spec gives as a cost, and what became of it.
+
+    Attributes:
+        cost: which cost it is: layer_mean, flops or kv_bytes.
+        asked: its value.
+        keep: the number of tokens that the method was given for it.
+        reached: what the run has, by the tokens that were measured.
+    """
+
+    cost: str
+    asked: FiniteFloat
+    keep: Count
+    reached: FiniteFloat
+
+
 class CostRecord(Part):
     """What one prompt of a run costs, by its model's config and what was measured; docs/cost.md has the definitions.
 
@@ -329,6 +345,7 @@ class CostRecord(Part):
         weight_bytes: bytes of the weights as they are stored.
         kv_bytes: bytes of the KV cache that the prompt leaves.
         activation_bytes: bytes of activations that are held at the same time at most.
+        budget: what became of a budget that the spec gives as a cost; None if it gives a number of tokens.
     """
 
     text: Count
@@ -342,6 +359,7 @@ class CostRecord(Part):
     weight_bytes: Count
     kv_bytes: FiniteFloat
     activation_bytes: FiniteFloat
+    budget: BudgetUse | None = None
 
 
 class Unanswered(Part):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, replace
 
-from qapbench.costing.cost import Cost, cost
+from qapbench.costing.amounts import Cost
+from qapbench.costing.budget import reached, resolved
+from qapbench.costing.cost import cost
+from qapbench.costing.known import costed_model
 from qapbench.costing.prompt import Prompt
 from qapbench.costing.tokens import MeasuredTokens
 from qapbench.errors import UserError
 from qapbench.receipt import Receipt
-from qapbench.records.record import CostRecord, StageCost
+from qapbench.records.record import BudgetUse, CostRecord, StageCost
 from qapbench.spec.run_spec import RunSpec
 
 
@@ -40,6 +43,10 @@ def run_cost(spec: RunSpec, receipt: Receipt, dtype: str) -> CostRecord | None:
         found = cost(spec.model, given, prompt, receipt=receipt.linears, tokens=_measured(receipt))
     except UserError:
         return None
+    asked, budget = spec.prune.budget if spec.prune else None, None
+    if spec.prune and asked is not None:
+        keep = resolved(spec.prune, costed_model(spec.model, dtype, spec.text_tower), spec.quantize).keep
+        budget = BudgetUse(cost=asked.name, asked=asked.value, keep=keep, reached=reached(asked.name, found, dense))
     flops, bops = asdict(found.flops), asdict(found.bops)
     return CostRecord(
         text=prompt.text,
@@ -53,6 +60,7 @@ def run_cost(spec: RunSpec, receipt: Receipt, dtype: str) -> CostRecord | None:
         weight_bytes=found.weight_bytes,
         kv_bytes=found.kv_bytes,
         activation_bytes=found.activation_bytes,
+        budget=budget,
     )
 
 

@@ -103,7 +103,7 @@ def field_of(spec: RunSpec) -> str | None:
     if spec.prune is None:
         return None
     content = spec.model_dump(mode="json", exclude={"name", "plugins", "text_tower"})
-    content["prune"] = {"keep": spec.prune.keep}
+    content["prune"] = {"keep": content["prune"]["keep"]}
     return json.dumps(content, sort_keys=True)
 
 

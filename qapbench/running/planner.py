@@ -19,7 +19,7 @@ from qapbench.models.loading import precision, read_config
 from qapbench.records.intact import damage, lines_in_words
 from qapbench.records.record import RECORD, NewerRecordError, Record, read_record
 from qapbench.records.store import ANSWERS, answers_of
-from qapbench.spec.run_spec import RunSpec, TaskSpec
+from qapbench.spec.run_spec import PruneSpec, RunSpec, TaskSpec
 from qapbench.tasking.groups import expanded, placed
 from qapbench.tasking.images import check_pictures
 from qapbench.tasking.outline import TaskOutline, calibration_fingerprint
@@ -151,6 +151,8 @@ class Planner:
         wanted = spec.quantize.calibration if spec.quantize else None
         source = self._calibration_source(spec)
         content = fingerprints(spec, task, self.device, fetch, source)
+        if spec.prune and spec.prune.budget is not None:
+            content |= {"keep": str(self._keep(spec, spec.prune))}
         run_id = spec.digest(content, task.asked)
         text_key = run_id  # if calibration prunes, the weights depend on the pruner
         if wanted is None or not wanted.pruned:
@@ -172,6 +174,18 @@ class Planner:
         return Planned(
             spec, run_id, text_key, group, folder, task.count, answered, done, stopped, names, content, fresh, values
         )
+
+    def _keep(self, spec: RunSpec, prune: PruneSpec) -> int:
+        """The number of tokens that a budget given as a cost stands for.
+
+        Raises:
+            UserError: the method cannot come near it on this model.
+        """
+        from qapbench.costing.budget import resolved
+        from qapbench.costing.known import costed_model
+
+        model = costed_model(spec.model, precision(spec, self.device), spec.text_tower)
+        return resolved(prune, model, spec.quantize).keep
 
     def _calibration_source(self, spec: RunSpec) -> str:
         """Hash of the source of the run's calibration samples; "" if it does not calibrate.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.compression import compress
+from qapbench.costing.budget import resolved
+from qapbench.costing.known import costed_model
 from qapbench.hashing import state_of_tree
 from qapbench.memory import Phases
 from qapbench.models import family_of
@@ -122,7 +124,10 @@ class Session:
         if spec.prune is None:
             return None
         model, processor = self.model(spec)
-        return build_pruning(family_of(model), spec.prune, Receipt(), processor, None, spec.text_tower, on_view=on_view)
+        prune = spec.prune
+        if prune.budget is not None:
+            prune = resolved(prune, costed_model(model, named_tower=spec.text_tower), spec.quantize)
+        return build_pruning(family_of(model), prune, Receipt(), processor, None, spec.text_tower, on_view=on_view)
 
     @contextlib.contextmanager
     def quantized(self, planned: Planned) -> Iterator[Receipt]:

@@ -126,7 +126,7 @@ def _cost(records: Sequence[Record]) -> CostRecord | None:
             return {key: mean([value[key] for value in values]) for key in values[0]}
         return sum(n * value for n, value in zip(images, values, strict=True)) / sum(images)
 
-    measured = {name for name in CostRecord.model_fields if name not in ("text", "image", "weight_bytes")}
+    measured = {name for name in CostRecord.model_fields if name not in ("text", "image", "weight_bytes", "budget")}
     return CostRecord.model_validate(
         costs[next(at for at, n in enumerate(images) if n)].model_dump()
         | {name: mean([cost.model_dump()[name] for cost in costs]) for name in measured}

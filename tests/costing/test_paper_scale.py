@@ -118,7 +118,7 @@ def test_configs_of_well_known_checkpoints_have_their_parameters(name: str, para
 
 def test_every_shipped_config_has_a_cost() -> None:
     for name in known_configs():
-        found = cost(name, {"prune": {"method": "divprune", "keep": 64}})
+        found = cost(name, {"prune": {"method": "attention", "keep": 64}})
         assert all(math.isfinite(value) and value > 0 for value in vars(found.flops).values())
         assert json.loads(json.dumps(found.to_json()))["tokens_per_layer"] == list(found.tokens_per_layer)
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import qapbench
-from qapbench import Prompt, Record, RunSpec, load_records
-from qapbench.records.record import CostRecord
+from qapbench import Prompt, Record, RunSpec, UserError, load_records
+from qapbench.records.record import BudgetUse, CostRecord
 from qapbench.running.several import _cost
 
 Spec = Callable[..., dict[str, Any]]
@@ -49,6 +49,29 @@ def test_costs_of_runs(records: dict[str, Record]) -> None:
     assert fastv.kv_bytes / dense.kv_bytes == pytest.approx((fastv.layer_mean + 64) / (dense.layer_mean + 64))
     said = qapbench.cost(records["fastv"].spec["model"], {"prune": {"method": "fastv", "keep": 5}, "dtype": "float32"})
     assert fastv.flops.prefill == pytest.approx(said.flops.prefill)
+
+
+def test_budgets_by_cost_are_proven_by_the_record(spec_of: Spec, tmp_path: Path) -> None:
+    """Of 4 layers with 16 tokens, FastV's first 2 see all: (32 + 2 k) / 4 = 10 gives 4."""
+    rows = {
+        "random": {"method": "random", "keep": {"layer_mean": 10}},
+        "fastv": {"method": "fastv", "keep": {"layer_mean": 10}},
+        "plain": {"method": "fastv", "keep": 4},
+    }
+    specs = [RunSpec.parse({**spec_of(prune=prune), "name": name}) for name, prune in rows.items()]
+    random, fastv, plain = qapbench.run(specs, tmp_path / "runs", progress=False)
+    for record, keep in ((random, 10), (fastv, 4)):
+        assert record.cost
+        assert record.cost.budget == BudgetUse(cost="layer_mean", asked=10, keep=keep, reached=10)
+        assert record.cost.layer_mean == 10
+        assert record.spec["prune"]["keep"] == {"layer_mean": 10}
+    assert plain.cost and plain.cost.budget is None
+    assert fastv.scores == plain.scores
+    assert "keep" in fastv.fingerprints
+    assert "keep" not in plain.fingerprints
+    bad = RunSpec.parse({**spec_of(prune={"method": "fastv", "keep": {"layer_mean": 3}}), "name": "bad"})
+    with pytest.raises(UserError, match="fastv cannot come within 1 % of layer_mean 3 on this model"):
+        qapbench.run([bad], tmp_path / "runs", progress=False)
 
 
 def test_the_cost_of_several_tasks_is_the_mean_over_images(records: dict[str, Record]) -> None:
