@@ -1,8 +1,8 @@
 """Compares the cost model with what `torch.utils.flop_counter` counts while a model answers.
 
 `python -m benchmarks.cost` does so for every pruner on the tiny model of every family, and prints the ratios of what is
-said to what is counted. With `--wide` the models have about 100 million weights, with `--sample` every pruner is tried on
-one family.
+said to what is counted. With `--wide` the models have about 100 million weights, with `--sample` every pruner is tried
+on one family.
 """
 
 from __future__ import annotations

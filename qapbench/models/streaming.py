@@ -12,6 +12,8 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from qapbench.memory import give_back_freed
+
 ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"  # lets transformers read a tensor when it is needed, and none ahead
 
 
@@ -95,6 +97,7 @@ def streaming() -> Iterator[None]:
     try:
         yield
     finally:
+        give_back_freed()
         library.safe_open = before
         if waits is None:
             del os.environ[ONE_BY_ONE]

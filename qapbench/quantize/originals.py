@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import RunFailedError, UserError, nearest
+from qapbench.memory import give_back_freed
 from qapbench.models.streaming import Weights
 
 Keep = Literal["auto", "memory", "file", "checkpoint"]
 SMALL = 2**28  # bytes of a model's weights up to which "auto" keeps them in memory
+GIVE_BACK = 2**26  # bytes of weights after which freed memory is given back to the system
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Originals:
         self._in_memory = keep == "memory"
         self._checkpoint = _Checkpoint(folder or _folder_of(model)) if keep == "checkpoint" else None
         self._file = _SpillFile()
+        self._unreturned = 0
 
     def set_aside(self, weight: Tensor) -> SetAside:
         """Free the memory of a weight as far as its values can be had elsewhere."""
@@ -71,8 +74,22 @@ class Originals:
         read = self._elsewhere(weight) if not self._in_memory and self._frees(weight) else None
         if read is None:
             return in_host_memory(weight)
+        size = weight.nbytes
         weight.data = weight.data.new_empty(0)
-        return SetAside(read, lambda: setattr(weight, "data", read().to(device)))
+        self._freed(size)
+
+        def restore() -> None:
+            weight.data = read().to(device)
+            self._freed(size)
+
+        return SetAside(read, restore)
+
+    def _freed(self, size: int) -> None:
+        """Note that so much memory became free, and give it back to the system now and then."""
+        self._unreturned += size
+        if self._unreturned > GIVE_BACK:
+            give_back_freed()
+            self._unreturned = 0
 
     def _frees(self, weight: Tensor) -> bool:
         """Whether memory becomes free if the weight lets go of it: nothing else of the model holds it."""
