@@ -1,10 +1,11 @@
-"""Paired comparison of all rows of a spec with one of them, corrected over all comparisons, and what could be seen.
+"""Paired comparison of all rows of a model with one of them, corrected over all comparisons, and what could be seen.
 
-    python -m benchmarks.claim outliers --runs runs --against constant [--set task.limit=900]
+    python -m benchmarks.claim --runs runs --model diagram-llava-outliers:strength=12 --against constant --questions 900
 
-Each row's accuracy is compared with that of the control on the same questions (exact McNemar test), and q is the
-Benjamini-Hochberg value over all rows. `smallest` is the difference, in points, that such a comparison finds with
-probability 0.8 at p = 0.01, given the share of questions that flip between the two rows.
+The rows are the finished runs in the folder with this model and this number of questions. The accuracy of each is
+compared with that of the control on the same questions (exact McNemar test), and q is the Benjamini-Hochberg value over
+all rows. `smallest` is the difference, in points, that such a comparison finds with probability 0.8 at p = 0.01, given
+the share of questions that flip between the two rows.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.stats import false_discovery_control, norm
 
-from qapbench.analysis.paired import Difference, compare, read_scored
-from qapbench.running.planner import Planner
-from qapbench.spec.spec_file import load_spec
+from qapbench.analysis.paired import compare, read_scored
+from qapbench.errors import UserError, nearest
+from qapbench.records.load import load_records
 
 LEVEL, POWER = 0.01, 0.8
 
@@ -70,48 +70,50 @@ def smallest_effect(flips: float, n: int, level: float = LEVEL, power: float = P
     return float(norm.isf(level / 2) + norm.ppf(power)) * math.sqrt(flips / n)
 
 
-def lines(spec: str, runs: Path, against: str, changes: list[str]) -> tuple[Line, list[Line]]:
-    """The control and the other finished rows of a spec, compared with it.
+def lines(runs: Path, model: str, questions: int, against: str, rows: list[str]) -> tuple[Line, list[Line]]:
+    """The control and the other finished rows, compared with it.
 
     Args:
-        spec: name or path of a spec.
-        runs: folder of its runs.
+        runs: folder of the runs.
+        model: the model as the runs' specs name it.
+        questions: number of questions that the runs asked.
         against: name of the control.
-        changes: changes to the spec, as `--set` takes them.
+        rows: names of the rows to compare; all if empty.
+
+    Raises:
+        UserError: no finished run has the control's name.
     """
-    planner = Planner(runs, torch.device("cpu"))
-    plans = [planner.plan(one) for one in load_spec(spec, changes)]
-    made = {plan.spec.name: read_scored(plan.folder) for plan in plans if plan.done}
+    made = {}
+    for record in load_records(runs):
+        scored = read_scored(runs / record.run_id, record=record)
+        if record.spec.get("model") == model and len(scored.rows) == questions:
+            made[record.name] = scored
     if against not in made:
-        raise SystemExit(f"no finished run '{against}'; there are: {', '.join(made) or 'none'}")
-    control, found = made[against], []
+        raise UserError(f"no run '{against}' of {model} with {questions} questions in {runs}; {nearest(against, made)}")
+    found = []
     for name, row in made.items():
-        difference: Difference = next(d for d in compare(control, row).differences if d.column == row.score)
-        right = np.mean([scores[str(row.score)] for scores in row.rows.values()])
-        found.append(
-            Line(
-                name,
-                float(right),
-                difference.n,
-                difference.gained,
-                difference.lost,
-                difference.low,
-                difference.high,
-                difference.p,
-            )
-        )
+        if rows and name not in (*rows, against):
+            continue
+        difference = next(d for d in compare(made[against], row).differences if d.column == row.score)
+        right = float(np.mean([scores[str(row.score)] for scores in row.rows.values()]))
+        d = difference
+        found.append(Line(name, right, d.n, d.gained, d.lost, d.low, d.high, d.p))
     return next(line for line in found if line.name == against), [line for line in found if line.name != against]
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--model", default="diagram-llava-outliers:strength=12")
     parser.add_argument("--against", default="constant", help="name of the control")
-    parser.add_argument("--set", action="append", default=[], dest="changes")
+    parser.add_argument("--questions", type=int, default=3600)
+    parser.add_argument("--rows", nargs="*", default=[], help="names of the rows that are tested together; all")
     args = parser.parse_args()
-    control, others = lines(args.spec, args.runs, args.against, args.changes)
+    try:
+        control, others = lines(args.runs, args.model, args.questions, args.against, args.rows)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     corrected = list(false_discovery_control([line.p for line in others])) if others else []
     print("| row | right, % | difference, points | 95 % | gained | lost | p | q | smallest |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")

@@ -33,6 +33,7 @@ from qapbench.running.planner import Planner
 from qapbench.running.prompt_encoder import PromptEncoder
 from qapbench.running.session import Session
 from qapbench.spec.run_spec import PruneSpec, RunSpec
+from qapbench.tasking.questions import RefusedPictureError
 
 from .leave_one_out import OcclusionEffect, Spliced, occlusion_effects, units_of
 from .question import LetterQuestion, by_letter, find_questions, image_questions
@@ -152,7 +153,12 @@ class Study:
             runner = BatchRunner(family, processor)
             measures = _measures(family)
             for place, question in enumerate(questions):
-                inputs = encoder.inputs(question.question, question.question.prompt)
+                try:
+                    inputs = encoder.inputs(question.question, question.question.prompt)
+                except RefusedPictureError as error:
+                    raise UserError(
+                        f"{error}; a study needs all of its questions, so leave this one out of the data"
+                    ) from None
                 for spliced in (quantized, full):
                     spliced.start(inputs)
                 if not place:

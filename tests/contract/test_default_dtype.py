@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from metrics_on_a_model import create
 from test_ptq_contract import linears_of, made_by, method, small_model
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def test_quantizers(name: str, dtype: torch.dtype, other_default: Under, tokens:
 
 @pytest.mark.parametrize("name", metrics.names())
 def test_metrics(name: str, other_default: Under, tokens: VisionTokens) -> None:
-    measure = metrics.create(name)
+    measure = create(name, tokens.projected.shape[-1])
     assert same(other_default(lambda: measure(tokens.projected)), measure(tokens.projected))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from qapbench import RunSpec, UserError
 from qapbench.analysis import paired
 from qapbench.analysis.check import check_record
 from qapbench.analysis.explain import explain
-from qapbench.cli import app
+from qapbench.cli import app, main
 from qapbench.errors import RunFailedError
 from qapbench.leaderboard.ranking import compared, scored_runs
 from qapbench.leaderboard.rows import from_record
@@ -204,3 +205,28 @@ def test_calibration_leaves_them_out_and_says_so(qwen: Path, tmp_path: Path) -> 
     nothing = CalibrationSpec(samples=1, data=str(data(tmp_path / "one.parquet", ["q0"], count=1)))
     with pytest.raises(UserError, match="none of 1 samples can be used"):
         samples(session.task(spec), nothing, session.processor(spec))
+
+
+def test_a_study_of_a_refused_question_ends_with_a_sentence(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, and one line that names the question and says what to do; `explain` ends likewise."""
+    (spec,) = specs_of(qwen, data(tmp_path / "test.parquet", count=4), ("random",))
+    raw = spec.model_dump(mode="json", exclude={"quantize", "prune"})
+    raw["prune"] = {"method": "random", "keep": 4, "sensitivity": "l2"}
+    raw["quantize"] = {"method": "rtn", "weights": {"bits": 4}}
+    (tmp_path / "spec.json").write_text(json.dumps(raw))
+    runs = ["--runs", str(tmp_path / "runs"), "--device", "cpu"]
+    advice = "; a study needs all of its questions, so leave this one out of the data"
+    commands = {
+        advice: ["study", "sensitivity", str(tmp_path / "spec.json"), *runs],
+        "": ["explain", str(tmp_path / "spec.json"), "--sample", "q2", "--out", str(tmp_path / "out.png"), *runs],
+    }
+    for end, command in commands.items():
+        monkeypatch.setattr(sys, "argv", ["qapbench", *command])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert stopped.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: question 'q2': the model's processor refuses a picture")
+        assert lines[0].endswith(f"got 300.0){end}")
