@@ -13,6 +13,7 @@ from qapbench.tasking.questions import Question
 CHUNKS = 8  # chunks per worker at least, so that the last ones end at about the same time
 BATCHES = 32  # batches per chunk at most
 VARIANT = 100  # images that could be encoded while a model is quantized once, roughly
+WORTH = 16  # answers per worker that a model must have waiting, for another worker to quantize it as well
 RETRIES = 4  # times that a unit is tried; before the last two, its questions are parted, to find the one that fails
 
 Missing = dict[str, tuple[int, ...]]
@@ -83,6 +84,11 @@ class _Work:
     waiting: list[Unit] = field(default_factory=list)
     workers: set[str] = field(default_factory=set)
 
+    @property
+    def answers(self) -> int:
+        """Number of answers that wait to be given out."""
+        return sum(len(docs) for unit in self.waiting for docs in unit.missing.values())
+
 
 class Schedule:
     """Gives units to workers that ask for one.
@@ -118,7 +124,7 @@ class Schedule:
         return self.waiting + self._given
 
     def next(self, worker: str) -> Unit | None:
-        """The next unit for a worker; None if nothing is waiting."""
+        """The next unit for a worker; None if nothing is waiting that is worth quantizing its model for."""
         self._workers.add(worker)
         group = self._group(worker)
         if group is None:
@@ -172,7 +178,9 @@ class Schedule:
             return mine
         if not self.spread:
             return next(iter(open_groups))
-        return max(open_groups, key=lambda name: len(open_groups[name].waiting) / (1 + len(open_groups[name].workers)))
+        share = {name: work.answers / (1 + len(work.workers)) for name, work in open_groups.items()}
+        worth = [name for name, work in open_groups.items() if not work.workers or share[name] >= WORTH]
+        return max(worth, key=share.__getitem__, default=None)
 
     def _preference(self, worker: str, unit: Unit) -> tuple[int, int]:
         """Own images first, then those that nobody has, then others' from the end."""

@@ -61,6 +61,7 @@ def connect(address: str | None, cpus: int = 1) -> bool:
         raise UserError(f"--address {address}: start the command on a node of the cluster, with --address auto")
     if ray.is_initialized():
         return False
+    _quieten()
     mine: dict[str, Any] = {"address": address}
     if address is None:
         cores = max(cpus, os.cpu_count() or 1)
@@ -74,6 +75,17 @@ def connect(address: str | None, cpus: int = 1) -> bool:
             raise
         raise UserError(f"--address {address}: {' '.join(str(error).split())}") from None
     return True
+
+
+def _quieten() -> None:
+    """Keep what Ray prints of a dead worker or node off standard output, where tables go: the run tells it itself."""
+    inside: Any = importlib.import_module("ray._private.worker")
+    if hasattr(inside, "print_to_stdstream"):
+        inside.print_to_stdstream = _unsaid
+
+
+def _unsaid(*_: Any, **__: Any) -> None:
+    """Print nothing."""
 
 
 def disconnect() -> None:

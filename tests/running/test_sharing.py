@@ -11,6 +11,7 @@ import pytest
 from run_questions import QUESTIONS
 
 import qapbench
+from benchmarks import scaling
 from qapbench import RunSpec, UserError
 from qapbench.errors import RunFailedError
 from qapbench.records.answer import Answer
@@ -245,7 +246,7 @@ def test_few_workers_share_a_model_and_keep_their_images() -> None:
 
 
 def test_many_workers_spread_over_the_models_and_stay() -> None:
-    schedule = Schedule(units(4, 10), spread=True)
+    schedule = Schedule([Unit(f"g{at}", one, {"run": tuple(range(99))}) for at in range(4) for one in range(10)], True)
     groups: dict[str, list[str]] = {str(worker): [] for worker in range(8)}
     while schedule.left:
         for worker, mine in groups.items():
@@ -253,8 +254,16 @@ def test_many_workers_spread_over_the_models_and_stay() -> None:
                 assert unit.later == ()
                 mine.append(unit.group)
                 schedule.done()
-    assert all(mine == mine[:1] * len(mine) for mine in groups.values())
+    assert all(mine[:4] == mine[:1] * 4 for mine in groups.values())
     assert sorted(mine[0] for mine in groups.values()) == ["g0", "g0", "g1", "g1", "g2", "g2", "g3", "g3"]
+
+
+def test_nobody_quantizes_a_model_for_a_few_answers_unless_nobody_else_is_there() -> None:
+    schedule = Schedule([Unit("g", at, {"run": tuple(range(4 * at, 4 * at + 4))}) for at in range(3)], spread=True)
+    assert schedule.next("a") is not None
+    assert schedule.next("b") is None
+    schedule.gone("a")
+    assert schedule.next("b") is not None
 
 
 def test_what_a_lost_worker_had_goes_to_another() -> None:
@@ -309,3 +318,13 @@ def test_few_workers_do_not_spread(workers: int, groups: int, images: int, sprea
     assert spreads(workers, groups, images) is spread
     assert spreads(64, 10, 2000)
     assert not spreads(64, 1, 10)
+
+
+def test_the_simulated_cluster_counts_what_is_done_more_than_once() -> None:
+    asked = scaling.questions(200, shown=0.5, per_image=2)
+    alone, many = (scaling.simulate(scaling.METHODS, 2, asked, workers, scaling.LETTER) for workers in (1, 16))
+    assert (alone.quantized, alone.encoded) == (2 * 9, 2 * 50)
+    assert alone.busy < alone.wall < 1.1 * alone.busy
+    assert many.quantized > alone.quantized
+    assert many.encoded > alone.encoded
+    assert alone.wall / 16 < many.wall < alone.wall / 4
