@@ -1,6 +1,7 @@
 """Quantized checkpoints: what `quantize` writes, transformers reads, and it answers as the run that it came from."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -134,13 +135,30 @@ def test_whole_or_not_at_all(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["several"]
 
 
-def test_the_command(spec_of: Spec, tmp_path: Path) -> None:
-    path, folder = tmp_path / "spec.yaml", tmp_path / "out"
-    path.write_text(json.dumps(spec_of(quantize={"method": "rtn", "weights": G8})))
-    done = CliRunner().invoke(app, ["quantize", str(path), "--out", str(folder), "--runs", str(tmp_path / "runs")])
-    assert done.exit_code == 0, done.output
-    assert "pack-quantized, 14 linears at " in done.output
-    assert (folder / "model.safetensors").is_file()
+def test_the_commands_of_the_documentation(
+    tiny_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/packed.md writes them, on a small model and few questions."""
+    text = (Path(__file__).parents[2] / "docs" / "packed.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    task = json.dumps({"name": "scienceqa", "data": str(questions)})
+    for name, block in re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)```", text, re.DOTALL):
+        smaller = block.replace("{name: diagramqa, limit: 40}", task).replace("diagram-llava", str(tiny_model))
+        Path(name).write_text(smaller.replace("group_size: 32", "group_size: 16"))
+    commands = re.findall(r"^    qapbench (.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    said = []
+    for command in commands:
+        done = CliRunner().invoke(app, command.split())
+        assert done.exit_code == 0, done.output
+        said.append(done.output)
+    assert "pack-quantized, 14 linears at " in said[1]
+    assert (tmp_path / "diagram-w4a16" / "model.safetensors").is_file()
+    packed, saved = sorted(qapbench.load_records(tmp_path / "runs"), key=lambda record: record.name)
+    assert [answer.answer for answer in answers_of(tmp_path / "runs" / packed.run_id).read()] == [
+        answer.answer for answer in answers_of(tmp_path / "runs" / saved.run_id).read()
+    ]
+    assert "as the checkpoint has it: compressed-tensors pack-quantized W4A16 g16" in saved.receipt.summary
 
 
 # -- checkpoints of others --
