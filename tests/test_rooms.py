@@ -64,7 +64,6 @@ UNSHARED = {
     "qapbench/checkpoints/outlier_recipe.py": "into the new folder that made.py gives it",
     "qapbench/memory.py": "into /proc, where Linux takes the order to set its mark back",
     "qapbench/analysis/pictures.py": "into memory",
-    "qapbench/memory.py": "to a switch of Linux",
     "qapbench/running/feature_cache.py": "into memory",
     "tasks/diagramqa/make_sprites.py": "for whoever changes the task",
     "tasks/diagramqa/generate.py": "for whoever changes the task",
