@@ -105,7 +105,7 @@ def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     """Act in another thread as soon as a condition holds."""
 
     def wait() -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 400
         while not condition() and time.monotonic() < until:
             time.sleep(0.01)
         act()
@@ -129,8 +129,8 @@ def test_an_actor_and_a_node_that_are_killed_change_no_byte(
     monkeypatch.setattr(ray_crew.RayCrew, "take", lambda self, order: crews.append(self) or take(self, order))
 
     def kill_actor() -> None:
-        busy = [actor.hello.pid for actor in crews[0]._actors.values() if actor.state == "busy" and actor.hello]
-        os.kill(busy[0], signal.SIGKILL)
+        ready = [actor.hello.pid for actor in [*crews[0]._actors.values()] if actor.state in ("idle", "busy")]
+        os.kill(ready[0], signal.SIGKILL)
 
     def kill_node() -> None:
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
@@ -155,7 +155,7 @@ def test_a_driver_that_is_killed_is_started_again(sweep: Any, alone: Any, cluste
     hold.touch()
     ray_run = ["--engine", "ray", "--address", cluster.address, "--workers", 1, "--batch-size", 1, "--runs", runs]
     process = started("run", tmp_path / "spec.yaml", *ray_run)
-    when(lambda: answered(runs) >= 2, process.kill).join()
+    when(lambda: answered(runs) >= 2 or not process.is_alive(), process.kill).join()
     process.join()
     hold.unlink()
     assert 2 <= answered(runs) < 14
