@@ -1,7 +1,17 @@
-"""A checkpoint of LLaVA's architecture with about 100 million random weights, for measurements of speed."""
+"""Checkpoints of random weights: a LLaVA of about 100 million for speed, or one with the shape of a published model.
+
+    python -m benchmarks.random_llava --like llava-1.5-7b --out DIR [--dtype bfloat16] [--seed 0] [--no-text-tower]
+
+The second kind has the published model's config, names of weights, shards and index, a processor, a tokenizer of the
+same kind and size, and its CLIP text tower in `clip/`. Weights are made and written one tensor at a time, so that even
+13 billion parameters need little memory; the disk must hold them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +19,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -18,8 +29,19 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2VLImageProcessorPil,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from qapbench.memory import peak_resident_bytes
+from qapbench.models.family import images_only
+from qapbench.models.relevance import BESIDE
+from qapbench.spec.run_spec import TaskSpec
+from qapbench.tasking.tasks import load_task
+
+from . import made_tokenizers, streamed
+from .true_shapes import SHAPES, Shape
 
 SIDE, PATCH = 336, 14  # as in LLaVA-1.5, which gives 24 x 24 = 576 visual tokens
 VOCABULARY = 32064  # number of rows of the embedding, as in LLaVA-1.5
@@ -115,3 +137,121 @@ def _tokenizer(texts: Iterable[str], size: int = 8000) -> PreTrainedTokenizerFas
         extra_special_tokens={"image_token": "<image>"},
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_like(
+    folder: Path,
+    shape: Shape,
+    texts: Iterable[str],
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    text_tower: bool = True,
+    shard: int = streamed.SHARD,
+) -> int:
+    """Write a checkpoint of random weights in the shape of a published one. It is there whole or not at all.
+
+    Args:
+        folder: folder to write to, which must be new or empty.
+        shape: the shape, of `SHAPES`.
+        texts: texts that the tokenizers are trained on.
+        dtype: dtype of the weights.
+        seed: seed of the weights.
+        text_tower: whether the CLIP that the vision tower belongs to is written too, to `clip/`.
+        shard: largest size of a file in bytes.
+
+    Returns:
+        Bytes of the model's weights, without the text tower.
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    texts = list(texts)
+    config = shape.config()
+    config.dtype = str(dtype).removeprefix("torch.")
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(draft)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(draft)
+    weights = {shape.published(name): list(weight.shape) for name, weight in model.state_dict().items()}
+    total = streamed.write(draft, dict(sorted(weights.items())), dtype, seed, shard)
+    _processor(shape, texts).save_pretrained(draft)
+    if text_tower and shape.clip_text is not None:
+        beside = CLIPConfig(
+            text_config=dict(shape.clip_text),
+            vision_config=dict(shape.vision),
+            projection_dim=shape.clip_text["projection_dim"],
+            architectures=["CLIPModel"],
+            dtype=config.dtype,
+        )
+        with torch.device("meta"):
+            clip: Any = CLIPModel(beside)
+        beside.save_pretrained(draft / BESIDE)
+        shapes = {name: list(weight.shape) for name, weight in clip.state_dict().items()}
+        streamed.write(draft / BESIDE, dict(sorted(shapes.items())), dtype, seed)
+        made_tokenizers.clip(texts, shape.clip_text["vocab_size"]).save_pretrained(draft / BESIDE)
+    if folder.is_dir():
+        folder.rmdir()  # it is empty, or this fails
+    draft.rename(folder)
+    return total
+
+
+def _processor(shape: Shape, texts: Iterable[str]) -> Any:
+    """A processor like the published one, with a tokenizer of its size."""
+    if shape.family == "qwen2_5_vl":
+        patch, merge = shape.vision["patch_size"], shape.vision["spatial_merge_size"]
+        side = patch * merge
+        return images_only("Qwen2_5_VLProcessor")(
+            image_processor=Qwen2VLImageProcessorPil(
+                patch_size=patch, merge_size=merge, size={"shortest_edge": 4 * side**2, "longest_edge": 16384 * side**2}
+            ),
+            tokenizer=made_tokenizers.qwen(texts, shape.words, shape.special),
+            chat_template=TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"),
+        )
+    side = shape.vision["image_size"]
+    square, edge = {"height": side, "width": side}, {"shortest_edge": side}
+    common = {
+        "tokenizer": made_tokenizers.llama(texts, shape.words, shape.special),
+        "patch_size": shape.vision["patch_size"],
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": TEMPLATE,
+    }
+    if shape.family == "llava":
+        return LlavaProcessor(image_processor=CLIPImageProcessorPil(size=edge, crop_size=square), **common)
+    pinpoints = shape.config().image_grid_pinpoints
+    images = LlavaNextImageProcessorPil(size=edge, crop_size=square, image_grid_pinpoints=pinpoints)
+    return images_only("LlavaNextProcessor")(image_processor=images, **common)
+
+
+def main() -> None:
+    """Write the checkpoint that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Write a checkpoint of random weights in a published shape.")
+    parser.add_argument("--like", required=True, choices=list(SHAPES))
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to; new or empty")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--no-text-tower", action="store_true", help="leave the CLIP in `clip/` out")
+    asked = parser.parse_args()
+    if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
+        parser.error(f"--out: {asked.out} is there already and not an empty folder")
+    shape, dtype = SHAPES[asked.like], getattr(torch, asked.dtype)
+    with torch.device("meta"):
+        needed = sum(w.numel() for w in AutoModelForImageTextToText.from_config(shape.config()).parameters())
+    needed *= dtype.itemsize
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(asked.out.parent).free
+    if needed + 2 * 10**9 > free:
+        parser.error(f"--out: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+    began = time.perf_counter()
+    docs = load_task(TaskSpec(name="diagramqa")).docs
+    texts = (doc["text"] for doc in docs)
+    total = save_like(asked.out, shape, texts, dtype, asked.seed, not asked.no_text_tower)
+    peak = peak_resident_bytes() / 1e9
+    seconds = time.perf_counter() - began
+    print(f"{asked.out}: {total / 1e9:.2f} GB of weights in {seconds:.0f} s, with {peak:.2f} GB of memory at most")
+
+
+if __name__ == "__main__":
+    main()

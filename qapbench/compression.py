@@ -25,6 +25,7 @@ from .quantize import backends
 from .quantize.calibration import Calibration, CalibrationSamples
 from .quantize.call_tokens import TokenContext, nothing_known, watching
 from .quantize.install import SharedInputs, installed
+from .quantize.originals import Keep, Originals
 from .quantize.packed import Buffer, held_packed, packed_weight
 from .quantize.receipts import KVUse, LinearReceipt, measured_bits
 from .receipt import Receipt
@@ -39,6 +40,7 @@ def compress(
     text_tower: TextTower | str | None = None,
     calibration: Any = None,
     on_images: Callable[[list[PrunedImage]], None] | None = None,
+    keep_originals: Keep | Originals = "auto",
 ) -> Iterator[Receipt]:
     """Quantize and prune a loaded model while the context is open. Afterwards the model is as it was, to the bit.
 
@@ -59,6 +61,9 @@ def compress(
         calibration: samples for methods that calibrate: `CalibrationSamples`, or a sequence of the model's keyword
             arguments, one question each. If calibration prunes by the question, they include `relevance_text`.
         on_images: called after every pruned call with its images after pruning.
+        keep_originals: where the original weights are meanwhile: in "memory", in a temporary "file", or nowhere but in
+            the "checkpoint" that the model was loaded from, for weights that equal it to the bit (others go to a
+            temporary file). "auto" is "memory" for a model of up to 256 MB, "checkpoint" for others.
 
     Yields:
         The receipt, which fills while the model runs.
@@ -71,12 +76,13 @@ def compress(
     family = family_of(model)
     check_device(family.model.device.type)
     receipt = Receipt(checkpoint=described(family.model))
+    originals = keep_originals if isinstance(keep_originals, Originals) else Originals(family.model, keep_originals)
     with contextlib.ExitStack() as stack:
         # Calibration may prune as runs do, but its prompts must not be counted in the receipt.
         pruned = build_pruning(family, prune, receipt, processor, text_tower, owner, on_images) if prune else None
         if quantize:
             aside = dataclasses.replace(pruned, receipt=Receipt(), on_images=None) if pruned else None
-            stack.enter_context(_quantized(family, quantize, receipt, calibration, aside))
+            stack.enter_context(_quantized(family, quantize, receipt, calibration, aside, originals))
         if pruned:
             stack.enter_context(PrunedCalls(pruned).installed())
         yield receipt
@@ -94,7 +100,12 @@ def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, P
 
 @contextlib.contextmanager
 def _quantized(
-    family: Family, spec: QuantizeSpec, receipt: Receipt, calibration: Any, pruned: Pruning | None
+    family: Family,
+    spec: QuantizeSpec,
+    receipt: Receipt,
+    calibration: Any,
+    pruned: Pruning | None,
+    originals: Originals,
 ) -> Iterator[None]:
     """While the context is open, the model is quantized, and the receipt measures its linears.
 
@@ -104,6 +115,7 @@ def _quantized(
         receipt: receives one line per linear.
         calibration: calibration samples as `compress` takes them.
         pruned: pruning for calibration; None if the spec does not prune.
+        originals: where the original weights are meanwhile.
     """
     receipt.quantization = str(spec.method)
     receipt.wants_weights, receipt.wants_activations = spec.weights is not None, spec.activations is not None
@@ -111,7 +123,7 @@ def _quantized(
     linears = family.linears(spec.scope)
     parts = {name: part for part in spec.scope for name in family.linears([part])}
     method = ptqs.create(spec.method.name, **spec.method.params)
-    runner = _calibration(family, spec, calibration, pruned)
+    runner = _calibration(family, spec, calibration, pruned, originals)
     plans = method.prepare(family.model, linears, spec.weights, spec.activations, runner)
     if runner is not None:
         receipt.calibration = runner.used
@@ -126,7 +138,7 @@ def _quantized(
             stack.enter_context(quantized_cache(family.parts["language"], spec.kv, told, receipt.kv))
         shared, buffer = SharedInputs(), Buffer()
         for name, linear in linears.items():
-            plan = plans.get(name)
+            plan = plans.pop(name, None)  # what its weight is made of is free once it is made
             plan = plan.to(linear.weight.device) if plan else None
             if plan is None:
                 receipt.fall_back(f"{name}: left in full precision by {spec.method}")
@@ -135,7 +147,7 @@ def _quantized(
             receipt.linears.append(line)
             on_kernel = plan is not None and spec.backend == "torchao"
             if plan is not None and on_kernel:
-                stack.enter_context(backends.int8_linear(linear, plan, line))
+                stack.enter_context(backends.int8_linear(linear, plan, line, originals))
             elif plan is not None:
                 packs = spec.storage == "packed" and plan.weight is not None
                 packed = packed_weight(plan, linear.weight.detach(), name, spec.method.name) if packs else None
@@ -145,9 +157,13 @@ def _quantized(
                     )
                     line.stored_bytes = packed.nbytes
                     line.stored_bits = 8 * packed.nbytes / linear.weight.numel()
-                    stack.enter_context(held_packed(linear, packed, buffer))
+                    stack.enter_context(held_packed(linear, packed, buffer, originals))
                 tokens = told if parts[name] == "language" else nothing_known
-                stack.enter_context(installed(linear, plan, tokens, weight_too=packed is None, shared=shared))
+                stack.enter_context(
+                    installed(linear, plan, tokens, weight_too=packed is None, shared=shared, originals=originals)
+                )
+                del packed
+            plan = dataclasses.replace(plan, weight=None) if plan else None
             if not (on_kernel or line.stored_bytes):
                 line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
             if not on_kernel:
@@ -169,11 +185,13 @@ def plans_of(model: Any, spec: RunSpec, calibration: Any = None) -> tuple[dict[s
         return {}, {}
     linears = family.linears(asked.scope)
     method = ptqs.create(asked.method.name, **asked.method.params)
-    runner = _calibration(family, asked, calibration, None)
+    runner = _calibration(family, asked, calibration, None, Originals(family.model, "auto"))
     return linears, method.prepare(family.model, linears, asked.weights, asked.activations, runner)
 
 
-def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning | None) -> Calibration | None:
+def _calibration(
+    family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning | None, originals: Originals
+) -> Calibration | None:
     """The calibration of a model with its samples; None for a method that does not calibrate.
 
     Args:
@@ -181,6 +199,7 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning
         spec: the quantize section.
         given: samples as `compress` takes them.
         pruned: pruning for samples that bring none of their own.
+        originals: where original weights are while calibrated ones are in their place.
 
     Raises:
         UserError: samples are missing, or pruning is.
@@ -192,7 +211,7 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning
             raise UserError(f"quantize.method: {spec.method} needs calibration samples; give `calibration=[...]`")
         given = CalibrationSamples(list(given))
     if not spec.calibration.pruned:
-        return Calibration(family.model, given, family)
+        return Calibration(family.model, given, family, originals=originals)
     shorten = given.shorten
     if shorten is None:
         if pruned is None:
@@ -200,7 +219,7 @@ def _calibration(family: Family, spec: QuantizeSpec, given: Any, pruned: Pruning
         shorten = pruned.shorten
         prune = pruned.spec.model_dump_json()
         given = dataclasses.replace(given, fingerprints={**given.fingerprints, "prune": prune})
-    return Calibration(family.model, given, family, shorten)
+    return Calibration(family.model, given, family, shorten, originals)
 
 
 def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> Any:

@@ -1,8 +1,13 @@
-"""Peak memory of this process, as the operating system and the GPU report it, and which devices can compute."""
+"""Memory of this process and of the machine, as the system and the GPU report it, and which devices can compute."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,11 +34,124 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 def peak_resident_bytes() -> int:
     """Largest resident set of this process so far, in bytes."""
+    return max(_Highest.resident, _peak_since_reset())
+
+
+class _Highest:
+    """Largest resident set in bytes before the system's own mark was set back."""
+
+    resident = 0
+
+
+def _peak_since_reset() -> int:
+    """Largest resident set in bytes that the system remembers."""
     if sys.platform == "win32":
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, StopIteration, ValueError), Path("/proc/self/status").open() as status:
+            return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux and the BSDs kilobytes
+
+
+class Phases:
+    """Peak memory of each phase of this process's work.
+
+    Where the system cannot set its mark back (all but Linux), the peak of a phase is that of the process so far.
+
+    Args:
+        device: device whose memory is measured too, if it is a GPU.
+
+    Attributes:
+        resident: phase -> largest resident set in it, in MB.
+        gpu: phase -> most memory allocated on the GPU in it, in MB.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.resident: dict[str, int] = {}
+        self.gpu: dict[str, int] = {}
+        self._now: str | None = None
+
+    def begin(self, name: str) -> None:
+        """End the phase under way, and begin another one. A phase that is begun again goes on."""
+        self.end()
+        self._now = name
+        _Highest.resident = peak_resident_bytes()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def end(self) -> None:
+        """End the phase under way, if there is one."""
+        if self._now is None:
+            return
+        found = {"resident": _peak_since_reset()}
+        if self.device.type == "cuda":
+            found["gpu"] = torch.cuda.max_memory_allocated(self.device)
+        for kind, peak in found.items():
+            peaks = getattr(self, kind)
+            peaks[self._now] = max(peaks.get(self._now, 0), round(peak / 2**20))
+        self._now = None
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Peak memory in MB, as `peak_memory` has it, and that of each phase, as "memory of NAME"."""
+        found = {**peak_memory(self.device)}
+        found |= {f"memory of {name}": peak for name, peak in self.resident.items()}
+        if self.gpu:
+            found["peak_gpu_memory_mb"] = max(found["peak_gpu_memory_mb"], *self.gpu.values())
+            found |= {f"gpu memory of {name}": peak for name, peak in self.gpu.items()}
+        return found
+
+
+def give_back_freed() -> None:
+    """Give memory that is free inside this process back to the system, where the C library can (glibc).
+
+    It keeps what large tensors leave behind, which among weights of several sizes adds up to a good part of a model.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.lru_cache(maxsize=1)
+def _trim() -> Any:
+    """glibc's `malloc_trim`; None with another C library."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # Windows has no such handle
+        return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a process could still take on a device, with swap on the host; None where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu" or sys.platform != "linux":
+        return None
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        known = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
+        free = known["MemAvailable"] + known.get("SwapFree", 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    left = _left_in_container()
+    return free if left is None else min(free, left)
+
+
+def _left_in_container() -> int | None:
+    """Bytes that a container's limit still allows, if it has one."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        words = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = sum(int(count) for name, count in words if name in ("active_file", "inactive_file"))
+        return int(limit) - int(used) + cached
+    except (OSError, ValueError):  # no limit is spelled "max"
+        return None

@@ -62,6 +62,7 @@ UNSHARED = {
     "qapbench/files.py": "which writes drafts",
     "qapbench/checkpoints/assembly.py": "into a new folder, which is put in its place when it is whole",
     "qapbench/analysis/pictures.py": "into memory",
+    "qapbench/memory.py": "to a switch of Linux",
     "qapbench/running/feature_cache.py": "into memory",
     "tasks/diagramqa/make_sprites.py": "for whoever changes the task",
     "tasks/diagramqa/generate.py": "for whoever changes the task",

@@ -49,6 +49,7 @@ def run(
     page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,
 ) -> None:
     """Make the runs of a spec that are missing, print the table, write the leaderboard page."""
+    from qapbench.running.estimate import of_all
     from qapbench.running.execute import make_runs
     from qapbench.running.planner import Planner
     from qapbench.running.settings import BATCH, Settings, find_device
@@ -67,6 +68,9 @@ def run(
         out.print(_plan_table(plans))
         for line in planner.shared([plan for _, plan in plans if not isinstance(plan, UserError)]).lines:
             out.print(line, highlight=False)
+        known = [(one, plan.total) for one, plan in plans if not isinstance(plan, UserError)]
+        for line in of_all([one for one, _ in known], settings, [total for _, total in known]):
+            out.print(escape(line), highlight=False)
         return
     from qapbench.analysis.strata import Strata  # imported here because it takes a second
     from qapbench.analysis.table import ablation_table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from qapbench.errors import Problem, UserError
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.compressed import check_not_twice, complete, loading_arguments
 from qapbench.models.family import family_class, family_of
+from qapbench.models.streaming import streaming
 from qapbench.spec.run_spec import RunSpec
 
 
 def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load the model of a spec, in eval mode on a device, and its processor.
+
+    The checkpoint is read tensor by tensor: beside the model no more than a few tensors are in memory.
 
     Args:
         spec: names the model and its dtype.
@@ -37,15 +41,18 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
         raise UserError(Problem(what, ("model",)))
     check_not_twice(spec, config)
     try:
-        quantized = loading_arguments(folder, config, trust_remote_code)
-        if layout := format_of(config):
-            model, processor = layout(folder, config).load(dtype)
-        else:
-            family = family_class(str(config.get("model_type")))
-            model = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **quantized
-            )
-            processor = family.load_processor(folder, trust_remote_code)
+        placed = loading_arguments(folder, config, trust_remote_code)
+        with streaming():
+            if layout := format_of(config):
+                model, processor = layout(folder, config).load(dtype)
+            else:
+                family = family_class(str(config.get("model_type")))
+                if device.type != "cpu" and find_spec("accelerate"):
+                    placed["device_map"] = {"": device}
+                model = AutoModelForImageTextToText.from_pretrained(
+                    folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
+                )
+                processor = family.load_processor(folder, trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # OSError, SafetensorError, ImportError and others: no common base

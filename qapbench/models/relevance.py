@@ -19,6 +19,7 @@ from qapbench.methods.tokens import VisionTokens
 
 from .relevance_sign import WITHOUT_TOWER, TowerSign, tower_sign
 from .row_products import row_by_row
+from .streaming import streaming
 
 BESIDE = "clip"  # folder of the companion CLIP inside a model's own folder
 PADDED = 8  # lengths to which texts are padded are multiples of this, so that many texts have the same length
@@ -49,7 +50,8 @@ class TextTower:
         from transformers import AutoTokenizer, CLIPModel
 
         try:
-            clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            with streaming():
+                clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError: no common base
             raise why_not_loaded(Path(folder), error, "text_tower", "a CLIP checkpoint") from error

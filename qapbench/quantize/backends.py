@@ -15,11 +15,14 @@ from qapbench.methods.quantization import Format, LinearPlan
 from qapbench.spec.backend import Backend
 
 from .install import installed, replaced
+from .originals import Originals
 from .receipts import ROWS, LinearReceipt
 
 
 @contextlib.contextmanager
-def int8_linear(linear: nn.Linear, plan: LinearPlan, line: LinearReceipt) -> Iterator[None]:
+def int8_linear(
+    linear: nn.Linear, plan: LinearPlan, line: LinearReceipt, originals: Originals | None = None
+) -> Iterator[None]:
     """Run a linear on torchao's int8 kernel while the context is open.
 
     The kernel has an int8 weight with one scale per output channel, an int8 input with one scale per token, and int32
@@ -30,6 +33,7 @@ def int8_linear(linear: nn.Linear, plan: LinearPlan, line: LinearReceipt) -> Ite
         plan: its plan, which must consist of a `Format` on each side and optionally a transform.
         line: receipt of the layer, filled with what the kernel holds: the type of its weight, and whether it quantizes
             its input.
+        originals: where the original weight is meanwhile; None keeps it in host memory.
 
     Raises:
         UserError: torchao is not installed, or the plan is a different one.
@@ -49,7 +53,7 @@ def int8_linear(linear: nn.Linear, plan: LinearPlan, line: LinearReceipt) -> Ite
     quantize_(nn.Sequential(holder), Int8DynamicActivationInt8WeightConfig())
     weight: Any = holder.weight
     with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced(linear, weight))
+        stack.enter_context(replaced(linear, weight, originals))
         if plan.transform is not None:
             input_only = LinearPlan(transform=plan.transform)
             stack.enter_context(installed(linear, input_only, weight_too=False))

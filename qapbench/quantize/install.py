@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from qapbench.methods.quantization import Format, LinearPlan
 
 from .call_tokens import TokenContext
+from .originals import Originals, in_host_memory
 
 
 @dataclasses.dataclass
@@ -60,6 +61,7 @@ def installed(
     tokens: TokenContext = lambda: None,
     weight_too: bool = True,
     shared: SharedInputs | None = None,
+    originals: Originals | None = None,
 ) -> Iterator[None]:
     """Replace the linear's weight and pass its input and output through hooks, as planned, while the context is open.
 
@@ -67,11 +69,13 @@ def installed(
         tokens: what is known of the tokens of the call under way.
         weight_too: False where something else has put the weight in place.
         shared: quantized inputs that other linears of the model may have made already; None shares nothing.
+        originals: where the original weight is meanwhile; None keeps it in host memory.
     """
     plan = plan.to(linear.weight.device)
     with contextlib.ExitStack() as stack:
         if weight_too and (plan.weight is not None or plan.transform is not None):
-            stack.enter_context(replaced(linear, plan.new_weight(linear.weight.detach())))
+            stack.enter_context(replaced(linear, plan.new_weight(linear.weight.detach()), originals))
+        plan = dataclasses.replace(plan, weight=None)  # what it was made of may be as large as the weight
         if plan.changes_input:
             stack.callback(linear.register_forward_pre_hook(_input_hook(plan, tokens, shared)).remove)
         if plan.transform is not None and (output := plan.transform.output) is not None:
@@ -107,14 +111,20 @@ def _input_hook(plan: LinearPlan, tokens: TokenContext, shared: SharedInputs | N
 
 
 @contextlib.contextmanager
-def replaced(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
-    """Give the linear another weight while the context is open; meanwhile the original waits in host memory."""
+def replaced(linear: nn.Linear, weight: Tensor, originals: Originals | None = None) -> Iterator[None]:
+    """Give the linear another weight while the context is open.
+
+    Args:
+        linear: the layer.
+        weight: the other weight.
+        originals: where the original weight is meanwhile; None keeps it in host memory.
+    """
     original = linear.weight
-    device = original.device
+    restore = originals.set_aside(original) if originals else in_host_memory(original)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    original.data = original.data.to("cpu")
+    del weight
     try:
         yield
     finally:
-        original.data = original.data.to(device)
         linear.weight = original
+        restore()

@@ -15,6 +15,7 @@ from qapbench.methods.packed import CannotPackError, PackedWeight
 from qapbench.methods.quantization import LinearPlan
 
 from .install import replaced
+from .originals import Originals
 
 _held: WeakKeyDictionary[nn.Linear, PackedWeight] = WeakKeyDictionary()
 
@@ -64,7 +65,9 @@ def packed_weight(plan: LinearPlan, weight: Tensor, name: str, method: str) -> P
 
 
 @contextlib.contextmanager
-def held_packed(linear: nn.Linear, weight: PackedWeight, buffer: Buffer) -> Iterator[None]:
+def held_packed(
+    linear: nn.Linear, weight: PackedWeight, buffer: Buffer, originals: Originals | None = None
+) -> Iterator[None]:
     """While the context is open, a linear has a packed weight, whose values exist only while it multiplies.
 
     In between, its parameter keeps shape, dtype and device, but is one NaN: whoever reads it without a forward pass
@@ -74,19 +77,19 @@ def held_packed(linear: nn.Linear, weight: PackedWeight, buffer: Buffer) -> Iter
         linear: the linear.
         weight: its weight, on the device of the linear.
         buffer: where the values are written to.
+        originals: where the original weight is meanwhile; None keeps it in host memory.
     """
-    original = linear.weight
+    dtype, device, shape = linear.weight.dtype, linear.weight.device, linear.weight.shape
     with contextlib.ExitStack() as stack:
         with torch.inference_mode(False):  # a parameter that is made in inference mode takes no other values
-            nothing = torch.full((1, 1), torch.nan, dtype=original.dtype, device=original.device).expand(original.shape)
-            stack.enter_context(replaced(linear, nothing))
+            nothing = torch.full((1, 1), torch.nan, dtype=dtype, device=device).expand(shape)
+            stack.enter_context(replaced(linear, nothing, originals))
         stack.callback(_held.pop, linear, None)
         _held[linear] = weight
         parameter = linear.weight
 
         def fill(module: nn.Module, args: tuple[Any, ...]) -> None:
             recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-            dtype = nothing.dtype
             parameter.data = weight.dequantized(dtype) if recorded else buffer.of(weight, dtype)
 
         def empty(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

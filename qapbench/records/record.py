@@ -250,6 +250,10 @@ class Timing(Part):
         stages: `seconds` by stage.
         peak_memory_mb: peak resident memory of a process that answered.
         peak_gpu_memory_mb: its peak GPU memory; None without a GPU.
+        memory_mb: peak resident memory of such a process while it loaded ("load"), quantized and calibrated
+            ("quantize") and answered ("answer"); empty in records of earlier versions. Only Linux sets its mark back
+            between two phases; elsewhere the peak of a phase is that of the process so far.
+        gpu_memory_mb: the same of GPU memory.
     """
 
     seconds: FiniteFloat
@@ -259,6 +263,8 @@ class Timing(Part):
     stages: dict[str, FiniteFloat] = Field(default_factory=dict)
     peak_memory_mb: Count | None = None
     peak_gpu_memory_mb: Count | None = None
+    memory_mb: dict[str, Count] = Field(default_factory=dict)
+    gpu_memory_mb: dict[str, Count] = Field(default_factory=dict)
 
 
 class Stopped(Part):

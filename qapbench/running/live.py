@@ -51,7 +51,9 @@ class LiveModel:
             self.receipt = self._open.enter_context(session.quantized(planned))
         else:
             dense = spec.model_copy(update={"prune": None})
-            self.receipt = self._open.enter_context(compress(model, dense, self.processor))
+            self.receipt = self._open.enter_context(
+                compress(model, dense, self.processor, keep_originals=session.keep_originals)
+            )
         self._key = prune_key(spec)
         pruning = session.pruning(spec)
         prunings = {self._key: pruning} if self._key is not None and pruning is not None else {}

@@ -53,7 +53,7 @@ def finish(
         machine: entries of the record's environment besides versions and device.
         device: the device that holds the model.
         stopped: why the run answered only a part of the questions; None if it answered all.
-        peak: peak memory of the processes that answered, in MB.
+        peak: peak memory of the processes that answered, in MB, and of their phases, as `Phases.peaks` has it.
     """
     planned, spec = active.planned, active.spec
     answers = active.store.arrange(place_among(questions), [question.place for question in questions])
@@ -91,9 +91,16 @@ def finish(
             computed=active.computed,
             questions_per_second=round(active.answered / seconds, 2) if seconds else 0.0,
             stages={name: round(spent, 3) for name, spent in active.seconds.items()},
-            **peak,
+            **{name: value for name, value in peak.items() if " of " not in name},
+            memory_mb=_of_phases(peak, "memory of "),
+            gpu_memory_mb=_of_phases(peak, "gpu memory of "),
         ),
         notes=[stopped.bound, *said] if stopped else said,
         stopped=stopped,
         unanswered=unanswered,
     )
+
+
+def _of_phases(peak: Mapping[str, int], kind: str) -> dict[str, int]:
+    """The peaks of phases: phase -> MB."""
+    return {name.removeprefix(kind): value for name, value in peak.items() if name.startswith(kind)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.compression import compress
 from qapbench.hashing import state_of_tree
+from qapbench.memory import Phases
 from qapbench.models import family_of
 from qapbench.models.loading import load_model, load_processor, precision
 from qapbench.progress import ProgressCallback, silent
@@ -17,11 +18,13 @@ from qapbench.prune.build import build_pruning
 from qapbench.prune.prompt import PruningView
 from qapbench.prune.pruning import Pruning
 from qapbench.quantize.calibration import CalibrationSamples
+from qapbench.quantize.originals import Keep
 from qapbench.receipt import Receipt
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking import calibration_samples
 from qapbench.tasking.tasks import LoadedTask, load_task
 
+from .estimate import refuse_unless_it_fits
 from .plan import Planned
 from .settings import Settings
 
@@ -39,11 +42,18 @@ class Session:
     Args:
         settings: where and how runs are made.
         progress: called with (name, done, total).
+
+    Attributes:
+        keep_originals: where original weights are while the model is quantized; see `compress`. A model that the
+            session loads needs no copy of them: they are read again from its checkpoint.
+        phases: peak memory of loading, quantizing and answering.
     """
 
     def __init__(self, settings: Settings, progress: ProgressCallback = silent) -> None:
         self.settings = settings
         self.progress = progress
+        self.phases = Phases(settings.device)
+        self.keep_originals: Keep = "checkpoint"
         self._loaded: tuple[Hashable, Any, Any] | None = None
         self._tasks: dict[Hashable, LoadedTask] = {}
         self._questions: dict[Hashable, list[Question]] = {}
@@ -53,16 +63,20 @@ class Session:
         """The model of a run in full precision, and its processor.
 
         Raises:
-            UserError: the checkpoint cannot be loaded.
+            UserError: the checkpoint cannot be loaded, or its weights do not fit into the memory that is free.
         """
         key = self._model_key(spec)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
+            refuse_unless_it_fits(spec, self.settings)
+            self.phases.begin("load")
             self._loaded = (key, *load_model(spec, self.settings.device, self.settings.trust_remote_code))
+            self.phases.end()
         return self._loaded[1], self._loaded[2]
 
     def adopt(self, spec: RunSpec, model: Any, processor: Any) -> None:
         """Take a model that is loaded already for the one that a spec names."""
+        self.keep_originals = "auto"
         self._loaded = (self._model_key(spec), model, processor)
 
     def _model_key(self, spec: RunSpec) -> Hashable:
@@ -75,6 +89,7 @@ class Session:
 
         if self.settings.workers == 1:
             return self.model(spec)[1]
+        refuse_unless_it_fits(spec, self.settings)
         return load_processor(spec, torch.device("cpu"), self.settings.trust_remote_code)
 
     def task(self, spec: RunSpec) -> LoadedTask:
@@ -118,8 +133,12 @@ class Session:
         """
         spec = planned.spec.model_copy(update={"prune": None})
         model, processor = self.model(spec)
-        with compress(model, spec, processor, calibration=self.calibration(planned)) as receipt:
+        calibration = self.calibration(planned)
+        self.phases.begin("quantize")
+        with compress(model, spec, processor, calibration=calibration, keep_originals=self.keep_originals) as receipt:
+            self.phases.begin("answer")
             yield receipt
+        self.phases.end()
 
     def calibration(self, planned: Planned) -> CalibrationSamples | None:
         """The calibration samples of a run; None if it does not calibrate.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qapbench.hashing import digest_json
@@ -141,8 +141,18 @@ def _timing(records: Sequence[Record]) -> Timing:
         computed=sum(one.computed for one in timings),
         questions_per_second=round(questions / seconds, 2) if seconds else 0.0,
         stages=stages,
+        memory_mb=_most(one.memory_mb for one in timings),
+        gpu_memory_mb=_most(one.gpu_memory_mb for one in timings),
         **peaks,
     )
+
+
+def _most(peaks: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The largest peak of each phase."""
+    found: dict[str, int] = {}
+    for one in peaks:
+        found |= {name: max(value, found.get(name, 0)) for name, value in one.items()}
+    return found
 
 
 def _notes(spec: RunSpec, records: Sequence[Record]) -> list[str]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qapbench.hashing import add_tensor
-from qapbench.memory import peak_memory
 from qapbench.models import Family, family_of
 from qapbench.models.positions import positions_needed, positions_of
 from qapbench.prune.prompt import PrunedPrompt
@@ -51,7 +50,7 @@ def answer_runs(
         share: (index, number) of the part of the questions that this process answers.
 
     Returns:
-        The peak memory of this process. Questions that were refused say so themselves.
+        The peak memory of this process, and that of its phases. Questions that were refused say so themselves.
 
     Raises:
         NotQuantizedError: a run asks for quantization that never reached a matmul.
@@ -67,7 +66,7 @@ def answer_runs(
     ]
     with contextlib.closing(sweep.feature_cache):
         sweep.answer(mine)
-    return peak_memory(session.settings.device)
+    return session.phases.peaks
 
 
 class Sweep:

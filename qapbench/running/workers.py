@@ -166,7 +166,7 @@ class WorkerPool:
         return report
 
     def _peak(self, peak: dict[str, int]) -> None:
-        self.peak = {name: max(value, self.peak.get(name, 0)) for name, value in peak.items()}
+        self.peak |= {name: max(value, self.peak.get(name, 0)) for name, value in peak.items()}
 
 
 def work(order: Order) -> Done:

@@ -18,6 +18,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import Problem, UserError
 from qapbench.models.checkpoint_format import CheckpointFormat, checkpoint_format
 from qapbench.models.relevance import BESIDE
+from qapbench.models.streaming import Weights
 
 IMAGE, START, END = "<image>", "<im_start>", "<im_end>"
 TYPES = ("llava", "llava_llama")  # values of `model_type`
@@ -138,13 +139,12 @@ class OriginalLlava(CheckpointFormat):
 
     def _weights(self, precision: torch.dtype) -> dict[str, Tensor]:
         """The weights of all shards, under their names in transformers."""
-        from safetensors.torch import load_file
-
         found = {}
         for shard in sorted(self.folder.glob("*.safetensors")):
-            for name, value in load_file(shard).items():
-                if not DERIVED.search(name):
-                    found[renamed(name)] = value.to(precision)
+            with Weights(shard) as file:
+                for name in file.keys():  # noqa: SIM118  (the file is no dict)
+                    if not DERIVED.search(name):
+                        found[renamed(name)] = file.get_tensor(name).to(precision)
         return found
 
     def _image_token(self, tokenizer: Any, weights: dict[str, Tensor]) -> int:

@@ -18,6 +18,7 @@ from qapbench.models import Family
 from qapbench.quantize.calibration import store
 from qapbench.quantize.call_tokens import tokens_of
 from qapbench.quantize.install import SharedInputs, installed
+from qapbench.quantize.originals import Originals
 from qapbench.quantize.receipts import CalibrationUse
 
 from .blocks import Block, Pass, Reached, catching, device_of, first, observed
@@ -55,6 +56,7 @@ class Calibration:
         source: the samples, with what is needed to run them and to keep the result.
         family: family of the model; None treats the model as a single block.
         shorten: makes a pruned sample from a sample; None calibrates on all visual tokens.
+        originals: where original weights are while calibrated ones are in their place; None keeps them in host memory.
 
     Attributes:
         used: description of the calibration for the receipt; None before `cached` ran.
@@ -66,8 +68,10 @@ class Calibration:
         source: CalibrationSamples,
         family: Family | None = None,
         shorten: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None,
+        originals: Originals | None = None,
     ) -> None:
         self.model = model
+        self.originals = originals
         self.source = source
         self.family = family
         self.shorten = shorten
@@ -97,6 +101,10 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.source.samples)
+
+    def _told(self) -> Tokens | None:
+        """What is known of the tokens of the call in progress."""
+        return self._current[0]
 
     # -- observation --
 
@@ -155,7 +163,9 @@ class Calibration:
                     found |= mine
                     for linear, tensors in mine.items() if install else ():
                         plan = install(tensors)  # type: ignore[misc]
-                        stack.enter_context(installed(linears[linear], plan, lambda: self._current[0], shared=shared))
+                        stack.enter_context(
+                            installed(linears[linear], plan, self._told, shared=shared, originals=self.originals)
+                        )
                     if index + 1 < len(chain):
                         passes = block.advance(captured[index + 1])
                     done += 1

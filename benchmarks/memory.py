@@ -1,0 +1,153 @@
+"""How much memory runs need, measured in processes of their own: peak resident memory over the size of the weights.
+
+    python -m benchmarks.memory [--like llava-1.3b] [--model DIR] [--dtype bfloat16] [--mode full w4a4 ...] [--limit 1]
+
+Without `--model` a checkpoint of random weights is made first, and deleted afterwards. `over` is the peak above what
+the process held before it loaded the model (Python, torch and transformers, some 400 MB), divided by the size of the
+weights in the dtype that they are computed with; `whole` divides all of the peak. Modes:
+
+    full      a run in full precision
+    w4a4      a run with 4-bit weights and activations, simulated; original weights are read again from the checkpoint
+    spilled   the same by `compress(keep_originals="file")`, then restored
+    kept      the same by `compress(keep_originals="memory")`, then restored, as a comparison
+    gptq      a run with weights of GPTQ, calibrated on two samples; takes long
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PRUNED = {"method": "random", "keep": 32}  # short prompts: what is measured is the weights, not the tokens
+W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 128}, "activations": {"bits": 4, "group_size": 128}}
+GPTQ = {"method": "gptq", "weights": {"bits": 4, "group_size": 128}, "calibration": {"samples": 2}}
+RUNS: dict[str, dict[str, Any]] = {"full": {}, "w4a4": {"quantize": W4A4}, "gptq": {"quantize": GPTQ}}
+KEPT: dict[str, Any] = {"spilled": "file", "kept": "memory"}  # mode -> keep_originals
+GOALS = {"full": 1.05, "w4a4": 1.15, "spilled": 1.15}  # largest `over`
+DEFAULT = ["full", "w4a4", "spilled"]
+out = Console(width=120, highlight=False)
+
+
+def measure(mode: str, model: str, dtype: str, limit: int) -> dict[str, float]:
+    """Measure one mode in a new process.
+
+    Args:
+        mode: the mode.
+        model: folder of the checkpoint.
+        dtype: dtype of the weights.
+        limit: number of questions.
+
+    Returns:
+        Bytes held before loading (`before`), at the peak (`peak`) and of the weights (`weights`); `seconds` in all.
+    """
+    call = [sys.executable, "-m", "benchmarks.memory", "--child", mode, "--model", model, "--dtype", dtype]
+    ended = subprocess.run([*call, "--limit", str(limit)], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def child(mode: str, model: str, dtype: str, limit: int) -> dict[str, float]:
+    """What `measure` returns, of this process."""
+    import torch
+
+    from qapbench import compress
+    from qapbench.memory import peak_resident_bytes
+    from qapbench.models.loading import load_model
+    from qapbench.running.execute import make_runs
+    from qapbench.running.session import Session
+    from qapbench.running.settings import Settings
+    from qapbench.spec.run_spec import RunSpec
+
+    began = time.perf_counter()
+    cpu = torch.device("cpu")
+    sections = {"prune": PRUNED, **RUNS.get(mode, {"quantize": W4A4})}
+    task = {"name": "diagramqa", "limit": limit, "answers": "letter"}
+    spec = RunSpec.parse({"name": mode, "model": model, "dtype": dtype, "task": task, **sections})
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(Path(folder), cpu)
+        session = Session(settings)
+        session.task(spec)
+        _import_all(spec)
+        before = peak_resident_bytes()
+        if mode in KEPT:
+            loaded, _ = load_model(spec, cpu)
+            with compress(loaded, {"quantize": W4A4}, keep_originals=KEPT[mode]):
+                pass
+        else:
+            make_runs([spec], settings, session=session)
+            loaded = session.model(spec)[0]
+    weights = sum(weight.nbytes for weight in loaded.parameters())
+    seconds = time.perf_counter() - began
+    return {"before": before, "peak": peak_resident_bytes(), "weights": weights, "seconds": seconds}
+
+
+def _import_all(spec: Any) -> None:
+    """Import what loading imports, so that it counts as what the process holds anyway."""
+    from qapbench.checkpoints.find import find_checkpoint
+    from qapbench.models.family import family_class
+    from qapbench.models.loading import read_config
+
+    family = family_class(str(read_config(spec)["model_type"]))
+    family.tiny()
+    family.load_processor(find_checkpoint(spec.model).folder)
+
+
+def report(found: dict[str, dict[str, float]]) -> bool:
+    """Print a table, and say whether every goal is met."""
+    table = Table("mode", "weights", "before", "peak", "whole", "over", "goal", "", "seconds")
+    met = True
+    for mode, one in found.items():
+        over = (one["peak"] - one["before"]) / one["weights"]
+        goal = GOALS.get(mode)
+        fits = goal is None or over <= goal
+        met = met and fits
+        table.add_row(
+            mode,
+            *(f"{one[name] / 1e9:.2f} GB" for name in ("weights", "before", "peak")),
+            f"{one['peak'] / one['weights']:.2f}",
+            f"{over:.3f}",
+            f"≤ {goal:.2f}" if goal else "",
+            ("ok" if fits else "MISSED") if goal else "",
+            f"{one['seconds']:.0f}",
+        )
+    out.print(table)
+    return met
+
+
+def main() -> None:
+    """Measure the modes that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Measure the memory of runs.")
+    parser.add_argument("--like", default="llava-1.3b", help="shape of the checkpoint that is made")
+    parser.add_argument("--model", help="a checkpoint to use in its place")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--mode", nargs="+", choices=[*RUNS, *KEPT], default=DEFAULT)
+    parser.add_argument("--limit", type=int, default=1, help="number of questions")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        print(json.dumps(child(asked.child, asked.model, asked.dtype, asked.limit)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = asked.model
+        if model is None:
+            model = str(Path(folder) / asked.like)
+            make = [sys.executable, "-m", "benchmarks.random_llava", "--like", asked.like, "--out", model]
+            subprocess.run([*make, "--dtype", asked.dtype, "--no-text-tower"], check=True)
+        found = {}
+        for mode in asked.mode:
+            out.print(f"{mode} ...")
+            found[mode] = measure(mode, model, asked.dtype, asked.limit)
+        sys.exit(0 if report(found) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""How much memory and disk a run will need, estimated from headers and configs: no model is loaded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qapbench.checkpoints.find import find_checkpoint
+from qapbench.checkpoints.headers import stored
+from qapbench.errors import Problem, UserError
+from qapbench.memory import free_bytes
+from qapbench.methods.kinds import ptqs
+from qapbench.models.checkpoint_format import format_of
+from qapbench.models.family import default_tower
+from qapbench.models.loading import precision, read_config
+from qapbench.models.relevance import find_tower
+from qapbench.spec.items import created
+from qapbench.spec.run_spec import RunSpec
+
+from .fingerprints import needs_tower
+from .settings import Settings
+
+PROCESS = 500 * 10**6  # bytes of Python with torch and transformers
+ANSWER = 1000  # bytes of a stored answer
+WORDS = 120  # tokens of a prompt beside those of its image
+IMAGE = 1280  # tokens of an image, where the config does not say
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need.
+
+    Attributes:
+        device: the device that holds the model.
+        parts: what takes memory there -> bytes, of all processes together.
+        host: bytes in host memory, where the device is another one.
+        disk: bytes of what is stored.
+        certain: the part of the device's memory without which the model cannot even be loaded.
+    """
+
+    device: str
+    parts: Mapping[str, int]
+    host: int
+    disk: int
+    certain: int
+
+    @property
+    def total(self) -> int:
+        """Peak memory on the device in bytes."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        """The estimate as a sentence."""
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.parts.items() if size)
+        host = f"; in host memory about {_size(self.host)}" if self.host else ""
+        return f"about {_size(self.total)} of memory on {self.device} ({parts}){host}; {_size(self.disk)} on disk"
+
+
+def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
+    """Estimate what a run needs.
+
+    Args:
+        spec: the run.
+        settings: where and how it is made.
+        questions: number of questions.
+
+    Raises:
+        UserError: the model is not there. It is not downloaded.
+    """
+    folder = find_checkpoint(spec.model, fetch=False).folder
+    config = read_config(spec, fetch=False)
+    width: int = getattr(torch, precision(spec, settings.device)).itemsize
+    tensors = stored(folder)
+    if format := format_of(config):
+        tensors += stored(format(folder, config).companion(fetch=False))
+    weights = sum(tensor.loaded(width) for tensor in tensors)
+    parts = {"weights": weights}
+    if needs_tower(spec):
+        tower, _ = find_tower(spec.text_tower, str(folder), default_tower(config), False)
+        parts["text tower"] = sum(tensor.loaded(4) for tensor in stored(tower)) if tower else 0
+    disk = questions * ANSWER
+    if spec.quantize:
+        linears = [tensor for tensor in tensors if len(tensor.shape) == 2 and ".layers." in tensor.name]
+        largest = max((tensor.count for tensor in linears), default=0)
+        parts["quantizing"] = largest * (2 * width + 8)  # a new weight, and float32 copies of it on the way
+        if spec.quantize.calibration and created(ptqs, spec.quantize.method).calibrates:
+            found = sum(tensor.loaded(width) for tensor in linears)
+            samples = spec.quantize.calibration.samples * _tokens(config) * _of(config, "hidden_size") * width
+            parts["calibration"] = found + 2 * samples + 8 * max(_of(config, "intermediate_size"), 1) ** 2
+            disk += found
+    parts["activations"] = _activations(config, settings, width)
+    everywhere = {name: size * settings.workers for name, size in parts.items()}
+    process = PROCESS * settings.workers
+    if settings.device.type == "cpu":
+        everywhere["processes"] = process
+    host = 0 if settings.device.type == "cpu" else process + max((t.loaded(width) for t in tensors), default=0)
+    certain = (weights + (PROCESS if settings.device.type == "cpu" else 0)) * settings.workers
+    return Estimate(settings.device.type, everywhere, host, disk, certain)
+
+
+def of_all(specs: Sequence[RunSpec], settings: Settings, totals: Sequence[int]) -> list[str]:
+    """Sentences on what runs need that are made one after another: the largest need of each kind of run.
+
+    Args:
+        specs: the runs.
+        settings: where and how they are made.
+        totals: number of questions of each.
+    """
+    found: dict[str, tuple[Estimate, int]] = {}
+    for spec, total in zip(specs, totals, strict=True):
+        one = estimate(spec, settings, total)
+        best, disk = found.get(spec.model, (one, 0))
+        found[spec.model] = (one if one.total > best.total else best, disk + one.disk)
+    free = free_bytes(settings.device)
+    known = "" if free is None else f"; {_size(free)} are free"
+    return [
+        f"{Path(model).name} needs {Estimate(best.device, best.parts, best.host, disk, best.certain)}{known}"
+        for model, (best, disk) in found.items()
+    ]
+
+
+def refuse_unless_it_fits(spec: RunSpec, settings: Settings) -> None:
+    """Refuse a run whose model cannot be loaded in the memory that is free now.
+
+    Where nobody says how much is free, nothing is refused.
+
+    Raises:
+        UserError: the weights alone do not fit. It says what would help.
+    """
+    free = free_bytes(settings.device)
+    if free is None:
+        return
+    needs = estimate(spec, settings)
+    if needs.certain <= free:
+        return
+    what = f"the run needs {needs}, and {_size(free)} are free; {_what_helps(spec, settings, needs)}"
+    raise UserError(Problem(what, ("model",)))
+
+
+def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
+    """What a user can do, the mildest first."""
+    ways = []
+    if settings.workers > 1:
+        ways.append(f"fewer --workers (each holds a model of {_size(needs.parts['weights'] // settings.workers)})")
+    if precision(spec, settings.device) == "float32":
+        ways.append(f"`dtype: bfloat16` (weights of {_size(needs.parts['weights'] // 2)})")
+    ways.append("a machine with more memory" if settings.device.type == "cpu" else "a larger GPU, or `--device cpu`")
+    return "what helps: " + ", or ".join(ways)
+
+
+def _activations(config: Mapping[str, Any], settings: Settings, width: int) -> int:
+    """Bytes of the activations and the KV cache of a forward pass, roughly."""
+    tokens = settings.batch_size * _tokens(config)
+    hidden, inner, layers = (_of(config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    heads = max(_of(config, "num_attention_heads"), 1)
+    shared = _of(config, "num_key_value_heads") or heads
+    return tokens * width * (8 * hidden + 3 * inner + 2 * layers * hidden * shared // heads)
+
+
+def _tokens(config: Mapping[str, Any]) -> int:
+    """Tokens of a prompt with an image, roughly."""
+    of_image = config.get("image_seq_length")
+    return WORDS + (of_image if isinstance(of_image, int) else IMAGE)
+
+
+def _of(config: Mapping[str, Any], name: str) -> int:
+    """A size of the language model; 0 if the config does not say."""
+    inner = config.get("text_config")
+    for one in (inner, config):
+        if isinstance(one, Mapping) and isinstance(one.get(name), int):
+            return int(one[name])
+    return 0
+
+
+def _size(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / GB:.1f} GB" if size >= GB // 10 else f"{max(round(size / 10**6), 1)} MB"
