@@ -168,8 +168,10 @@ def _quantized(
                     line.stored_bits = 8 * packed.nbytes / linear.weight.numel()
                     stack.enter_context(held_packed(linear, packed, buffer, originals))
                 tokens = told if parts[name] == "language" else nothing_known
-                weight_too = packed is None
-                stack.enter_context(installed(linear, plan, tokens, weight_too, shared=shared, originals=originals))
+                stack.enter_context(
+                    installed(linear, plan, tokens, weight_too=packed is None, shared=shared, originals=originals)
+                )
+                del packed
             plan = dataclasses.replace(plan, weight=None) if plan else None
             if not (on_kernel or line.stored_bytes):
                 line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
@@ -192,7 +194,7 @@ def plans_of(model: Any, spec: RunSpec, calibration: Any = None) -> tuple[dict[s
         return {}, {}
     linears = family.linears(asked.scope)
     method = ptqs.create(asked.method.name, **asked.method.params)
-    runner = _calibration(family, asked, calibration, None, Originals(family.model))
+    runner = _calibration(family, asked, calibration, None, Originals(family.model, "auto"))
     return linears, method.prepare(family.model, linears, asked.weights, asked.activations, runner)
 
 

@@ -41,20 +41,16 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
         raise UserError(Problem(what, ("model",)))
     check_not_twice(spec, config)
     try:
-        quantized = loading_arguments(folder, config, trust_remote_code)
+        placed = loading_arguments(folder, config, trust_remote_code)
         with streaming():
             if layout := format_of(config):
                 model, processor = layout(folder, config).load(dtype)
             else:
                 family = family_class(str(config.get("model_type")))
-                placed = {"device_map": {"": device}} if device.type != "cpu" and find_spec("accelerate") else {}
+                if device.type != "cpu" and find_spec("accelerate"):
+                    placed["device_map"] = {"": device}
                 model = AutoModelForImageTextToText.from_pretrained(
-                    folder,
-                    dtype=dtype,
-                    use_safetensors=True,
-                    trust_remote_code=trust_remote_code,
-                    **placed,
-                    **quantized,
+                    folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
                 )
                 processor = family.load_processor(folder, trust_remote_code)
     except UserError:

@@ -79,10 +79,10 @@ def held_packed(
         buffer: where the values are written to.
         originals: where the original weight is meanwhile; None keeps it in host memory.
     """
-    original = linear.weight
+    dtype, device, shape = linear.weight.dtype, linear.weight.device, linear.weight.shape
     with contextlib.ExitStack() as stack:
         with torch.inference_mode(False):  # a parameter that is made in inference mode takes no other values
-            nothing = torch.full((1, 1), torch.nan, dtype=original.dtype, device=original.device).expand(original.shape)
+            nothing = torch.full((1, 1), torch.nan, dtype=dtype, device=device).expand(shape)
             stack.enter_context(replaced(linear, nothing, originals))
         stack.callback(_held.pop, linear, None)
         _held[linear] = weight
@@ -90,7 +90,6 @@ def held_packed(
 
         def fill(module: nn.Module, args: tuple[Any, ...]) -> None:
             recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-            dtype = nothing.dtype
             parameter.data = weight.dequantized(dtype) if recorded else buffer.of(weight, dtype)
 
         def empty(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

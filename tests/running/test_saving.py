@@ -92,6 +92,20 @@ def test_transformers_reads_the_values_of_the_format(spec_of: Spec, tmp_path: Pa
         assert torch.equal(read.state_dict()[name], Format(**G8)(tensor) if inside else tensor), name
 
 
+@pytest.mark.parametrize("kind", ["W3A16 symmetric", "W8A8", "FP8"])
+def test_transformers_answers_alike(kind: str, spec_of: Spec, questions: Path, tmp_path: Path) -> None:
+    spec = RunSpec.parse(spec_of(quantize=section(kind, questions)))
+    session = Session(Settings(tmp_path / "runs", CPU))
+    saved = save_quantized(spec, tmp_path / "saved", session)
+    inputs = {"input_ids": torch.tensor([[1, 7, 9, 30, 12]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    model, _ = session.model(spec)
+    with torch.no_grad():
+        with qapbench.compress(model, spec):
+            ours = model(**inputs).logits
+        theirs = AutoModelForImageTextToText.from_pretrained(saved.folder, dtype="float32")(**inputs).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("quantize", "field", "said"),
     [
