@@ -1,8 +1,8 @@
 """Compares the cost model with what `torch.utils.flop_counter` counts while a model answers.
 
 `python -m benchmarks.cost` does so for every pruner on the tiny model of every family, and prints the ratios of what is
-said to what is counted. With `--wide` the models have about 100 million weights, with `--sample` every pruner is tried on
-one family.
+said to what is counted. With `--wide` the models have about 100 million weights, with `--sample` every pruner is tried
+on one family.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def tiny_model(family: type, wide: bool = False) -> tuple[Any, dict[str, Any]]:
                 setattr(config.get_text_config(), name, value)
             text = config.get_text_config()
             text.num_key_value_heads, text.head_dim, text.vocab_size, text.layer_types = 5, 64, 32000, None
+            if "mrope_section" in (text.rope_parameters or {}):
+                text.rope_parameters["mrope_section"] = [8, 12, 12]
             if hasattr(config.vision_config, "out_hidden_size"):
                 config.vision_config.out_hidden_size = text.hidden_size
             model = type(model)(type(config)(**config.to_dict())).eval()
