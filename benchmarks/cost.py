@@ -80,6 +80,8 @@ def tiny_model(family: type, wide: bool = False) -> tuple[Any, dict[str, Any]]:
                 setattr(config.get_text_config(), name, value)
             text = config.get_text_config()
             text.num_key_value_heads, text.head_dim, text.vocab_size, text.layer_types = 5, 64, 32000, None
+            if "mrope_section" in (text.rope_parameters or {}):
+                text.rope_parameters["mrope_section"] = [8, 12, 12]
             if hasattr(config.vision_config, "out_hidden_size"):
                 config.vision_config.out_hidden_size = text.hidden_size
             model = type(model)(type(config)(**config.to_dict())).eval()

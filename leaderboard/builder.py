@@ -19,6 +19,7 @@ from qapbench import UserError
 from qapbench.analysis.paired import NEEDS_IMAGE
 from qapbench.analysis.strata import Strata
 from qapbench.files import replace_all_synced
+from qapbench.records.profile import read_profiles
 from qapbench.records.record import Record, parse_record
 from qapbench.visible import visible, visible_logger
 
@@ -92,7 +93,9 @@ def build(
     if folder and (strata := Strata(folder)):
         scored = [strata.of(run) if run else None for run in scored]
         cleaned = [run.record if run else record for run, record in zip(scored, cleaned, strict=True)]
-    own = [dataclasses.replace(from_record(record), costs=costs_of(record)) for record in cleaned]
+    profiles = read_profiles(folder) if folder else {}
+    costs = [costs_of(record, profiles.get(record.run_id)) for record in cleaned]
+    own = [dataclasses.replace(from_record(record), costs=found) for record, found in zip(cleaned, costs, strict=True)]
     own = with_equal_costs(own)
     labels = task_labels(cleaned)
     own = rows_by_task(own, cleaned, scored) if labels else compared(own, scored)

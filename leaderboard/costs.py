@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from qapbench.records.profile import Profile
 from qapbench.records.record import Record
 
 from .rows import Row
@@ -41,12 +42,18 @@ COSTS = {
     "tbops": CostColumn("T BOPs", "the same x bits of weights x bits of activations / 256"),
     "kv_mb": CostColumn("KV MB", "the KV cache that the prompt leaves, in 10^6 bytes"),
     "weight_gb": CostColumn("Weights GB", "the weights as they are stored, in 10^9 bytes"),
+    "ms": CostColumn("Measured ms", "of a prompt at batch 1, median (qapbench profile); none for simulated kernels", 3),
 }
 """The columns by the name that they have in the JSON."""
 
 
-def costs_of(record: Record) -> dict[str, float]:
-    """The costs of a record. One of an earlier version, which states none, has what follows from its tokens."""
+def costs_of(record: Record, profile: Profile | None = None) -> dict[str, float]:
+    """The costs of a record. One of an earlier version, which states none, has what follows from its tokens.
+
+    Args:
+        record: the record.
+        profile: the run's profile; None if it was not measured. The time of a simulation is no cost of the row.
+    """
     found: dict[str, float] = {}
     if (tokens := record.tokens) is not None:
         found["layer_mean"] = tokens.mean if tokens.layer_mean is None else tokens.layer_mean
@@ -60,6 +67,8 @@ def costs_of(record: Record) -> dict[str, float]:
             "kv_mb": cost.kv_bytes / 1e6,
             "weight_gb": cost.weight_bytes / 1e9,
         }
+    if profile is not None and not profile.simulated:
+        found["ms"] = 1e3 * profile.prompt.median
     return found
 
 

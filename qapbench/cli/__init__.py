@@ -14,7 +14,7 @@ from rich.markup import escape
 from qapbench import __version__
 from qapbench.errors import RunFailedError, UserError
 
-from . import costs, doctor, items, quantizing, results, running, scaffold, status, studies
+from . import costs, doctor, items, profiles, quantizing, results, running, scaffold, status, studies
 from .console import collect_rarely, err
 
 study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.", rich_markup_mode=None)
@@ -39,6 +39,7 @@ app.command(short_help="Draw the pruning of one question.")(studies.explain)
 app.command(short_help="Write which tokens are kept.")(running.select)
 app.command(short_help="Score stored outputs again.")(results.score)
 app.command(short_help="Count what the rows of a spec cost.")(costs.cost)
+app.command(short_help="Measure what the rows of a spec take.")(profiles.profile)
 app.command(short_help="Say what works on this machine.")(doctor.doctor)
 app.add_typer(study_app, name="study")
 study_app.command("sensitivity", short_help="Which metric predicts harm?")(studies.study_sensitivity)

@@ -29,12 +29,12 @@ def test_csv_and_json_have_the_costs_of_the_records(page: Path) -> None:
     table = list(csv.DictReader(io.StringIO(page.with_suffix(".csv").read_text("utf-8"))))
     for data, row, line in zip(RECORDS, rows, table, strict=False):
         costs = costs_of(parse_record(data))
-        assert list(costs) == list(COSTS)
+        assert [*costs, "ms"] == list(COSTS), "nothing was measured"
         assert row["costs"] == costs
         assert costs["tflops"] == pytest.approx(
             (1.1e8 + 1e6 * (costs["layer_mean"] < 144) + 6e6 * costs["layer_mean"]) / 1e12
         )
-        assert {name: float(line[column.head]) for name, column in COSTS.items()} == costs
+        assert {name: float(line[column.head]) for name, column in COSTS.items() if name in costs} == costs
     paper = [(row, line) for row, line in zip(rows, table, strict=True) if row["kind"] == "paper"]
     assert all(row["costs"] == {} and line["TFLOPs"] == "" for row, line in paper)
 

@@ -1,0 +1,47 @@
+"""A table of profiles for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from qapbench.records.profile import Profile, Spread
+
+
+def profile_table(profiles: Sequence[Profile]) -> Table:
+    """A table with one row per run: median milliseconds of each stage, with quartiles.
+
+    The time of simulated quantization is marked as that, with the cost model's bound beside it, since it is no
+    speed-up.
+    """
+    table = Table(title="Measured, ms: median (quartiles)", title_justify="left", caption_justify="left")
+    table.add_column("run", style="bold")
+    for head in ("vision", "selection", "prefill", "prompt", "each token", "prompt >=", "peak MB"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for one in profiles:
+        mark = " simulated" if one.simulated else ""
+        cells = [_shown(one.vision), _shown(one.selection), _shown(one.prefill) + mark]
+        cells += [_shown(one.prompt) + mark, _shown(one.token) + mark]
+        cells += ["–" if one.bound is None else f"{1e3 * one.bound:.3g}", str(one.peak_memory_mb)]
+        table.add_row(escape(one.name), *cells)
+    notes = []
+    if profiles:
+        one = profiles[0]
+        notes.append(
+            f"{one.device}, {one.dtype}, {one.threads} thread(s), attention {one.attention}, products by {one.matmul}; "
+            f"batch 1, {one.repeats} repetitions, rows in turn; each token: {1 / one.token.median:.3g} per second"
+        )
+    if any(one.simulated for one in profiles):
+        notes.append("simulated: values of low-bit kernels in floating point, so its time is no speed-up of any kind")
+    notes.append("prompt >=: the cost model's bound on this machine; selection inside the decoder is part of prefill")
+    table.caption = escape("\n".join(notes))
+    return table
+
+
+def _shown(spread: Spread | None) -> str:
+    """A spread in milliseconds; a dash if there is none."""
+    if spread is None:
+        return "–"
+    return f"{1e3 * spread.median:.3g} ({1e3 * spread.low:.3g}–{1e3 * spread.high:.3g})"

@@ -1,0 +1,47 @@
+"""Bytes of quantized caches and weights, and prompts without an image."""
+
+import pytest
+import torch
+
+from benchmarks.cost import PROMPTS, tiny_model
+from qapbench import Format, Prompt, compress, cost
+from qapbench.costing.bits import stored_bytes
+from qapbench.models.family import families
+
+
+@pytest.mark.parametrize("pruning", [{}, {"prune": {"method": "fastv", "keep": 5}}])
+@pytest.mark.parametrize(
+    "kv",
+    [
+        {"keys": {"bits": 2, "group_size": 4}, "values": {"bits": 4, "group_size": 4}, "residual": 8},
+        {"keys": {"bits": 4, "group_size": 4}, "residual": 4},
+    ],
+)
+def test_a_quantized_cache_has_the_bytes_that_the_receipt_measures(kv: dict, pruning: dict) -> None:
+    model, inputs = tiny_model(families.create("llava"))
+    spec = {"quantize": {"method": "rtn", "kv": kv}, **pruning}
+    with torch.no_grad(), compress(model, spec) as receipt:
+        model(**inputs, use_cache=True)
+    assert receipt.kv
+    layers, heads, width = 4, 2, 12
+    measured = receipt.kv.token_bits * layers * 2 * heads * width / 8
+    assert cost(model, spec, PROMPTS["llava"]).kv_bytes == pytest.approx(measured)
+
+
+def test_stored_bytes_by_hand() -> None:
+    assert stored_bytes(Format(bits=4, group_size=16, symmetric=True), 48, 32, 2) == 48 * 16 + 48 * 2 * 2
+    assert stored_bytes(Format(bits=4, group_size=16), 48, 32, 2) == 48 * 16 + 48 * 2 * 2 + 2 * 24
+    assert stored_bytes(Format(bits=3, symmetric=True), 48, 30, 2) == 48 * 12 + 48 * 2, "90 bits fill 12 bytes"
+    assert stored_bytes(Format(bits=8, symmetric=True, granularity="tensor"), 48, 32, 4) == 48 * 32 + 4
+    assert stored_bytes(Format.model_validate({"format": "mxfp4"}), 48, 64, 2) == 48 * 32 + 48 * 2
+    assert stored_bytes(Format.model_validate({"format": "nvfp4"}), 48, 64, 2) == 48 * 32 + 48 * 4 + 4
+
+
+@pytest.mark.parametrize("family", sorted(PROMPTS))
+def test_a_prompt_without_an_image_costs_its_text(family: str) -> None:
+    model, _ = tiny_model(families.create(family))
+    found = cost(model, {"prune": {"method": "attention", "keep": 5}}, Prompt(before=0, after=9, images=()))
+    assert (found.flops.tower, found.flops.projector, found.flops.selection) == (0, 0, 0)
+    assert (found.available, found.layer_mean, found.tokens_share) == (0, 0, 1)
+    assert found.kv_bytes == 9 * 4 * 2 * 2 * 12 * 4
+    assert found.flops.prefill > 0
