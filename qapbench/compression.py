@@ -74,8 +74,12 @@ def compress(
     family = family_of(model)
     check_device(family.model.device.type)
     receipt = Receipt()
-    originals = keep_originals if isinstance(keep_originals, Originals) else Originals(family.model, keep_originals)
     with contextlib.ExitStack() as stack:
+        if isinstance(keep_originals, Originals):
+            originals = keep_originals
+        else:
+            originals = Originals(family.model, keep_originals)
+            stack.callback(originals.close)
         # Calibration may prune as runs do, but its prompts must not be counted in the receipt.
         pruned = build_pruning(family, prune, receipt, processor, text_tower, owner, on_images) if prune else None
         if quantize:

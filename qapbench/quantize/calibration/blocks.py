@@ -17,6 +17,7 @@ from qapbench.methods.quantization import Tokens
 from qapbench.models.layers import attention_rows
 
 from .observers import Observer
+from .spill import Spill
 
 T = TypeVar("T", bound=Observer)
 HIDDEN = "hidden_states"  # keyword of a block's input, if it is not positional
@@ -98,6 +99,7 @@ class Block:
         linears: the linears in scope inside the module, by their name in the model.
         passes: one call per sample. Samples that never reach the module have none.
         current: a list with one entry, what is known of the tokens of the call in progress. Installed plans read it.
+        spill: where the block's outputs and the inputs of modules inside it are kept.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Block:
     linears: Mapping[str, nn.Linear]
     passes: list[Pass]
     current: list[Tokens | None] = field(default_factory=lambda: [None], repr=False)
+    spill: Spill = field(default_factory=Spill, repr=False)
 
     def observe(self, make: Callable[[nn.Linear], T]) -> dict[str, T]:
         """Run the block on all samples and observe the inputs of its linears.
@@ -177,7 +180,7 @@ class Block:
     def advance(self, following: list[Pass]) -> list[Pass]:
         """Run the block and set its outputs as hidden states of `following`, the calls of the next block."""
         for index, (call, output) in enumerate(zip(following, self.outputs(), strict=True)):
-            following[index] = call.fed(output.to("cpu"))
+            following[index] = call.fed(self.spill.keep(output))
         return following
 
     def inside(self, name: str) -> Block:
@@ -191,11 +194,11 @@ class Block:
         module = self.module.get_submodule(name.removeprefix(f"{self.name}.") if self.name else name)
         found: list[Pass] = []
         for one in self.passes:
-            with contextlib.suppress(Reached), catching([module], module) as caught:
+            with contextlib.suppress(Reached), catching([module], module, self.spill) as caught:
                 self.run(one)
             found += [Pass(*call, one.tokens, one.all_vision, one.labelled) for call in caught[0]]
         members = {key: linear for key, linear in self.linears.items() if f"{key}.".startswith(f"{name}.")}
-        return Block(name, module, members, found, self.current)
+        return Block(name, module, members, found, self.current, self.spill)
 
     def groups(self) -> list[Group]:
         """Group the linears by the input that they read, in order of execution.
@@ -253,7 +256,9 @@ class Reached(Exception):
 
 
 @contextlib.contextmanager
-def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[list[list[tuple[Any, dict[str, Any]]]]]:
+def catching(
+    chain: Sequence[nn.Module], stop: nn.Module | None, spill: Spill
+) -> Iterator[list[list[tuple[Any, dict[str, Any]]]]]:
     """Capture the calls of modules during one forward pass, in host memory.
 
     Of the first module all arguments are kept, of the others all but their hidden states. Masks and positions may
@@ -263,6 +268,7 @@ def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[lis
         chain: the modules.
         stop: module whose call ends the forward pass by raising `Reached`. If it is in `chain`, its call is captured
             first.
+        spill: where the tensors are kept.
 
     Yields:
         For each module a list of its calls, each (positional arguments, keyword arguments).
@@ -273,7 +279,7 @@ def catching(chain: Sequence[nn.Module], stop: nn.Module | None) -> Iterator[lis
 
     def offload(tensor: Tensor) -> Tensor:
         if id(tensor) not in held:
-            held[id(tensor)] = (tensor, tensor.detach().to("cpu"))
+            held[id(tensor)] = (tensor, spill.keep(tensor))
         return held[id(tensor)][1]
 
     def catch(index: int) -> Any:
