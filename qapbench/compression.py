@@ -78,10 +78,14 @@ def compress(
     family = family_of(model)
     check_device(family.model.device.type)
     receipt = Receipt(checkpoint=described(family.model))
-    originals = keep_originals if isinstance(keep_originals, Originals) else Originals(family.model, keep_originals)
     if prune and prune.budget is not None:
         prune = resolved(prune, costed_model(model, named_tower=owner), quantize)
     with contextlib.ExitStack() as stack:
+        if isinstance(keep_originals, Originals):
+            originals = keep_originals
+        else:
+            originals = Originals(family.model, keep_originals)
+            stack.callback(originals.close)
         # Calibration may prune as runs do, but its prompts must not be counted in the receipt.
         pruned = build_pruning(family, prune, receipt, processor, text_tower, owner, on_images) if prune else None
         if quantize:
@@ -194,8 +198,9 @@ def plans_of(model: Any, spec: RunSpec, calibration: Any = None) -> tuple[dict[s
         return {}, {}
     linears = family.linears(asked.scope)
     method = ptqs.create(asked.method.name, **asked.method.params)
-    runner = _calibration(family, asked, calibration, None, Originals(family.model, "auto"))
-    return linears, method.prepare(family.model, linears, asked.weights, asked.activations, runner)
+    with contextlib.closing(Originals(family.model, "auto")) as originals:
+        runner = _calibration(family, asked, calibration, None, originals)
+        return linears, method.prepare(family.model, linears, asked.weights, asked.activations, runner)
 
 
 def _calibration(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -44,6 +44,29 @@ def replace_all_synced(contents: Mapping[Path, str | bytes]) -> None:
         for draft in drafts.values():
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
+
+
+def replace_written(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file by one that a function writes, whole or not at all, and wait until it is on disk.
+
+    Args:
+        path: the file.
+        write: writes the new content to the draft that it is given.
+
+    Raises:
+        OSError: it cannot be written. The file is as it was, and no draft is left.
+    """
+    _remove_abandoned(path)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path):
+            write(draft)
+            with draft.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            draft.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def write_synced(handle: FileIO, data: bytes) -> None:

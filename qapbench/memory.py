@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from qapbench.errors import UserError
+
+PAGEOUT = 21  # MADV_PAGEOUT of Linux; kernels before 5.4 refuse it, and then nothing happens
 
 
 def check_device(kind: str) -> None:
@@ -118,6 +121,19 @@ def give_back_freed() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Let the system drop the pages of a tensor that is a file mapped into memory (Linux; elsewhere nothing happens).
+
+    Nothing is lost: pages that were changed stay, the others are read from the file when they are used.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.untyped_storage().resizable():
+        return  # memory of torch's own is no mapped file
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), PAGEOUT)
 
 
 @functools.lru_cache(maxsize=1)

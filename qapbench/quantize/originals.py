@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import RunFailedError, UserError, nearest
-from qapbench.memory import give_back_freed
+from qapbench.memory import give_back_freed, page_out
 from qapbench.models.streaming import Weights
 
 Keep = Literal["auto", "memory", "file", "checkpoint"]
@@ -68,6 +68,12 @@ class Originals:
         self._file = _SpillFile()
         self._unreturned = 0
 
+    def close(self) -> None:
+        """Close all files. Weights that are still set aside cannot be put back any more."""
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+        self._file.close()
+
     def set_aside(self, weight: Tensor) -> SetAside:
         """Free the memory of a weight as far as its values can be had elsewhere."""
         device = weight.device
@@ -75,6 +81,7 @@ class Originals:
         if read is None:
             return in_host_memory(weight)
         size = weight.nbytes
+        page_out(weight.data)  # transformers may have mapped the checkpoint into memory
         weight.data = weight.data.new_empty(0)
         self._freed(size)
 
@@ -135,6 +142,13 @@ class _Checkpoint:
                     for at in range(len(parts) - 1):
                         self._by_end[tuple(parts[at:])].append((len(self._files) - 1, name))
 
+    def close(self) -> None:
+        """Close the files."""
+        for weights, handle, _ in self._files:
+            weights.__exit__(None, None, None)
+            handle.close()
+        self._files, self._by_end = [], defaultdict(list)
+
     def holds(self, name: str, value: Tensor) -> Callable[[], Tensor] | None:
         """What reads the tensor that has the value of a weight; None if there is none.
 
@@ -170,6 +184,12 @@ class _SpillFile:
         self._handle: Any = None
         self._places: dict[int, tuple[int, int]] = {}
         self._end = 0
+
+    def close(self) -> None:
+        """Delete the file."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle, self._places, self._end = None, {}, 0
 
     def write(self, key: int, value: Tensor) -> Callable[[], Tensor]:
         """Write a value, and return what reads it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     width: int = getattr(torch, precision(spec, settings.device)).itemsize
     tensors = stored(folder)
     if format := format_of(config):
-        tensors += stored(format(folder, config).companion(fetch=False))
+        with contextlib.suppress(UserError):  # it is still to be downloaded
+            tensors += stored(format(folder, config).companion(fetch=False))
     weights = sum(tensor.loaded(width) for tensor in tensors)
     parts = {"weights": weights}
     if needs_tower(spec):

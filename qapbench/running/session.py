@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from qapbench.compression import compress
 from qapbench.costing.budget import resolved
 from qapbench.costing.known import costed_model
 from qapbench.hashing import state_of_tree
-from qapbench.memory import Phases
+from qapbench.memory import Phases, give_back_freed
 from qapbench.models import family_of
 from qapbench.models.loading import load_model, load_processor, precision
 from qapbench.progress import ProgressCallback, silent
@@ -70,6 +71,8 @@ class Session:
         key = self._model_key(spec)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
+            gc.collect()  # a model is full of circles
+            give_back_freed()
             refuse_unless_it_fits(spec, self.settings)
             self.phases.begin("load")
             self._loaded = (key, *load_model(spec, self.settings.device, self.settings.trust_remote_code))

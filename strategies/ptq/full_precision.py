@@ -22,6 +22,6 @@ class FullPrecision:
         passes = block.passes
         if follows:
             passes = [one.fed(x) for one, x in zip(block.passes, self._outputs, strict=True)]
-        plain = Block(block.name, block.module, block.linears, passes, block.current)
+        plain = Block(block.name, block.module, block.linears, passes, block.current, block.spill)
         self._layers, self._outputs = layers, [output.to("cpu") for output in plain.outputs()]
         return self._outputs

@@ -1,7 +1,9 @@
 """Original weights while quantized ones are in their place: where they are, and that they come back to the bit."""
 
 import contextlib
+import mmap
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from llava_checkpoints import save_llava
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, modeling_utils
 
 from qapbench import UserError, compress
 from qapbench.errors import RunFailedError
+from qapbench.memory import page_out
 from qapbench.models import family_of
 from qapbench.models.loading import load_model
 from qapbench.models.streaming import Part, streaming
@@ -176,3 +180,43 @@ def test_hooks_and_parameters_are_put_back_when_quantizing_fails_halfway(
     with contextlib.suppress(MemoryError), compress(model, W4, keep_originals="file"):
         pass
     assert count[0] == 5 and same(before, bits(model))
+
+
+@pytest.mark.parametrize("keep", WAYS)
+def test_a_model_that_transformers_mapped_into_memory_comes_back_too(folder: Path, keep: str) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval().requires_grad_(False)
+    changed = model.model.language_model.layers[1].mlp.down_proj.weight
+    changed += 0.25  # in pages of its own, which the file does not have
+    before = bits(model)
+    with compress(model, W4, keep_originals=keep):
+        assert not same(before, bits(model))
+    assert same(before, bits(model))
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the call")
+def test_pages_of_a_mapped_file_leave_memory_and_changed_ones_stay(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2**22)}, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        value = file.get_tensor("x")
+    value[-1] = 7
+    assert value.sum() == 2**22 + 6
+    before = resident()
+    page_out(value)
+    after = resident()
+    assert value.sum() == 2**22 + 6
+    assert before - after > 2**23 or resident() - after < 2**20  # an old kernel does nothing
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_closed_place_holds_no_file_open(folder: Path) -> None:
+    model = loaded(folder)
+    count = len(list(Path("/proc/self/fd").iterdir()))
+    for keep in ("file", "checkpoint"):
+        with compress(model, W4, keep_originals=keep):
+            pass
+    assert count == len(list(Path("/proc/self/fd").iterdir()))

@@ -17,6 +17,7 @@ from qapbench.methods.quantization import Tokens
 from qapbench.models.layers import attention_rows
 
 from .observers import Observer
+from .spill import Spill
 
 T = TypeVar("T", bound=Observer)
 HIDDEN = "hidden_states"  # keyword of a block's input, if it is not positional
@@ -103,6 +104,7 @@ class Block:
         linears: the linears in scope inside the module, by their name in the model.
         passes: one call per sample. Samples that never reach the module have none.
         current: a list with one entry, what is known of the tokens of the call in progress. Installed plans read it.
+        spill: where the block's outputs and the inputs of modules inside it are kept.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Block:
     linears: Mapping[str, nn.Linear]
     passes: list[Pass]
     current: list[Tokens | None] = field(default_factory=lambda: [None], repr=False)
+    spill: Spill = field(default_factory=Spill, repr=False)
 
     def observe(self, make: Callable[[nn.Linear], T]) -> dict[str, T]:
         """Run the block on all samples and observe the inputs of its linears.
@@ -184,7 +187,7 @@ class Block:
     def advance(self, following: list[Pass]) -> list[Pass]:
         """Run the block and set its outputs as hidden states of `following`, the calls of the next block."""
         for index, (call, output) in enumerate(zip(following, self.outputs(), strict=True)):
-            following[index] = call.fed(output.to("cpu"))
+            following[index] = call.fed(self.spill.keep(output))
         return following
 
     def inside(self, name: str) -> Block:
@@ -198,11 +201,11 @@ class Block:
         module = self.module.get_submodule(name.removeprefix(f"{self.name}.") if self.name else name)
         found: list[Pass] = []
         for one in self.passes:
-            with contextlib.suppress(Reached), catching([module], module) as caught:
+            with contextlib.suppress(Reached), catching([module], module, self.spill) as caught:
                 self.run(one)
             found += [replace(one, args=call.args, kwargs=call.kwargs, added=None) for call in caught[0]]
         members = {key: linear for key, linear in self.linears.items() if f"{key}.".startswith(f"{name}.")}
-        return Block(name, module, members, found, self.current)
+        return Block(name, module, members, found, self.current, self.spill)
 
     def groups(self) -> list[Group]:
         """Group the linears by the input that they read, in order of execution.
@@ -260,7 +263,9 @@ class Reached(Exception):
 
 
 @contextlib.contextmanager
-def catching(chain: Sequence[nn.Module], stop: nn.Module | None, emptied: bool = False) -> Iterator[list[list[Pass]]]:
+def catching(
+    chain: Sequence[nn.Module], stop: nn.Module | None, spill: Spill, emptied: bool = False
+) -> Iterator[list[list[Pass]]]:
     """Capture the calls of modules during one forward pass, in host memory.
 
     Of the first module all arguments are kept, of the others all but their hidden states. Masks and positions may
@@ -270,6 +275,7 @@ def catching(chain: Sequence[nn.Module], stop: nn.Module | None, emptied: bool =
         chain: the modules.
         stop: module whose call ends the forward pass by raising `Reached`. If it is in `chain`, its call is captured
             first.
+        spill: where the tensors are kept.
         emptied: whether the modules answer with zeros, so that the next one's hidden states are what the model adds
             between the two.
 
@@ -282,7 +288,7 @@ def catching(chain: Sequence[nn.Module], stop: nn.Module | None, emptied: bool =
 
     def offload(tensor: Tensor) -> Tensor:
         if id(tensor) not in held:
-            held[id(tensor)] = (tensor, tensor.detach().to("cpu"))
+            held[id(tensor)] = (tensor, spill.keep(tensor))
         return held[id(tensor)][1]
 
     def catch(index: int) -> Any:

@@ -24,6 +24,7 @@ from qapbench.quantize.receipts import CalibrationUse
 from .blocks import Block, Pass, Reached, catching, device_of, first, observed
 from .observers import Observer
 from .samples import CalibrationResult, CalibrationSamples
+from .spill import Spill
 
 T = TypeVar("T", bound=Observer)
 IGNORED_LABEL = -100
@@ -78,6 +79,7 @@ class Calibration:
         self.device, self.dtype = device_of(model), next(model.parameters()).dtype
         self.used: CalibrationUse | None = None
         self._current: list[Tokens | None] = [None]
+        self._activations, self._results = Spill(), Spill()
 
     @classmethod
     def over(cls, model: nn.Module, given: Any, method: str) -> Calibration:
@@ -101,6 +103,17 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.source.samples)
+
+    def _kept(self, found: CalibrationResult) -> CalibrationResult:
+        """The tensors of a result in host memory, or in files where there are too many of them."""
+        kept: dict[int, Tensor] = {}  # linears may share a tensor
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in kept:
+                kept[id(tensor)] = self._results.keep(tensor)
+            return kept[id(tensor)]
+
+        return {linear: {name: once(tensor) for name, tensor in named.items()} for linear, named in found.items()}
 
     def _told(self) -> Tokens | None:
         """What is known of the tokens of the call in progress."""
@@ -137,7 +150,8 @@ class Calibration:
     ) -> CalibrationResult:
         """Calibrate one block after another, in the order of a forward pass.
 
-        The inputs of a part's first block are captured once and kept in host memory. The outputs of each block then
+        The inputs of a part's first block are captured once and kept in host memory, or in temporary files where they
+        take more than `spill.LIMIT` bytes. The outputs of each block then
         become the inputs of the next, so that no block runs again for the sake of later ones.
 
         Args:
@@ -147,7 +161,7 @@ class Calibration:
                 so that it sees the errors of the quantized blocks before it. None leaves the model in full precision.
 
         Returns:
-            The results of all blocks, with tensors in host memory.
+            The results of all blocks, with tensors in host memory or in temporary files.
         """
         chains = self._chains(linears)
         total, done = sum(map(len, chains)), 0
@@ -158,8 +172,8 @@ class Calibration:
                 captured = self._capture([module for _, module, _ in chain])
                 passes = captured[0]
                 for index, (name, module, members) in enumerate(chain):
-                    block = Block(name, module, members, passes, self._current)
-                    mine = _in_host_memory(find(block)) if passes and members else {}
+                    block = Block(name, module, members, passes, self._current, self._activations)
+                    mine = self._kept(find(block)) if passes and members else {}
                     found |= mine
                     for linear, tensors in mine.items() if install else ():
                         plan = install(tensors)  # type: ignore[misc]
@@ -311,7 +325,7 @@ class Calibration:
         for index, sample in enumerate(self.source.samples):
             tokens: Tokens | None = None
             labels: Tensor | None = None
-            with contextlib.suppress(Reached), catching(chain, stop, language) as caught:
+            with contextlib.suppress(Reached), catching(chain, stop, self._activations, language) as caught:
                 inputs, tokens, labels = self._inputs(
                     sample
                 )  # pruning runs the vision tower here, so its calls are caught too
@@ -358,8 +372,3 @@ class Calibration:
                 rest = {key: left.pop(key) for key in list(left) if key.startswith(f"{root}.")}
                 chains += [[(root, module, rest)]] if rest else []
         return chains
-
-
-def _in_host_memory(found: CalibrationResult) -> CalibrationResult:
-    """Move all tensors of a result to host memory."""
-    return {linear: {name: tensor.to("cpu") for name, tensor in named.items()} for linear, named in found.items()}

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
-from qapbench.files import replace_synced
+from qapbench.files import replace_written
 from qapbench.hashing import digest_json, library_versions
 
 from .samples import CalibrationResult
@@ -36,16 +36,20 @@ def path_of(folder: Path, key: str) -> Path:
 def write(folder: Path, key: str, found: CalibrationResult) -> None:
     """Write a result atomically: the file appears complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        # Linears may share one tensor, but safetensors refuses shared memory: copy each.
-        f"{linear}{BETWEEN}{name}": tensor.detach().to("cpu", copy=True).contiguous()
-        for linear, named in found.items()
-        for name, tensor in named.items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for linear, named in found.items():
+        for name, tensor in named.items():
+            value = tensor.detach().to("cpu").contiguous()
+            memory = value.untyped_storage()
+            # Linears may share one tensor, but safetensors refuses shared memory, and parts of a larger one.
+            whole = memory.nbytes() == value.nbytes and memory.data_ptr() not in seen
+            seen.add(memory.data_ptr())
+            tensors[f"{linear}{BETWEEN}{name}"] = value if whole else value.clone()
     # One metadata entry only: safetensors writes several in no fixed order.
     about = {ABOUT: json.dumps({"key": key, "linears": list(found), "sha256": _checksum(tensors)})}
-    path = path_of(folder, key)
-    replace_synced(path, save(tensors, about))
+    # Written tensor by tensor: the whole file as bytes would be one more copy in memory.
+    replace_written(path_of(folder, key), lambda draft: save_file(tensors, draft, about))
 
 
 def read(folder: Path, key: str) -> tuple[CalibrationResult | None, str]:
