@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import numpy as np
 from scipy.stats import false_discovery_control, norm
@@ -101,6 +103,39 @@ def lines(runs: Path, model: str, questions: int, against: str, rows: list[str])
     return next(line for line in found if line.name == against), [line for line in found if line.name != against]
 
 
+def picture(control: Line, others: Sequence[Line]) -> str:
+    """An SVG with the difference of each row to the control, in points, and its 95 % interval."""
+    ordered = sorted(others, key=lambda line: line.lost - line.gained)
+    edge = max(1.0, *(100 * max(abs(line.low), abs(line.high)) for line in ordered))
+    step, left, width, top = 22, 230, 420, 34
+
+    def at(points: float) -> float:
+        return left + width * (points + edge) / (2 * edge)
+
+    height = top + step * len(ordered) + 26
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 70} {height}" font-family="sans-serif" '
+        'font-size="13">',
+        f'<rect width="{left + width + 70}" height="{height}" fill="white"/>',
+        f'<text x="8" y="18">Points gained over &quot;{escape(control.name)}&quot; ({100 * control.right:.1f} %, '
+        f"n = {control.n}); lines are 95 % intervals</text>",
+        f'<line x1="{at(0):.1f}" x2="{at(0):.1f}" y1="{top - 8}" y2="{height - 20}" stroke="#888"/>',
+    ]
+    for place, line in enumerate(ordered):
+        y, middle = top + step * place + 8, 100 * (line.gained - line.lost) / line.n
+        low, high = at(100 * line.low), at(100 * line.high)
+        parts += [
+            f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(line.name)}</text>',
+            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="#3465a4" stroke-width="2"/>',
+            f'<circle cx="{at(middle):.1f}" cy="{y}" r="4" fill="#3465a4"/>',
+            f'<text x="{left + width + 10}" y="{y + 4}">{middle:+.1f}</text>',
+        ]
+    for mark in range(-int(edge), int(edge) + 1):
+        if mark % 2 == 0:
+            parts.append(f'<text x="{at(mark):.1f}" y="{height - 6}" text-anchor="middle" fill="#555">{mark:+d}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,6 +144,8 @@ def main() -> None:
     parser.add_argument("--against", default="constant", help="name of the control")
     parser.add_argument("--questions", type=int, default=3600)
     parser.add_argument("--rows", nargs="*", default=[], help="names of the rows that are tested together; all")
+    parser.add_argument("--without", nargs="*", default=[], help="names of rows that the picture leaves out")
+    parser.add_argument("--picture", type=Path, help="an SVG to write")
     args = parser.parse_args()
     try:
         control, others = lines(args.runs, args.model, args.questions, args.against, args.rows)
@@ -125,6 +162,9 @@ def main() -> None:
             f"| {line.name} | {100 * line.right:.2f} | {change:+.2f} | {interval} | {line.gained} | {line.lost} "
             f"| {line.p:.2g} | {q:.2g} | {100 * line.smallest:.1f} |"
         )
+    if args.picture:
+        shown = [line for line in others if line.name not in args.without]
+        args.picture.write_text(picture(control, shown), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from leaderboard_records import ablation, damaged, hostile, record
 from scipy.stats import binomtest
 
 from qapbench import UserError
+from qapbench.checkpoints.find import EMBEDDED
 from qapbench.leaderboard import build
 from qapbench.leaderboard.builder import valid_records
 from qapbench.leaderboard.paper import as_count, paper_rows, reference
@@ -162,3 +163,16 @@ def test_a_task_with_a_score_of_its_own_has_its_own_columns() -> None:
     assert task_labels([like_the_paper]) == []
     assert task_labels([own]) == ["my_colors"]
     assert task_labels([like_the_paper, own]) == ["diagramqa", "my_colors"]
+
+
+def test_rows_of_a_constructed_model_are_marked(tmp_path: Path) -> None:
+    """What the notes of a run of `diagram-llava-outliers` say, as a record holds it, and on the page."""
+    status = (EMBEDDED / "diagram-llava-outliers" / "status.txt").read_text(encoding="utf-8").strip()
+    plain, made = record(0, None), record(1, None, model="diagram-llava-outliers:strength=12")
+    made["notes"] = [f"Stand-in model: {status}"]
+    rows = [from_record(parse_record(one)) for one in (plain, made)]
+    assert [row.constructed for row in rows] == [False, True]
+    assert all(row.stand_in for row in rows)
+    page = build([plain, made], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count(">constructed</span>") == 1
+    assert status in page

@@ -26,7 +26,7 @@ def test_every_example_of_the_page_runs(
 ) -> None:
     examples = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     names = re.findall(r'^@\w+\("(\w+)"\)', "".join(examples), re.MULTILINE)
-    assert len(names) == len(examples) >= 7
+    assert len(names) == len(examples) >= 8
     for place, code in enumerate([*examples, SCORED]):
         (tmp_path / f"mine_{place}.py").write_text(code)
     train = tmp_path / "train.parquet"
@@ -35,6 +35,7 @@ def test_every_example_of_the_page_runs(
     eight = {"weights": {"bits": 8}, "scope": ["language"]}
     cases: dict[str, dict[str, Any]] = {
         "metric": {"prune.sensitivity": {"median_magnitude": {"power": 2.0}}},
+        "metric of a model": {"prune.sensitivity": "value_size"},
         "quantizer": {"prune.sensitivity": "one_scale_error"},
         "fusion": {"prune.sensitivity": "l2", "prune.fusion": {"convex_squared": {"semantic": 0.4}}},
         "pruner": {"prune.method": "most_attended"},
