@@ -16,7 +16,7 @@ from qapbench.errors import UserError
 from qapbench.methods.registry import Entry, Registry
 
 from .checkpoint_format import format_of
-from .encoded import EncodedImages
+from .encoded import EncodedImages, Views
 from .layers import DecoderLayers
 
 # Sizes of the random models that `Family.tiny` makes, as keywords of their configs.
@@ -120,14 +120,15 @@ class Family(abc.ABC):
             UserError: this model cannot record a field, or an input is missing.
         """
 
-    def downsampled(self, inputs: Mapping[str, Any], count: int) -> Tensor:
-        """The images of a call at a lower size, through tower and projector: [B, D, Y, X] with Y * X >= count.
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
+        """Views at a lower size, through tower and projector: [B, D, Y, X] with Y * X >= count.
 
         A family that names `downsampled` among its `available_fields` defines it.
 
         Args:
-            inputs: keyword arguments of the call, one view per image.
-            count: number of tokens that are needed.
+            inputs: keyword arguments of the call.
+            count: number of tokens that are needed of each view.
+            views: B views that `encode_images` made of the call, all of one grid.
         """
         raise NotImplementedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
-from qapbench.models.encoded import EncodedImages
+from qapbench.models.encoded import EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
 from qapbench.models.merged_patches import check_runs, joined, runs, tiled
-from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded
+from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded, scaled
 
 
 @family("internvl")
@@ -49,7 +50,8 @@ class InternVL(Family):
     def available_fields(self) -> frozenset[str]:
         """All fields of the vision tower except `cls_token`."""
         fields = {"patches", "image_ids", "grid", "cls_attention", "keys", "last_cls_attention", "last_keys"}
-        return frozenset(fields | {"attention_received", "middle_attention_received", "shallow_cls_attention"})
+        fields |= {"attention_received", "middle_attention_received", "shallow_cls_attention"}
+        return frozenset(fields | {"downsampled"})
 
     @property
     def view_tokens(self) -> int | None:
@@ -93,6 +95,17 @@ class InternVL(Family):
         lengths = [end - start for _, start, end in runs(inputs["input_ids"], self.image_token)]
         check_runs(lengths, tokens)  # nothing in the pixels tells tiles of one image from those of another
         return tiled(tokens, [length // tokens.count for length in lengths])
+
+    @torch.no_grad()
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
+        """The tiles at a lower size, square, with position embeddings interpolated; see `Family.downsampled`."""
+        config = self.model.config
+        side = math.ceil(math.sqrt(count))
+        patches = round(side / config.downsample_ratio)
+        height, width = (patches * size for size in config.vision_config.patch_size)
+        small = scaled(inputs["pixel_values"], (height, width))
+        made = self.model.model.get_image_features(pixel_values=small, return_dict=True).pooler_output
+        return made.mT.unflatten(-1, (side, side))
 
     def _fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
         """Make the fields of `VisionTokens` other than `projected` from captured queries, keys and patches."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from qapbench.methods.tokens import VisionTokens
-from qapbench.models.encoded import EncodedImages
+from qapbench.models.encoded import EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, family
-from qapbench.models.tower import TowerFamily
+from qapbench.models.tower import TowerFamily, scaled, smaller_grid
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"  # hub id of the CLIP whose tower LLaVA-1.5 took over
 
@@ -62,13 +60,12 @@ class Llava(TowerFamily):
         return super().available_fields | {"downsampled"}
 
     @torch.no_grad()
-    def downsampled(self, inputs: Mapping[str, Any], count: int) -> Tensor:
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
         """The images at a lower size, with position embeddings interpolated; see `Family.downsampled`."""
         pixels, patch = inputs["pixel_values"], self.vision.patch_size
         height, width = (side // patch for side in pixels.shape[-2:])
-        rows = min(math.ceil(math.sqrt(count * height / width)), height)
-        size = rows * patch, math.ceil(count / rows) * patch
-        small = interpolate(pixels.float(), size, mode="bilinear", antialias=True).to(pixels.dtype)
+        rows, columns = smaller_grid((height, width), count)
+        small = scaled(pixels[views.owners], (rows * patch, columns * patch))
         made = self.model.model.get_image_features(pixel_values=small, interpolate_pos_encoding=True, return_dict=True)
         return torch.stack(list(made.pooler_output)).mT.unflatten(-1, (rows, -1))
 
