@@ -65,13 +65,6 @@ class Spliced:
             inputs: the model's keyword arguments for the prompt.
         """
         ids = inputs["input_ids"]
-        kinds = getattr(self.language.config, "layer_types", None) or ()
-        if "linear_attention" in kinds:
-            kind = self.model.config.model_type
-            raise UserError(
-                f"model: tokens of a {kind} cannot be left out one by one: its layers with linear attention keep no "
-                "keys of single tokens"
-            )
         encoded = self.family.encode_images(inputs, frozenset())
         prompt = unpruned(inputs, encoded, self.family)
         placeholders = (ids[0] == self.family.image_token).nonzero()[:, 0]

@@ -34,17 +34,17 @@ class DecoderLayers:
         self.layers: Sequence[Any] = getattr(language, "layers", [])
         if len(self.layers) < 2:
             raise UserError(f"model: {type(language).__name__} has no two decoder layers to drop tokens between")
-        self.config: Any = language.config
-        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        if other := sorted(kinds - {"full_attention", SLIDING}):
-            raise UserError(f"model: tokens cannot be dropped between layers of {', '.join(other)}")
         for layer in self.layers:
             attention = getattr(layer, "self_attn", None)
             if not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim", "scaling")):
                 raise UserError(f"model: {type(layer).__name__} has no q_proj and k_proj to read attention from")
             if not hasattr(layer, "input_layernorm"):
                 raise UserError(f"model: {type(layer).__name__} has no input_layernorm")
+        self.config: Any = language.config
         self.norm: nn.Module | None = getattr(language, "norm", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        if other := sorted(kinds - {"full_attention", SLIDING}):
+            raise UserError(f"model: tokens cannot be dropped between layers of {', '.join(other)}")
         self.window: int | None = self.config.sliding_window if SLIDING in kinds else None
 
     def __len__(self) -> int:

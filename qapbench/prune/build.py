@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qapbench.errors import UserError, first_line
+from qapbench.errors import UserError
 from qapbench.methods.kinds import DecoderPruner, Pruner, metrics, pruners
 from qapbench.models import Family
 from qapbench.models.family import default_tower
@@ -50,14 +50,6 @@ def build_pruning(
         raise UserError(
             f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
         )
-    if inside:
-        try:
-            family.decoder  # noqa: B018  # it says whether tokens can be dropped between its layers
-        except UserError as error:
-            why = first_line(error).removeprefix("model: ")
-            raise UserError(
-                f"prune.method: {spec.method} drops tokens inside the decoder, which this model does not offer: {why}"
-            ) from None
     for name in sorted(pruner.needs & family.substitutes.keys()):
         receipt.fall_back(f"{name}: {family.substitutes[name]}")
     for name in sorted(pruner.optional - family.available_fields - QuestionReader.FIELDS):

@@ -47,9 +47,7 @@ class CachedPrompt:
         """
         if self.decoder is not None and self.decoder is not decoder:
             raise UserError("past_key_values: the cache was pruned between layers in another context, so start anew")
-        # Layers with linear attention hold no keys.
-        keys = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
-        held = keys[0].shape[0] if keys else rows
+        held = cache.layers[0].keys.shape[0]
         if not held == rows == len(self.ids):
             raise UserError(f"past_key_values: the cache holds {held} rows of {len(self.ids)} prompts, the call {rows}")
         if cache.get_seq_length() < self.short.shape[1]:

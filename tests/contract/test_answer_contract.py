@@ -31,12 +31,7 @@ def offered(model: Any, names: list[str]) -> list[str]:
     """Those of the pruners that read no field which the model's family does not offer."""
     fields = family_of(model).available_fields | QuestionReader.FIELDS | DecoderPruner.DECODER_FIELDS
     created = {name: pruners.create(name) for name in names}
-    inside = "linear_attention" not in (getattr(model.config.get_text_config(), "layer_types", None) or ())
-    return [
-        name
-        for name, pruner in created.items()
-        if pruner.needs - pruner.optional <= fields and (inside or not isinstance(pruner, DecoderPruner))
-    ]
+    return [name for name, pruner in created.items() if pruner.needs - pruner.optional <= fields]
 
 
 def answered(prompt: dict[str, Any], *parts: tuple[bool, list[int]]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def test_padding_is_found_in_a_mask_of_queries_and_keys(before: int, room: int, 
     assert one_row.valid.shape == ids.shape
 
 
-@pytest.mark.parametrize("model_type", sorted({*families.names()} - {"qwen3_5"}))  # refuses these pruners
+@pytest.mark.parametrize("model_type", families.names())
 @pytest.mark.parametrize("method", [None, *INSIDE])
 def test_what_a_layer_is_told_is_what_it_holds(noting: str, model_type: str, method: str | None) -> None:
     """Every family: as many tokens as the input has, the image's among them as many as the receipt counts."""

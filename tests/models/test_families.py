@@ -33,7 +33,7 @@ each_method_on_two = pytest.mark.parametrize(
     indirect=["loaded"],
 )
 KEEP = 3
-M_ROPE = ("qwen2_5_vl", "qwen3_5", "qwen3_vl")  # families whose positions have three dimensions
+M_ROPE = ("qwen2_5_vl", "qwen3_vl")  # families whose positions have three dimensions
 MASKED = ("idefics3", "smolvlm")  # families that take a mask of pixels, or none
 HOLDS = {"llava_next": True, "llava_onevision": True}  # families with new-line tokens
 
@@ -102,10 +102,6 @@ def written(model: Any, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
 def refused(loaded: Loaded, method: str) -> bool:
     """Whether a pruner reads a field that the family does not offer; if it does, that it is refused with a sentence."""
     pruner = pruners.create(method)
-    if isinstance(pruner, DecoderPruner) and loaded.name == "qwen3_5":
-        with pytest.raises(UserError, match="cannot be dropped between layers of linear_attention"):
-            compress(loaded.model, prune(method)).__enter__()
-        return True
     lacking = set() if isinstance(pruner, DecoderPruner) else pruner.needs - pruner.optional
     lacking -= family_of(loaded.model).available_fields | QuestionReader.FIELDS
     if lacking:
