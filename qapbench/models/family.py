@@ -16,7 +16,7 @@ from qapbench.errors import UserError
 from qapbench.methods.registry import Entry, Registry
 
 from .checkpoint_format import format_of
-from .encoded import EncodedImages
+from .encoded import EncodedImages, Views
 from .layers import DecoderLayers
 from .outline import ImageOutline, Size
 
@@ -121,14 +121,15 @@ class Family(abc.ABC):
             UserError: this model cannot record a field, or an input is missing.
         """
 
-    def downsampled(self, inputs: Mapping[str, Any], count: int) -> Tensor:
-        """The images of a call at a lower size, through tower and projector: [B, D, Y, X] with Y * X >= count.
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
+        """Views at a lower size, through tower and projector: [B, D, Y, X] with Y * X >= count.
 
         A family that names `downsampled` among its `available_fields` defines it.
 
         Args:
-            inputs: keyword arguments of the call, one view per image.
-            count: number of tokens that are needed.
+            inputs: keyword arguments of the call.
+            count: number of tokens that are needed of each view.
+            views: B views that `encode_images` made of the call, all of one grid.
         """
         raise NotImplementedError
 
@@ -144,13 +145,16 @@ class Family(abc.ABC):
         raise UserError(f"model: the cost of {type(self).__name__} is not known, since it defines no `outline`")
 
     def outline_downsampled(self, sizes: Sequence[Size], count: int) -> ImageOutline:
-        """The outline of what `downsampled` encodes. A family that defines the one defines the other.
+        """The outline of what `downsampled` encodes.
 
         Args:
             sizes: height and width in pixels of the images of one call.
             count: number of tokens that are needed.
+
+        Raises:
+            UserError: this kind of model does not define it, so what that costs is not known.
         """
-        raise NotImplementedError
+        raise UserError(f"model: the cost of images of {type(self).__name__} at a lower size is not known")
 
     def tower_layers(self, needs: frozenset[str]) -> int:
         """Number of layers of the vision tower that run when `encode_images` records the fields in `needs`."""

@@ -54,8 +54,8 @@ class MergedFamily(Family):
 
     @property
     def available_fields(self) -> frozenset[str]:
-        """All fields of the vision tower except `cls_token`."""
-        return frozenset({"patches", "image_ids", "grid", "keys", "last_keys", *ATTENTION})
+        """All fields of the vision tower except `cls_token`, and the image at a lower size."""
+        return frozenset({"patches", "image_ids", "grid", "keys", "last_keys", "downsampled", *ATTENTION})
 
     @property
     def substitutes(self) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from qapbench.methods.tokens import VisionTokens
 from .encoded import EncodedImage, EncodedImages, Views
 from .family import Family
 from .outline import ImageOutline, Size, blank_tokens, each_alone
-from .tower import OF_CLS, RECEIVED, digest, received, recorded
+from .tower import OF_CLS, RECEIVED, digest, received, recorded, scaled, smaller_grid
 
 MOST_TOKENS = 16384  # of an image, unless the processor's config says otherwise
 QUERIES = 512  # rows of an attention map held in memory at once: an image has up to 16,384 patches
@@ -51,8 +51,11 @@ class QwenFamily(Family):
 
     @property
     def available_fields(self) -> frozenset[str]:
-        """All fields but `cls_token`. Those of attention need a block with full attention."""
-        fields = frozenset({"patches", "image_ids", "grid", "keys", "last_keys"})
+        """All fields but `cls_token`, and the image at a lower size.
+
+        Those of attention need a block with full attention.
+        """
+        fields = frozenset({"patches", "image_ids", "grid", "keys", "last_keys", "downsampled"})
         return fields | ATTENTION.keys() if self.attending else fields
 
     @property
@@ -154,6 +157,23 @@ class QwenFamily(Family):
             start = stop
         return EncodedImages([EncodedImage(one) for one in self.handed(output)], Views.grouped(views))
 
+    @torch.no_grad()
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
+        """The images at a lower size, as the processor would cut them into patches; see `Family.downsampled`."""
+        grids, visual = inputs["image_grid_thw"], self.model.model.visual
+        unit = self._merge, visual.patch_size
+        lengths = grids.prod(dim=-1).tolist()
+        own = [inputs["pixel_values"].split(lengths)[owner] for owner in views.owners]
+        _, height, width = grids[views.owners[0]].tolist()
+        rows, columns = smaller_grid((height // self._merge, width // self._merge), count)
+        channels = self.model.config.vision_config.in_channels
+        frames = torch.stack([unpatched(one, (height, width), channels, *unit) for one in own])
+        small = scaled(frames, (rows * self._merge * visual.patch_size, columns * self._merge * visual.patch_size))
+        patches = torch.cat([patched(one, channels, *unit) for one in small])
+        grid = grids.new_tensor([[1, rows * self._merge, columns * self._merge]]).expand(len(own), -1)
+        made = self.model.model.get_image_features(patches, grid, return_dict=True).pooler_output
+        return torch.stack(list(made)).mT.unflatten(-1, (rows, columns))
+
     def handed(self, output: Any) -> list[Tensor]:
         """What the language model gets of each image, one row per token.
 
@@ -205,6 +225,28 @@ class QwenFamily(Family):
         for name in ATTENTION.keys() & needs:
             found[name] = attention(ATTENTION[name], 1 if name == "last_cls_attention" else heads)
         return found
+
+
+def unpatched(patches: Tensor, grid: tuple[int, int], channels: int, merge: int, patch: int) -> Tensor:
+    """The image [frames * channels, H, W] that was cut into patches [P, channels * frames * patch * patch].
+
+    Args:
+        patches: in the order of the tower, squares of merge * merge patches side by side.
+        grid: height and width in patches.
+        channels: number of colours.
+        merge: side of the squares that become one token.
+        patch: side of a patch in pixels.
+    """
+    height, width = grid
+    blocks = patches.view(height // merge, width // merge, merge, merge, channels, -1, patch, patch)
+    return blocks.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(-1, height * patch, width * patch)
+
+
+def patched(image: Tensor, channels: int, merge: int, patch: int) -> Tensor:
+    """Cut an image [frames * channels, H, W] into patches; see `unpatched`."""
+    height, width = (side // patch for side in image.shape[1:])
+    blocks = image.view(-1, channels, height // merge, merge, patch, width // merge, merge, patch)
+    return blocks.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(height * width, -1)
 
 
 def _rotated(values: Tensor, rotation: tuple[Tensor, Tensor], attention: Any) -> Tensor:

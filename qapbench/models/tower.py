@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from qapbench.errors import UserError
 
@@ -266,6 +267,18 @@ def unread(layers: Sequence[nn.Module]) -> Iterator[None]:
             if not any(linear._forward_pre_hooks or linear._forward_hooks for linear in linears):
                 stack.enter_context(computing(layer, passed_on))
         yield
+
+
+def smaller_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
+    """The smallest (height, width) of about the shape of a grid that holds `count` tokens."""
+    height, width = grid
+    rows = min(math.ceil(math.sqrt(count * height / width)), height)
+    return rows, math.ceil(count / rows)
+
+
+def scaled(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images [B, C, H, W] at another size (height, width), bilinear, with antialiasing."""
+    return interpolate(pixels.float(), size, mode="bilinear", antialias=True).to(pixels.dtype)
 
 
 def cls_row(queries: Tensor, keys: Tensor, heads: int) -> Tensor:

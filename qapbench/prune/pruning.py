@@ -309,7 +309,8 @@ class Pruning:
         """
         tokens = views.tokens[span].only(self.needs)
         if budget is not None:
-            small = memoized(memo.image, ("downsampled", budget), lambda: self.family.downsampled(prompt, budget))
+            make = functools.partial(self.family.downsampled, prompt, budget, views)
+            small = memoized(memo.image, ("downsampled", budget), make)
             tokens = dataclasses.replace(tokens, downsampled=small[span])
         if not self.reader.needs:
             return tokens

@@ -16,7 +16,7 @@ from qapbench.models import family_of
 from qapbench.prune.build import missing_fields
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES = ["llava", *sorted(PROCESSORS)]
+FAMILIES = ["llava", *sorted(set(PROCESSORS) - {"idefics3"})]  # which is SmolVLM2's code, and so has its shapes
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -38,9 +38,9 @@ def test_every_pruner_takes_what_the_processor_takes(shown: tuple[str, Any, Any]
     ]
     unfit = {name for name in names if missing_fields(pruners.create(name), family_of(model))}
     assert {case.pruner for case in sample} == set(names) - unfit
-    assert unfit <= {"downsample"}  # which sends the image through the tower in LLaVA's own way
+    assert unfit <= {"downsample"}  # not for tiles that are joined by new lines
     assert {case.size for case in sample} == set(SIZES)
     found = [(case, outcome(model, processor, case)) for case in sample]
     assert [(case, what) for case, what in found if what not in ("answered", "refused")] == []
     refused = {case.size for case, what in found if what == "refused"}
-    assert refused == ({(1, 2000), (2000, 4)} if name == "qwen2_5_vl" else set())
+    assert refused == ({(1, 2000), (2000, 4)} if name.startswith("qwen") else set())

@@ -374,12 +374,13 @@ def test_an_image_at_a_lower_size(model: Any, one: dict[str, Any]) -> None:
         core = model.model
         hidden = core.vision_tower(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-2]
         expected = core.multi_modal_projector(hidden[:, 1:])
-        small = family_of(model).downsampled(one, 4)
+        family = family_of(model)
+        (views,) = family.encode_images(one, frozenset()).views
+        small = family.downsampled(one, 4, views)
         assert small.shape[2:] == (2, 2)
         assert torch.equal(small.flatten(2).mT, expected)
-        assert family_of(model).downsampled(one, 5).shape[2:] == (3, 2)
-        whole = family_of(model).see(one["pixel_values"], frozenset()).projected
-        torch.testing.assert_close(family_of(model).downsampled(one, TOKENS).flatten(2).mT, whole)
+        assert family.downsampled(one, 5, views).shape[2:] == (3, 2)
+        torch.testing.assert_close(family.downsampled(one, TOKENS, views).flatten(2).mT, views.tokens.projected)
     given: list[torch.Tensor] = []
     handle = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True

@@ -276,7 +276,29 @@ def test_views_hold_every_token_once_and_project_to_it(loaded: Loaded) -> None:
         expected = whole if image.separators is None else whole[~image.separators]
         assert sorted(found) == expected.tolist()
     recorded = {name for name in per_token() if getattr(seen.views[0].tokens, name) is not None}
-    assert recorded | {"grid", "image_ids"} == family.available_fields - {"cls_token"} | {"projected"}
+    elsewhere = {"cls_token", "downsampled"}  # one per view, not per token
+    assert recorded | {"grid", "image_ids"} == family.available_fields - elsewhere | {"projected"}
+
+
+@pytest.mark.parametrize("loaded", sorted(set(PROCESSORS) - set(HOLDS)), indirect=True)
+def test_an_image_at_a_lower_size(loaded: Loaded) -> None:
+    """At its own size it is what the model makes of it; each view is scaled by itself, whatever else is in the call."""
+    inputs, family = loaded.mixed, family_of(loaded.model)
+    seen = family.encode_images(inputs, frozenset())
+    for views in seen.views:
+        with torch.no_grad():
+            whole = family.downsampled(inputs, views.tokens.count, views)
+            small = family.downsampled(inputs, 6, views)
+        assert whole.shape[2:] == views.tokens.grid
+        torch.testing.assert_close(whole.flatten(2).mT, views.tokens.projected, rtol=1e-4, atol=1e-5)
+        assert small.shape[2] * small.shape[3] >= 6 > (small.shape[2] - 1) * (small.shape[3] - 1)
+        assert small.shape[0] == views.tokens.batch
+    kept: list[list[PrunedImage]] = []
+    with compress(loaded.model, prune("downsample", 4), on_images=kept.append):
+        out = written(loaded.model, inputs)
+    counts = [sum(group.owners.count(image) for group in seen.views) for image in range(4)]
+    assert [len(image.places) for image in kept[0]] == [4 * count for count in counts]
+    assert out.shape[0] == 4
 
 
 @pytest.mark.parametrize("loaded", sorted(HOLDS), indirect=True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.methods.tokens import VisionTokens
-from qapbench.models.encoded import EncodedImages
+from qapbench.models.encoded import EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, family
 from qapbench.models.merged_patches import MergedFamily, joined
+from qapbench.models.tower import scaled, smaller_grid
 
 
 @family("gemma3")
@@ -69,6 +70,19 @@ class Gemma3(MergedFamily):
         with self.recording(needs, {}) as captured:
             projected = self.model.model.get_image_features(pixels, return_dict=True).pooler_output
         return EncodedImages.whole(VisionTokens(projected=projected, **self.fields(captured, needs, pixels)))
+
+    @torch.no_grad()
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
+        """The images at a lower size, with position embeddings interpolated; see `Family.downsampled`."""
+        core, vision = self.model.model, self.model.config.vision_config
+        grid = views.tokens.grid or (1, views.tokens.count)
+        rows, columns = smaller_grid(grid, count)
+        pool = core.multi_modal_projector.avg_pool
+        unit = vision.patch_size * core.multi_modal_projector.kernel_size
+        small = scaled(inputs["pixel_values"][views.owners], (rows * unit, columns * unit))
+        patches = core.vision_tower(small, interpolate_pos_encoding=True, return_dict=True).last_hidden_state
+        pooled = pool(patches.mT.unflatten(-1, (small.shape[-2] // vision.patch_size, -1)))
+        return self.project(pooled.flatten(2).mT).mT.unflatten(-1, (rows, -1))
 
     @classmethod
     def tiny(cls) -> tuple[Any, dict[str, Any]]:

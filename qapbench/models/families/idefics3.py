@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.methods.tokens import VisionTokens
-from qapbench.models.encoded import EncodedImages
+from qapbench.models.encoded import EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, family
 from qapbench.models.merged_patches import MergedFamily, check_runs, runs, tiled
 from qapbench.models.outline import Size
+from qapbench.models.tower import scaled
 
 
 @family("idefics3")
@@ -72,6 +74,19 @@ class Idefics3(MergedFamily):
         projected = torch.cat(rows).unflatten(0, (len(pixels), -1))
         tokens = VisionTokens(projected=projected, **self.fields(captured, needs, pixels))
         return tiled(tokens, self._tiles(inputs["input_ids"], tokens))
+
+    @torch.no_grad()
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
+        """The tiles at a lower size, square as they are; see `Family.downsampled`.
+
+        The tower finds the place of a patch by where in the tile it is, whatever the tile's size.
+        """
+        core, side = self.model.model, math.ceil(math.sqrt(count))
+        pixels = inputs["pixel_values"].flatten(0, 1)
+        pixels = pixels[(pixels != 0).flatten(1).any(dim=1)]  # without the tiles that fill up the rows of the call
+        small = scaled(pixels, (side * core.connector.scale_factor * self.model.config.vision_config.patch_size,) * 2)
+        made = core.connector(core.vision_model(pixel_values=small, return_dict=True).last_hidden_state)
+        return made.mT.unflatten(-1, (side, side))
 
     def _tiles(self, ids: Tensor, tokens: VisionTokens) -> list[int]:
         """Number of tiles of each image.

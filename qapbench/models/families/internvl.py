@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
-from qapbench.models.encoded import EncodedImages
+from qapbench.models.encoded import EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
 from qapbench.models.merged_patches import check_runs, joined, runs, tiled
 from qapbench.models.outline import ImageOutline, Size, blank_tokens
-from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded
+from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded, scaled
 
 TILES = 12  # largest number of tiles that the processor cuts an image into, unless its config says otherwise
 
@@ -53,7 +53,8 @@ class InternVL(Family):
     def available_fields(self) -> frozenset[str]:
         """All fields of the vision tower except `cls_token`."""
         fields = {"patches", "image_ids", "grid", "cls_attention", "keys", "last_cls_attention", "last_keys"}
-        return frozenset(fields | {"attention_received", "middle_attention_received", "shallow_cls_attention"})
+        fields |= {"attention_received", "middle_attention_received", "shallow_cls_attention"}
+        return frozenset(fields | {"downsampled"})
 
     @property
     def view_tokens(self) -> int | None:
@@ -110,6 +111,17 @@ class InternVL(Family):
         patches = math.prod(s // p for s, p in zip(vision.image_size, vision.patch_size, strict=True))
         attended = ((patches + 1,) * tokens.batch,) * vision.num_hidden_layers
         return ImageOutline(tiled(tokens, counts), attended, tokens.batch * patches, tokens.batch * count)
+
+    @torch.no_grad()
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
+        """The tiles at a lower size, square, with position embeddings interpolated; see `Family.downsampled`."""
+        config = self.model.config
+        side = math.ceil(math.sqrt(count))
+        patches = round(side / config.downsample_ratio)
+        height, width = (patches * size for size in config.vision_config.patch_size)
+        small = scaled(inputs["pixel_values"], (height, width))
+        made = self.model.model.get_image_features(pixel_values=small, return_dict=True).pooler_output
+        return made.mT.unflatten(-1, (side, side))
 
     def _fields(self, seen: Mapping[str, Tensor], needs: frozenset[str], pixels: Tensor) -> dict[str, Any]:
         """Make the fields of `VisionTokens` other than `projected` from captured queries, keys and patches."""

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from qapbench.methods.tokens import VisionTokens
-from qapbench.models.encoded import EncodedImages
+from qapbench.models.encoded import EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, family
 from qapbench.models.outline import ImageOutline, Size, blank_tokens
-from qapbench.models.tower import TowerFamily
+from qapbench.models.tower import TowerFamily, scaled, smaller_grid
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"  # hub id of the CLIP whose tower LLaVA-1.5 took over
 
@@ -80,13 +79,12 @@ class Llava(TowerFamily):
         return super().available_fields | {"downsampled"}
 
     @torch.no_grad()
-    def downsampled(self, inputs: Mapping[str, Any], count: int) -> Tensor:
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
         """The images at a lower size, with position embeddings interpolated; see `Family.downsampled`."""
         pixels, patch = inputs["pixel_values"], self.vision.patch_size
         height, width = (side // patch for side in pixels.shape[-2:])
         rows, columns = smaller_grid((height, width), count)
-        size = rows * patch, columns * patch
-        small = interpolate(pixels.float(), size, mode="bilinear", antialias=True).to(pixels.dtype)
+        small = scaled(pixels[views.owners], (rows * patch, columns * patch))
         made = self.model.model.get_image_features(pixel_values=small, interpolate_pos_encoding=True, return_dict=True)
         return torch.stack(list(made.pooler_output)).mT.unflatten(-1, (rows, -1))
 
@@ -104,10 +102,3 @@ class Llava(TowerFamily):
             "attention_mask": torch.ones_like(ids),
             "pixel_values": torch.rand(1, 3, 32, 32),
         }
-
-
-def smaller_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
-    """The grid (rows, columns) of the shape of `grid` that holds `count` tokens, or the few more that it asks for."""
-    height, width = grid
-    rows = min(math.ceil(math.sqrt(count * height / width)), height)
-    return rows, math.ceil(count / rows)
