@@ -64,6 +64,7 @@ UNSHARED = {
     "qapbench/analysis/pictures.py": "into memory",
     "qapbench/memory.py": "to a switch of Linux",
     "qapbench/running/feature_cache.py": "into memory",
+    "qapbench/running/saving.py": "into a new folder, which is put in its place when it is whole",
     "tasks/diagramqa/make_sprites.py": "for whoever changes the task",
     "tasks/diagramqa/generate.py": "for whoever changes the task",
 }
