@@ -65,6 +65,7 @@ UNSHARED = {
     "qapbench/memory.py": "into /proc, where Linux takes the order to set its mark back",
     "qapbench/analysis/pictures.py": "into memory",
     "qapbench/running/feature_cache.py": "into memory",
+    "qapbench/running/saving.py": "into a new folder, which is put in its place when it is whole",
     "tasks/diagramqa/make_sprites.py": "for whoever changes the task",
     "tasks/diagramqa/generate.py": "for whoever changes the task",
 }

@@ -119,7 +119,7 @@ def test_transformers_answers_alike(kind: str, spec_of: Spec, questions: Path, t
         ({"method": "quip", "weights": G8}, "quantize.method", "what quip does to the input of"),
         ({"method": "qvlm", "activations": None, "weights": {"bits": 4, "group_size": 64}}, "quantize.method", "nf4"),
     ],
-)  # fmt: skip
+)
 def test_what_the_format_cannot_say_is_refused(
     quantize: dict[str, Any], field: str, said: str, spec_of: Spec, questions: Path, tmp_path: Path
 ) -> None:
