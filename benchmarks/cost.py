@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qapbench import Prompt, compress, cost, pruners
 from qapbench.costing.tokens import MeasuredTokens
 from qapbench.models import family_of
-from qapbench.models.family import families
+from qapbench.models.family import Family, families
 from qapbench.prune.build import missing_fields
 from qapbench.receipt import Receipt
 
@@ -136,10 +136,13 @@ def _separated(receipt: Receipt, model: Any, spec: dict[str, Any], prompt: Promp
 
 
 def specs_of(model: Any, names: list[str], keep: int = 6) -> Iterator[dict[str, Any]]:
-    """A spec that keeps every token, and one for each pruner that runs on the model."""
-    yield {"prune": {"method": "random", "keep": family_of(model).view_tokens or 20}}
+    """A spec that keeps every token, and one for each pruner that runs on the model and whose cost is known there."""
+    family = family_of(model)
+    yield {"prune": {"method": "random", "keep": family.view_tokens or 20}}
+    outlined = type(family).outline_downsampled is not Family.outline_downsampled
     for name in names:
-        if not missing_fields(pruners.create(name), family_of(model)):
+        pruner = pruners.create(name)
+        if not missing_fields(pruner, family) and (outlined or "downsampled" not in pruner.needs):
             yield {"prune": {"method": name, "keep": keep}}
 
 
