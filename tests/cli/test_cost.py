@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import qapbench
@@ -28,7 +29,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_run_of_a_spec_for_several_models(spec: Path) -> None:
+def test_every_run_of_a_spec_for_several_models(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = ["--model", "llava-1.5-7b", "--model", "qwen2.5-vl-7b"]
     done = CliRunner().invoke(app, ["cost", str(spec), *models, "--device", "a100", "--json"])
     rows = json.loads(done.stdout)
@@ -38,7 +39,8 @@ def test_every_run_of_a_spec_for_several_models(spec: Path) -> None:
     said = qapbench.cost("llava-1.5-7b", {"prune": {"method": "fastv", "keep": 64}})
     assert rows[1]["flops"]["prefill"] == said.flops.prefill
     assert rows[1]["bounds"]["decode"] == {"seconds": said.bounds("a100")["decode"].seconds, "limit": "memory"}
-    shown = CliRunner().invoke(app, ["cost", str(spec), *models, "--device", "a100"], env={"COLUMNS": "200"}).stdout
+    monkeypatch.setattr("qapbench.cli.costs.out", Console(width=200))
+    shown = CliRunner().invoke(app, ["cost", str(spec), *models, "--device", "a100"]).stdout
     assert "fastv 64" in shown
     assert f"{said.flops.prompt / 1e12:.4g}" in shown
 

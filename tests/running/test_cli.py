@@ -134,7 +134,7 @@ def test_what_is_not_there_is_told_at_once_with_lines(tmp_path: Path) -> None:
         (["run"], "Missing argument"),
         (["run", "quickstart", "--workers", "0"], "--workers"),
         (["run", "quickstart", "--engine", "rya"], "ray"),
-        (["run", "quickstart", "--engine", "ray"], "not verified yet"),
+        (["run", "quickstart", "--address", "auto"], "add --engine ray"),
         (["score", "/nowhere.json", "--task", "diagramqa"], "cannot be read"),
         (["compare", "a", "b", "--runs", "/nowhere"], "no run 'a'"),
         (["list", "prunners"], "did you mean 'pruner'"),

@@ -1,6 +1,7 @@
 """Memory: what a run will need is said before it happens, refused where it cannot fit, and measured per phase."""
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,11 @@ def test_memory_is_measured_for_each_phase_and_stored_in_the_record(tmp_path: Pa
 def test_the_peak_of_a_phase_is_its_own_and_that_of_the_process_is_kept() -> None:
     phases = Phases(CPU)
     phases.begin("large")
-    held = torch.ones(2**26)  # 256 MB
+    held = mmap.mmap(-1, 2**28)  # pages that the process did not have before, and that go back at once
+    for at in range(0, 2**28, mmap.PAGESIZE):
+        held[at] = 1
     phases.begin("small")
-    del held
+    held.close()
     phases.begin("smaller")
     phases.end()
     large, smaller = phases.resident["large"], phases.resident["smaller"]

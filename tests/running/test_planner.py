@@ -17,8 +17,9 @@ from run_questions import QUESTIONS, row
 import qapbench
 from qapbench import RunSpec, UserError
 from qapbench.records.store import answers_of
+from qapbench.running.engines import make_settings
 from qapbench.running.planner import Planner
-from qapbench.running.settings import Settings, find_device
+from qapbench.running.settings import find_device
 from qapbench.tasking.tasks import LoadedTask
 
 Spec = Callable[..., dict[str, Any]]
@@ -118,8 +119,10 @@ def test_check_tells_every_mistake_at_once(tmp_path: Path) -> None:
 
 
 def test_settings_refuse_what_cannot_be_done(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--engine ray: not verified yet"):
-        Settings(tmp_path, CPU, engine="ray")
+    with pytest.raises(UserError, match="--address auto: it is the address of a Ray cluster"):
+        make_settings(tmp_path, CPU, address="auto")
+    with pytest.raises(UserError, match="--gpus-per-worker 2: a model is loaded on one GPU"):
+        make_settings(tmp_path, CPU, engine="ray", gpus_per_worker=2)
     for name in ("cuda:77", "meta", "abacus"):
         with pytest.raises(UserError, match=f"this machine has no '{name}'"):
             find_device(name)

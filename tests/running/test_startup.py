@@ -67,5 +67,5 @@ def test_a_finished_run_and_what_reads_it_need_neither(
     spec = write_spec({**spec_of(), "cases": cases})
     assert imported("run", spec, "--runs", runs, folder=tmp_path) == ["torch"]
     assert imported("leaderboard", "--runs", runs, "--out", tmp_path / "board.html", folder=tmp_path) == ["torch"]
-    assert imported("status", "--runs", runs, folder=tmp_path) == []
+    assert imported("status", "--runs", runs, folder=tmp_path) == ["torch"]
     assert imported("compare", "dense", "random", "--runs", runs, folder=tmp_path) == ["torch"]

@@ -182,6 +182,8 @@ def test_relevance_and_sensitivity_are_computed_once(
 
     calls = []
     relevance = CDPruner.relevance
+    # What choosing costs is measured once more, on random tokens.
+    monkeypatch.setattr("qapbench.running.scoring.run_cost", lambda *_: None)
     monkeypatch.setattr(CDPruner, "relevance", lambda self, tokens: calls.append(1) or relevance(self, tokens))
     active_runs = [
         spec_of(prune={"method": "cdpruner", "keep": keep, "sensitivity": name})
