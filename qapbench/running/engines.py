@@ -74,4 +74,4 @@ def crew_of(settings: Settings) -> Crew | None:
         return RayCrew(settings)
     from .processes import Processes
 
-    return Processes(settings.workers)
+    return Processes(settings.workers, settings.device.type == "cpu")

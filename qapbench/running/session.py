@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qapbench.checkpoints.find import find_checkpoint
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
     from qapbench.tasking.questions import Question
 
 CALIBRATIONS = "calibrations"  # name of their folder, beside those of the runs
+LARGE = 2**30  # bytes of weights from which memory that is left behind counts
+
+
+def _bytes(folder: Path) -> int:
+    """Size of the weights of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 class Session:
@@ -70,9 +77,10 @@ class Session:
         """
         key = self._model_key(spec)
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None
-            gc.collect()  # a model is full of circles
-            give_back_freed()
+            held, self._loaded = self._loaded is not None, None
+            if held or _bytes(find_checkpoint(spec.model).folder) > LARGE:  # collecting takes longer than a small run
+                gc.collect()  # a model is full of circles, this session's or one that was used before it
+                give_back_freed()
             refuse_unless_it_fits(spec, self.settings)
             self.phases.begin("load")
             self._loaded = (key, *load_model(spec, self.settings.device, self.settings.trust_remote_code))
