@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ def build(
     return out
 
 
+def _datatables() -> Path:
+    """The file of DataTables, which comes with itables. That is not imported: it would import pandas."""
+    found = find_spec("itables")
+    folders = (found.submodule_search_locations if found else None) or []
+    return next(path for folder in folders if (path := Path(folder) / "html" / "dt_bundle.js").is_file())
+
+
 def valid_records(records: Sequence[Record | Mapping[str, Any]]) -> list[Record]:
     """The records, typed and with clean texts. Those that are not valid are left out with a warning."""
     found = []
@@ -179,7 +187,7 @@ def _render(
     scripts = {
         "theme": _asset("templates", "theme.js"),
         "app": "\n".join(_asset("templates", name) for name in APP),
-        "datatables": _inline((files("itables") / "html" / "dt_bundle.js").read_text("utf-8")),
+        "datatables": _inline(_datatables().read_text("utf-8")),
         "plotly": _asset("assets", "plotly-basic.min.js"),
     }
     template = _environment().get_template("page.html")
