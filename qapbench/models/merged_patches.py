@@ -72,12 +72,10 @@ class MergedFamily(Family):
 
     def outline(self, sizes: Sequence[Size]) -> ImageOutline:
         """Views of one size; see `Family.outline`."""
-        vision, count = self.model.config.vision_config, int(self.view_tokens or 0)
-        counts = [self.views_of(size) for size in sizes]
-        tokens = blank_tokens(sum(counts), count, (math.isqrt(count), math.isqrt(count)))
+        vision = self.model.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
-        attended = ((patches,) * tokens.batch,) * len(self.layers)
-        return ImageOutline(tiled(tokens, counts), attended, tokens.batch * patches, tokens.batch * count)
+        counts = [self.views_of(size) for size in sizes]
+        return tiled_outline(counts, int(self.view_tokens or 0), patches, (patches,) * len(self.layers))
 
     @contextlib.contextmanager
     def recording(self, needs: frozenset[str], calls: Mapping[nn.Module, str]) -> Iterator[dict[str, Any]]:
@@ -208,3 +206,18 @@ def tiled(tokens: VisionTokens, counts: Sequence[int]) -> EncodedImages:
     places = torch.arange(tokens.count) + torch.tensor(within).unsqueeze(1) * tokens.count
     images = [EncodedImage(part.flatten(0, 1)) for part in tokens.projected.split(list(counts))]
     return EncodedImages(images, [Views(tokens, owners, places.to(tokens.projected.device))])
+
+
+def tiled_outline(counts: Sequence[int], size: int, patches: int, lengths: Sequence[int]) -> ImageOutline:
+    """The outline of images of which every tile is a view.
+
+    Args:
+        counts: number of tiles of each image.
+        size: number of tokens of a tile.
+        patches: number of patches of a tile.
+        lengths: for each layer of the tower, the length of the sequence that a tile is.
+    """
+    side, total = math.isqrt(size), sum(counts)
+    tokens = blank_tokens(total, size, (side, side))
+    attended = tuple((length,) * total for length in lengths)
+    return ImageOutline(tiled(tokens, counts), attended, total * patches, total * size)

@@ -78,7 +78,7 @@ class Session:
         key = self._model_key(spec)
         if self._loaded is None or self._loaded[0] != key:
             held, self._loaded = self._loaded is not None, None
-            if held or _bytes(find_checkpoint(spec.model).folder) > LARGE:  # collecting takes longer than a small run
+            if held or _bytes(key[0]) > LARGE:  # collecting takes longer than a small run
                 gc.collect()  # a model is full of circles, this session's or one that was used before it
                 give_back_freed()
             refuse_unless_it_fits(spec, self.settings)
@@ -92,7 +92,7 @@ class Session:
         self.keep_originals = "auto"
         self._loaded = (self._model_key(spec), model, processor)
 
-    def _model_key(self, spec: RunSpec) -> Hashable:
+    def _model_key(self, spec: RunSpec) -> tuple[Path, Hashable, Hashable]:
         folder = find_checkpoint(spec.model).folder
         return folder, state_of_tree(folder), precision(spec, self.settings.device)
 

@@ -13,8 +13,8 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImages, Views
 from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family
-from qapbench.models.merged_patches import check_runs, joined, runs, tiled
-from qapbench.models.outline import ImageOutline, Size, blank_tokens
+from qapbench.models.merged_patches import check_runs, joined, runs, tiled, tiled_outline
+from qapbench.models.outline import ImageOutline, Size
 from qapbench.models.tower import MIDDLE, SHALLOW, at_depth, cls_row, digest, received, recorded, scaled
 
 TILES = 12  # largest number of tiles that the processor cuts an image into, unless its config says otherwise
@@ -103,14 +103,12 @@ class InternVL(Family):
         """Up to twelve tiles of nearly the image's shape, and a thumbnail; see `Family.outline`."""
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-        vision, count = self.model.config.vision_config, int(self.view_tokens or 0)
+        vision = self.model.config.vision_config
         tilings = [get_optimal_tiled_canvas(size, tuple(vision.image_size), 1, TILES) for size in sizes]
         counts = [columns * rows + (columns * rows > 1) for columns, rows in tilings]
-        side = math.isqrt(count)
-        tokens = blank_tokens(sum(counts), count, (side, side))
         patches = math.prod(s // p for s, p in zip(vision.image_size, vision.patch_size, strict=True))
-        attended = ((patches + 1,) * tokens.batch,) * vision.num_hidden_layers
-        return ImageOutline(tiled(tokens, counts), attended, tokens.batch * patches, tokens.batch * count)
+        lengths = (patches + 1,) * vision.num_hidden_layers  # and the CLS token
+        return tiled_outline(counts, int(self.view_tokens or 0), patches, lengths)
 
     @torch.no_grad()
     def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
