@@ -73,15 +73,18 @@ def add_tensor(total: Any, value: Tensor) -> None:
 
 def library_versions() -> dict[str, str]:
     """`library NAME` -> version of each of LIBRARIES: the environment part of a run's identity."""
+    return {f"library {package}": installed_version(package) for package in LIBRARIES}
+
+
+@functools.cache
+def installed_version(package: str) -> str:
+    """The version of an installed package, or "not installed". Its metadata is read once per process."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for package in LIBRARIES:
-        try:
-            found[f"library {package}"] = version(package)
-        except PackageNotFoundError:
-            found[f"library {package}"] = "not installed"
-    return found
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 # -- code --

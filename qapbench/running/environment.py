@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from qapbench.hashing import installed_version
 
 PACKAGES = ("qapbench", "torch", "transformers", "lm-eval", "tokenizers", "numpy", "pillow")
 
@@ -21,11 +23,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         device: the device that holds the model.
     """
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: installed_version(package) for package in PACKAGES}
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     found["threads"] = torch.get_num_threads()
     found["git"] = _git()
@@ -41,10 +39,11 @@ def _cpu() -> str:
     return f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+@functools.cache
 def _git() -> str | None:
     """Commit of the checkout that runs; None for an installed wheel.
 
-    "(dirty)" follows it if tracked files were changed.
+    "(dirty)" follows it if tracked files were changed. It is asked for once per process, whose code does not change either.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

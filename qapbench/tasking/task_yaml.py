@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ def _function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> FunctionName:
 _Reader.add_constructor("!function", _function)
 
 
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """What a file's text says. A run looks at its task's files some five times, and PyYAML takes long to parse them."""
+    return yaml.load(text, Loader=_Reader)  # safe: _Reader makes plain data only
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """The entries of one file, without those of the files that it includes.
 
@@ -32,7 +40,7 @@ def read_file(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is not a YAML mapping.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)  # safe: _Reader makes plain data only
+        data = copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:

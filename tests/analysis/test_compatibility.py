@@ -15,12 +15,8 @@ from qapbench.models.family import families
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def cells() -> list[CompatibilityResult]:
-    return list(run_matrix())
-
-
-def test_every_pruner_meets_every_family(cells: list[CompatibilityResult]) -> None:
+def test_every_pruner_meets_every_family_and_the_command_lists_it(monkeypatch: Any) -> None:
+    cells = list(run_matrix())
     assert [(c.family, c.pruner) for c in cells] == [(f, p) for f in families.names() for p in pruners.names()]
     for cell in cells:
         assert cell.outcome != "failed", cell
@@ -28,6 +24,15 @@ def test_every_pruner_meets_every_family(cells: list[CompatibilityResult]) -> No
         if cell.outcome == "runs":
             assert cell.tokens["mean"] < cell.tokens["available"]
     assert all(cell.outcome == "runs" for cell in cells if cell.family == "llava")
+    monkeypatch.setattr("qapbench.analysis.compatibility.run_matrix", lambda: cells)
+    run = CliRunner().invoke(app, ["list", "--matrix", "--json"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout) == [cell.to_json() for cell in cells]
+    monkeypatch.setattr("qapbench.cli.items.out", Console(width=200))
+    table = CliRunner().invoke(app, ["list", "--matrix"])
+    assert all(name in table.stdout for name in (*families.names(), *pruners.names()))
+    for note in {note for cell in cells for note in cell.notes} | {cell.reason for cell in cells}:
+        assert note in table.stdout
 
 
 def test_refusals_and_faults_are_found(monkeypatch: Any) -> None:
@@ -54,18 +59,6 @@ def test_refusals_and_faults_are_found(monkeypatch: Any) -> None:
         ("refusing", "refused", "not with these tokens"),
         ("broken", "failed", "ZeroDivisionError: no tokens"),
     }
-
-
-def test_the_command(cells: list[CompatibilityResult], monkeypatch: Any) -> None:
-    monkeypatch.setattr("qapbench.analysis.compatibility.run_matrix", lambda: cells)
-    run = CliRunner().invoke(app, ["list", "--matrix", "--json"])
-    assert run.exit_code == 0, run.output
-    assert json.loads(run.stdout) == [cell.to_json() for cell in cells]
-    monkeypatch.setattr("qapbench.cli.items.out", Console(width=200))
-    table = CliRunner().invoke(app, ["list", "--matrix"])
-    assert all(name in table.stdout for name in (*families.names(), *pruners.names()))
-    for note in {note for cell in cells for note in cell.notes} | {cell.reason for cell in cells}:
-        assert note in table.stdout
 
 
 def test_lists_as_json() -> None:

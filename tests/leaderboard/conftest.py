@@ -1,11 +1,11 @@
-"""Pages opened in a real Chromium, each watched for errors and for anything that it asks the network for."""
+"""Pages opened in a real Chromium, watched for errors and for anything that they ask the network for."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ QUIET = [
 
 @dataclass
 class Watched:
-    """A page, and what went wrong on it."""
+    """A page that shows one file."""
 
     page: Any
     url: str
-    troubles: list[str] = field(default_factory=list)
 
     def settled(self) -> None:
         """Wait until every figure shows what was chosen last."""
@@ -68,28 +67,63 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+class Screens:
+    """One page per kind of screen, opened once: a page of its own for every test costs as much as the test."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser = browser
+        self.pages: dict[tuple[Any, ...], Any] = {}
+
+    def page(self, width: int, height: int, scheme: str, touch: bool) -> Any:
+        """A page that remembers nothing of what it showed before."""
+        screen = (width, height, scheme, touch)
+        if screen not in self.pages:
+            size = {"width": width, "height": height}
+            context = self.browser.new_context(viewport=size, color_scheme=scheme, has_touch=touch, is_mobile=touch)
+            context.grant_permissions(["clipboard-read", "clipboard-write"])
+            self.pages[screen] = context.new_page()
+        return self.pages[screen]
+
+
+@pytest.fixture(scope="module")
+def screens(browser: Any) -> Screens:
+    return Screens(browser)
+
+
 @pytest.fixture
-def show(browser: Any) -> Iterator[Callable[..., Watched]]:
+def show(screens: Screens) -> Iterator[Callable[..., Watched]]:
     """Open a page of this file; at the end of the test it must have had no error and made no request."""
-    pages: list[Watched] = []
+    troubles: list[str] = []
+    listeners: dict[Any, list[tuple[Any, str, Callable[..., Any]]]] = {}
+
+    def leave(page: Any) -> None:
+        """Stop watching what a page shows, and forget what it stored."""
+        page.evaluate("() => localStorage.clear()")
+        for source, event, does in listeners.pop(page):
+            source.remove_listener(event, does)
+        for popup in page.context.pages[1:]:
+            popup.close()
 
     def opened(path: Path, width: int = 1280, height: int = 900, scheme: str = "light", touch: bool = False) -> Watched:
-        size = {"width": width, "height": height}
-        context = browser.new_context(viewport=size, color_scheme=scheme, has_touch=touch, is_mobile=touch)
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        watched = Watched(context.new_page(), path.resolve().as_uri())
-        pages.append(watched)
-        note = watched.troubles.append
-        watched.page.on("console", lambda message: note(f"console {message.type}: {message.text}"))
-        watched.page.on("pageerror", lambda error: note(f"error: {error}"))
-        watched.page.on("dialog", lambda dialog: (note(f"dialog: {dialog.message}"), dialog.dismiss()))
-        context.on("page", lambda popup: popup == watched.page or note(f"popup: {popup.url[:200]}"))
-        context.on("request", lambda request: here(request.url, watched.url) or note(f"request: {request.url[:200]}"))
-        watched.page.goto(watched.url)
+        page, url = screens.page(width, height, scheme, touch), path.resolve().as_uri()
+        if page in listeners:
+            leave(page)
+        note = troubles.append
+        listeners[page] = [
+            (page, "console", lambda message: note(f"console {message.type}: {message.text}")),
+            (page, "pageerror", lambda error: note(f"error: {error}")),
+            (page, "dialog", lambda dialog: (note(f"dialog: {dialog.message}"), dialog.dismiss())),
+            (page.context, "page", lambda popup: note(f"popup: {popup.url[:200]}")),
+            (page.context, "request", lambda made: here(made.url, url) or note(f"request: {made.url[:200]}")),
+        ]
+        for source, event, does in listeners[page]:
+            source.on(event, does)
+        page.goto(url)
+        watched = Watched(page, url)
         watched.settled()
         return watched
 
     yield opened
-    for watched in pages:
-        watched.page.context.close()
-    assert [trouble for watched in pages for trouble in watched.troubles] == []
+    for page in list(listeners):
+        leave(page)
+    assert troubles == []

@@ -44,31 +44,19 @@ def prunes(keep: int = 5) -> list[dict[str, Any]]:
     return [*found, *({"method": "cdpruner", "keep": keep, "sensitivity": name} for name in ("l2", "combined"))]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, questions: Path) -> dict[str, Any]:
-    """The answers and the receipt of every pruner's run, made alone, one question at a time."""
-    found = {}
-    for prune in prunes():
-        task = {"name": "scienceqa", "data": str(questions)}
-        spec = {"name": "t", "model": str(tiny_model), "task": task, "quantize": W4A4, "prune": prune}
-        (record,), (answers,) = sweep([spec], tmp_path_factory.mktemp("alone"))
-        found[json.dumps(prune)] = (answers, record.receipt, record.tokens)
-    return found
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_a_cell_has_the_bytes_that_it_has_alone(
-    batch_size: int, alone: dict[str, Any], spec_of: Spec, tmp_path: Path
-) -> None:
-    mine = prunes() if batch_size == 3 else prunes()[batch_size % 2 :: 2]  # the largest and the smallest share them
-    active_runs = [spec_of(), spec_of(quantize=W4A4), *(spec_of(quantize=W4A4, prune=prune) for prune in mine)]
-    records, answers = sweep(active_runs, tmp_path, batch_size=batch_size)
-    for prune, record, stored in zip(mine, records[2:], answers[2:], strict=True):
-        bytes_alone, receipt, tokens = alone[json.dumps(prune)]
-        assert stored == bytes_alone, prune
-        assert record.receipt == receipt, prune
-        assert record.tokens == tokens
-    assert len({record.receipt.summary for record in records}) == len(records)
+def test_a_cell_has_the_bytes_that_it_has_alone(spec_of: Spec, tmp_path: Path) -> None:
+    """Every pruner's run, made alone with one question at a time, against sweeps with more of both."""
+    cells = [spec_of(quantize=W4A4, prune=prune) for prune in prunes()]
+    alone = [sweep([cell], tmp_path / f"alone-{index}", batch_size=1) for index, cell in enumerate(cells)]
+    for batch_size, mine in ((1, slice(1, None, 2)), (3, slice(None)), (16, slice(0, None, 2))):
+        active_runs = [spec_of(), spec_of(quantize=W4A4), *cells[mine]]
+        records, answers = sweep(active_runs, tmp_path / f"together-{batch_size}", batch_size=batch_size)
+        together = zip(cells[mine], records[2:], answers[2:], alone[mine], strict=True)
+        for cell, record, stored, ((single,), (bytes_alone,)) in together:
+            assert stored == bytes_alone, (batch_size, cell["prune"])
+            assert record.receipt == single.receipt, (batch_size, cell["prune"])
+            assert record.tokens == single.tokens
+        assert len({record.receipt.summary for record in records}) == len(records)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -77,7 +65,7 @@ def test_neighbours_in_a_batch_reach_neither_ranges_nor_attention(
     dtype: str, mode: str, spec_of: Spec, tmp_path: Path
 ) -> None:
     active_runs = [
-        spec_of(quantize=quantize, dtype=dtype, task={"answers": mode}, **prune)
+        spec_of(quantize=quantize, dtype=dtype, task={"answers": mode, "limit": 8}, **prune)
         for quantize in (W4A4, W4A4_SYM)
         for prune in ({}, {"prune": {"method": "attention", "keep": 4}}, {"prune": {"method": "random", "keep": 4}})
     ]
