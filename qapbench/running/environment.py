@@ -43,7 +43,7 @@ def _cpu() -> str:
 def _git() -> str | None:
     """Commit of the checkout that runs; None for an installed wheel.
 
-    "(dirty)" follows it if tracked files were changed. It is asked for once per process, whose code does not change either.
+    "(dirty)" follows it if tracked files were changed. It is asked for once per process, whose code does not change.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

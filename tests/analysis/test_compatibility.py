@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from qapbench import Pruner, Selection, UserError, pruners
-from qapbench.analysis.compatibility import CompatibilityResult, run_matrix
+from qapbench.analysis.compatibility import run_matrix
 from qapbench.cli import app
 from qapbench.models.family import families
 
