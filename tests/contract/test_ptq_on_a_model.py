@@ -166,7 +166,7 @@ def test_wrong_formats_are_refused_readably(name: str, model: Any, samples: Any)
             with pytest.raises(UserError, match=r"weights|activations"), compress(model, asks, calibration=samples):
                 pass
         else:
-            with compress(model, asks, calibration=samples):
+            with compress(model, asks, calibration=samples[:1]):
                 pass
 
 
