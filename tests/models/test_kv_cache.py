@@ -1,5 +1,6 @@
 """The quantized KV cache: its values against plain loops, what the layers read of it, families, padding and pruners."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qapbench import RunSpec, UserError, compress
 from qapbench.methods.kv import KVFormat, KVSide
 from qapbench.models.family import families
 from qapbench.quantize.kv_cache import QuantizedLayer
-from qapbench.quantize.receipts import KVUse
+from qapbench.quantize.receipts import KVUse, most_levels
 from qapbench.receipt import NotQuantizedError
 from qapbench.records.store import answers_of
 from qapbench.running import run
@@ -53,6 +54,30 @@ def test_levels_match_loops(bits: int, dtype: torch.dtype) -> None:
     x[0, 0, 0] = torch.nan
     assert keys(x)[0, :8, 0].isnan().all()
     assert values(x)[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_widest_ranges_stay_finite(dtype: torch.dtype) -> None:
+    """The width of such a range is infinite in the cache's dtype, in which each step is rounded."""
+    largest = torch.finfo(dtype).max
+    x = torch.rand(2, 8, 16, generator=torch.Generator().manual_seed(0)) - 0.5
+    for wide in (x.sign() * largest, 2 * (largest * x)):
+        wide[0, :, 0] = 1.0
+        for bits, granularity in itertools.product((1, 2, 4, 8), ("channel", "token")):
+            out = KVSide(bits=bits, granularity=granularity, group_size=8)(wide.to(dtype))
+            assert torch.isfinite(out).all()
+            bound = 1.01 * largest / (2**bits - 1) + largest / 64
+            assert ((out.double() - wide.to(dtype).double()).abs() <= bound).all()
+            if granularity == "channel":
+                assert (out[0, :, 0] == 1).all()
+
+
+def test_levels_are_those_of_the_group_with_most() -> None:
+    """Of each row the last group is short, and the first one has the most values."""
+    x = torch.tensor([[[0.0, 1, 2, 3, 4, 5, 6, 7, 1, 1, 1]]])
+    assert most_levels(x, KVSide(bits=4, granularity="token", group_size=8)) == 8
+    assert most_levels(x.mT, KVSide(bits=4, granularity="channel", group_size=8)) == 8
+    assert most_levels(x[..., :0], KVSide(bits=4, granularity="token")) == 0
 
 
 def cached(kv: dict[str, Any], length: int = 0, x: Tensor | None = None) -> QuantizedLayer:
