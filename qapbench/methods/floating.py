@@ -146,7 +146,7 @@ class FloatGrid(NamedTuple):
         return bool((beyond & self.scale.isfinite()).any())
 
     def saturated(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values as this grid dequantizes them, with those beyond a dtype's range, whose scale is finite, at its end."""
+        """Values as this grid dequantizes them; those beyond a dtype's range, with a finite scale, lie at its end."""
         if not self.overflows(dtype):
             return values
         largest = torch.finfo(dtype).max
