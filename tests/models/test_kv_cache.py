@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import GenerationConfig
 
 from qapbench import RunSpec, UserError, compress
 from qapbench.methods.kv import KVFormat, KVSide
@@ -207,6 +208,27 @@ def test_padding_and_neighbours_count_for_nothing(
             for step in range(3):
                 torch.testing.assert_close(together.logits[step][row], own.logits[step][0], rtol=0, atol=2e-5)
     receipt.check()
+
+
+@pytest.mark.parametrize("prune", [None, "cdpruner", "fastv"])
+def test_generation_has_a_cache_to_quantize(prune: str | None, model: Any, one: dict[str, Any]) -> None:
+    """Without one, or with drafts behind the prompt, other tokens would be quantized; a checkpoint's wish is none."""
+    more = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    kept = {"output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad(), compress(model, spec_of(FP8, **({"prune": {"method": prune, "keep": 5}} if prune else {}))):
+        cached = model.generate(**one, **more, **kept)
+        model.generation_config.use_cache = False
+        try:
+            without = model.generate(**one, **more, **kept)
+        finally:
+            model.generation_config.use_cache = True
+        assert torch.equal(torch.stack(without.logits), torch.stack(cached.logits))
+        for asked in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
+            with pytest.raises(UserError, match="use_cache: cannot be false with quantize.kv"):
+                model.generate(**one, **{**more, **asked})
+        with pytest.raises(UserError, match="prompt_lookup_num_tokens: cannot be combined with quantize.kv"):
+            model.generate(**one, **more, prompt_lookup_num_tokens=2)
+    assert "generate" not in vars(model)
 
 
 def test_runs_do_not_depend_on_the_batch(llava_folder: Path, tmp_path: Path) -> None:
