@@ -224,9 +224,9 @@ def test_generation_has_a_cache_to_quantize(prune: str | None, model: Any, one: 
             model.generation_config.use_cache = True
         assert torch.equal(torch.stack(without.logits), torch.stack(cached.logits))
         for asked in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
-            with pytest.raises(UserError, match="use_cache: cannot be false with quantize.kv"):
+            with pytest.raises(UserError, match=r"use_cache: cannot be false with quantize\.kv"):
                 model.generate(**one, **{**more, **asked})
-        with pytest.raises(UserError, match="prompt_lookup_num_tokens: cannot be combined with quantize.kv"):
+        with pytest.raises(UserError, match=r"prompt_lookup_num_tokens: cannot be combined with quantize\.kv"):
             model.generate(**one, **more, prompt_lookup_num_tokens=2)
     assert "generate" not in vars(model)
 
