@@ -57,7 +57,7 @@ def costs_of(record: Record, profile: Profile | None = None) -> dict[str, float]
     found: dict[str, float] = {}
     if (tokens := record.tokens) is not None:
         found["layer_mean"] = tokens.mean if tokens.layer_mean is None else tokens.layer_mean
-        if tokens.available:
+        if tokens.available >= 1:
             found["tokens_share"] = 100 * found["layer_mean"] / tokens.available
     if (cost := record.cost) is not None:
         found |= {

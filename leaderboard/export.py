@@ -27,7 +27,8 @@ LAST_FIELDS += ["receipt", "fallbacks", "run_id", "created", "stand_in"]
 _NUMBER = re.compile(r"-\d+(\.\d+)?")
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """libyaml's writer where PyYAML was built with it, which is several times as fast."""
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""With the wide forms of the first four, which spreadsheets of East Asia read alike."""
 
 
 def percent(share: float | None, digits: int = 2) -> str:

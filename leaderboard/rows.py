@@ -6,7 +6,6 @@ A record may come from a stranger, so the page escapes every text in it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,8 @@ from qapbench.records.record import ColumnScore, Record, ScoreTable, Unparsed
 from qapbench.records.tally import Tally
 
 NONE = "none"
+LARGEST = 1e300
+"""Largest number that a page shows: what is computed of a few of them is still finite."""
 CONFIDENCE = ("ECE", "Brier")
 """Columns of a task that compares the likelihoods of options."""
 
@@ -189,13 +190,16 @@ def counted(k: int, n: int) -> Score:
 
 
 def clean(value: Any) -> Any:
-    """The value as plain JSON data: string keys, no NaN, no lone surrogates; other types as their text."""
+    """The value as plain JSON data: string keys, no NaN, no lone surrogates; other types as their text.
+
+    A number beyond LARGEST is none, whether infinite or a whole number of a thousand digits.
+    """
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int | float):
-        return value if math.isfinite(value) else None
+        return value if -LARGEST <= value <= LARGEST else None
     if isinstance(value, dict):
         return {clean(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -209,7 +213,16 @@ def is_clean(data: dict[str, Any]) -> bool:
         json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
     except ValueError:  # a number that is not finite, or a lone surrogate
         return False
-    return True
+    return _within(data)
+
+
+def _within(value: Any) -> bool:
+    """Whether no number in JSON data is beyond LARGEST."""
+    if isinstance(value, dict):
+        return all(map(_within, value.values()))
+    if isinstance(value, list):
+        return all(map(_within, value))
+    return not isinstance(value, int | float) or -LARGEST <= value <= LARGEST
 
 
 def mapping(value: Any) -> dict[str, Any]:

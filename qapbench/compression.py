@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ from .models.compressed import described
 from .models.relevance import TextTower
 from .prune.build import build_pruning
 from .prune.calls import PrunedCalls
+from .prune.generation import option
 from .prune.pruning import Pruning
 from .prune.splice import PrunedImage
 from .quantize import backends
@@ -149,6 +152,7 @@ def _quantized(
 
             receipt.kv = KVUse(format=spec.kv.label, bits_asked=spec.kv.bits)
             stack.enter_context(quantized_cache(family.parts["language"], spec.kv, told, receipt.kv))
+            stack.enter_context(_reading_a_cache(family.model))
         shared, buffer = SharedInputs(), Buffer()
         for name, linear in linears.items():
             plan = plans.pop(name, None)  # what its weight is made of is free once it is made
@@ -183,6 +187,41 @@ def _quantized(
                 # Registered last, so that it measures exactly what the matmul receives.
                 stack.callback(linear.register_forward_pre_hook(_probe(line, spec, plan)).remove)
         yield
+
+
+DRAFTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Options of generation that hand drafts of tokens to the model."""
+
+
+@contextlib.contextmanager
+def _reading_a_cache(model: Any) -> Iterator[None]:
+    """While the context is open, `generate` keeps a KV cache and fills it token by token, behind the prompt.
+
+    Without a cache each step would be a prompt of its own, whose other tokens are quantized. Drafts come with the
+    prompt, whose scales they would move. A checkpoint that asks for no cache gets one all the same.
+    """
+    generate, held = model.generate, model.__dict__.get("generate")
+    names = list(inspect.signature(generate).parameters)
+
+    @functools.wraps(generate)
+    def caching(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in DRAFTED:
+            if option(model, kwargs, name):
+                raise UserError(f"{name}: cannot be combined with quantize.kv, because drafts come with the prompt")
+        asked = (kwargs.get("use_cache"), getattr(kwargs.get("generation_config"), "use_cache", None))
+        if False in asked:
+            raise UserError("use_cache: cannot be false with quantize.kv, because there would be no cache to quantize")
+        return generate(**{**kwargs, "use_cache": True})
+
+    model.generate = caching
+    try:
+        yield
+    finally:
+        if held is None:
+            del model.generate
+        else:
+            model.generate = held
 
 
 def plans_of(model: Any, spec: RunSpec, calibration: Any = None) -> tuple[dict[str, nn.Linear], dict[str, LinearPlan]]:

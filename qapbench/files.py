@@ -12,6 +12,13 @@ from pathlib import Path
 ABANDONED = 3600  # seconds since the last write, after which nobody is writing a draft any more
 
 
+def cache_folder() -> Path:
+    """Folder of what is kept between runs: the one for caches of users on this system."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("qapbench", appauthor=False)
+
+
 def replace_synced(path: Path, content: str | bytes) -> None:
     """Replace a file whole or not at all, and wait until it is on disk.
 

@@ -250,7 +250,7 @@ def _small_column(data: str, stamp: int, limit: int) -> pa.ChunkedArray | None:
     try:
         state = Path(data).stat()
         if state.st_mtime_ns == stamp and state.st_size <= limit:
-            return pq.read_table(data, columns=["image"]).column("image")
+            return pq.ParquetFile(data).read(columns=["image"]).column("image")
     except (pa.ArrowInvalid, OSError):
         return None  # what is wrong is said by `_open`
     return None

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from qapbench.costing.amounts import Cost
 from qapbench.costing.devices import Device
 from qapbench.costing.prompt import Prompt
 
+from .fitting import fitted
 
-def cost_table(costs: Sequence[tuple[str, Cost]], dense: Mapping[str, Cost], device: Device | None = None) -> Table:
+
+def cost_table(
+    costs: Sequence[tuple[str, Cost]], dense: Mapping[str, Cost], device: Device | None = None, width: int = 200
+) -> Table:
     """A table with one row per run.
 
     Args:
         costs: name of each run and its cost.
         dense: for each model, its cost in full precision with every token.
         device: also say the least times of the prompt and of a decoded token on this device.
+        width: characters per line.
     """
     prompt = costs[0][1].prompt if costs else Prompt()
-    table = Table(title="Cost of one prompt", title_justify="left", caption_justify="left")
-    table.add_column("run", style="bold")
     several = len(dense) > 1
     heads = ["tokens", "x layers", "TFLOPs", "of dense", "T BOPs", "token GFLOPs", "weights GB", "KV MB"]
     heads += ["prompt >= ms", "token >= ms"] * (device is not None)
-    for head in ["model"] * several + heads:
-        table.add_column(head, justify="left" if head == "model" else "right", no_wrap=head != "model")
+    rows = []
     for name, one in costs:
         flops, bops = one.flops, one.bops
         cells = [
@@ -44,7 +45,7 @@ def cost_table(costs: Sequence[tuple[str, Cost]], dense: Mapping[str, Cost], dev
             bounds = one.bounds(device)
             first = sum(bound.seconds for stage, bound in bounds.items() if stage != "decode")
             cells += [f"{1e3 * first:.3g}", f"{1e3 * bounds['decode'].seconds:.3g} ({bounds['decode'].limit})"]
-        table.add_row(escape(name), *[escape(one.model)] * several, *cells)
+        rows.append([name, *[one.model] * several, *cells])
     sizes = ", ".join(f"{width} x {height}" for height, width in prompt.images) or "no image"
     notes = [f"{prompt.text} text tokens, image of {sizes} pixels, batch {prompt.batch}"]
     notes += [
@@ -52,5 +53,4 @@ def cost_table(costs: Sequence[tuple[str, Cost]], dense: Mapping[str, Cost], dev
     ]
     if device is not None:
         notes.append(f"least times on {device.name} ({device.source}): nothing can be faster")
-    table.caption = escape("\n".join(notes))
-    return table
+    return fitted("Cost of one prompt", ["run", *["model"] * several, *heads], rows, notes, width)

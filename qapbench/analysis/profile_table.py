@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from qapbench.records.profile import Profile, Spread
 
+from .fitting import fitted
 
-def profile_table(profiles: Sequence[Profile]) -> Table:
+HEADS = ("run", "vision", "selection", "prefill", "prompt", "each token", "prompt >=", "peak MB")
+
+
+def profile_table(profiles: Sequence[Profile], width: int = 200) -> Table:
     """A table with one row per run: median milliseconds of each stage, with quartiles.
 
     The time of simulated quantization is marked as that, with the cost model's bound beside it, since it is no
     speed-up.
+
+    Args:
+        profiles: the profiles.
+        width: characters per line.
     """
-    table = Table(title="Measured, ms: median (quartiles)", title_justify="left", caption_justify="left")
-    table.add_column("run", style="bold")
-    for head in ("vision", "selection", "prefill", "prompt", "each token", "prompt >=", "peak MB"):
-        table.add_column(head, justify="right", no_wrap=True)
+    rows = []
     for one in profiles:
         mark = " simulated" if one.simulated else ""
         cells = [_shown(one.vision), _shown(one.selection), _shown(one.prefill) + mark]
         cells += [_shown(one.prompt) + mark, _shown(one.token) + mark]
         cells += ["–" if one.bound is None else f"{1e3 * one.bound:.3g}", str(one.peak_memory_mb)]
-        table.add_row(escape(one.name), *cells)
+        rows.append([one.name, *cells])
     notes = []
     if profiles:
         one = profiles[0]
@@ -36,8 +40,7 @@ def profile_table(profiles: Sequence[Profile]) -> Table:
     if any(one.simulated for one in profiles):
         notes.append("simulated: values of low-bit kernels in floating point, so its time is no speed-up of any kind")
     notes.append("prompt >=: the cost model's bound on this machine; selection inside the decoder is part of prefill")
-    table.caption = escape("\n".join(notes))
-    return table
+    return fitted("Measured, ms: median (quartiles)", HEADS, rows, notes, width)
 
 
 def _shown(spread: Spread | None) -> str:

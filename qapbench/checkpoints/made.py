@@ -10,8 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
-
+from qapbench import files
 from qapbench.bars import shown
 from qapbench.hashing import digest_file, state_of_tree
 from qapbench.progress import ProgressCallback, assembly_progress, silent
@@ -23,7 +22,7 @@ log = visible_logger(__name__)
 
 def cache_folder() -> Path:
     """Folder that holds the checkpoints."""
-    return platformdirs.user_cache_path("qapbench", appauthor=False) / "assembled"
+    return files.cache_folder() / "assembled"
 
 
 def made(name: str, key: str, build: Callable[[Path, ProgressCallback], None]) -> Path:

@@ -75,7 +75,7 @@ def cost(
     elif len(found) == 1:
         out.print(found[0][1].summary(peaks), markup=False, highlight=False, soft_wrap=True)
     else:
-        out.print(cost_table(found, dense, peaks))
+        out.print(cost_table(found, dense, peaks, out.width))
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -15,6 +15,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from qapbench.files import cache_folder
+
 from .console import out
 
 State = Literal["ok", "missing", "broken"]
@@ -129,10 +131,9 @@ def _devices() -> list[Finding]:
 
 def _folders() -> list[Finding]:
     """Where files are kept between runs."""
-    import platformdirs
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
-    own = platformdirs.user_cache_path(PACKAGE, appauthor=False)
+    own = cache_folder()
     places = {
         "qapbench's cache": (own, "assembled models and the index of lm-eval's tasks"),
         "hub's cache": (Path(HF_HUB_CACHE), "models by hub id" + ("; HF_HUB_OFFLINE is set" * bool(HF_HUB_OFFLINE))),

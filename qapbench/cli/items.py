@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from typing import Annotated, Any
@@ -99,7 +100,7 @@ def _method(cell: Any) -> str:
 
 
 def _print_matrix(title: str, corner: str, cells: dict[tuple[str, str], Any], marks: dict[str, int]) -> None:
-    """Print one table of outcomes.
+    """Print a table of outcomes: several below each other if its columns do not fit side by side.
 
     Args:
         title: above the table.
@@ -107,18 +108,30 @@ def _print_matrix(title: str, corner: str, cells: dict[tuple[str, str], Any], ma
         cells: outcome by (row, column).
         marks: numbers of the reasons and notes so far; new ones are added.
     """
-    table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(column for _, column in cells))
-    for column in (corner, *columns):
-        table.add_column(column)
-    for row in dict.fromkeys(row for row, _ in cells):
-        shown = []
-        for cell in (cells[row, column] for column in columns):
-            said = [cell.reason] if cell.reason else cell.notes
-            numbers = "".join(f" [{marks.setdefault(text, len(marks) + 1)}]" for text in said)
-            shown.append(escape(f"{cell.outcome}{numbers}"))
-        table.add_row(row, *shown)
-    out.print(table)
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    shown: dict[str, list[str]] = {column: [] for _, column in cells}
+    for row, column in itertools.product(rows, shown):
+        cell = cells[row, column]
+        said = [cell.reason] if cell.reason else cell.notes
+        numbers = "".join(f" [{marks.setdefault(text, len(marks) + 1)}]" for text in said)
+        shown[column].append(f"{cell.outcome}{numbers}")
+    first = max(map(len, (corner, *rows))) + 4  # a column has a border and two spaces beside its text
+    parts: list[list[str]] = []
+    room = 0
+    for column, outcomes in shown.items():
+        width = max(map(len, (column, *outcomes))) + 3
+        if not parts or width > room:
+            parts.append([])
+            room = out.width - first
+        parts[-1].append(column)
+        room -= width
+    for part in parts:
+        table = Table(title=title, title_justify="left")
+        for head in (corner, *part):
+            table.add_column(head, overflow="fold")
+        for place, row in enumerate(rows):
+            table.add_row(row, *(escape(shown[column][place]) for column in part))
+        out.print(table)
 
 
 def show(

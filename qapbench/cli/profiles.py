@@ -45,4 +45,4 @@ def profile(
     if as_json:
         typer.echo(json.dumps([one.model_dump(mode="json") for one in found]))
         return
-    out.print(profile_table(found))
+    out.print(profile_table(found, out.width))

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .affine import _finite, grouped
+from .affine import grouped
 
 FormatName = Literal["int", "fp8", "mxfp8", "mxfp4", "nvfp4"]
 ScaleRule = Literal["amax", "rceil", "floor", "even", "ceil", "tensor", "block", "compressed_tensors"]
@@ -138,7 +138,19 @@ class FloatGrid(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize x. The result has x's dtype; gradients pass through the rounding unchanged."""
-        return _finite(self.numbers(x).to(self.dtype) * self.scale, x.dtype).to(x.dtype)
+        return self.saturated(self.numbers(x).to(self.dtype) * self.scale, x.dtype).to(x.dtype)
+
+    def overflows(self, dtype: torch.dtype) -> bool:
+        """Whether the largest number of the element type times some scale, itself finite, exceeds a dtype's range."""
+        beyond = self.scale.float() >= torch.finfo(dtype).max / self.element.top
+        return bool((beyond & self.scale.isfinite()).any())
+
+    def saturated(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values as this grid dequantizes them; those beyond a dtype's range, with a finite scale, lie at its end."""
+        if not self.overflows(dtype):
+            return values
+        largest = torch.finfo(dtype).max
+        return torch.where(self.scale.isfinite(), values.clamp(-largest, largest), values)
 
     def numbers(self, x: Tensor) -> Tensor:
         """The numbers of the element type that values are rounded to, in units of the scale, float32."""
@@ -158,7 +170,7 @@ class FloatGrid(NamedTuple):
             scratch: three float32 tensors of x's shape to compute in, stacked.
         """
         if self.dtype != torch.float32:
-            out.copy_(self(x))
+            out.copy_(self(x.to(self.dtype)))
             return
         work = out if out.dtype == torch.float32 else scratch[2]
         if self.divides:
@@ -170,8 +182,8 @@ class FloatGrid(NamedTuple):
         if self.drops_sign:
             work.add_(0)
         self.element.round_(work, scratch[:2]).mul_(self.scale)
-        if work is not out:
-            out.copy_(_finite(work, out.dtype))
+        if work is not out or self.overflows(out.dtype):
+            out.copy_(self.saturated(work, out.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,4 +168,10 @@ def _from_lowest(x: Tensor, bits: int) -> Tensor:
     low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     scale = (high - low) / (2**bits - 1)
     levels = ((x - low) / scale.masked_fill(scale == 0, 1)).clamp(0, 2**bits - 1).round()
-    return levels * scale + low
+    stored = levels * scale + low
+    largest = torch.finfo(x.dtype).max
+    wide = (high - low > largest / 2) & low.isfinite() & high.isfinite()
+    if bool(wide.any()):  # steps overflow where the range is so wide, and those of a quarter of it do not
+        quarter = _from_lowest(torch.where(wide, x / 4, 0), bits)
+        stored = torch.where(wide, (4 * quarter).clamp(-largest, largest), stored)
+    return stored

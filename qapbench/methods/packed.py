@@ -329,6 +329,8 @@ def _piece(parts: Sequence[Tensor], grids: Sequence[Grid | FloatGrid], bits: int
             codes.append(code.to(torch.uint8).flatten(1))
             zeros.append(offset.flatten(1))
         else:
+            if grid.overflows(part.dtype):
+                raise CannotPackError("its largest values are beyond the range of its dtype")
             codes.append(_encoded(numbers, _kind(grid)).flatten(1))
     zero = torch.cat(zeros, dim=1) if zeros else None
     return _Piece(pack(torch.cat(codes, dim=1), bits), torch.cat(scales, dim=1), zero)

@@ -88,6 +88,12 @@ class Unparsed(Part):
     n: Count
     rate: FiniteFloat = 0.0
 
+    @model_validator(mode="after")
+    def _counts(self) -> Unparsed:
+        if self.k > self.n:
+            raise ValueError(f"{self.k} unreadable answers of {self.n} questions")
+        return self
+
 
 class Confidence(Part):
     """How far the probabilities of the options can be relied on, where a task compares likelihoods.

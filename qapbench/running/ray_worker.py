@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import platformdirs
-
 from qapbench.errors import Problem, UserError
-from qapbench.files import replace_synced
+from qapbench.files import cache_folder, replace_synced
 from qapbench.hashing import code_files
 from qapbench.methods.plugins import load_plugin_file
 
@@ -114,7 +112,7 @@ def _on_this_node(sent: Sent) -> Order:
         plans.append(replace(plan, spec=plan.spec.model_copy(update={"plugins": plugins})))
     runs = sent.order.settings.runs
     if not runs.is_dir():  # calibrations and features are kept here then
-        runs = platformdirs.user_cache_path("qapbench", appauthor=False) / "runs"
+        runs = cache_folder() / "runs"
     settings = replace(sent.order.settings, runs=runs)
     return replace(sent.order, settings=settings, plans=plans, plugins=list(places.values()))
 

@@ -9,10 +9,9 @@ import json
 import logging
 from pathlib import Path
 
-import platformdirs
 from pydantic import BaseModel, ValidationError
 
-from qapbench.files import replace_synced
+from qapbench.files import cache_folder, replace_synced
 
 from .scan import scan
 from .task_yaml import member_names
@@ -51,7 +50,7 @@ def lm_eval_folder() -> Path:
 def lm_eval_index() -> TaskIndex:
     """The index, from the user's cache folder. On first use of a version of lm-eval it is made and written there."""
     version = importlib.metadata.version("lm-eval")
-    cache = Path(platformdirs.user_cache_dir("qapbench", appauthor=False)) / f"lm-eval-tasks-and-groups-{version}.json"
+    cache = cache_folder() / f"lm-eval-tasks-and-groups-{version}.json"
     try:
         index = TaskIndex.model_validate_json(cache.read_bytes())
         if index.lm_eval == version:

@@ -31,6 +31,12 @@ def test_every_pruner_meets_every_family_and_the_command_lists_it(monkeypatch: A
     monkeypatch.setattr("qapbench.cli.items.out", Console(width=200))
     table = CliRunner().invoke(app, ["list", "--matrix"])
     assert all(name in table.stdout for name in (*families.names(), *pruners.names()))
+    monkeypatch.setattr("qapbench.cli.items.out", Console(width=60))
+    narrow = CliRunner().invoke(app, ["list", "--matrix"])
+    assert all(name in narrow.stdout for name in (*families.names(), *pruners.names()))
+    tables = [line for line in narrow.stdout.splitlines() if line.startswith(("│", "┃"))]
+    assert max(map(len, tables)) <= 60
+    assert sum("┃ pruner" in line for line in tables) > 1
     for note in {note for cell in cells for note in cell.notes} | {cell.reason for cell in cells}:
         assert note in table.stdout
 

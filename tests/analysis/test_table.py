@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from small_records import small_record
 
+from qapbench.analysis.fitting import fitted
 from qapbench.analysis.paired import Comparison, Difference
 from qapbench.analysis.study import TARGETS, Correlation, Predictor, Summary
 from qapbench.analysis.table import ablation_table, comparison_table, study_table
@@ -29,6 +30,27 @@ def test_compare_shows_every_head_and_number(width: int) -> None:
         assert word in text
     for number in ("G7-12", "4241", "-2.74", "-11.54 … +11.54", "123", "239", "1.23e-10", "4.56e-09"):
         assert text.count(number) >= 1, number
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_no_figure_is_cut_however_narrow_the_terminal_is(width: int) -> None:
+    heads = ["run", "x layers", "TFLOPs", "of dense", "T BOPs", "weights GB", "prompt >= ms"]
+    rows = [
+        ["[b]a name of more characters than a column has[/]", "22.2 %", "0.0009913", "56.9 %", "0.0005136", "7", "8.1"],
+        ["short", "100.0 %", "0.001743", "100.0 %", "0.001743", "0.01022", "0.0031 (memory)"],
+    ]
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(fitted("A title", heads, rows, ["a [note]"], width))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, said.splitlines())) <= width
+    assert "…" not in said
+    assert "[note]" in said
+    for row in rows:
+        for head, cell in zip(heads[1:], row[1:], strict=True):
+            assert cell in said
+            assert head in said
+    assert ("figures" in said) == (width < 100)
+    assert "".join(line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│"))
 
 
 def test_wide_terminals_get_one_line_per_row() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from leaderboard_records import ablation, damaged, hostile, record
@@ -15,6 +17,7 @@ from qapbench import UserError
 from qapbench.checkpoints.find import EMBEDDED
 from qapbench.leaderboard import build
 from qapbench.leaderboard.builder import valid_records
+from qapbench.leaderboard.export import csv_text
 from qapbench.leaderboard.paper import as_count, paper_rows, reference
 from qapbench.leaderboard.rows import column_names, counted, from_record, quantization_label
 from qapbench.leaderboard.tasks import task_labels
@@ -149,6 +152,37 @@ def test_csv_holds_no_formula(tmp_path: Path) -> None:
     assert "'=1+1" in cells
     suspects = [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
     assert all(float(cell) <= 0 for cell in suspects)  # a difference, and nothing else
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
+def test_no_text_of_a_record_starts_a_formula(start: str) -> None:
+    row = from_record(parse_record({**record(0, None), "name": f"{start}cmd()"}))
+    line = next(csv.DictReader(csv_text([row], []).splitlines(keepends=True)))
+    assert line["name"] == f"'{start}cmd()"
+
+
+def test_no_number_of_a_record_keeps_the_page_from_being_built(tmp_path: Path) -> None:
+    """Such a record is left out, or its cell is empty; the rows of the others are as ever."""
+    good, bad = ablation(3)[1:]
+    wanted = build([good], tmp_path / "good.html").with_suffix(".json").read_text(encoding="utf-8")
+    places = [("cost", "weight_bytes"), ("cost", "flops_share"), ("tokens", "available"), ("scores", "unparsed", "n")]
+    places += [("timing", "seconds"), ("notes", 0), ("spec", "seed"), ("spec", "prune", "keep")]
+    records = [good]
+    for place in places:
+        for value in (10**400, -(10**400), 1e308, -1e308, -1, 0, 5e-324):
+            broken = copy.deepcopy(bad)
+            at: Any = broken
+            for name in place[:-1]:
+                at = at[name]
+            if isinstance(at, list):
+                at[:] = [value]
+            else:
+                at[place[-1]] = value
+            records.append(broken)
+    path = build(records, tmp_path / "page.html")
+    rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert {**rows[0], "equal_cost": ""} == {**json.loads(wanted)[0], "equal_cost": ""}
+    assert len(rows) > len(places)
 
 
 def test_the_page_must_be_named_html(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The quantized KV cache: its values against plain loops, what the layers read of it, families, padding and pruners."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import GenerationConfig
 
 from qapbench import RunSpec, UserError, compress
 from qapbench.methods.kv import KVFormat, KVSide
 from qapbench.models.family import families
 from qapbench.quantize.kv_cache import QuantizedLayer
-from qapbench.quantize.receipts import KVUse
+from qapbench.quantize.receipts import KVUse, most_levels
 from qapbench.receipt import NotQuantizedError
 from qapbench.records.store import answers_of
 from qapbench.running import run
@@ -53,6 +55,30 @@ def test_levels_match_loops(bits: int, dtype: torch.dtype) -> None:
     x[0, 0, 0] = torch.nan
     assert keys(x)[0, :8, 0].isnan().all()
     assert values(x)[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_widest_ranges_stay_finite(dtype: torch.dtype) -> None:
+    """The width of such a range is infinite in the cache's dtype, in which each step is rounded."""
+    largest = torch.finfo(dtype).max
+    x = torch.rand(2, 8, 16, generator=torch.Generator().manual_seed(0)) - 0.5
+    for wide in (x.sign() * largest, 2 * (largest * x)):
+        wide[0, :, 0] = 1.0
+        for bits, granularity in itertools.product((1, 2, 4, 8), ("channel", "token")):
+            out = KVSide(bits=bits, granularity=granularity, group_size=8)(wide.to(dtype))
+            assert torch.isfinite(out).all()
+            bound = 1.01 * largest / (2**bits - 1) + largest / 64
+            assert ((out.double() - wide.to(dtype).double()).abs() <= bound).all()
+            if granularity == "channel":
+                assert (out[0, :, 0] == 1).all()
+
+
+def test_levels_are_those_of_the_group_with_most() -> None:
+    """Of each row the last group is short, and the first one has the most values."""
+    x = torch.tensor([[[0.0, 1, 2, 3, 4, 5, 6, 7, 1, 1, 1]]])
+    assert most_levels(x, KVSide(bits=4, granularity="token", group_size=8)) == 8
+    assert most_levels(x.mT, KVSide(bits=4, granularity="channel", group_size=8)) == 8
+    assert most_levels(x[..., :0], KVSide(bits=4, granularity="token")) == 0
 
 
 def cached(kv: dict[str, Any], length: int = 0, x: Tensor | None = None) -> QuantizedLayer:
@@ -182,6 +208,27 @@ def test_padding_and_neighbours_count_for_nothing(
             for step in range(3):
                 torch.testing.assert_close(together.logits[step][row], own.logits[step][0], rtol=0, atol=2e-5)
     receipt.check()
+
+
+@pytest.mark.parametrize("prune", [None, "cdpruner", "fastv"])
+def test_generation_has_a_cache_to_quantize(prune: str | None, model: Any, one: dict[str, Any]) -> None:
+    """Without one, or with drafts behind the prompt, other tokens would be quantized; a checkpoint's wish is none."""
+    more = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    kept = {"output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad(), compress(model, spec_of(FP8, **({"prune": {"method": prune, "keep": 5}} if prune else {}))):
+        cached = model.generate(**one, **more, **kept)
+        model.generation_config.use_cache = False
+        try:
+            without = model.generate(**one, **more, **kept)
+        finally:
+            model.generation_config.use_cache = True
+        assert torch.equal(torch.stack(without.logits), torch.stack(cached.logits))
+        for asked in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
+            with pytest.raises(UserError, match=r"use_cache: cannot be false with quantize\.kv"):
+                model.generate(**one, **{**more, **asked})
+        with pytest.raises(UserError, match=r"prompt_lookup_num_tokens: cannot be combined with quantize\.kv"):
+            model.generate(**one, **more, prompt_lookup_num_tokens=2)
+    assert "generate" not in vars(model)
 
 
 def test_runs_do_not_depend_on_the_batch(llava_folder: Path, tmp_path: Path) -> None:
