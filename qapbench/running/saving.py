@@ -17,6 +17,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping
 from qapbench.compression import plans_of
 from qapbench.errors import Problem, UserError
+from qapbench.methods.quantization import by_formats
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.loading import precision, read_config
 from qapbench.quantize import export
@@ -67,7 +68,7 @@ def check_saving(spec: RunSpec, folder: Path) -> str:
         raise UserError(Problem(message, ("model",)))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: there is something already; name a new folder")
-    return export.layout_of(spec.quantize)
+    return export.layout_in(export.layouts_of(spec.quantize).values())
 
 
 def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
@@ -81,27 +82,33 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
     Raises:
         UserError: the format cannot express what the run asks for; the message names the field.
     """
-    layout = check_saving(spec, folder)
-    asked, method = spec.quantize, spec.quantize.method.name if spec.quantize else ""
+    check_saving(spec, folder)
+    asked = spec.quantize
+    if asked is None:  # which `check_saving` has refused
+        raise UserError(Problem("there is nothing to quantize; give a `quantize` section", ("quantize",)))
+    method, layouts = asked.method.name, export.layouts_of(asked)
     model, _ = session.model(spec)
     samples = None
-    if asked is not None and asked.calibration is not None:
+    if asked.calibration is not None:
         samples = session.calibration(Planner(session.settings.runs, session.settings.device).plan(spec))
     linears, plans = plans_of(model, spec, samples)
+    formats = asked.formats(linears)
     found: dict[str, dict[str, Tensor]] = {}
     for name, plan in plans.items():
         export.check_plan(name, plan, method)
-        weight = linears[name].weight.detach()
-        found[name] = export.tensors_of(name, packed_weight(plan, weight, name, method).to("cpu"), layout, method)
-    zeros = {name for name, tensors in found.items() if "weight_zero_point" in tensors}
-    if zeros and len(zeros) < len(found):
-        raise export.refused("linears of which only some have zero points", "weights", "symmetric")
-    if asked is None or not found:
+        packed = packed_weight(plan, linears[name].weight.detach(), name, method).to("cpu")
+        found[name] = export.tensors_of(name, packed, layouts[formats[name]], method)
+    if not found:
         raise UserError(Problem(f"{method} quantizes no linear of this model", ("quantize", "scope")))
+    groups = []
+    for pair, names in by_formats(found, formats).items():
+        zeros = ["weight_zero_point" in found[name] for name in names]
+        if any(zeros) and not all(zeros):
+            raise export.refused("linears of which only some have zero points", "weights", "symmetric")
+        groups.append(export.Group(pair, names, symmetric=not any(zeros)))
     config = read_mapping(find_checkpoint(spec.model).folder / "config.json")
-    config["quantization_config"] = export.config_of(
-        asked, layout, export.linears_left(model, set(found)), symmetric=not zeros
-    )
+    section = export.config_of(groups, layouts, export.linears_left(model, set(found)))
+    config["quantization_config"] = section
     config["dtype"] = precision(spec, session.settings.device)
     config.pop("torch_dtype", None)
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -117,7 +124,7 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
         shutil.rmtree(draft, ignore_errors=True)
     weights = sum(linears[name].weight.numel() for name in found)
     stored = sum(tensor.nbytes for tensors in found.values() for tensor in tensors.values())
-    return Saved(folder, layout, len(found), 8 * stored / weights, nbytes)
+    return Saved(folder, section["format"], len(found), 8 * stored / weights, nbytes)
 
 
 def _tensors(model: Any, found: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from qapbench.errors import Problem, UserError
 from qapbench.methods.kinds import ptqs
 from qapbench.methods.kv import KVFormat
-from qapbench.methods.quantization import Format
+from qapbench.methods.quantization import Format, LinearFormats
 
 from .backend import Backend, check_backend
 from .items import PTQItem, created
+from .overrides import Override, check_fitting, formats_of, or_mapping, parsed
 from .strict import Strict, is_valid, named_item
 from .text import NameOrPath
 
@@ -61,6 +70,9 @@ class QuantizeSpec(Strict):
             holds codes and scales, and computes the same values, to the bit, for each product.
         backend: "simulate" computes the values of a low-bit kernel in floating point. "torchao" runs real int8 kernels,
             which exist for one pair of formats.
+        overrides: formats of some linears, by globs over their names, such as `{"*.down_proj": {weights: {bits: 8}}}`.
+            What is not named is as in `weights` and `activations`; null in place of the formats leaves these linears in
+            full precision. The first one that fits a linear counts.
     """
 
     method: PTQItem
@@ -71,6 +83,7 @@ class QuantizeSpec(Strict):
     backend: Backend = "simulate"
     kv: KVFormat | None = None
     storage: Storage = "unpacked"
+    overrides: list[Override] = Field(default=[], json_schema_extra=or_mapping)
 
     @model_serializer(mode="wrap")
     def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -80,7 +93,17 @@ class QuantizeSpec(Strict):
             data.pop("kv", None)
         if self.storage == "unpacked":
             data.pop("storage", None)
+        if not self.overrides:
+            data.pop("overrides", None)
         return data
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _overridden(cls, given: Any, info: ValidationInfo) -> Any:
+        """The overrides with complete formats. Without valid formats of the section, there is nothing to complete."""
+        if given is None or not {"method", "weights", "activations"} <= info.data.keys():
+            return []
+        return parsed(given, {side: info.data[side] for side in ("weights", "activations")})
 
     @field_validator("scope")
     @classmethod
@@ -108,14 +131,50 @@ class QuantizeSpec(Strict):
 
     @model_validator(mode="after")
     def _formats_of_method(self) -> QuantizeSpec:
-        if self.weights is None and self.activations is None and self.kv is None:
+        own, several = (
+            LinearFormats(self.weights, self.activations),
+            [(one.weights, one.activations) for one in self.overrides],
+        )
+        if not any(map(any, (own, *several))) and self.kv is None:
             raise ValueError("give `weights`, `activations` or both; leave `quantize` out for full precision")
-        created(ptqs, self.method).check(self.weights, self.activations)
-        check_backend(self.backend, self.weights, self.activations)
-        if self.storage == "packed" and (self.weights is None or self.backend != "simulate"):
-            reason = "no `weights` are quantized" if self.weights is None else f"{self.backend} stores its own weights"
+        method, problems = created(ptqs, self.method), list[Problem]()
+        for where, (weights, activations) in [
+            ((), own),
+            *((("overrides", one.linears), pair) for one, pair in zip(self.overrides, several, strict=True)),
+        ]:
+            try:
+                method.check(weights, activations)
+                if not where or weights or activations:
+                    check_backend(self.backend, weights, activations)
+            except UserError as error:
+                problems += [problem.under(*where) for problem in error.problems]
+        if problems:
+            raise UserError(problems)
+        unquantized = not any(weights for weights, _ in (own, *several))
+        if self.storage == "packed" and (unquantized or self.backend != "simulate"):
+            reason = "no `weights` are quantized" if unquantized else f"{self.backend} stores its own weights"
             raise UserError(Problem(f"'packed' stores quantized weights, but {reason}; leave it out", ("storage",)))
         return self
+
+    def formats_of(self, linear: str) -> LinearFormats:
+        """The formats of a linear in scope.
+
+        Args:
+            linear: its name in the model.
+        """
+        return formats_of(self.overrides, LinearFormats(self.weights, self.activations), linear)
+
+    def formats(self, linears: Collection[str]) -> dict[str, LinearFormats]:
+        """The formats of all linears in scope.
+
+        Args:
+            linears: their names in the model.
+
+        Raises:
+            UserError: an override fits none of them, or never counts.
+        """
+        check_fitting(self.overrides, linears)
+        return {name: self.formats_of(name) for name in linears}
 
     @property
     def label(self) -> str:
@@ -123,4 +182,11 @@ class QuantizeSpec(Strict):
         w, a = (f.bits if f else 16 for f in (self.weights, self.activations))
         names = dict.fromkeys(f.format for f in (self.weights, self.activations) if f and f.format != "int")
         cache = [self.kv.label] if self.kv else []
-        return " ".join([f"{self.method} W{w}A{a}", *names, *cache])
+        return " ".join([f"{self.method} W{w}A{a}", *names, *cache, *self._others])
+
+    @property
+    def _others(self) -> list[str]:
+        """The overrides in words: each of up to two, or how many there are."""
+        if len(self.overrides) > 2:
+            return [f"({len(self.overrides)} overrides)"]
+        return [f"({', '.join(one.label for one in self.overrides)})"] if self.overrides else []
