@@ -5,7 +5,7 @@ The names are those of the library's files. A scheme says how weights and inputs
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from qapbench.methods.quantization import Format, LinearFormats, LinearPlan
 from qapbench.spec.run_spec import QuantizeSpec
 
 METHOD = "compressed-tensors"
-MIXED = "mixed-precision"  # what the library calls groups of different formats
+PACKED, WHOLE = "pack-quantized", "int-quantized"  # integers in words of 32 bits; 8-bit integers, one to a byte
 WORD = 32  # bits of the integers that codes are packed into
 
 
@@ -28,11 +28,11 @@ def refused(message: str, *where: str) -> UserError:
     return UserError(Problem(f"compressed-tensors cannot store {message}", ("quantize", *where)))
 
 
-def layouts_of(spec: QuantizeSpec) -> dict[LinearFormats, str]:
-    """Name of the format in which the library stores weights, for each pair of formats that a section asks for.
+def layout_of(spec: QuantizeSpec) -> str:
+    """Name of the format in which the library stores weights that are quantized so.
 
     Raises:
-        UserError: there is none for some of them. The message names the field.
+        UserError: there is none. The message names the field.
     """
     if spec.kv is not None:
         raise refused(f"the KV cache as {spec.kv.label}; leave `kv` out", "kv")
@@ -46,12 +46,14 @@ def layouts_of(spec: QuantizeSpec) -> dict[LinearFormats, str]:
             found[pair] = _layout_of(*pair)
         except UserError as error:
             raise UserError([Problem(p.message, (p.where[0], *where, *p.where[1:])) for p in error.problems]) from None
-    return found
-
-
-def layout_in(layouts: Collection[str]) -> str:
-    """Name of the format of a checkpoint whose groups of linears have these."""
-    return next(iter(layouts)) if len(set(layouts)) == 1 else MIXED
+    if len({pair.weights for pair in found}) > 1:
+        message = (
+            "weights of several formats so that transformers reads them, which dequantizes all linears by one; leave "
+            "some in full precision (null), or give them other `activations`"
+        )
+        raise refused(message, "overrides")
+    names = set(found.values())
+    return names.pop() if len(names) == 1 else PACKED  # inputs that differ: what 8-bit weights can have too
 
 
 def _layout_of(weights: Format | None, activations: Format | None) -> str:
@@ -71,7 +73,7 @@ def _layout_of(weights: Format | None, activations: Format | None) -> str:
     if weights.format == "fp8":
         return "float-quantized"
     whole = weights.bits == 8 and weights.group_size is None and weights.symmetric
-    return "int-quantized" if whole and activations is not None and activations.bits == 8 else "pack-quantized"
+    return WHOLE if whole and activations is not None and activations.bits == 8 else PACKED
 
 
 def _check_activations(weights: Format, activations: Format) -> None:
@@ -186,7 +188,7 @@ def tensors_of(name: str, weight: PackedWeight, layout: str, method: str) -> dic
     if weight.zero is None:
         raise refused(f"{name} as integers", "weights", "format")
     half = 2 ** (weight.bits - 1)
-    if layout == "int-quantized":
+    if layout == WHOLE:
         codes = unpack(weight.codes, weight.bits, torch.empty(rows, width, dtype=torch.uint8))
         if weight.zero.numel() != 1:
             raise refused(f"the levels of {method}, which are not symmetric", "method")
@@ -217,19 +219,19 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(padded, axis=-1, bitorder="little").view("<i4").copy())
 
 
-def config_of(groups: Sequence[Group], layouts: Mapping[LinearFormats, str], ignored: list[str]) -> dict[str, Any]:
+def config_of(groups: Sequence[Group], layout: str, ignored: list[str]) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint.
 
     Args:
         groups: the linears that are quantized, by their formats.
-        layouts: name of the format of the weights of each pair of formats.
+        layout: name of the format of their weights.
         ignored: names of linears that are not quantized.
     """
     several = len(groups) > 1
-    schemes = [_scheme_of(one, layouts[one.formats], one.linears if several else ["Linear"]) for one in groups]
+    schemes = [_scheme_of(one, layout, one.linears if several else ["Linear"]) for one in groups]
     return {
         "quant_method": METHOD,
-        "format": layout_in([layouts[one.formats] for one in groups]),
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": {f"group_{index}": scheme for index, scheme in enumerate(schemes)},
         "ignore": ignored,

@@ -68,7 +68,7 @@ def check_saving(spec: RunSpec, folder: Path) -> str:
         raise UserError(Problem(message, ("model",)))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: there is something already; name a new folder")
-    return export.layout_in(export.layouts_of(spec.quantize).values())
+    return export.layout_of(spec.quantize)
 
 
 def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
@@ -82,11 +82,10 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
     Raises:
         UserError: the format cannot express what the run asks for; the message names the field.
     """
-    check_saving(spec, folder)
-    asked = spec.quantize
+    layout, asked = check_saving(spec, folder), spec.quantize
     if asked is None:  # which `check_saving` has refused
         raise UserError(Problem("there is nothing to quantize; give a `quantize` section", ("quantize",)))
-    method, layouts = asked.method.name, export.layouts_of(asked)
+    method = asked.method.name
     model, _ = session.model(spec)
     samples = None
     if asked.calibration is not None:
@@ -97,7 +96,7 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
     for name, plan in plans.items():
         export.check_plan(name, plan, method)
         packed = packed_weight(plan, linears[name].weight.detach(), name, method).to("cpu")
-        found[name] = export.tensors_of(name, packed, layouts[formats[name]], method)
+        found[name] = export.tensors_of(name, packed, layout, method)
     if not found:
         raise UserError(Problem(f"{method} quantizes no linear of this model", ("quantize", "scope")))
     groups = []
@@ -107,8 +106,7 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
             raise export.refused("linears of which only some have zero points", "weights", "symmetric")
         groups.append(export.Group(pair, names, symmetric=not any(zeros)))
     config = read_mapping(find_checkpoint(spec.model).folder / "config.json")
-    section = export.config_of(groups, layouts, export.linears_left(model, set(found)))
-    config["quantization_config"] = section
+    config["quantization_config"] = export.config_of(groups, layout, export.linears_left(model, set(found)))
     config["dtype"] = precision(spec, session.settings.device)
     config.pop("torch_dtype", None)
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -124,7 +122,7 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
         shutil.rmtree(draft, ignore_errors=True)
     weights = sum(linears[name].weight.numel() for name in found)
     stored = sum(tensor.nbytes for tensors in found.values() for tensor in tensors.values())
-    return Saved(folder, section["format"], len(found), 8 * stored / weights, nbytes)
+    return Saved(folder, layout, len(found), 8 * stored / weights, nbytes)
 
 
 def _tensors(model: Any, found: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ import fnmatch
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qapbench import Format, RunSpec, UserError
@@ -16,8 +16,11 @@ NAMES = [
     for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 ]
 GLOBS = ["*", "down_proj", "*.down_proj", "layers.0.*", "layers.1.*", "mlp.*", "*q_proj", "layers.1*", NAMES[0], "proj"]
-OWN = {"weights": {"bits": 4, "group_size": 32}, "activations": {"bits": 8, "symmetric": True}}
-CHANGES: list[Any] = [
+OWN: dict[str, dict[str, Any]] = {
+    "weights": {"bits": 4, "group_size": 32},
+    "activations": {"bits": 8, "symmetric": True},
+}
+CHANGES: list[dict[str, Any] | None] = [
     None,
     {"weights": {"bits": 8}},
     {"weights": {"bits": 2, "group_size": None}},
@@ -26,6 +29,9 @@ CHANGES: list[Any] = [
     {"activations": {"bits": 4, "symmetric": False}},
     {"weights": {"format": "fp8"}, "activations": {"format": "nvfp4"}},
 ]
+
+
+INT8: dict[str, Any] = {side: {"bits": 8, "symmetric": True} for side in OWN}
 
 
 def spec(overrides: Any, **quantize: Any) -> RunSpec:
@@ -51,6 +57,7 @@ def wanted(change: Any) -> tuple[Format | None, Format | None]:
     return sides[0], sides[1]
 
 
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(GLOBS), st.sampled_from(CHANGES), max_size=5))
 def test_the_first_that_fits_counts_and_the_rest_is_the_sections(overrides: dict[str, Any]) -> None:
     run = spec(overrides)
@@ -106,19 +113,18 @@ def test_mistakes_are_named_at_their_place(overrides: Any, said: str) -> None:
 
 @pytest.mark.parametrize("method", ["w4a4-g128", "qvlm", "llm_int8"])
 def test_a_method_of_one_format_takes_full_precision_only(method: str) -> None:
-    given = {"weights": None, "activations": None}
+    given: dict[str, Any] = {"weights": None, "activations": None}
     if method == "llm_int8":
-        given = dict.fromkeys(given, {"bits": 8, "symmetric": True})  # type: ignore[arg-type]
+        given = INT8
     assert formats({"*": None}, NAMES[0], method=method, **given) == (None, None)
     with pytest.raises(UserError, match=r"quantize\.overrides\.\*.*: .* by definition"):
         spec({"*": {"weights": {"bits": 3}}}, method=method, **given)
 
 
 def test_a_kernel_has_to_exist_for_every_override() -> None:
-    int8 = dict.fromkeys(("weights", "activations"), {"bits": 8, "symmetric": True})
-    assert formats({"*": None}, NAMES[0], backend="torchao", **int8) == (None, None)
+    assert formats({"*": None}, NAMES[0], backend="torchao", **INT8) == (None, None)
     with pytest.raises(UserError, match=r"overrides\.\*\.backend: torchao runs W8A8"):
-        spec({"*": {"weights": {"bits": 4}}}, backend="torchao", **int8)
+        spec({"*": {"weights": {"bits": 4}}}, backend="torchao", **INT8)
 
 
 @pytest.mark.parametrize(
