@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from qapbench.errors import Problem, UserError
@@ -13,7 +21,26 @@ from qapbench.methods.parameters import problems_of
 
 from .cost_budget import CostBudget, or_cost
 from .items import FusionItem, MetricItem, PrunerItem, created
-from .strict import Strict, named_item
+from .strict import Strict, named_item, or_null
+
+MOST_STEPS = 4  # of a schedule that a label shows
+
+
+class Step(Strict):
+    """One drop of a schedule.
+
+    Attributes:
+        layer: number of decoder layers before the drop.
+        keep: the budget of tokens that the drop leaves, counted as `per` says.
+    """
+
+    layer: Annotated[int, Field(ge=1)]
+    keep: Annotated[int, Field(ge=1)]
+
+
+def _keep_or_schedule(schema: dict[str, Any]) -> None:
+    """Let the JSON schema of the section do without `keep`, which may follow from its schedule, in place."""
+    schema["required"] = [name for name in schema["required"] if name != "keep"]
 
 
 class PruneSpec(Strict):
@@ -32,9 +59,13 @@ class PruneSpec(Strict):
             image together ("image").
         positions: "compact" numbers the shortened sequence anew. "keep" leaves every token its original position, which
             is all that pruners inside the decoder can do. None becomes "keep" for these and "compact" for others.
+        schedule: for a method inside the decoder, its drops in the place of the method's own: a list of
+            `{layer: 2, keep: 128}`, with falling budgets. `keep` is then that of the last one, and may be left out.
         budget: the cost that a spec gives under `keep`; `keep` then says nothing until it is resolved. None if the spec
             gives a number of tokens.
     """
+
+    model_config = ConfigDict(json_schema_extra=_keep_or_schedule)
 
     method: PrunerItem
     keep: Annotated[int, Field(ge=1, json_schema_extra=or_cost)]
@@ -42,6 +73,7 @@ class PruneSpec(Strict):
     fusion: FusionItem | None = None
     per: Literal["tile", "image"] = "tile"
     positions: Literal["compact", "keep"] | None = None
+    schedule: list[Step] = Field(default=[], json_schema_extra=or_null)
     budget: SkipJsonSchema[CostBudget | None] = None
 
     @model_validator(mode="before")
@@ -52,7 +84,13 @@ class PruneSpec(Strict):
             return data
         if "budget" in data:
             raise UserError(Problem("unknown field; a cost stands under `keep`", ("budget",)))
-        filled = dict(data)
+        filled = {**data, "schedule": data.get("schedule") or []}
+        last = filled["schedule"][-1] if isinstance(filled["schedule"], list) and filled["schedule"] else None
+        if last is not None and data.get("keep") is None:
+            filled["keep"] = last.keep if isinstance(last, Step) else last.get("keep") if isinstance(last, dict) else 1
+        if isinstance(data.get("keep"), dict) and last is not None:
+            message = "a cost and a `schedule` both say how many tokens each layer gets; leave one of them out"
+            raise UserError(Problem(message, ("keep",)))
         if isinstance(data.get("keep"), dict):
             try:
                 filled |= {"budget": CostBudget.model_validate(data["keep"]), "keep": 1}
@@ -70,12 +108,15 @@ class PruneSpec(Strict):
         """Plain data, with a cost under `keep`, where the spec has it."""
         data: dict[str, Any] = dump(self)
         data.pop("budget", None)
+        if not self.schedule:
+            data.pop("schedule", None)
         return data | {"keep": self.budget.given} if self.budget else data
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneSpec:
         if self.fusion is not None and self.sensitivity is None:
             raise ValueError("`fusion` without `sensitivity`: name the sensitivity metric to fuse")
+        self._check_schedule()
         if self.positions == "compact" and isinstance(created(pruners, self.method), DecoderPruner):
             raise ValueError(
                 f"`positions: compact` cannot be had of {self.method}: it drops tokens inside the decoder, whose first "
@@ -83,7 +124,34 @@ class PruneSpec(Strict):
             )
         return self
 
+    def _check_schedule(self) -> None:
+        """Check that the method drops tokens inside the decoder, and that layers rise and budgets fall."""
+        if not self.schedule:
+            return
+        if not isinstance(created(pruners, self.method), DecoderPruner):
+            inside = [name for name in pruners.names() if issubclass(pruners.entry(name).target, DecoderPruner)]  # type: ignore[arg-type]
+            raise UserError(
+                Problem(
+                    f"{self.method} chooses tokens in front of the decoder, so that all layers get as many; leave it "
+                    f"out, or take a method that drops them between layers: {', '.join(inside)}",
+                    ("schedule",),
+                )
+            )
+        for index, (one, after) in enumerate(itertools.pairwise(self.schedule), 1):
+            for name, fine in (("layer", one.layer < after.layer), ("keep", one.keep > after.keep)):
+                if not fine:
+                    word = "a later layer" if name == "layer" else "fewer tokens"
+                    message = f"each drop has {word} than the one before ({getattr(one, name)})"
+                    raise UserError(Problem(message, ("schedule", index, name)))
+        if self.keep != self.schedule[-1].keep:
+            message = f"the last drop of the schedule leaves {self.schedule[-1].keep}; leave `keep` out"
+            raise UserError(Problem(message, ("keep",)))
+
     @property
     def label(self) -> str:
-        """The pruning in words: method, budget and sensitivity."""
-        return f"{self.method} {self.budget or self.keep}" + (f" + {self.sensitivity}" if self.sensitivity else "")
+        """The pruning in words: method, budget, schedule and sensitivity."""
+        steps = ", ".join(f"{step.keep} after {step.layer}" for step in self.schedule[:MOST_STEPS])
+        more = ", ..." if len(self.schedule) > MOST_STEPS else ""
+        schedule = f" ({steps}{more})" if steps else ""
+        plus = f" + {self.sensitivity}" if self.sensitivity else ""
+        return f"{self.method} {self.budget or self.keep}{schedule}{plus}"

@@ -18,6 +18,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def or_null(schema: dict[str, Any]) -> None:
+    """Let the JSON schema of a list take null too, which leaves the field out, in place."""
+    listed = {key: schema.pop(key) for key in ("items", "type") if key in schema}
+    schema["anyOf"] = [listed, {"type": "null"}]
+
+
 def named_item(registry: Registry[Any], data: Any, field: str) -> Any:
     """The object that a field of plain data names; None if the field does not name a valid item.
 
