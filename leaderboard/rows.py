@@ -268,10 +268,7 @@ def quantization_label(quantize: Any, dtype: Any = None) -> str:
         label = text(quantize)
         return label or (NONE if dtype in (None, "auto") else f"{NONE} ({dtype})")
     weights, activations = mapping(spec.get("weights")), mapping(spec.get("activations"))
-    bits = "".join(
-        f"{letter}{text(part.get('bits')) or '?'}" if part else f"{letter}16"
-        for letter, part in (("W", weights), ("A", activations))
-    )
+    bits = bits_label(spec)
     # A floating-point format says by its name how large its groups are.
     named = [text(part.get("format")) or text(part.get("group_size")) for part in (weights, activations)]
     grouping = [f"g{name}" if name.isdigit() else name for name in dict.fromkeys(named) if name]
@@ -279,10 +276,27 @@ def quantization_label(quantize: Any, dtype: Any = None) -> str:
     if cache := mapping(spec.get("kv")):
         keys, values = (text(mapping(cache.get(side)).get("bits")) or "16" for side in ("keys", "values"))
         parts.append(f"KV{keys}" if keys == values else f"K{keys}V{values}")
+    if others := [mapping(one) for one in sequence(spec.get("overrides"))]:
+        parts.append(f"({', '.join(map(override_label, others))})" if len(others) < 4 else f"({len(others)} overrides)")
     scope = [text(name) for name in sequence(spec.get("scope"))]
     if scope and scope != ["language"]:
         parts.append("on " + "+".join(scope))
     return " ".join(parts)
+
+
+def bits_label(formats: dict[str, Any]) -> str:
+    """Bits of weights and activations, such as `W4A16`; 16 stand for no quantization.
+
+    Args:
+        formats: the formats by `weights` and `activations`.
+    """
+    sides = (("W", mapping(formats.get("weights"))), ("A", mapping(formats.get("activations"))))
+    return "".join(f"{letter}{text(part.get('bits')) or '?'}" if part else f"{letter}16" for letter, part in sides)
+
+
+def override_label(override: dict[str, Any]) -> str:
+    """Label of the formats of some linears, such as `*.down_proj W8A16`."""
+    return f"{text(override.get('linears'))} {bits_label(override)}"
 
 
 def score_of_column(column: ColumnScore) -> Score:

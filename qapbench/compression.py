@@ -17,7 +17,7 @@ from .costing.known import costed_model
 from .errors import UserError
 from .memory import check_device
 from .methods.kinds import ptqs
-from .methods.quantization import LinearPlan, TokenActivation
+from .methods.quantization import Format, LinearPlan, TokenActivation
 from .models import Family, family_of
 from .models.compressed import described
 from .models.relevance import TextTower
@@ -129,7 +129,6 @@ def _quantized(
         originals: where the original weights are meanwhile.
     """
     receipt.quantization = str(spec.method)
-    receipt.wants_weights, receipt.wants_activations = spec.weights is not None, spec.activations is not None
     receipt.backend = backends.describe(spec.backend, family.model.device)
     linears = family.linears(spec.scope)
     parts = {name: part for part in spec.scope for name in family.linears([part])}
@@ -139,8 +138,10 @@ def _quantized(
             raise UserError(f"quantize.scope: the {part} of a {kind} has no linear layers")
         receipt.fall_back(f"{part}: left in full precision, because it has no linear layers")
     method = ptqs.create(spec.method.name, **spec.method.params)
+    formats = spec.formats(linears)
+    receipt.wants_weights, receipt.wants_activations = (any(sides) for sides in zip(*formats.values(), strict=True))
     runner = _calibration(family, spec, calibration, pruned, originals)
-    plans = method.prepare(family.model, linears, spec.weights, spec.activations, runner)
+    plans = method.prepare_each(family.model, linears, formats, runner)
     if runner is not None:
         receipt.calibration = runner.used
     with contextlib.ExitStack() as stack:
@@ -157,10 +158,12 @@ def _quantized(
         for name, linear in linears.items():
             plan = plans.pop(name, None)  # what its weight is made of is free once it is made
             plan = plan.to(linear.weight.device) if plan else None
-            if plan is None:
+            asked = formats[name]
+            if plan is None and (any(asked) or not spec.overrides):
                 receipt.fall_back(f"{name}: left in full precision by {spec.method}")
             shape = (linear.out_features, linear.in_features)
             line = LinearReceipt(name=name, part=parts[name], shape=shape, planned=plan is not None)
+            line.asked = asked.bits if spec.overrides else None
             receipt.linears.append(line)
             on_kernel = plan is not None and spec.backend == "torchao"
             if plan is not None and on_kernel:
@@ -170,7 +173,7 @@ def _quantized(
                 packed = packed_weight(plan, linear.weight.detach(), name, spec.method.name) if packs else None
                 if packed is not None:
                     line.weight_bits, line.weight_levels = measured_bits(
-                        packed.dequantized(linear.weight.dtype), spec.weights
+                        packed.dequantized(linear.weight.dtype), asked.weights
                     )
                     line.stored_bytes = packed.nbytes
                     line.stored_bits = 8 * packed.nbytes / linear.weight.numel()
@@ -182,10 +185,10 @@ def _quantized(
                 del packed
             plan = dataclasses.replace(plan, weight=None) if plan else None
             if not (on_kernel or line.stored_bytes):
-                line.weight_bits, line.weight_levels = measured_bits(linear.weight, spec.weights)
+                line.weight_bits, line.weight_levels = measured_bits(linear.weight, asked.weights)
             if not on_kernel:
                 # Registered last, so that it measures exactly what the matmul receives.
-                stack.callback(linear.register_forward_pre_hook(_probe(line, spec, plan)).remove)
+                stack.callback(linear.register_forward_pre_hook(_probe(line, asked.activations, plan)).remove)
         yield
 
 
@@ -239,7 +242,7 @@ def plans_of(model: Any, spec: RunSpec, calibration: Any = None) -> tuple[dict[s
     method = ptqs.create(asked.method.name, **asked.method.params)
     with contextlib.closing(Originals(family.model, "auto")) as originals:
         runner = _calibration(family, asked, calibration, None, originals)
-        return linears, method.prepare(family.model, linears, asked.weights, asked.activations, runner)
+        return linears, method.prepare_each(family.model, linears, asked.formats(linears), runner)
 
 
 def _calibration(
@@ -275,12 +278,12 @@ def _calibration(
     return Calibration(family.model, given, family, shorten, originals)
 
 
-def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> Any:
+def _probe(line: LinearReceipt, format: Format | None, plan: LinearPlan | None) -> Any:
     """A hook that counts a linear's calls, and measures the bits of its input at the first one.
 
     Args:
         line: the linear's line in the receipt.
-        spec: the quantize section.
+        format: format asked of its input; None if that is not quantized.
         plan: the linear's plan; None if the method leaves it alone.
     """
     activation = plan.activation if plan and isinstance(plan.activation, TokenActivation) else None
@@ -292,7 +295,7 @@ def _probe(line: LinearReceipt, spec: QuantizeSpec, plan: LinearPlan | None) -> 
             if exact is not None:
                 line.activation_exact = float(exact.expand(x.shape).float().mean())
                 x = x.masked_fill(exact, 0)
-            line.activation_bits, line.activation_levels = measured_bits(x, spec.activations)
+            line.activation_bits, line.activation_levels = measured_bits(x, format)
         if activation:
             activation.exact = None  # it may be as large as the input, and every linear would keep one
         line.calls += 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
@@ -46,6 +49,8 @@ class ImageTokens(BaseModel):
         return {"available": self.available, **pruned, **{name: value for name, value in more.items() if value}}
 
 
+FULL = 16
+"""Bits that stand for a value that is not quantized, whatever its dtype."""
 LATER = ("transparent", "positions", "too_long", "longest", "kv", "checkpoint")
 """Fields of a receipt that earlier versions did not have."""
 
@@ -113,6 +118,16 @@ class ReceiptFields(BaseModel):
         """Plain data. Fields that came later are left out where they say nothing, as in receipts that had none."""
         data: dict[str, Any] = dump(self)
         return {name: value for name, value in data.items() if value or name not in LATER}
+
+    @property
+    def mean_weight_bits(self) -> float | None:
+        """Bits per weight as measured, mean over all weights of the linears in scope; None without any.
+
+        A weight that is not quantized counts with 16 bits; scales and zero points do not count.
+        """
+        sizes = [math.prod(line.shape) for line in self.linears if line.shape]
+        bits = [min(line.weight_bits, FULL) for line in self.linears if line.shape]
+        return sum(map(operator.mul, sizes, bits)) / sum(sizes) if sizes else None
 
 
 class Receipt(ReceiptFields):
@@ -193,11 +208,13 @@ class Receipt(ReceiptFields):
             NotQuantizedError: they do not.
         """
         planned = [line for line in self.linears if line.planned]
-        called = [line for line in planned if line.calls]
         if self.wants_weights:
-            self._check("weights were", [line for line in planned if line.weight_bits < 16], planned)
+            wanted = [line for line in planned if line.asked is None or line.asked[0] < FULL]
+            self._check("weights were", [line for line in wanted if _reached(line.weight_bits, line, 0)], wanted)
         if self.wants_activations:
-            self._check("activations were", [line for line in called if (line.activation_bits or 32) < 16], called)
+            called = [line for line in planned if line.calls and (line.asked is None or line.asked[1] < FULL)]
+            good = [line for line in called if _reached(line.activation_bits, line, 1)]
+            self._check("activations were", good, called)
         if self.kv is not None:
             self.kv.check()
 
@@ -231,8 +248,12 @@ class Receipt(ReceiptFields):
         return "; ".join(parts)
 
     def _quantization_line(self) -> str:
-        pairs = {(line.weight_bits, line.activation_bits) for line in self.linears if line.calls}
-        bits = ", ".join(f"W{w}A{a}" for w, a in sorted(pairs, key=str)) or "no linear was called"
+        pairs = Counter((line.weight_bits, line.activation_bits) for line in self.linears if line.calls)
+        several = any(line.asked for line in self.linears)
+        counts = {pair: f" at {count}" if several else "" for pair, count in pairs.items()}
+        bits = ", ".join(f"W{w}A{a}{counts[w, a]}" for w, a in sorted(pairs, key=str)) or "no linear was called"
+        if several:
+            bits += f" (mean {self.mean_weight_bits:.4g} bits per weight)"
         called = sum(1 for line in self.linears if line.calls)
         scope = ", ".join(sorted({line.part for line in self.linears}))
         cache = f"; {self.kv.format}: {self.kv.tokens:.4g} tokens x {self.kv.bits:.3g} bits" if self.kv else ""
@@ -251,3 +272,8 @@ class Receipt(ReceiptFields):
     def to_json(self) -> dict[str, Any]:
         """The receipt as plain data, with its summary."""
         return {"summary": self.summary(), **self.model_dump(mode="json")}
+
+
+def _reached(bits: int | None, line: LinearReceipt, side: int) -> bool:
+    """Whether a side of a linear has no more bits than the spec asks for; 0 is the weight, 1 the input."""
+    return bits is not None and (bits < FULL if line.asked is None else bits <= line.asked[side])

@@ -246,12 +246,14 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
     if spec.quantize:
         if not planned:
             problems.append("receipt: the spec quantizes, the receipt names no linear")
-        for wanted, reached, what in (
-            (spec.quantize.weights, [line.weight_bits for line in planned], "weights"),
-            (spec.quantize.activations, [line.activation_bits for line in planned if line.calls], "activations"),
-        ):
-            if wanted and (not reached or any(bits is None or bits > wanted.bits for bits in reached)):
-                problems.append(f"receipt: {what} of some linear did not reach {wanted.bits} bits")
+        for side, what in enumerate(("weights", "activations")):
+            formats = [(line, spec.quantize.formats_of(line.name)[side]) for line in planned]
+            asked = [(line, format.bits) for line, format in formats if format]
+            reached = [
+                ((line.weight_bits, line.activation_bits)[side], bits) for line, bits in asked if line.calls or not side
+            ]
+            if asked and (not reached or any(got is None or got > bits for got, bits in reached)):
+                problems.append(f"receipt: {what} of some linear did not reach {max(b for _, b in asked)} bits")
         if spec.quantize.kv and (record.receipt.kv is None or not record.receipt.kv.tokens):
             problems.append("receipt: the spec quantizes the KV cache, the receipt shows none")
     counted = Receipt()

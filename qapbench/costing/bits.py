@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qapbench.methods.kv import KVFormat
-from qapbench.methods.quantization import Format
+from qapbench.methods.quantization import Format, LinearFormats
 from qapbench.receipt import LinearReceipt
 from qapbench.spec.run_spec import QuantizeSpec
 
@@ -31,21 +31,24 @@ class Bits:
     quantize: QuantizeSpec | None = None
     measured: Mapping[str, LinearReceipt] | None = None
 
-    def quantized(self, product: Product) -> bool:
-        """Whether a linear's weight is quantized."""
+    def formats(self, product: Product) -> LinearFormats:
+        """The formats that the spec asks of a linear; none of either side outside its scope."""
         spec = self.quantize
-        if spec is None or spec.weights is None or product.part not in spec.scope:
-            return False
+        if spec is None or product.part not in spec.scope:
+            return LinearFormats(None, None)
+        return spec.formats_of(product.name)
+
+    def stored(self, product: Product) -> Format | None:
+        """The format that a linear's weight is stored in; None if it is not quantized."""
         line = (self.measured or {}).get(product.name)
-        return line is None or line.weight_bits < FULL
+        return None if line is not None and line.weight_bits >= FULL else self.formats(product).weights
 
     def of(self, product: Product) -> Precision:
         """Precision of a linear's product."""
-        spec = self.quantize
-        if spec is None or product.part not in spec.scope:
+        if self.quantize is None or product.part not in self.quantize.scope:
             return Precision()
-        formats = spec.weights, spec.activations
-        weights, activations = (FULL if one is None else one.bits for one in formats)
+        formats = self.formats(product)
+        weights, activations = formats.bits
         line = (self.measured or {}).get(product.name)
         if line is not None:
             weights, activations = (min(bits or FULL, FULL) for bits in (line.weight_bits, line.activation_bits))
@@ -78,8 +81,8 @@ def weight_bytes(shape: ModelShape, bits: Bits) -> dict[str, int]:
     found = {name: count * size for name, (count, size) in shape.tensors.items()}
     for product in shape.products:
         name = f"{product.name}.weight"
-        if bits.quantized(product) and bits.quantize is not None and bits.quantize.weights is not None:
-            found[name] = stored_bytes(bits.quantize.weights, product.outward, product.inward, shape.value_bytes)
+        if (format := bits.stored(product)) is not None:
+            found[name] = stored_bytes(format, product.outward, product.inward, shape.value_bytes)
     return found
 
 

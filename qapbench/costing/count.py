@@ -9,6 +9,7 @@ from qapbench.methods.kinds import pruners
 from qapbench.models.encoded import EncodedImages
 from qapbench.models.outline import ImageOutline
 from qapbench.receipt import LinearReceipt
+from qapbench.spec.overrides import check_fitting
 from qapbench.spec.run_spec import PruneSpec, QuantizeSpec
 
 from .amounts import Cost, Stage
@@ -42,6 +43,8 @@ def counted(
     """
     family = model.family
     shape = shape_of(family)
+    if quantize and quantize.overrides:
+        check_fitting(quantize.overrides, [one.name for one in shape.products if one.part in quantize.scope])
     bits = Bits(quantize, measured_lines(receipt))
     pruner = pruners.create(prune.method.name, **prune.method.params) if prune else None
     none = ImageOutline(EncodedImages([], []), ((),) * len(shape.tower), 0, 0)

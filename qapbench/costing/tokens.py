@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qapbench.methods.kinds import DecoderPruner, Pruner
+from qapbench.methods.kinds import DecoderPruner, Pruner, Stage
 from qapbench.models.outline import ImageOutline
-from qapbench.prune.splice import budgets
-from qapbench.prune.stages import layer_counts, stage_budgets
+from qapbench.prune.splice import budgets, schedules
+from qapbench.prune.stages import layer_counts, scheduled, stage_budgets
 from qapbench.spec.run_spec import PruneSpec
 
 
@@ -97,15 +97,18 @@ def token_flow(
     listed = encoded.views
     if spec is None:
         keeps: Sequence[Sequence[int]] = [[views.tokens.count] * views.tokens.batch for views in listed]
+        drops: Sequence[Sequence[tuple[Stage, ...]]] = [[()] * views.tokens.batch for views in listed]
     else:
-        keeps = budgets(encoded, spec, most)
+        keeps, drops = budgets(encoded, spec, most), schedules(encoded, spec, most)
     inside = isinstance(pruner, DecoderPruner)
     begins = [0, *itertools.accumulate(len(image.features) for image in encoded.images)]
     flows = []
-    for views, own in zip(listed, keeps, strict=True):
+    for views, own, steps in zip(listed, keeps, drops, strict=True):
         count = views.tokens.count
-        for keep, owner, places in zip(own, views.owners, views.places, strict=True):
-            stages = stage_budgets(pruner, count, keep, depth) if isinstance(pruner, DecoderPruner) else {}
+        for keep, said, owner, places in zip(own, steps, views.owners, views.places, strict=True):
+            stages: dict[int, int] = {}
+            if isinstance(pruner, DecoderPruner):
+                stages = scheduled(said, count, depth) if said else stage_budgets(pruner, count, keep, depth)
             last = begins[owner] + int(places[-1]) + 1
             flows.append(ViewFlow(count, keep, views.tokens.grid, last, stages))
     each = [layer_counts(view.stages, view.count if inside else view.keep, depth) for view in flows]

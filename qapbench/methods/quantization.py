@@ -5,9 +5,9 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -194,6 +194,24 @@ class Format(BaseModel):
     def _grouping(self) -> str:
         """What shares a scale, in a word."""
         return f"g{self.group_size}" if self.group_size and self.granularity == "row" else self.granularity
+
+
+class LinearFormats(NamedTuple):
+    """The formats of one linear.
+
+    Attributes:
+        weights: format of its weight; None leaves it as it is.
+        activations: format of its input; None leaves it as it is.
+    """
+
+    weights: Format | None
+    activations: Format | None
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of both; 16 stand for no quantization."""
+        weights, activations = (16 if one is None else one.bits for one in self)
+        return weights, activations
 
 
 def _range(x: Tensor, over: list[int], valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -454,3 +472,49 @@ class PTQ(abc.ABC):
         Returns:
             One plan per linear. The receipt reports a linear without a plan as a fallback.
         """
+
+    def prepare_each(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        formats: Mapping[str, LinearFormats],
+        calibration: Any = None,
+    ) -> dict[str, LinearPlan]:
+        """Make a plan for every linear in scope, in formats of its own.
+
+        Args:
+            model: the loaded model, which must not be changed.
+            linears: the linears in scope, by their name in the model.
+            formats: the formats of each of them. If they differ, a linear without any is none that the method sees.
+            calibration: as in `prepare`.
+
+        Returns:
+            One plan per linear, as `prepare`; none for a linear that the method does not see.
+        """
+        pairs = set(formats.values())
+        if len(pairs) < 2:
+            weights, activations = next(iter(pairs), LinearFormats(None, None))
+            return self.prepare(model, linears, weights, activations, calibration)
+        asked = {name: linear for name, linear in linears.items() if any(formats[name])}
+        return self._prepare_several(model, asked, formats, calibration)
+
+    def _prepare_several(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        formats: Mapping[str, LinearFormats],
+        calibration: Any,
+    ) -> dict[str, LinearPlan]:
+        """The plans of linears in formats that may differ: those of each pair of formats by themselves."""
+        found: dict[str, LinearPlan] = {}
+        for pair, names in by_formats(linears, formats).items():
+            found |= self.prepare(model, {name: linears[name] for name in names}, *pair, calibration)
+        return {name: found[name] for name in linears if name in found}
+
+
+def by_formats(linears: Iterable[str], formats: Mapping[str, LinearFormats]) -> dict[LinearFormats, list[str]]:
+    """Names of linears by their formats, in the order of the linears."""
+    found: dict[LinearFormats, list[str]] = {}
+    for name in linears:
+        found.setdefault(formats[name], []).append(name)
+    return found

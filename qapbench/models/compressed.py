@@ -6,6 +6,7 @@ with the library's own rules for scales.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ def loading_arguments(folder: Path, config: Mapping[str, Any], trust_remote_code
     except ImportError:
         message = f"the checkpoint is quantized, and compressed-tensors is not installed: {EXTRA}"
         raise UserError(Problem(message, ("model",))) from None
+    kinds = {
+        json.dumps(group.get("weights"), sort_keys=True)
+        for group in config["quantization_config"]["config_groups"].values()
+    }
+    if len(kinds) > 1:
+        what = f"{len(kinds)} groups of linears whose weights are quantized differently"
+        raise UserError(
+            Problem(f"the checkpoint has {what}, and transformers dequantizes all by one of them", ("model",))
+        )
     from transformers import AutoConfig
 
     read = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -28,7 +28,7 @@ from qapbench.receipt import Receipt
 from .decoder_fields import EMBEDDED, DecoderFields
 from .prompt import PruningView
 from .splice import PrunedImage
-from .stages import stage_budgets
+from .stages import scheduled, stage_budgets
 from .state import DecoderState, ViewState
 from .token_layout import TokenLayout, causal, cut, cut_mask
 
@@ -115,7 +115,9 @@ class DecoderPruning:
             UserError: tokens of an image are to be dropped by text behind it, and no text of the prompt follows it.
         """
         for view in view_states:
-            view.budgets = stage_budgets(self.pruner, len(view.entered), view.keep, len(self.layers))
+            count, depth = len(view.entered), len(self.layers)
+            own = scheduled(view.steps, count, depth) if view.steps else None
+            view.budgets = stage_budgets(self.pruner, count, view.keep, depth) if own is None else own
             if view.budgets and not len(view.text) and self.pruner.needs & self.pruner.TEXT_FIELDS:
                 raise UserError(
                     f"{self._name} reads the text behind an image, and a prompt has none (labelled text is an answer)"

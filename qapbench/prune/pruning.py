@@ -32,6 +32,7 @@ from .splice import (
     gather_columns,
     image_columns,
     kept_columns,
+    schedules,
     splice,
 )
 from .state import view_states
@@ -210,11 +211,11 @@ class Pruning:
             asked: for each image, the text that the pruner may read, from `asked_text`.
         """
         mask = prompt["attention_mask"]
-        keeps = self._budgets(encoded)
+        keeps, drops = self._budgets(encoded), schedules(encoded, self.spec, self.family.view_tokens)
 
         @contextlib.contextmanager
         def inside() -> Iterator[Callable[[], list[PrunedImage]]]:
-            states = view_states(encoded, keeps, spans, asked)
+            states = view_states(encoded, keeps, spans, asked, drops)
             with decoder.installed(), decoder.prompt(states, mask, encoded.images) as kept:
                 yield lambda: kept
 

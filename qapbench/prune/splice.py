@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qapbench.errors import UserError
+from qapbench.methods.kinds import Stage
 from qapbench.models.encoded import EncodedImage, EncodedImages
 from qapbench.receipt import ImageTokens
 from qapbench.spec.run_spec import PruneSpec
@@ -109,6 +110,20 @@ def budgets(encoded: EncodedImages, spec: PruneSpec, most: int | None) -> list[l
         for (g, v), share in zip(mine, shares, strict=True):
             split[g][v] = share
     return split
+
+
+def schedules(encoded: EncodedImages, spec: PruneSpec, most: int | None) -> list[list[tuple[Stage, ...]]]:
+    """The drops inside the decoder that a spec says, with each view's own budgets, listed like `encoded.views`.
+
+    The arguments are those of `budgets`, and so is how a budget is split among views.
+    """
+    each = []
+    for step in spec.schedule:
+        own = spec.model_copy(update={"keep": step.keep, "schedule": []})
+        each.append([[Stage(step.layer, keep) for keep in keeps] for keeps in budgets(encoded, own, most)])
+    if not each:
+        return [[()] * views.tokens.batch for views in encoded.views]
+    return [list(zip(*steps, strict=True)) for steps in zip(*each, strict=True)]
 
 
 def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
-from qapbench.methods.kinds import DecoderPruner
+from collections.abc import Sequence
+
+from qapbench.errors import Problem, UserError
+from qapbench.methods.kinds import DecoderPruner, Stage
+
+
+def scheduled(steps: Sequence[Stage], count: int, depth: int) -> dict[int, int]:
+    """Budgets of the drops of one view that a spec says: index of the first layer after a drop -> tokens that it keeps.
+
+    Args:
+        steps: the drops, with the view's own budgets.
+        count: number of tokens of the view. A drop that would leave no fewer than there are is none.
+        depth: number of the decoder's layers.
+
+    Raises:
+        UserError: the decoder has no layer behind a drop.
+    """
+    found, left = {}, count
+    for index, step in enumerate(steps):
+        if step.after >= depth:
+            message = f"a drop is between two of the decoder's {depth} layers: after 1 to {depth - 1} of them"
+            raise UserError(Problem(f"{message} (got {step.after})", ("prune", "schedule", index, "layer")))
+        if step.keep < left:
+            found[step.after] = left = step.keep
+    return found
 
 
 def stage_budgets(pruner: DecoderPruner, count: int, keep: int, depth: int) -> dict[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from qapbench.methods.kinds import Stage
 from qapbench.methods.tokens import Selection
 from qapbench.models.encoded import EncodedImage, EncodedImages
 
@@ -28,6 +29,7 @@ class ViewState:
         entered: [E] columns at which the view's tokens entered the decoder.
         places: [E] places of these tokens.
         grid: (height, width) of the grid of these tokens, if they form one.
+        steps: the drops that the spec says, with the view's own budgets; empty for those of the method.
         left: [n] indices, among the E tokens, of the tokens that are left.
         made: [n] bool, True for a token that was made from several.
         budgets: index of the first layer after a stage -> tokens that the stage keeps.
@@ -41,6 +43,7 @@ class ViewState:
     entered: Tensor
     places: Tensor
     grid: tuple[int, int] | None = None
+    steps: tuple[Stage, ...] = ()
     left: Tensor = field(init=False)
     made: Tensor = field(init=False)
     budgets: dict[int, int] = field(default_factory=dict)
@@ -68,7 +71,11 @@ class ViewState:
 
 
 def view_states(
-    encoded: EncodedImages, budgets: list[list[int]], spans: list[tuple[int, Tensor]], asked: list[Tensor]
+    encoded: EncodedImages,
+    budgets: list[list[int]],
+    spans: list[tuple[int, Tensor]],
+    asked: list[Tensor],
+    schedules: list[list[tuple[Stage, ...]]] | None = None,
 ) -> list[ViewState]:
     """Make the states of all views of a call, in the order of their images.
 
@@ -77,14 +84,16 @@ def view_states(
         budgets: tokens that each view keeps, listed like `encoded.views`.
         spans: row and columns of each image's placeholders, from `image_columns`.
         asked: for each image, [L] bool, True for the text of its row that the pruner may read.
+        schedules: the drops of each view, listed like `encoded.views`; None for those of the method.
     """
     found = []
-    for views, keeps in zip(encoded.views, budgets, strict=True):
-        for image, places, keep in zip(views.owners, views.places, keeps, strict=True):
+    steps = schedules or [[()] * len(keeps) for keeps in budgets]
+    for views, keeps, drops in zip(encoded.views, budgets, steps, strict=True):
+        for image, places, keep, own_drops in zip(views.owners, views.places, keeps, drops, strict=True):
             row, own = spans[image]
             text = asked[image].nonzero()[:, 0]
             text = text[text > own[-1]]
-            found.append(ViewState(image, row, keep, text, own[places], places, views.tokens.grid))
+            found.append(ViewState(image, row, keep, text, own[places], places, views.tokens.grid, own_drops))
     return sorted(found, key=lambda view: view.image)
 
 

@@ -5,6 +5,8 @@ The names are those of the library's files. A scheme says how weights and inputs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 
 from qapbench.errors import Problem, UserError
 from qapbench.methods.packed import TILE, PackedWeight, unpack
-from qapbench.methods.quantization import Format, LinearPlan
+from qapbench.methods.quantization import Format, LinearFormats, LinearPlan
 from qapbench.spec.run_spec import QuantizeSpec
 
 METHOD = "compressed-tensors"
+PACKED, WHOLE = "pack-quantized", "int-quantized"  # integers in words of 32 bits; 8-bit integers, one to a byte
 WORD = 32  # bits of the integers that codes are packed into
 
 
@@ -31,9 +34,30 @@ def layout_of(spec: QuantizeSpec) -> str:
     Raises:
         UserError: there is none. The message names the field.
     """
-    weights, activations = spec.weights, spec.activations
     if spec.kv is not None:
         raise refused(f"the KV cache as {spec.kv.label}; leave `kv` out", "kv")
+    asked: list[tuple[LinearFormats, tuple[str, ...]]] = [(LinearFormats(spec.weights, spec.activations), ())]
+    asked += [(LinearFormats(one.weights, one.activations), ("overrides", one.linears)) for one in spec.overrides]
+    if spec.overrides:
+        asked = [(pair, where) for pair, where in asked if any(pair)]
+    found: dict[LinearFormats, str] = {}
+    for pair, where in asked:
+        try:
+            found[pair] = _layout_of(*pair)
+        except UserError as error:
+            raise UserError([Problem(p.message, (p.where[0], *where, *p.where[1:])) for p in error.problems]) from None
+    if len({pair.weights for pair in found}) > 1:
+        message = (
+            "weights of several formats so that transformers reads them, which dequantizes all linears by one; leave "
+            "some in full precision (null), or give them other `activations`"
+        )
+        raise refused(message, "overrides")
+    names = set(found.values())
+    return names.pop() if len(names) == 1 else PACKED  # inputs that differ: what 8-bit weights can have too
+
+
+def _layout_of(weights: Format | None, activations: Format | None) -> str:
+    """Name of the format in which the library stores weights that are quantized so."""
     if weights is None:
         raise refused("weights that are not quantized; give `weights`", "weights")
     if weights.format not in ("int", "fp8"):
@@ -49,7 +73,7 @@ def layout_of(spec: QuantizeSpec) -> str:
     if weights.format == "fp8":
         return "float-quantized"
     whole = weights.bits == 8 and weights.group_size is None and weights.symmetric
-    return "int-quantized" if whole and activations is not None and activations.bits == 8 else "pack-quantized"
+    return WHOLE if whole and activations is not None and activations.bits == 8 else PACKED
 
 
 def _check_activations(weights: Format, activations: Format) -> None:
@@ -81,9 +105,24 @@ def _check_activations(weights: Format, activations: Format) -> None:
         )
 
 
-def scheme_of(spec: QuantizeSpec, layout: str) -> dict[str, Any]:
-    """The group of linears of a checkpoint that is quantized so, as its config has it."""
-    weights = spec.weights
+@dataclass(frozen=True)
+class Group:
+    """The linears of a checkpoint that are quantized alike.
+
+    Attributes:
+        formats: their formats.
+        linears: their names.
+        symmetric: whether their weights have no zero points.
+    """
+
+    formats: LinearFormats
+    linears: Sequence[str]
+    symmetric: bool
+
+
+def _scheme_of(group: Group, layout: str, targets: Sequence[str]) -> dict[str, Any]:
+    """A group of linears, as a checkpoint's config has it."""
+    weights, activations = group.formats
     if weights is None:
         raise refused("weights that are not quantized; give `weights`", "weights")
     strategy, more = "channel", dict[str, Any]()
@@ -95,14 +134,15 @@ def scheme_of(spec: QuantizeSpec, layout: str) -> dict[str, Any]:
     elif weights.group_size is not None:
         strategy, more = "group", {"group_size": weights.group_size}
     inputs = None
-    if spec.activations is not None:
-        size = spec.activations.group_size
+    if activations is not None:
+        size = activations.group_size
         of_inputs = {"strategy": "token"} if size is None else {"strategy": "group", "group_size": size}
-        inputs = _arguments(spec.activations, dynamic=True, **of_inputs)
+        inputs = _arguments(activations, dynamic=True, **of_inputs)
+    arguments = _arguments(weights, dynamic=False, strategy=strategy, **more)
     return {
-        "targets": ["Linear"],
+        "targets": list(targets),
         "format": layout,
-        "weights": _arguments(weights, dynamic=False, strategy=strategy, **more),
+        "weights": {**arguments, "symmetric": group.symmetric},
         "input_activations": inputs,
         "output_activations": None,
     }
@@ -148,7 +188,7 @@ def tensors_of(name: str, weight: PackedWeight, layout: str, method: str) -> dic
     if weight.zero is None:
         raise refused(f"{name} as integers", "weights", "format")
     half = 2 ** (weight.bits - 1)
-    if layout == "int-quantized":
+    if layout == WHOLE:
         codes = unpack(weight.codes, weight.bits, torch.empty(rows, width, dtype=torch.uint8))
         if weight.zero.numel() != 1:
             raise refused(f"the levels of {method}, which are not symmetric", "method")
@@ -179,22 +219,21 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(padded, axis=-1, bitorder="little").view("<i4").copy())
 
 
-def config_of(spec: QuantizeSpec, layout: str, ignored: list[str], symmetric: bool) -> dict[str, Any]:
+def config_of(groups: Sequence[Group], layout: str, ignored: list[str]) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint.
 
     Args:
-        spec: how it is quantized.
-        layout: name of the format of its weights.
+        groups: the linears that are quantized, by their formats.
+        layout: name of the format of their weights.
         ignored: names of linears that are not quantized.
-        symmetric: whether weights have no zero points.
     """
-    scheme = scheme_of(spec, layout)
-    scheme["weights"]["symmetric"] = symmetric
+    several = len(groups) > 1
+    schemes = [_scheme_of(one, layout, one.linears if several else ["Linear"]) for one in groups]
     return {
         "quant_method": METHOD,
         "format": layout,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
+        "config_groups": {f"group_{index}": scheme for index, scheme in enumerate(schemes)},
         "ignore": ignored,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,

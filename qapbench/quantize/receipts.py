@@ -17,7 +17,7 @@ ENOUGH = 32  # values whose gaps tell a step
 OFF_GRID = 0.15  # of a step, mean distance: see _off_grid
 ROWS = 8  # rows of a tensor that are inspected: enough to see 2^bits levels, cheap enough for every linear
 
-STORED = ("stored_bits", "stored_bytes")  # fields of a packed weight
+LATER = ("stored_bits", "stored_bytes", "asked")  # fields that say something of some linears only
 
 
 class NotQuantizedError(RunFailedError):
@@ -38,6 +38,8 @@ class LinearReceipt(BaseModel):
         planned: whether the method undertook to quantize it; what it left out is a fallback, not a fault.
         stored_bytes: bytes that a packed weight takes, with its scales; None for one that is not packed, and then not
             stored. `stored_bits`: the same in bits per weight.
+        asked: (bits of the weight, bits of the input) that the spec asks of this linear, 16 for no quantization; None,
+            and then not stored, where it asks the same of all.
     """
 
     name: str
@@ -52,11 +54,12 @@ class LinearReceipt(BaseModel):
     planned: bool = True
     stored_bits: float | None = None
     stored_bytes: int | None = None
+    asked: tuple[int, int] | None = None
 
     @model_serializer(mode="wrap")
-    def _without_storage(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data. A weight that is not packed has the fields that it always had."""
-        return {name: value for name, value in dump(self).items() if value is not None or name not in STORED}
+    def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data. Fields that came later are left out where they say nothing."""
+        return {name: value for name, value in dump(self).items() if value is not None or name not in LATER}
 
 
 class CalibrationUse(BaseModel):

@@ -109,7 +109,7 @@ def _row(record: Record) -> dict[str, Any]:
         "model": spec.get("model"),
         "task": _task_name(record),
         "ptq": _name(quantize.get("method")),
-        "weight_bits": _mapping(quantize.get("weights")).get("bits"),
+        "weight_bits": _weight_bits(record, quantize),
         "activation_bits": _mapping(quantize.get("activations")).get("bits"),
         "pruner": record.labels.get("pruner") or _name(prune.get("method")),
         "sensitivity": record.labels.get("sensitivity") or _name(prune.get("sensitivity")),
@@ -130,6 +130,13 @@ def _row(record: Record) -> dict[str, Any]:
 
 def _task_name(record: Record) -> str | None:
     return record.task.name if record.task else _mapping(record.spec.get("task")).get("name")
+
+
+def _weight_bits(record: Record, quantize: dict[str, Any]) -> float | None:
+    """Bits of the weights: those of the spec, or the mean that was measured where linears have bits of their own."""
+    if any(line.asked for line in record.receipt.linears):
+        return record.receipt.mean_weight_bits
+    return _mapping(quantize.get("weights")).get("bits")
 
 
 def _mapping(value: Any) -> dict[str, Any]:

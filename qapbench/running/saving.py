@@ -17,6 +17,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping
 from qapbench.compression import plans_of
 from qapbench.errors import Problem, UserError
+from qapbench.methods.quantization import by_formats
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.loading import precision, read_config
 from qapbench.quantize import export
@@ -81,27 +82,31 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
     Raises:
         UserError: the format cannot express what the run asks for; the message names the field.
     """
-    layout = check_saving(spec, folder)
-    asked, method = spec.quantize, spec.quantize.method.name if spec.quantize else ""
+    layout, asked = check_saving(spec, folder), spec.quantize
+    if asked is None:  # which `check_saving` has refused
+        raise UserError(Problem("there is nothing to quantize; give a `quantize` section", ("quantize",)))
+    method = asked.method.name
     model, _ = session.model(spec)
     samples = None
-    if asked is not None and asked.calibration is not None:
+    if asked.calibration is not None:
         samples = session.calibration(Planner(session.settings.runs, session.settings.device).plan(spec))
     linears, plans = plans_of(model, spec, samples)
+    formats = asked.formats(linears)
     found: dict[str, dict[str, Tensor]] = {}
     for name, plan in plans.items():
         export.check_plan(name, plan, method)
-        weight = linears[name].weight.detach()
-        found[name] = export.tensors_of(name, packed_weight(plan, weight, name, method).to("cpu"), layout, method)
-    zeros = {name for name, tensors in found.items() if "weight_zero_point" in tensors}
-    if zeros and len(zeros) < len(found):
-        raise export.refused("linears of which only some have zero points", "weights", "symmetric")
-    if asked is None or not found:
+        packed = packed_weight(plan, linears[name].weight.detach(), name, method).to("cpu")
+        found[name] = export.tensors_of(name, packed, layout, method)
+    if not found:
         raise UserError(Problem(f"{method} quantizes no linear of this model", ("quantize", "scope")))
+    groups = []
+    for pair, names in by_formats(found, formats).items():
+        zeros = ["weight_zero_point" in found[name] for name in names]
+        if any(zeros) and not all(zeros):
+            raise export.refused("linears of which only some have zero points", "weights", "symmetric")
+        groups.append(export.Group(pair, names, symmetric=not any(zeros)))
     config = read_mapping(find_checkpoint(spec.model).folder / "config.json")
-    config["quantization_config"] = export.config_of(
-        asked, layout, export.linears_left(model, set(found)), symmetric=not zeros
-    )
+    config["quantization_config"] = export.config_of(groups, layout, export.linears_left(model, set(found)))
     config["dtype"] = precision(spec, session.settings.device)
     config.pop("torch_dtype", None)
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")

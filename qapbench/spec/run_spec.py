@@ -1,4 +1,4 @@
-"""The spec of one run, `RunSpec`, and its sections."""
+"""The spec of one run, `RunSpec`, and its task."""
 
 from __future__ import annotations
 
@@ -6,251 +6,33 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
     model_serializer,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
 
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_json
-from qapbench.methods.kinds import DecoderPruner, fusions, pruners, ptqs
-from qapbench.methods.kv import KVFormat
+from qapbench.methods.kinds import pruners
 from qapbench.methods.parameters import problems_of
 from qapbench.methods.plugins import load_plugin_files
-from qapbench.methods.quantization import Format
-from qapbench.methods.registry import Registry
 
-from .backend import Backend, check_backend
-from .cost_budget import CostBudget, or_cost
-from .items import FusionItem, Item, MetricItem, PrunerItem, PTQItem, created, parse_item
+from .items import Item, parse_item
 from .model_name import ModelName
+from .prune_spec import PruneSpec
+from .quantize_spec import CalibrationSpec, QuantizeSpec
+from .strict import Strict
 from .text import Data, NameOrPath
 
-Scope = Literal["language", "projector", "vision"]
-Storage = Literal["unpacked", "packed"]
+__all__ = ["CalibrationSpec", "PruneSpec", "QuantizeSpec", "RunSpec", "Strict", "TaskSpec"]
+
 WHITE = "#ffffff"
-
-
-def _created(registry: Registry[Any], data: Any, field: str) -> Any:
-    """The object that a field of plain data names; None if the field does not name a valid item.
-
-    Args:
-        registry: the registry that has the item.
-        data: plain data of a section.
-        field: name of the field.
-    """
-    if not isinstance(data, dict):
-        return None
-    try:
-        return created(registry, parse_item(registry, data.get(field)))
-    except UserError:
-        return None  # the field's own validation reports the mistake
-
-
-def _is_valid(model: type[BaseModel], data: Any) -> bool:
-    """Whether a section has no mistakes, or is left out."""
-    if data is None or isinstance(data, model):
-        return True
-    try:
-        model.model_validate(data)
-    except ValidationError:
-        return False
-    return True
-
-
-class Strict(BaseModel):
-    """Base of specs: unknown fields are refused, values are not converted, and instances are frozen."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class CalibrationSpec(Strict):
-    """The samples that a method is calibrated on.
-
-    Attributes:
-        samples: number of questions, with and without images as the source has them.
-        seed: decides which questions are taken, and their order.
-        pruned: whether they pass through the spec's own pruner, so that ranges are measured on the tokens that it
-            keeps.
-        data: a parquet file of questions. None takes the task's own source, which contains no test questions.
-        task: the task whose questions these are. None takes the run's own; one that has no questions for calibration
-            needs another, and a run of several tasks is calibrated alike for all of them with one.
-    """
-
-    samples: Annotated[int, Field(ge=1, le=4096)] = 128
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    pruned: bool = False
-    data: NameOrPath | None = None
-    task: NameOrPath | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data, in which a task that is not named is left out, as in versions that had no such field."""
-        data = write(self)
-        return data if self.task is not None else {key: value for key, value in data.items() if key != "task"}
-
-
-class QuantizeSpec(Strict):
-    """How the model is quantized.
-
-    Attributes:
-        method: the method.
-        weights: format of the weights; None leaves them as they are. If both formats are None, the method's own are
-            used, if it has any.
-        activations: format of the activations; None leaves them as they are.
-        scope: parts of the model whose linears are quantized.
-        calibration: the samples; always None for a method that does not calibrate, whatever the spec file says.
-        kv: format of the KV cache; None leaves it in the model's precision.
-        storage: how quantized weights are held in memory. "unpacked" holds their values in the model's dtype. "packed"
-            holds codes and scales, and computes the same values, to the bit, for each product.
-        backend: "simulate" computes the values of a low-bit kernel in floating point. "torchao" runs real int8 kernels,
-            which exist for one pair of formats.
-    """
-
-    method: PTQItem
-    weights: Format | None = None
-    activations: Format | None = None
-    scope: Annotated[list[Scope], Field(min_length=1)] = ["language"]
-    calibration: CalibrationSpec | None = None
-    backend: Backend = "simulate"
-    kv: KVFormat | None = None
-    storage: Storage = "unpacked"
-
-    @model_serializer(mode="wrap")
-    def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data. What is not used of later versions' fields is left out, so that runs keep their ids."""
-        data: dict[str, Any] = dump(self)
-        if self.kv is None:
-            data.pop("kv", None)
-        if self.storage == "unpacked":
-            data.pop("storage", None)
-        return data
-
-    @field_validator("scope")
-    @classmethod
-    def _set_of_parts(cls, scope: list[Scope]) -> list[Scope]:
-        """Each part once, in a fixed order, so that equal scopes give equal runs."""
-        return sorted(set(scope), key=get_args(Scope).index)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_method(cls, data: Any) -> Any:
-        """Fill in formats and calibration that follow from the method."""
-        method = _created(ptqs, data, "method")
-        if method is None:
-            return data
-        filled = dict(data)
-        if filled.get("weights") is None and filled.get("activations") is None and method.formats is not None:
-            filled |= dict(zip(("weights", "activations"), method.formats, strict=True))
-        if not method.calibrates:
-            # A section with mistakes stays, so that its validation reports them with all others.
-            if _is_valid(CalibrationSpec, filled.get("calibration")):
-                filled["calibration"] = None
-        elif filled.get("calibration") is None:
-            filled["calibration"] = CalibrationSpec()
-        return filled
-
-    @model_validator(mode="after")
-    def _formats_of_method(self) -> QuantizeSpec:
-        if self.weights is None and self.activations is None and self.kv is None:
-            raise ValueError("give `weights`, `activations` or both; leave `quantize` out for full precision")
-        created(ptqs, self.method).check(self.weights, self.activations)
-        check_backend(self.backend, self.weights, self.activations)
-        if self.storage == "packed" and (self.weights is None or self.backend != "simulate"):
-            reason = "no `weights` are quantized" if self.weights is None else f"{self.backend} stores its own weights"
-            raise UserError(Problem(f"'packed' stores quantized weights, but {reason}; leave it out", ("storage",)))
-        return self
-
-    @property
-    def label(self) -> str:
-        """The quantization in words, such as "rtn W4A4"; 16 bits stand for no quantization."""
-        w, a = (f.bits if f else 16 for f in (self.weights, self.activations))
-        names = dict.fromkeys(f.format for f in (self.weights, self.activations) if f and f.format != "int")
-        cache = [self.kv.label] if self.kv else []
-        return " ".join([f"{self.method} W{w}A{a}", *names, *cache])
-
-
-class PruneSpec(Strict):
-    """Which visual tokens are kept.
-
-    Attributes:
-        method: the pruner.
-        keep: the budget of tokens, counted as `per` says. An image or tile with fewer tokens keeps all of them. For a
-            pruner inside the decoder, it is the number of tokens that layers after the last drop receive, or the mean
-            over layers for a method that leaves none in the end. It may be given as a cost: `{layer_mean: 64}`, or
-            `{flops: 0.2}` of the dense prefill, or `{kv_bytes: 50000000}`; `qapbench.costing.budget` finds the number.
-        sensitivity: metric whose scores are fused with the pruner's relevance. None lets the pruner select by relevance
-            alone.
-        fusion: how both scores are combined; the default fusion if there is a sensitivity and this is None.
-        per: what `keep` counts if the model cuts images into tiles: tokens of each tile ("tile"), or of all tiles of an
-            image together ("image").
-        positions: "compact" numbers the shortened sequence anew. "keep" leaves every token its original position, which
-            is all that pruners inside the decoder can do. None becomes "keep" for these and "compact" for others.
-        budget: the cost that a spec gives under `keep`; `keep` then says nothing until it is resolved. None if the spec
-            gives a number of tokens.
-    """
-
-    method: PrunerItem
-    keep: Annotated[int, Field(ge=1, json_schema_extra=or_cost)]
-    sensitivity: MetricItem | None = None
-    fusion: FusionItem | None = None
-    per: Literal["tile", "image"] = "tile"
-    positions: Literal["compact", "keep"] | None = None
-    budget: SkipJsonSchema[CostBudget | None] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_method(cls, data: Any) -> Any:
-        """Fill in the default fusion and the default positions, and take a cost for what it is."""
-        if not isinstance(data, dict):
-            return data
-        if "budget" in data:
-            raise UserError(Problem("unknown field; a cost stands under `keep`", ("budget",)))
-        filled = dict(data)
-        if isinstance(data.get("keep"), dict):
-            try:
-                filled |= {"budget": CostBudget.model_validate(data["keep"]), "keep": 1}
-            except ValidationError as error:
-                raise UserError([one.under("keep") for one in problems_of(error, CostBudget)]) from None
-        if filled.get("sensitivity") is not None and filled.get("fusion") is None:
-            filled["fusion"] = fusions.default
-        method = _created(pruners, data, "method")
-        if method is not None and filled.get("positions") is None:
-            filled["positions"] = "keep" if isinstance(method, DecoderPruner) else "compact"
-        return filled
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data, with a cost under `keep`, where the spec has it."""
-        data: dict[str, Any] = dump(self)
-        data.pop("budget", None)
-        return data | {"keep": self.budget.given} if self.budget else data
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PruneSpec:
-        if self.fusion is not None and self.sensitivity is None:
-            raise ValueError("`fusion` without `sensitivity`: name the sensitivity metric to fuse")
-        if self.positions == "compact" and isinstance(created(pruners, self.method), DecoderPruner):
-            raise ValueError(
-                f"`positions: compact` cannot be had of {self.method}: it drops tokens inside the decoder, whose first "
-                "layers have placed them already"
-            )
-        return self
-
-    @property
-    def label(self) -> str:
-        """The pruning in words: method, budget and sensitivity."""
-        return f"{self.method} {self.budget or self.keep}" + (f" + {self.sensitivity}" if self.sensitivity else "")
 
 
 def _colour(value: str) -> str:
@@ -353,7 +135,7 @@ class RunSpec(Strict):
     """
 
     name: str = "run"
-    plugins: list[NameOrPath] = []  # loaded by `parse`, before what they register is validated
+    plugins: list[NameOrPath] = Field(default=[])  # loaded by `parse`, before what they register is validated
     model: ModelName
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     text_tower: NameOrPath | None = None
@@ -361,8 +143,8 @@ class RunSpec(Strict):
     quantize: QuantizeSpec | None = None
     prune: PruneSpec | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    tasks: Annotated[list[TaskSpec], Field(exclude=True)] = []
-    strata: Annotated[list[Literal["needs_image"]], Field(exclude=True)] = []
+    tasks: list[TaskSpec] = Field(default=[], exclude=True)
+    strata: list[Literal["needs_image"]] = Field(default=[], exclude=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.cost import PROMPTS, tiny_model
-from qapbench import Format, Prompt, compress, cost
+from qapbench import Format, Prompt, UserError, compress, cost
 from qapbench.costing.bits import stored_bytes
 from qapbench.models.family import families
 
@@ -35,6 +35,30 @@ def test_stored_bytes_by_hand() -> None:
     assert stored_bytes(Format(bits=8, symmetric=True, granularity="tensor"), 48, 32, 4) == 48 * 32 + 4
     assert stored_bytes(Format.model_validate({"format": "mxfp4"}), 48, 64, 2) == 48 * 32 + 48 * 2
     assert stored_bytes(Format.model_validate({"format": "nvfp4"}), 48, 64, 2) == 48 * 32 + 48 * 4 + 4
+
+
+def test_linears_with_formats_of_their_own() -> None:
+    """Weights and work are those of the dense model, less what each linear's own bits save; a receipt says the same."""
+    model, inputs = tiny_model(families.create("llava"))
+    overrides = {"layers.0.*": None, "down_proj": {"weights": {"bits": 8}, "activations": {"bits": 4}}}
+    spec = {"quantize": {"method": "rtn", "weights": {"bits": 4, "symmetric": True}, "overrides": overrides}}
+    with torch.no_grad(), compress(model, spec) as receipt:
+        model(**inputs)
+    prompt = PROMPTS["llava"]
+    planned, dense = cost(model, spec, prompt), cost(model, None, prompt)
+    measured = cost(model, spec, prompt, receipt=receipt.linears)
+    bits = {line.name: min(line.weight_bits, 16) for line in receipt.linears}
+    assert sorted(set(bits.values())) == [4, 8, 16]
+    shapes = {line.name: line.shape for line in receipt.linears if line.shape}
+    saved = sum(out * into * 4 - out * (into * bits[n] // 8 + 4) for n, (out, into) in shapes.items() if bits[n] < 16)
+    assert planned.weight_bytes == dense.weight_bytes - saved == measured.weight_bytes
+    columns = prompt.text + planned.available
+    shares = {n: 1 - bits[n] * (4 if bits[n] == 8 else 16) / 256 for n in bits}
+    less = sum(2 * out * into * columns * shares[n] for n, (out, into) in shapes.items())
+    assert planned.bops.prefill == pytest.approx(dense.bops.prefill - less)
+    assert measured.bops.prefill == pytest.approx(planned.bops.prefill)
+    with pytest.raises(UserError, match=r"overrides\.dwn_proj: fits no linear in scope; did you mean 'down_proj'"):
+        cost(model, {"quantize": {**spec["quantize"], "overrides": {"dwn_proj": None}}}, prompt)
 
 
 @pytest.mark.parametrize("family", sorted(PROMPTS))

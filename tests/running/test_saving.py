@@ -79,6 +79,37 @@ def test_a_saved_checkpoint_answers_as_its_run(kind: str, spec_of: Spec, questio
         qapbench.run(RunSpec.parse({**spec, "model": str(saved.folder)}), tmp_path / "runs")
 
 
+def test_linears_with_formats_of_their_own_are_groups_of_one_checkpoint(
+    spec_of: Spec, questions: Path, tmp_path: Path
+) -> None:
+    overrides = {"layers.1.*": None, "down_proj": {"activations": {"bits": 8}}, "v_proj": {"activations": None}}
+    spec = spec_of(quantize={**section("W4A4", questions), "overrides": overrides})
+    saved = save_quantized(RunSpec.parse(spec), tmp_path / "saved", Session(Settings(tmp_path / "runs", CPU)))
+    assert (saved.layout, saved.linears) == ("pack-quantized", 7)
+    config = json.loads((saved.folder / "config.json").read_text())["quantization_config"]
+    assert sorted(len(group["targets"]) for group in config["config_groups"].values()) == [1, 1, 5]
+    targets = {name for group in config["config_groups"].values() for name in group["targets"]}
+    assert len(targets) == 7
+    assert not targets & set(config["ignore"])
+    assert sum("language_model.layers.1." in name for name in config["ignore"]) == 7
+    wanted, _ = answered(spec, tmp_path / "runs")
+    got, _ = answered({**spec, "model": str(saved.folder), "quantize": None}, tmp_path / "runs")
+    assert got == wanted
+
+    several = {**section("W4A16", questions), "overrides": {"v_proj": {"weights": {"bits": 8}}}}
+    with pytest.raises(UserError, match=r"quantize\.overrides: compressed-tensors cannot store weights of several"):
+        check_saving(RunSpec.parse(spec_of(quantize=several)), tmp_path / "other")
+    other = {**section("W4A16", questions), "overrides": {"v_proj": {"weights": {"format": "mxfp4"}}}}
+    with pytest.raises(UserError, match=r"quantize\.overrides\.v_proj\.weights\.format: .* weights as mxfp4"):
+        check_saving(RunSpec.parse(spec_of(quantize=other)), tmp_path / "other")
+    path = saved.folder / "config.json"
+    whole = json.loads(path.read_text())
+    next(iter(whole["quantization_config"]["config_groups"].values()))["weights"]["num_bits"] = 8
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="2 groups of linears whose weights are quantized differently"):
+        load_model(RunSpec.parse(spec_of(model=str(saved.folder))), CPU)
+
+
 def test_transformers_reads_the_values_of_the_format(spec_of: Spec, tmp_path: Path) -> None:
     spec = RunSpec.parse(spec_of(quantize={"method": "rtn", "weights": G8}))
     session = Session(Settings(tmp_path / "runs", CPU))

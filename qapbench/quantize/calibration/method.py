@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from qapbench.hashing import digest_code
 from qapbench.methods.kinds import metrics
-from qapbench.methods.quantization import PTQ, Format, LinearPlan
+from qapbench.methods.quantization import PTQ, Format, LinearFormats, LinearPlan, by_formats
 
 from .blocks import check_finite
 from .runner import Calibration
 from .samples import CalibrationResult
+from .several import calibrated_together
 
 
 class CalibratedPTQ(PTQ):
@@ -76,14 +77,48 @@ class CalibratedPTQ(PTQ):
         if weights is None and activations is None:
             return dict.fromkeys(linears, LinearPlan())
         self.check(weights, activations)
-        for name, linear in linears.items():
-            check_finite(linear.weight, f"the weight of {name}")
+        _check_weights(linears)
         runner = Calibration.over(model, calibration, type(self).__name__.lower())
         found = runner.cached(
             lambda: self._identity(linears, weights, activations),
             lambda: self.calibrate(runner, linears, weights, activations),
         )
         return {name: self.plan(found[name], weights, activations) for name in linears if name in found}
+
+    def _prepare_several(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        formats: Mapping[str, LinearFormats],
+        calibration: Any,
+    ) -> dict[str, LinearPlan]:
+        """The plans of linears in formats that may differ. Blocks are calibrated in order, as their linears will be.
+
+        What a method finds for several linears of a block together is found as if all of them had the format.
+        """
+        groups = by_formats(linears, formats)
+        if len(groups) < 2:
+            return super()._prepare_several(model, linears, formats, calibration)
+        for pair in groups:
+            self.check(*pair)
+        _check_weights(linears)
+        runner = Calibration.over(model, calibration, type(self).__name__.lower())
+
+        def find() -> CalibrationResult:
+            methods = {
+                pair: (lambda runner, pair=pair: self.calibrate(runner, linears, *pair), names)
+                for pair, names in groups.items()
+            }
+            return {
+                name: one for result in calibrated_together(runner, methods).values() for name, one in result.items()
+            }
+
+        def about() -> dict[str, Any]:
+            several = [[_plain(pair), names] for pair, names in groups.items()]
+            return {**self._identity(linears, None, None), "several": several}
+
+        found = runner.cached(about, find)
+        return {name: self.plan(found[name], *formats[name]) for name in linears if name in found}
 
     def _identity(
         self, linears: Mapping[str, nn.Linear], weights: Format | None, activations: Format | None
@@ -95,7 +130,17 @@ class CalibratedPTQ(PTQ):
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "source": digest_code(type(self)),
             "params": {name: repr(v) for name, v in dataclasses.asdict(self).items()},  # type: ignore[call-overload]
-            "weights": weights.model_dump() if weights else None,
-            "activations": activations.model_dump() if activations else None,
+            **dict(zip(("weights", "activations"), _plain((weights, activations)), strict=True)),
             "linears": {name: [*linear.weight.shape, str(linear.weight.dtype)] for name, linear in linears.items()},
         }
+
+
+def _check_weights(linears: Mapping[str, nn.Linear]) -> None:
+    """Check that all weights are finite."""
+    for name, linear in linears.items():
+        check_finite(linear.weight, f"the weight of {name}")
+
+
+def _plain(pair: tuple[Format | None, Format | None]) -> list[dict[str, Any] | None]:
+    """Formats of weights and activations as plain data."""
+    return [None if one is None else one.model_dump() for one in pair]

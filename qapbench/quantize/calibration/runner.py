@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -45,6 +45,23 @@ class Gradient:
     vision: float
     text: float
     answer: float
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """What a method does block by block, as it asks `Calibration.block_by_block` for it.
+
+    Attributes:
+        linears: the linears in scope, by their name in the model.
+        find: computes the result for the linears of one block.
+        install: makes a linear's plan from its result; None leaves the model in full precision.
+        own: names of the linears whose result counts; None for all.
+    """
+
+    linears: Mapping[str, nn.Linear]
+    find: Callable[[Block], CalibrationResult]
+    install: Callable[[dict[str, Tensor]], LinearPlan] | None = None
+    own: Collection[str] | None = None
 
 
 class Calibration:
@@ -163,9 +180,21 @@ class Calibration:
         Returns:
             The results of all blocks, with tensors in host memory or in temporary files.
         """
-        chains = self._chains(linears)
+        return self.together([BlockWork(linears, find, install)])[0]
+
+    def together(self, works: Sequence[BlockWork]) -> list[CalibrationResult]:
+        """Do several works block by block, each on the outputs of what all of them have made of the blocks before.
+
+        Args:
+            works: the works. Each plans linears that no other does.
+
+        Returns:
+            The result of each, as `block_by_block` has it.
+        """
+        ahead = {name: linear for work in works for name, linear in work.linears.items()}
+        chains = self._chains(ahead)
         total, done = sum(map(len, chains)), 0
-        found: CalibrationResult = {}
+        results: list[CalibrationResult] = [{} for _ in works]
         shared = SharedInputs()
         with contextlib.ExitStack() as stack:
             for chain in chains:
@@ -173,17 +202,39 @@ class Calibration:
                 passes = captured[0]
                 for index, (name, module, members) in enumerate(chain):
                     block = Block(name, module, members, passes, self._current, self._activations)
-                    mine = self._kept(find(block)) if passes and members else {}
-                    found |= mine
-                    for linear, tensors in mine.items() if install else ():
-                        plan = install(tensors)  # type: ignore[misc]
-                        stack.enter_context(
-                            installed(linears[linear], plan, self._told, shared=shared, originals=self.originals)
-                        )
+                    for result, found in zip(results, self._found_in(block, works, ahead), strict=True):
+                        result |= found
+                    for work, result in zip(works, results, strict=True):
+                        for linear in [one for one in members if one in result] if work.install else ():
+                            plan = work.install(result[linear])  # type: ignore[misc]
+                            stack.enter_context(
+                                installed(members[linear], plan, self._told, shared=shared, originals=self.originals)
+                            )
+                    ahead = {name: linear for name, linear in ahead.items() if name not in members}
                     if index + 1 < len(chain):
                         passes = block.advance(captured[index + 1])
                     done += 1
                     self.source.report("calibrating, block", done, total)
+        return results
+
+    def _found_in(self, block: Block, works: Sequence[BlockWork], ahead: Collection[str]) -> list[CalibrationResult]:
+        """What each work finds in a block, before anything of it is installed.
+
+        A work goes on as long as linears of its own are in the block or ahead of it, since it may follow the blocks.
+
+        Args:
+            block: the block.
+            works: the works.
+            ahead: names of the linears in this block and in those behind it.
+        """
+        found: list[CalibrationResult] = []
+        for work in works:
+            if work.own is not None and not any(name in work.own for name in ahead):
+                found.append({})
+                continue
+            members = {name: linear for name, linear in block.linears.items() if name in work.linears}
+            mine = work.find(replace(block, linears=members)) if block.passes and members else {}
+            found.append(self._kept({name: mine[name] for name in mine if work.own is None or name in work.own}))
         return found
 
     def gradients(self, modules: Iterable[str]) -> dict[str, Gradient]:
