@@ -19,6 +19,7 @@ from .methods.quantization import LinearPlan, TokenActivation
 from .models import Family, family_of
 from .models.compressed import described
 from .models.relevance import TextTower
+from .models.unread import values
 from .prune.build import build_pruning
 from .prune.calls import PrunedCalls
 from .prune.pruning import Pruning
@@ -163,7 +164,7 @@ def _quantized(
                 stack.enter_context(backends.int8_linear(linear, plan, line, originals))
             elif plan is not None:
                 packs = spec.storage == "packed" and plan.weight is not None
-                packed = packed_weight(plan, linear.weight.detach(), name, spec.method.name) if packs else None
+                packed = packed_weight(plan, values(linear.weight), name, spec.method.name) if packs else None
                 if packed is not None:
                     line.weight_bits, line.weight_levels = measured_bits(
                         packed.dequantized(linear.weight.dtype), spec.weights
@@ -171,6 +172,7 @@ def _quantized(
                     line.stored_bytes = packed.nbytes
                     line.stored_bits = 8 * packed.nbytes / linear.weight.numel()
                     stack.enter_context(held_packed(linear, packed, buffer, originals))
+                    originals.freed(linear.weight.nbytes)  # of what the codes were made of
                 tokens = told if parts[name] == "language" else nothing_known
                 stack.enter_context(
                     installed(linear, plan, tokens, weight_too=packed is None, shared=shared, originals=originals)

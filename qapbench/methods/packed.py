@@ -89,6 +89,19 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> Tensor:
     return out
 
 
+def packed_bytes(format: Format, rows: int, width: int) -> int:
+    """Bytes that a weight [rows, width] takes when it is packed as a format rounds it."""
+    size = format.group_size or width
+    down, across = {
+        "row": (rows, -(-width // size)),
+        "channel": (1, width),
+        "tensor": (1, 1),
+        "block": (-(-rows // size), -(-width // size)),
+    }[format.granularity]
+    zeros = 0 if format.format != "int" else 1 if format.symmetric else down * across
+    return rows * sum(-(-width * plane // 8) for plane in planes(format.bits)) + 4 * down * across + zeros
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A quantized weight [out, in] as codes, scales and zero points.

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 
 from qapbench.checkpoints.find import find_checkpoint
-from qapbench.checkpoints.headers import stored
+from qapbench.checkpoints.headers import Stored, stored
 from qapbench.errors import Problem, UserError
 from qapbench.memory import free_bytes
 from qapbench.methods.kinds import ptqs
+from qapbench.methods.packed import packed_bytes
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower
-from qapbench.models.loading import precision, read_config
+from qapbench.models.loading import packs_from_file, precision, read_config
 from qapbench.models.relevance import find_tower
+from qapbench.models.unread import may_wait
+from qapbench.quantize.calibration import spill
 from qapbench.spec.items import created
 from qapbench.spec.run_spec import RunSpec
 
@@ -30,6 +33,7 @@ ANSWER = 1000  # bytes of a stored answer
 WORDS = 120  # tokens of a prompt beside those of its image
 IMAGE = 1280  # tokens of an image, where the config does not say
 GB = 10**9
+VISION = ("vision", "visual")  # parts of the names of weights of the vision side
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     if format := format_of(config):
         with contextlib.suppress(UserError):  # it is still to be downloaded
             tensors += stored(format(folder, config).companion(fetch=False))
-    weights = sum(tensor.loaded(width) for tensor in tensors)
+    weights = _weights(spec, tensors, width, packs_from_file(spec, settings.device, config))
     parts = {"weights": weights}
     if needs_tower(spec):
         tower, _ = find_tower(spec.text_tower, str(folder), default_tower(config), False)
@@ -90,10 +94,13 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
         linears = [tensor for tensor in tensors if len(tensor.shape) == 2 and ".layers." in tensor.name]
         largest = max((tensor.count for tensor in linears), default=0)
         parts["quantizing"] = largest * (2 * width + 8)  # a new weight, and float32 copies of it on the way
+        if spec.quantize.storage == "packed":
+            parts["quantizing"] += largest * width  # the buffer that a weight is unpacked to
         if spec.quantize.calibration and created(ptqs, spec.quantize.method).calibrates:
             found = sum(tensor.loaded(width) for tensor in linears)
-            samples = spec.quantize.calibration.samples * _tokens(config) * _of(config, "hidden_size") * width
-            parts["calibration"] = found + 2 * samples + 8 * max(_of(config, "intermediate_size"), 1) ** 2
+            samples = 2 * spec.quantize.calibration.samples * _tokens(config) * _of(config, "hidden_size") * width
+            kept = min(found, spill.LIMIT) + min(samples, spill.LIMIT)  # the rest waits in temporary files
+            parts["calibration"] = kept + 8 * max(_of(config, "intermediate_size"), 1) ** 2
             disk += found
     parts["activations"] = _activations(config, settings, width)
     everywhere = {name: size * settings.workers for name, size in parts.items()}
@@ -103,6 +110,28 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     host = 0 if settings.device.type == "cpu" else process + max((t.loaded(width) for t in tensors), default=0)
     certain = (weights + (PROCESS if settings.device.type == "cpu" else 0)) * settings.workers
     return Estimate(settings.device.type, everywhere, host, disk, certain)
+
+
+def _weights(spec: RunSpec, tensors: Sequence[Stored], width: int, packed: bool) -> int:
+    """Bytes of the weights of a model as a run holds them.
+
+    Args:
+        spec: the run.
+        tensors: what the checkpoint holds.
+        width: bytes of a value of the model's dtype.
+        packed: whether weights are packed as they come from the file.
+    """
+    quantize = spec.quantize
+    if not packed or quantize is None or quantize.weights is None:
+        return sum(tensor.loaded(width) for tensor in tensors)
+    total = 0
+    for tensor in tensors:
+        part = "vision" if any(word in tensor.name for word in VISION) else "language"
+        if part in quantize.scope and may_wait(tensor.name, tensor.dtype, tensor.shape):
+            total += packed_bytes(quantize.weights, tensor.shape[0], tensor.shape[1])
+        else:
+            total += tensor.loaded(width)
+    return total
 
 
 def of_all(specs: Sequence[RunSpec], settings: Settings, totals: Sequence[int]) -> list[str]:
@@ -151,8 +180,19 @@ def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
         ways.append(f"fewer --workers (each holds a model of {_size(needs.parts['weights'] // settings.workers)})")
     if precision(spec, settings.device) == "float32":
         ways.append(f"`dtype: bfloat16` (weights of {_size(needs.parts['weights'] // 2)})")
+    if (smaller := _packed(spec)) is not None:
+        weights = estimate(smaller, settings).parts["weights"] // settings.workers
+        ways.append(f"`storage: packed` under `quantize` (weights of {_size(weights)})")
     ways.append("a machine with more memory" if settings.device.type == "cpu" else "a larger GPU, or `--device cpu`")
     return "what helps: " + ", or ".join(ways)
+
+
+def _packed(spec: RunSpec) -> RunSpec | None:
+    """The same run with packed weights; None if it quantizes no weights, or packs them already."""
+    quantize = spec.quantize
+    if quantize is None or quantize.weights is None or quantize.storage == "packed" or quantize.backend != "simulate":
+        return None
+    return spec.model_copy(update={"quantize": quantize.model_copy(update={"storage": "packed"})})
 
 
 def _activations(config: Mapping[str, Any], settings: Settings, width: int) -> int:

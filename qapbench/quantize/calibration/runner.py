@@ -15,6 +15,7 @@ from qapbench.errors import UserError
 from qapbench.memory import peak_memory
 from qapbench.methods.quantization import LinearPlan, Tokens
 from qapbench.models import Family
+from qapbench.models.unread import present
 from qapbench.quantize.calibration import store
 from qapbench.quantize.call_tokens import tokens_of
 from qapbench.quantize.install import SharedInputs, installed
@@ -173,15 +174,20 @@ class Calibration:
                 passes = captured[0]
                 for index, (name, module, members) in enumerate(chain):
                     block = Block(name, module, members, passes, self._current, self._activations)
-                    mine = self._kept(find(block)) if passes and members else {}
+                    with present(members.values()):
+                        mine = self._kept(find(block)) if passes and members else {}
                     found |= mine
-                    for linear, tensors in mine.items() if install else ():
-                        plan = install(tensors)  # type: ignore[misc]
-                        stack.enter_context(
-                            installed(linears[linear], plan, self._told, shared=shared, originals=self.originals)
-                        )
-                    if index + 1 < len(chain):
-                        passes = block.advance(captured[index + 1])
+                    with contextlib.ExitStack() as calibrated:
+                        for linear, tensors in mine.items() if install else ():
+                            plan = install(tensors)  # type: ignore[misc]
+                            calibrated.enter_context(
+                                installed(linears[linear], plan, self._told, shared=shared, originals=self.originals)
+                            )
+                        if index + 1 < len(chain):
+                            with present(members.values()):
+                                passes = block.advance(captured[index + 1])
+                        if chain is not chains[-1]:  # later chains are captured behind this block
+                            stack.push(calibrated.pop_all())
                     done += 1
                     self.source.report("calibrating, block", done, total)
         return found
