@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,9 @@ class Postponed:
             held = holders[place]
             if any(getattr(module, name).shape != given.shape for module, name in held):
                 return False
-            if len(held) == 1 and id(held[0][0]) in wanted:
-                weight: Any = UnreadWeight(lambda f=file, k=key: f.read(k, self.dtype), given)  # type: ignore[misc]
-            else:
-                weight = nn.Parameter(file.read(key, self.dtype).to(self.device), requires_grad=False)
+            left: Any = UnreadWeight(functools.partial(file.read, key, self.dtype), given)
+            if len(held) > 1 or id(held[0][0]) not in wanted:
+                left = nn.Parameter(left.read(), requires_grad=False)
             for module, name in held:
-                setattr(module, name, weight)
+                setattr(module, name, left)
         return True

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from qapbench.compression import plans_of
 from qapbench.errors import Problem, UserError
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.loading import precision, read_config
+from qapbench.models.unread import values
 from qapbench.quantize import export
 from qapbench.quantize.packed import packed_weight
 from qapbench.spec.run_spec import RunSpec
@@ -49,8 +51,13 @@ class Saved:
     nbytes: int
 
 
-def check_saving(spec: RunSpec, folder: Path) -> str:
+def check_saving(spec: RunSpec, folder: Path, device: torch.device) -> str:
     """Check, without loading the model, that the quantized model of a run can be written to a folder.
+
+    Args:
+        spec: the run.
+        folder: folder of the checkpoint.
+        device: device of the model.
 
     Returns:
         Name of the format of its weights.
@@ -67,7 +74,13 @@ def check_saving(spec: RunSpec, folder: Path) -> str:
         raise UserError(Problem(message, ("model",)))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: there is something already; name a new folder")
-    return export.layout_of(spec.quantize)
+    layout = export.layout_of(spec.quantize)
+    if layout == export.LAYOUTS["nvfp4"] and precision(spec, device) != "bfloat16":
+        message = (
+            f"nvfp4 weights in {precision(spec, device)}: the library reads them in bfloat16; write `dtype: bfloat16`"
+        )
+        raise UserError(Problem(f"compressed-tensors cannot store {message}", ("dtype",)))
+    return layout
 
 
 def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
@@ -81,8 +94,10 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
     Raises:
         UserError: the format cannot express what the run asks for; the message names the field.
     """
-    layout = check_saving(spec, folder)
+    layout = check_saving(spec, folder, session.settings.device)
     asked, method = spec.quantize, spec.quantize.method.name if spec.quantize else ""
+    if asked is not None:  # then weights are packed as they come from the files
+        spec = spec.model_copy(update={"quantize": asked.model_copy(update={"storage": "packed"})})
     model, _ = session.model(spec)
     samples = None
     if asked is not None and asked.calibration is not None:
@@ -91,8 +106,9 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
     found: dict[str, dict[str, Tensor]] = {}
     for name, plan in plans.items():
         export.check_plan(name, plan, method)
-        weight = linears[name].weight.detach()
-        found[name] = export.tensors_of(name, packed_weight(plan, weight, name, method).to("cpu"), layout, method)
+        weight = values(linears[name].weight)
+        packed = packed_weight(plan, weight, name, method).to("cpu")
+        found[name] = export.tensors_of(name, packed, layout, method, weight)
     zeros = {name for name, tensors in found.items() if "weight_zero_point" in tensors}
     if zeros and len(zeros) < len(found):
         raise export.refused("linears of which only some have zero points", "weights", "symmetric")
