@@ -78,6 +78,7 @@ def compress(
     owner = spec.text_tower if isinstance(spec, RunSpec) else None
     family = family_of(model)
     check_device(family.model.device.type)
+    _check_in_memory(family.model)
     receipt = Receipt(checkpoint=described(family.model))
     if prune and prune.budget is not None:
         prune = resolved(prune, costed_model(model, named_tower=owner), quantize)
@@ -95,6 +96,18 @@ def compress(
         if pruned:
             stack.enter_context(PrunedCalls(pruned).installed())
         yield receipt
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    """Check that every weight has values that can be quantized.
+
+    Raises:
+        UserError: one has none, as where accelerate keeps it on disk or in host memory until its layer runs.
+    """
+    absent = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if absent is not None:
+        helps = "load the model without a `device_map`, on one device, or let `qapbench run` load it (`--offload`)"
+        raise UserError(f"model: {absent} is not in memory: accelerate puts it there while its layer runs; {helps}")
 
 
 def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, PruneSpec | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,14 +12,16 @@ from qapbench.checkpoints.find import HASHES, find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping, why_not_loaded
 from qapbench.errors import Problem, UserError
 from qapbench.models.checkpoint_format import format_of
-from qapbench.models.compressed import check_not_twice, complete, loading_arguments
+from qapbench.models.compressed import check_not_twice, complete, loading_arguments, quantization_of
 from qapbench.models.family import family_class, family_of
 from qapbench.models.streaming import streaming
 from qapbench.models.unread import Postponed
-from qapbench.spec.run_spec import RunSpec
+from qapbench.spec.run_spec import RunSpec, Scope
 
 
-def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(
+    spec: RunSpec, device: torch.device, trust_remote_code: bool = False, offload: bool = False
+) -> tuple[Any, Any]:
     """Load the model of a spec, in eval mode on a device, and its processor.
 
     The checkpoint is read tensor by tensor: beside the model no more than a few tensors are in memory. If the spec
@@ -30,6 +32,7 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
         spec: names the model and its dtype, and says which linears are stored packed.
         device: device for the model.
         trust_remote_code: let the checkpoint run its own Python code.
+        offload: leave all linears of the decoder's layers in their files.
 
     Returns:
         (model, processor)
@@ -58,11 +61,11 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
             )
             return model, family.load_processor(folder, trust_remote_code)
 
-    postponed = Postponed(getattr(torch, dtype), device) if packs_from_file(spec, device, config) else None
+    scope = left_in_files(spec, device, config, offload)
+    postponed = Postponed(getattr(torch, dtype), device) if scope else None
     try:
         model, processor = load(postponed)
         model = model.eval().requires_grad_(False).to(device)
-        scope = spec.quantize.scope if spec.quantize else []
         if postponed is not None and not postponed.settle(model, family_of(model).linears(scope).values()):
             model, processor = load(None)
             model = model.eval().requires_grad_(False).to(device)
@@ -75,18 +78,25 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
     return model, processor
 
 
-def packs_from_file(spec: RunSpec, device: torch.device, config: Mapping[str, Any]) -> bool:
-    """Whether the weights that a run stores packed stay in their files until they are packed.
+def left_in_files(spec: RunSpec, device: torch.device, config: Mapping[str, Any], offload: bool) -> list[Scope]:
+    """Parts of the model whose layers have linears that stay in their files when the model is loaded.
 
-    They do not where the model is put together in host memory before it goes to a GPU.
+    These are the linears that a run stores packed, until they are packed, and with `offload` those of the decoder. None
+    do where the model is put together in host memory before it goes to a GPU.
 
     Args:
         spec: the run.
         device: device of the model.
         config: content of the checkpoint's config.json.
+        offload: whether the decoder stays in its files.
     """
-    direct = device.type == "cpu" or (find_spec("accelerate") is not None and not format_of(config))
-    return direct and spec.quantize is not None and spec.quantize.storage == "packed"
+    if device.type != "cpu" and (find_spec("accelerate") is None or format_of(config)):
+        return []
+    if quantization_of(config) is not None:  # the library dequantizes as it reads
+        return []
+    packed = spec.quantize.scope if spec.quantize is not None and spec.quantize.storage == "packed" else []
+    decoder: list[Scope] = ["language"] if offload else []
+    return sorted({*packed, *decoder}, key=get_args(Scope).index)
 
 
 def load_processor(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qapbench.methods.kinds import ptqs
 from qapbench.methods.packed import packed_bytes
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower
-from qapbench.models.loading import packs_from_file, precision, read_config
+from qapbench.models.loading import left_in_files, precision, read_config
 from qapbench.models.relevance import find_tower
 from qapbench.models.unread import may_wait
 from qapbench.quantize.calibration import spill
@@ -84,15 +84,17 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     if format := format_of(config):
         with contextlib.suppress(UserError):  # it is still to be downloaded
             tensors += stored(format(folder, config).companion(fetch=False))
-    weights = _weights(spec, tensors, width, packs_from_file(spec, settings.device, config))
+    weights = _weights(spec, tensors, width, left_in_files(spec, settings.device, config, settings.offload))
     parts = {"weights": weights}
     if needs_tower(spec):
         tower, _ = find_tower(spec.text_tower, str(folder), default_tower(config), False)
         parts["text tower"] = sum(tensor.loaded(4) for tensor in stored(tower)) if tower else 0
     disk = questions * ANSWER
+    linears = [tensor for tensor in tensors if len(tensor.shape) == 2 and ".layers." in tensor.name]
+    largest = max((tensor.count for tensor in linears), default=0)
+    if settings.offload:
+        parts["reading"] = 2 * largest * width
     if spec.quantize:
-        linears = [tensor for tensor in tensors if len(tensor.shape) == 2 and ".layers." in tensor.name]
-        largest = max((tensor.count for tensor in linears), default=0)
         parts["quantizing"] = largest * (2 * width + 8)  # a new weight, and float32 copies of it on the way
         if spec.quantize.storage == "packed":
             parts["quantizing"] += largest * width  # the buffer that a weight is unpacked to
@@ -112,24 +114,23 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     return Estimate(settings.device.type, everywhere, host, disk, certain)
 
 
-def _weights(spec: RunSpec, tensors: Sequence[Stored], width: int, packed: bool) -> int:
+def _weights(spec: RunSpec, tensors: Sequence[Stored], width: int, left: Collection[str]) -> int:
     """Bytes of the weights of a model as a run holds them.
 
     Args:
         spec: the run.
         tensors: what the checkpoint holds.
         width: bytes of a value of the model's dtype.
-        packed: whether weights are packed as they come from the file.
+        left: parts of the model whose linears stay in their files, unless they are quantized.
     """
-    quantize = spec.quantize
-    if not packed or quantize is None or quantize.weights is None:
-        return sum(tensor.loaded(width) for tensor in tensors)
-    total = 0
+    quantize, total = spec.quantize, 0
     for tensor in tensors:
         part = "vision" if any(word in tensor.name for word in VISION) else "language"
-        if part in quantize.scope and may_wait(tensor.name, tensor.dtype, tensor.shape):
-            total += packed_bytes(quantize.weights, tensor.shape[0], tensor.shape[1])
-        else:
+        stays = part in left and may_wait(tensor.name, tensor.dtype, tensor.shape)
+        weights = quantize.weights if quantize is not None and part in quantize.scope else None
+        if stays and weights is not None and quantize is not None and quantize.storage == "packed":
+            total += packed_bytes(weights, tensor.shape[0], tensor.shape[1])
+        elif not stays or weights is not None:
             total += tensor.loaded(width)
     return total
 
@@ -183,6 +184,9 @@ def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
     if (smaller := _packed(spec)) is not None:
         weights = estimate(smaller, settings).parts["weights"] // settings.workers
         ways.append(f"`storage: packed` under `quantize` (weights of {_size(weights)})")
+    if not settings.offload and (spec.quantize is None or spec.quantize.weights is None):
+        weights = estimate(spec, replace(settings, offload=True)).parts["weights"] // settings.workers
+        ways.append(f"`--offload`, which is slow (weights of {_size(weights)})")
     ways.append("a machine with more memory" if settings.device.type == "cpu" else "a larger GPU, or `--device cpu`")
     return "what helps: " + ", or ".join(ways)
 

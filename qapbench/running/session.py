@@ -89,9 +89,11 @@ class Session:
                 give_back_freed()
             refuse_unless_it_fits(spec, self.settings)
             self.phases.begin("load")
-            self._loaded = (key, *load_model(spec, self.settings.device, self.settings.trust_remote_code))
+            settings = self.settings
+            loaded = load_model(spec, settings.device, settings.trust_remote_code, settings.offload)
+            self._loaded = (key, *loaded)
             self.phases.end()
-        elif not _packed(spec):
+        elif not (_packed(spec) or self.settings.offload):
             self._read_all(spec, self._loaded[1])
         return self._loaded[1], self._loaded[2]
 

@@ -10,6 +10,7 @@ from llava_checkpoints import save_llava
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from qapbench import UserError, compress
 from qapbench.errors import RunFailedError
 from qapbench.models import family_of
 from qapbench.models.loading import load_model
@@ -160,3 +161,40 @@ def test_runs_that_pack_and_runs_that_do_not_share_a_model(folder: Path, tmp_pat
     assert len(unread(packs.model(specs[0])[0])) == 14
     assert shared == alone
     assert shared[0] == shared[2]
+
+
+def test_an_offloaded_decoder_answers_as_one_in_memory(folder: Path, tmp_path: Path) -> None:
+    """In full precision, quantized, and pruned inside the decoder; its weights are in memory before and after at no
+    time."""
+    sections: list[dict[str, Any]] = [{}, {"quantize": W4}, {"prune": {"method": "fastv", "keep": 4}}]
+    task = {"name": "diagramqa", "limit": 2, "answers": "letter"}
+    specs = [RunSpec.parse({"name": "t", "model": str(folder), "task": task, **one}) for one in sections]
+    found = []
+    for offload in (False, True):
+        settings = Settings(tmp_path / str(offload), CPU, offload=offload)
+        session = Session(settings)
+        records = make_runs(specs, settings, session=session)
+        found.append([(settings.runs / record.run_id / "answers.jsonl").read_bytes() for record in records])
+        assert len(unread(session.model(specs[0])[0])) == (14 if offload else 0)
+    assert found[0] == found[1]
+
+
+def test_a_model_that_accelerate_left_on_disk_is_refused_in_a_sentence(folder: Path, tmp_path: Path) -> None:
+    whole = ("vision_tower", "multi_modal_projector", "language_model.embed_tokens", "language_model.layers.0")
+    whole += ("language_model.norm", "language_model.rotary_emb")
+    places: dict[str, Any] = {f"model.{name}": "cpu" for name in whole}
+    places |= {"lm_head": "cpu", "model.language_model.layers.1": "disk"}
+    model = AutoModelForImageTextToText.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+    with (
+        pytest.raises(UserError, match=r"layers\.1\..* is not in memory: accelerate .*`--offload`"),
+        compress(model, {"quantize": W4}),
+    ):
+        pass
+    placed = AutoModelForImageTextToText.from_pretrained(folder, device_map={"": "cpu"}).eval()
+    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    x = {"input_ids": torch.tensor([[1, 7, 9, 30, 12]])}
+    logits = []
+    for one in (placed, plain):
+        with torch.no_grad(), compress(one, {"quantize": W4}):
+            logits.append(one(**x).logits)
+    assert torch.equal(*logits)
