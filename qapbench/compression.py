@@ -30,7 +30,7 @@ from .quantize.call_tokens import TokenContext, nothing_known, watching
 from .quantize.install import SharedInputs, installed
 from .quantize.originals import Keep, Originals
 from .quantize.packed import Buffer, held_packed, packed_weight
-from .quantize.receipts import KVUse, LinearReceipt, measured_bits
+from .quantize.receipts import ROWS, KVUse, LinearReceipt, measured_bits
 from .receipt import Receipt
 from .spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
 
@@ -179,8 +179,10 @@ def _quantized(
                 packs = spec.storage == "packed" and plan.weight is not None
                 packed = packed_weight(plan, values(linear.weight), name, spec.method.name) if packs else None
                 if packed is not None:
+                    across = spec.weights is not None and spec.weights.granularity == "channel"
+                    seen = packed if across else packed.first(ROWS)  # no more is looked at
                     line.weight_bits, line.weight_levels = measured_bits(
-                        packed.dequantized(linear.weight.dtype), spec.weights
+                        seen.dequantized(linear.weight.dtype), spec.weights
                     )
                     line.stored_bytes = packed.nbytes
                     line.stored_bits = 8 * packed.nbytes / linear.weight.numel()

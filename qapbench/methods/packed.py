@@ -56,7 +56,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         count = 8 // width
         length = -(-codes.shape[1] // count)
         part = torch.zeros(len(codes), length, dtype=torch.uint8, device=codes.device)
-        plane = (codes >> at) & (2**width - 1)
+        plane = codes if width == bits else (codes >> at) & (2**width - 1)
         for place, columns in enumerate(plane.split(length, dim=1) if length else ()):
             part[:, : columns.shape[1]] |= columns.to(torch.uint8) << (place * width)
         parts.append(part)
@@ -146,6 +146,12 @@ class PackedWeight:
     def packed(self, w: Tensor) -> PackedWeight:
         """Itself, on the device of w."""
         return self.to(w.device)
+
+    def first(self, count: int) -> PackedWeight:
+        """Its first outputs, at most `count` of them."""
+        scales = -(-count // self.rows)
+        zero = None if self.zero is None else self.zero[:scales]
+        return dataclasses.replace(self, codes=self.codes[:count], scale=self.scale[:scales], zero=zero)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on a device."""
@@ -336,10 +342,11 @@ def _piece(parts: Sequence[Tensor], grids: Sequence[Grid | FloatGrid], bits: int
         scales.append(grid.scale.float().flatten(1))
         if isinstance(grid, Grid):
             offset = _offset(grid, bits)
-            code = numbers + offset
-            if not bool(((code >= 0) & (code < 2**bits) & (code == code.round())).all()):
+            exact = numbers.add_(offset) if not numbers.requires_grad else numbers + offset
+            code = exact.detach().to(torch.uint8)
+            if bool((exact.detach() != code).any()) or (code.numel() and int(code.max()) >= 2**bits):
                 raise CannotPackError(f"its values are not on {2**bits} levels")
-            codes.append(code.to(torch.uint8).flatten(1))
+            codes.append(code.flatten(1))
             zeros.append(offset.flatten(1))
         else:
             codes.append(_encoded(numbers, _kind(grid)).flatten(1))
