@@ -10,7 +10,11 @@ weights in the dtype that they are computed with; `whole` divides all of the pea
     w4a4      a run with 4-bit weights and activations, simulated; original weights are read again from the checkpoint
     spilled   the same by `compress(keep_originals="file")`, then restored
     kept      the same by `compress(keep_originals="memory")`, then restored, as a comparison
-    gptq      a run with weights of GPTQ, calibrated on two samples; takes long
+    packed    the same as w4a4 with `storage: packed`: weights are packed as they come from the files
+    gptq      a run with packed weights of GPTQ, calibrated on two samples; takes long
+
+The goal of `packed` is 0.45 for a LLaVA-1.5-7B in bfloat16, whose weights take 0.33 when they are packed. In other
+shapes it is as much above what the packed weights take.
 """
 
 from __future__ import annotations
@@ -30,10 +34,16 @@ from rich.table import Table
 PRUNED = {"method": "random", "keep": 32}  # short prompts: what is measured is the weights, not the tokens
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 128}, "activations": {"bits": 4, "group_size": 128}}
 GPTQ = {"method": "gptq", "weights": {"bits": 4, "group_size": 128}, "calibration": {"samples": 2}}
-RUNS: dict[str, dict[str, Any]] = {"full": {}, "w4a4": {"quantize": W4A4}, "gptq": {"quantize": GPTQ}}
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "w4a4": {"quantize": W4A4},
+    "packed": {"quantize": {**W4A4, "storage": "packed"}},
+    "gptq": {"quantize": {**GPTQ, "storage": "packed"}},
+}
 KEPT: dict[str, Any] = {"spilled": "file", "kept": "memory"}  # mode -> keep_originals
 GOALS = {"full": 1.05, "w4a4": 1.15, "spilled": 1.15}  # largest `over`
-DEFAULT = ["full", "w4a4", "spilled"]
+ABOVE_PACKED = 0.45 - 0.33  # what `packed` may have beside the weights themselves
+DEFAULT = ["full", "w4a4", "spilled", "packed"]
 out = Console(width=120, highlight=False)
 
 
@@ -47,7 +57,8 @@ def measure(mode: str, model: str, dtype: str, limit: int) -> dict[str, float]:
         limit: number of questions.
 
     Returns:
-        Bytes held before loading (`before`), at the peak (`peak`) and of the weights (`weights`); `seconds` in all.
+        Bytes held before loading (`before`), at the peak (`peak`), of the weights (`weights`) and of what is held of
+        them (`held`); `seconds` in all.
     """
     call = [sys.executable, "-m", "benchmarks.memory", "--child", mode, "--model", model, "--dtype", dtype]
     ended = subprocess.run([*call, "--limit", str(limit)], stdout=subprocess.PIPE, text=True, check=True)
@@ -62,6 +73,7 @@ def child(mode: str, model: str, dtype: str, limit: int) -> dict[str, float]:
     from qapbench import compress
     from qapbench.memory import peak_resident_bytes
     from qapbench.models.loading import load_model
+    from qapbench.running.estimate import estimate
     from qapbench.running.execute import make_runs
     from qapbench.running.session import Session
     from qapbench.running.settings import Settings
@@ -86,8 +98,8 @@ def child(mode: str, model: str, dtype: str, limit: int) -> dict[str, float]:
             make_runs([spec], settings, session=session)
             loaded = session.model(spec)[0]
     weights = sum(weight.nbytes for weight in loaded.parameters())
-    seconds = time.perf_counter() - began
-    return {"before": before, "peak": peak_resident_bytes(), "weights": weights, "seconds": seconds}
+    seconds, held = time.perf_counter() - began, estimate(spec, settings).parts["weights"]
+    return {"before": before, "peak": peak_resident_bytes(), "weights": weights, "held": held, "seconds": seconds}
 
 
 def _import_all(spec: Any) -> None:
@@ -107,7 +119,7 @@ def report(found: dict[str, dict[str, float]]) -> bool:
     met = True
     for mode, one in found.items():
         over = (one["peak"] - one["before"]) / one["weights"]
-        goal = GOALS.get(mode)
+        goal = one["held"] / one["weights"] + ABOVE_PACKED if mode == "packed" else GOALS.get(mode)
         fits = goal is None or over <= goal
         met = met and fits
         table.add_row(

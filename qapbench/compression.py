@@ -21,6 +21,7 @@ from .methods.quantization import Format, LinearPlan, TokenActivation
 from .models import Family, family_of
 from .models.compressed import described
 from .models.relevance import TextTower
+from .models.unread import values
 from .prune.build import build_pruning
 from .prune.calls import PrunedCalls
 from .prune.generation import option
@@ -32,7 +33,7 @@ from .quantize.call_tokens import TokenContext, nothing_known, watching
 from .quantize.install import SharedInputs, installed
 from .quantize.originals import Keep, Originals
 from .quantize.packed import Buffer, held_packed, packed_weight
-from .quantize.receipts import KVUse, LinearReceipt, measured_bits
+from .quantize.receipts import ROWS, KVUse, LinearReceipt, measured_bits
 from .receipt import Receipt
 from .spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
 
@@ -80,6 +81,7 @@ def compress(
     owner = spec.text_tower if isinstance(spec, RunSpec) else None
     family = family_of(model)
     check_device(family.model.device.type)
+    _check_in_memory(family.model)
     receipt = Receipt(checkpoint=described(family.model))
     if prune and prune.budget is not None:
         prune = resolved(prune, costed_model(model, named_tower=owner), quantize)
@@ -97,6 +99,18 @@ def compress(
         if pruned:
             stack.enter_context(PrunedCalls(pruned).installed())
         yield receipt
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    """Check that every weight has values that can be quantized.
+
+    Raises:
+        UserError: one has none, as where accelerate keeps it on disk or in host memory until its layer runs.
+    """
+    absent = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if absent is not None:
+        helps = "load the model without a `device_map`, on one device, or let `qapbench run` load it (`--offload`)"
+        raise UserError(f"model: {absent} is not in memory: accelerate puts it there while its layer runs; {helps}")
 
 
 def _sections(spec: RunSpec | Mapping[str, Any]) -> tuple[QuantizeSpec | None, PruneSpec | None]:
@@ -170,14 +184,17 @@ def _quantized(
                 stack.enter_context(backends.int8_linear(linear, plan, line, originals))
             elif plan is not None:
                 packs = spec.storage == "packed" and plan.weight is not None
-                packed = packed_weight(plan, linear.weight.detach(), name, spec.method.name) if packs else None
+                packed = packed_weight(plan, values(linear.weight), name, spec.method.name) if packs else None
                 if packed is not None:
+                    across = asked.weights is not None and asked.weights.granularity == "channel"
+                    seen = packed if across else packed.first(ROWS)  # no more is looked at
                     line.weight_bits, line.weight_levels = measured_bits(
-                        packed.dequantized(linear.weight.dtype), asked.weights
+                        seen.dequantized(linear.weight.dtype), asked.weights
                     )
                     line.stored_bytes = packed.nbytes
                     line.stored_bits = 8 * packed.nbytes / linear.weight.numel()
                     stack.enter_context(held_packed(linear, packed, buffer, originals))
+                    originals.freed(linear.weight.nbytes)  # of what the codes were made of
                 tokens = told if parts[name] == "language" else nothing_known
                 stack.enter_context(
                     installed(linear, plan, tokens, weight_too=packed is None, shared=shared, originals=originals)

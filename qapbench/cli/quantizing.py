@@ -47,7 +47,7 @@ def quantize(
     if len(chosen) != 1:
         names = ", ".join(f"'{one.name}'" for one in specs)
         raise UserError(f"--row: name one run of the spec: {names}")
-    check_saving(chosen[0], folder)
+    check_saving(chosen[0], folder, settings.device)
     collect_as_usual()
     with progress() as report:
         saved = save_quantized(chosen[0], folder, Session(settings, report))

@@ -51,6 +51,9 @@ def run(
         int | None, typer.Option(min=1, help="Threads of each process on a CPU; 1 for small models.")
     ] = None,
     spill: Annotated[bool, typer.Option("--spill", help="Let image features wait on disk, not in memory.")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Leave the decoder's weights on disk; each pass reads them. Slow.")
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together, 8 by default.")] = None,
     device: DeviceOption = None,
     trust_remote_code: RemoteOption = False,
@@ -74,6 +77,7 @@ def run(
         workers=workers,
         engine=engine,
         spill=spill,
+        offload=offload,
         trust_remote_code=trust_remote_code,
         threads=threads,
         address=address,

@@ -222,7 +222,10 @@ class Grid(NamedTuple):
 
     def numbers(self, x: Tensor) -> Tensor:
         """The levels that values are rounded to, less the zero point: their values in units of the scale, float32."""
-        return round_through(x.float() / self.scale).clamp(*self.ends)
+        scaled = x.float() / self.scale
+        if scaled.requires_grad:
+            return round_through(scaled).clamp(*self.ends)
+        return scaled.round_().clamp_(*self.ends)  # memory that is new costs more than the arithmetic
 
 
 class _RoundThrough(torch.autograd.Function):

@@ -327,8 +327,7 @@ def _mx(most: Tensor, rule: ScaleRule, element: Element, dtype: torch.dtype) -> 
 def _nvfp4(most: Tensor, whole: Tensor, rule: ScaleRule, dtype: torch.dtype) -> FloatGrid:
     """NVFP4: the scale of a block is an E4M3 number times a float32 scale of the whole tensor."""
     if rule == "compressed_tensors":
-        tiny, reach = torch.finfo(dtype).tiny, E4M3.top * E2M1.top
-        up = (reach / whole.to(dtype).clamp(min=tiny)).nan_to_num(1.0, 1.0, 1.0).float()
+        up = nvfp4_multiplier(whole, dtype)
         block = E4M3.round_(up * (most.to(dtype) / E2M1.top))
         block = torch.where(block == 0, torch.finfo(torch.float8_e4m3fn).eps, block)
         return FloatGrid(E2M1, block / up, block / up, drops_sign=True)
@@ -340,6 +339,17 @@ def _nvfp4(most: Tensor, whole: Tensor, rule: ScaleRule, dtype: torch.dtype) -> 
     down = torch.where(down == 0, 1, down)
     block = E4M3.round_((most / E2M1.top / down).clamp(least, E4M3.top))
     return FloatGrid(E2M1, down * block, (1 / down) / block, divides=False)
+
+
+def nvfp4_multiplier(whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """What compressed-tensors multiplies the scales of NVFP4 blocks by before it rounds them to E4M3; float32.
+
+    Args:
+        whole: largest magnitude of the tensor.
+        dtype: dtype of its values.
+    """
+    tiny, reach = torch.finfo(dtype).tiny, E4M3.top * E2M1.top
+    return (reach / whole.to(dtype).clamp(min=tiny)).nan_to_num(1.0, 1.0, 1.0).float()
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         count = 8 // width
         length = -(-codes.shape[1] // count)
         part = torch.zeros(len(codes), length, dtype=torch.uint8, device=codes.device)
-        plane = (codes >> at) & (2**width - 1)
+        plane = codes if width == bits else (codes >> at) & (2**width - 1)
         for place, columns in enumerate(plane.split(length, dim=1) if length else ()):
             part[:, : columns.shape[1]] |= columns.to(torch.uint8) << (place * width)
         parts.append(part)
@@ -87,6 +87,19 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> Tensor:
                 columns.bitwise_or_(((held >> (place * width)) & (2**width - 1)) << at)
         start, at = start + length, at + width
     return out
+
+
+def packed_bytes(format: Format, rows: int, width: int) -> int:
+    """Bytes that a weight [rows, width] takes when it is packed as a format rounds it."""
+    size = format.group_size or width
+    down, across = {
+        "row": (rows, -(-width // size)),
+        "channel": (1, width),
+        "tensor": (1, 1),
+        "block": (-(-rows // size), -(-width // size)),
+    }[format.granularity]
+    zeros = 0 if format.format != "int" else 1 if format.symmetric else down * across
+    return rows * sum(-(-width * plane // 8) for plane in planes(format.bits)) + 4 * down * across + zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +146,12 @@ class PackedWeight:
     def packed(self, w: Tensor) -> PackedWeight:
         """Itself, on the device of w."""
         return self.to(w.device)
+
+    def first(self, count: int) -> PackedWeight:
+        """Its first outputs, at most `count` of them."""
+        scales = -(-count // self.rows)
+        zero = None if self.zero is None else self.zero[:scales]
+        return dataclasses.replace(self, codes=self.codes[:count], scale=self.scale[:scales], zero=zero)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on a device."""
@@ -323,10 +342,11 @@ def _piece(parts: Sequence[Tensor], grids: Sequence[Grid | FloatGrid], bits: int
         scales.append(grid.scale.float().flatten(1))
         if isinstance(grid, Grid):
             offset = _offset(grid, bits)
-            code = numbers + offset
-            if not bool(((code >= 0) & (code < 2**bits) & (code == code.round())).all()):
+            exact = numbers.add_(offset) if not numbers.requires_grad else numbers + offset
+            code = exact.detach().to(torch.uint8)
+            if bool((exact.detach() != code).any()) or (code.numel() and int(code.max()) >= 2**bits):
                 raise CannotPackError(f"its values are not on {2**bits} levels")
-            codes.append(code.to(torch.uint8).flatten(1))
+            codes.append(code.flatten(1))
             zeros.append(offset.flatten(1))
         else:
             if grid.overflows(part.dtype):

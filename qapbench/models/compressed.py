@@ -145,7 +145,10 @@ def rounding_of(inputs: Mapping[str, Any], own: Mapping[str, Tensor], name: str)
     """
     bits, kind, strategy = inputs.get("num_bits", 8), inputs.get("type", "int"), inputs.get("strategy")
     symmetric, dynamic, size = inputs.get("symmetric", True), inputs.get("dynamic"), inputs.get("group_size")
-    if dynamic is True and strategy in ("token", "group", "tensor") and (kind, bits) in ((kind, 8), ("int", bits)):
+    if dynamic is True and strategy == "group" and kind == "float" and "uint8" in str(inputs.get("scale_dtype")):
+        if (bits, size) in ((4, 32), (8, 32)):
+            return Format.model_validate({"format": f"mxfp{bits}", "scale": "compressed_tensors"})
+    elif dynamic is True and strategy in ("token", "group", "tensor") and (kind, bits) in ((kind, 8), ("int", bits)):
         shared: dict[str, Any] = {"granularity": "tensor" if strategy == "tensor" else "row"}
         shared |= {"group_size": size if strategy == "group" else None}
         if kind == "float":
@@ -165,7 +168,7 @@ def rounding_of(inputs: Mapping[str, Any], own: Mapping[str, Tensor], name: str)
             return lambda x: Grid(scale.to(x.device), zero.to(x.device), -half, half - 1)(x)
     message = (
         f"the inputs of {name} are quantized to {bits}-bit {kind} per {strategy}, dynamic: {dynamic}, and qapbench "
-        "knows int and 8-bit float per token, group or tensor, static scales per tensor, and NVFP4"
+        "knows int and 8-bit float per token, group or tensor, static scales per tensor, MX formats and NVFP4"
     )
     raise UserError(Problem(message, ("model",)))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -11,21 +12,27 @@ from qapbench.checkpoints.find import HASHES, find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping, why_not_loaded
 from qapbench.errors import Problem, UserError
 from qapbench.models.checkpoint_format import format_of
-from qapbench.models.compressed import check_not_twice, complete, loading_arguments
+from qapbench.models.compressed import check_not_twice, complete, loading_arguments, quantization_of
 from qapbench.models.family import family_class, family_of
 from qapbench.models.streaming import streaming
-from qapbench.spec.run_spec import RunSpec
+from qapbench.models.unread import Postponed
+from qapbench.spec.run_spec import RunSpec, Scope
 
 
-def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(
+    spec: RunSpec, device: torch.device, trust_remote_code: bool = False, offload: bool = False
+) -> tuple[Any, Any]:
     """Load the model of a spec, in eval mode on a device, and its processor.
 
-    The checkpoint is read tensor by tensor: beside the model no more than a few tensors are in memory.
+    The checkpoint is read tensor by tensor: beside the model no more than a few tensors are in memory. If the spec
+    stores quantized weights packed, the linears that it quantizes have weights that stay in their files until something
+    computes with them (`models.unread`).
 
     Args:
-        spec: names the model and its dtype.
+        spec: names the model and its dtype, and says which linears are stored packed.
         device: device for the model.
         trust_remote_code: let the checkpoint run its own Python code.
+        offload: leave all linears of the decoder's layers in their files.
 
     Returns:
         (model, processor)
@@ -40,27 +47,56 @@ def load_model(spec: RunSpec, device: torch.device, trust_remote_code: bool = Fa
         what = f"{folder} stands for a model that was loaded in Python, and holds no weights: use run(model=...) again"
         raise UserError(Problem(what, ("model",)))
     check_not_twice(spec, config)
-    try:
+
+    def load(postponed: Postponed | None) -> tuple[Any, Any]:
         placed = loading_arguments(folder, config, trust_remote_code)
-        with streaming():
+        with streaming(postponed):
             if layout := format_of(config):
-                model, processor = layout(folder, config).load(dtype)
-            else:
-                family = family_class(str(config.get("model_type")))
-                if device.type != "cpu" and find_spec("accelerate"):
-                    placed["device_map"] = {"": device}
-                model = AutoModelForImageTextToText.from_pretrained(
-                    folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
-                )
-                processor = family.load_processor(folder, trust_remote_code)
+                return layout(folder, config).load(dtype)
+            family = family_class(str(config.get("model_type")))
+            if device.type != "cpu" and find_spec("accelerate"):
+                placed["device_map"] = {"": device}
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
+            )
+            return model, family.load_processor(folder, trust_remote_code)
+
+    scope = left_in_files(spec, device, config, offload)
+    postponed = Postponed(getattr(torch, dtype), device) if scope else None
+    try:
+        model, processor = load(postponed)
+        model = model.eval().requires_grad_(False).to(device)
+        if postponed is not None and not postponed.settle(model, family_of(model).linears(scope).values()):
+            model, processor = load(None)
+            model = model.eval().requires_grad_(False).to(device)
     except UserError:
         raise
     except Exception as error:  # OSError, SafetensorError, ImportError and others: no common base
         raise why_not_loaded(folder, error) from error
-    model = model.eval().requires_grad_(False).to(device)
     complete(model, folder, config)
     family_of(model).complete(processor)
     return model, processor
+
+
+def left_in_files(spec: RunSpec, device: torch.device, config: Mapping[str, Any], offload: bool) -> list[Scope]:
+    """Parts of the model whose layers have linears that stay in their files when the model is loaded.
+
+    These are the linears that a run stores packed, until they are packed, and with `offload` those of the decoder. None
+    do where the model is put together in host memory before it goes to a GPU.
+
+    Args:
+        spec: the run.
+        device: device of the model.
+        config: content of the checkpoint's config.json.
+        offload: whether the decoder stays in its files.
+    """
+    if device.type != "cpu" and (find_spec("accelerate") is None or format_of(config)):
+        return []
+    if quantization_of(config) is not None:  # the library dequantizes as it reads
+        return []
+    packed = spec.quantize.scope if spec.quantize is not None and spec.quantize.storage == "packed" else []
+    decoder: list[Scope] = ["language"] if offload else []
+    return sorted({*packed, *decoder}, key=get_args(Scope).index)
 
 
 def load_processor(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .unread import UnreadWeight, values
+
 CACHED = 2**20  # number of values of a tensor that stay in a CPU's cache until they are used again
 VECTORS = 64  # values by which vectorised loops advance at most (two vectors of 512 bits, of 16-bit values)
 UNSPLIT = 2**15  # values up to which torch gives an elementwise loop to one thread
@@ -44,7 +46,7 @@ def row_by_row(modules: Iterable[nn.Module], rows: int) -> Iterator[None]:
 def _is_plain(linear: nn.Module) -> bool:
     """Whether the linear computes x @ weight.T + bias. A weight of integers, for example, has a product of its own."""
     own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
-    return own and type(linear.weight) is nn.Parameter
+    return own and type(linear.weight) in (nn.Parameter, UnreadWeight)
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -68,7 +70,7 @@ def _apart(module: Any, plain: bool, large: bool) -> Iterator[None]:
         if not walks and (x.ndim < 3 or len(x) == 1):
             return inner(x)
         if plain and x.ndim == 3:
-            return _products(x, module.weight, module.bias, walks)
+            return _products(x, values(module.weight), module.bias, walks)
         if not isinstance(module, nn.Linear) and _is_uniform(x):
             return inner(x)
         return torch.cat([inner(row) for row in x.split(1)])

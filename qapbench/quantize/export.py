@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.errors import Problem, UserError
+from qapbench.methods.floating import MANTISSA, nvfp4_multiplier
 from qapbench.methods.packed import TILE, PackedWeight, unpack
 from qapbench.methods.quantization import Format, LinearFormats, LinearPlan
 from qapbench.spec.run_spec import QuantizeSpec
@@ -21,6 +22,9 @@ from qapbench.spec.run_spec import QuantizeSpec
 METHOD = "compressed-tensors"
 PACKED, WHOLE = "pack-quantized", "int-quantized"  # integers in words of 32 bits; 8-bit integers, one to a byte
 WORD = 32  # bits of the integers that codes are packed into
+LAYOUTS = {"mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized", "nvfp4": "nvfp4-pack-quantized"}
+"""Layouts of formats that fix their groups."""
+SCALES = {"mxfp4": "torch.uint8", "mxfp8": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}  # dtypes of their scales
 
 
 def refused(message: str, *where: str) -> UserError:
@@ -60,16 +64,17 @@ def _layout_of(weights: Format | None, activations: Format | None) -> str:
     """Name of the format in which the library stores weights that are quantized so."""
     if weights is None:
         raise refused("weights that are not quantized; give `weights`", "weights")
-    if weights.format not in ("int", "fp8"):
-        raise refused(
-            f"weights as {weights.format} with these scales to the bit; take `int` or `fp8`", "weights", "format"
-        )
+    if weights.format == "nvfp4" and weights.scale != "compressed_tensors":
+        message = f"nvfp4 weights with the rule {weights.scale} to the bit; write `scale: compressed_tensors`"
+        raise refused(message, "weights", "scale")
     if weights.granularity == "channel" or (weights.format == "int" and weights.granularity != "row"):
         raise refused(f"weights with scales per {weights.granularity}; take `row`", "weights", "granularity")
     if weights.format == "fp8" and weights.granularity == "row" and weights.group_size is not None:
         raise refused("fp8 weights in groups of a row; leave `group_size` out", "weights", "group_size")
     if activations is not None:
         _check_activations(weights, activations)
+    if weights.format in LAYOUTS:
+        return LAYOUTS[weights.format]
     if weights.format == "fp8":
         return "float-quantized"
     whole = weights.bits == 8 and weights.group_size is None and weights.symmetric
@@ -78,7 +83,10 @@ def _layout_of(weights: Format | None, activations: Format | None) -> str:
 
 def _check_activations(weights: Format, activations: Format) -> None:
     """Check that the library computes the same scales of activations, and has a kernel type for the pair."""
-    if activations.format not in ("int", "fp8") or activations.format != weights.format:
+    if activations.format == "nvfp4":
+        message = "nvfp4 activations, since it fixes the scale of the whole tensor beforehand; leave `activations` out"
+        raise refused(message, "activations", "format")
+    if activations.format != weights.format:
         raise refused(f"{activations.format} activations beside {weights.format} weights", "activations", "format")
     if activations.granularity != "row":
         raise refused(
@@ -87,11 +95,15 @@ def _check_activations(weights: Format, activations: Format) -> None:
             "activations",
             "granularity",
         )
-    if activations.format == "fp8":
-        if activations.group_size is not None:
+    if activations.format != "int":
+        if activations.format == "fp8" and activations.group_size is not None:
             raise refused("fp8 activations in groups; leave `group_size` out", "activations", "group_size")
         if activations.scale != "compressed_tensors":
-            raise refused(f"the rule {activations.scale}; write `scale: compressed_tensors`", "activations", "scale")
+            raise refused(
+                f"activations with the rule {activations.scale}; write `scale: compressed_tensors`",
+                "activations",
+                "scale",
+            )
     elif activations.symmetric and activations.divisor != "half":
         raise refused(
             f"activations with `divisor: {activations.divisor}`, since it divides by half of all levels; write "
@@ -132,7 +144,8 @@ def _scheme_of(group: Group, layout: str, targets: Sequence[str]) -> dict[str, A
     elif weights.granularity == "tensor":
         strategy = "tensor"
     elif weights.group_size is not None:
-        strategy, more = "group", {"group_size": weights.group_size}
+        kind = "tensor_group" if weights.format == "nvfp4" else "group"
+        strategy, more = kind, {"group_size": weights.group_size}
     inputs = None
     if activations is not None:
         size = activations.group_size
@@ -149,8 +162,9 @@ def _scheme_of(group: Group, layout: str, targets: Sequence[str]) -> dict[str, A
 
 
 def _arguments(format: Format, **more: Any) -> dict[str, Any]:
-    kind = "float" if format.format == "fp8" else "int"
-    return {"num_bits": format.bits, "type": kind, "symmetric": format.symmetric, **more}
+    kind = "int" if format.format == "int" else "float"
+    scales = {"scale_dtype": SCALES[format.format]} if format.format in SCALES else {}
+    return {"num_bits": format.bits, "type": kind, "symmetric": format.symmetric, **scales, **more}
 
 
 def check_plan(name: str, plan: LinearPlan, method: str) -> None:
@@ -167,19 +181,28 @@ def check_plan(name: str, plan: LinearPlan, method: str) -> None:
         raise refused(f"{what}: leave `activations` out", "method")
 
 
-def tensors_of(name: str, weight: PackedWeight, layout: str, method: str) -> dict[str, Tensor]:
-    """The tensors that stand in a checkpoint for the weight of the linear `name`.
+def tensors_of(name: str, weight: PackedWeight, layout: str, method: str, original: Tensor) -> dict[str, Tensor]:
+    """The tensors that stand in a checkpoint for the weight of a linear.
+
+    Args:
+        name: name of the linear.
+        weight: its quantized weight, in host memory.
+        layout: name of the format of the checkpoint's weights.
+        method: name of the method.
+        original: [out, in], what was quantized.
 
     Raises:
         UserError: its codes or its zero points have no place there.
     """
     rows, width = weight.shape
-    if weight.numbers not in ("int", "e4m3"):
+    if weight.numbers not in ("int", "e4m3", "e2m1"):
         raise refused(f"weights on the levels of {method} ({weight.numbers})", "method")
-    if weight.columns < width and width % weight.columns and weight.rows == 1:
-        raise refused(
-            f"groups of {weight.columns} in {name}, whose {width} inputs they do not divide", "weights", "group_size"
-        )
+    grouped = weight.scale.shape[1] > 1 or layout in LAYOUTS.values()
+    size = weight.columns if layout not in LAYOUTS.values() else 16 if layout == LAYOUTS["nvfp4"] else 32
+    if grouped and width % size and weight.rows == 1:
+        raise refused(f"groups of {size} in {name}, whose {width} inputs they do not divide", "weights", "group_size")
+    if layout in LAYOUTS.values():
+        return _of_blocks(name, weight, layout, method, original)
     scale = weight.scale.flatten() if weight.rows > 1 and weight.columns >= width else weight.scale
     found = {"weight_scale": scale.contiguous()}
     if layout == "float-quantized":
@@ -200,6 +223,50 @@ def tensors_of(name: str, weight: PackedWeight, layout: str, method: str) -> dic
             raise refused(f"zero points of {name} that are no codes", "weights", "zero_point")
         found["weight_zero_point"] = _words(zero.to(torch.uint8).mT.contiguous(), weight.bits).mT.contiguous()
     return found
+
+
+def _of_blocks(name: str, weight: PackedWeight, layout: str, method: str, original: Tensor) -> dict[str, Tensor]:
+    """The tensors of a weight in a floating-point format with scales of few bits for each group."""
+    rows, width = weight.shape
+    if layout == LAYOUTS["nvfp4"]:
+        found = _two_scales(weight.scale, original)
+        if found is None:
+            raise refused(f"the scales that {method} gives {name}, which are no E4M3 numbers", "method")
+        block, whole = found
+        return {
+            "weight_packed": words(weight).view(torch.uint8),
+            "weight_scale": block,
+            "weight_global_scale": whole,
+        }
+    bits = weight.scale.view(torch.int32)
+    exponent = bits >> MANTISSA  # that of 2^-127, the least scale, is 0 too
+    least = (exponent == 0) & (bits == 1 << (MANTISSA - 1))
+    if not bool((least | ((exponent > 0) & (exponent < 255) & (bits == exponent << MANTISSA))).all()):
+        raise refused(f"the scales that {method} gives {name}, which are no powers of two", "method")
+    found_scale = {"weight_scale": exponent.to(torch.uint8)}
+    if layout == LAYOUTS["mxfp4"]:
+        return {"weight_packed": words(weight).view(torch.uint8), **found_scale}
+    codes = unpack(weight.codes, weight.bits, torch.empty(rows, width, dtype=torch.uint8))
+    return {"weight": codes.view(torch.float8_e4m3fn), **found_scale}
+
+
+def _two_scales(scale: Tensor, original: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The scales of NVFP4 as a file has them: E4M3 numbers [out, groups], and a float32 number [1] that divides them.
+
+    Args:
+        scale: float32 [out, groups], their quotients.
+        original: the weight, whose largest magnitude gives the divisor.
+
+    Returns:
+        None if there are none with these quotients.
+    """
+    most = original.detach().abs().amax().cpu()
+    for dtype in (original.dtype, torch.float32):  # methods that change a weight first do so in float32
+        up = nvfp4_multiplier(most, dtype).reshape(1)
+        block = (scale * up).to(torch.float8_e4m3fn)
+        if torch.equal(block.float() / up, scale):
+            return block, up
+    return None
 
 
 def words(weight: PackedWeight) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qapbench.methods.quantization import Format, LinearPlan
+from qapbench.models.unread import values
 
 from .call_tokens import TokenContext
 from .originals import Originals, in_host_memory
@@ -75,7 +76,7 @@ def installed(
     plan = plan.to(linear.weight.device)
     with contextlib.ExitStack() as stack:
         if weight_too and (plan.weight is not None or plan.transform is not None):
-            stack.enter_context(replaced(linear, plan.new_weight(linear.weight.detach()), originals))
+            stack.enter_context(replaced(linear, plan.new_weight(values(linear.weight)), originals))
         plan = dataclasses.replace(plan, weight=None)  # what it was made of may be as large as the weight
         if plan.changes_input:
             stack.callback(linear.register_forward_pre_hook(_input_hook(plan, tokens, shared)).remove)
@@ -118,7 +119,7 @@ _ORIGINALS: WeakKeyDictionary[nn.Linear, Callable[[], Tensor]] = WeakKeyDictiona
 def full_weight(linear: nn.Linear) -> Tensor:
     """The linear's weight in full precision, whatever it is replaced by at the moment; it may lie in host memory."""
     read = _ORIGINALS.get(linear)
-    return (linear.weight if read is None else read()).detach()
+    return values(linear.weight) if read is None else read().detach()
 
 
 @contextlib.contextmanager

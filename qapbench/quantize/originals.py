@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import RunFailedError, UserError, nearest
 from qapbench.memory import give_back_freed, page_out
-from qapbench.models.streaming import Weights
+from qapbench.models.streaming import HeldFile
+from qapbench.models.unread import UnreadWeight
 
 Keep = Literal["auto", "memory", "file", "checkpoint"]
 SMALL = 2**28  # bytes of a model's weights up to which "auto" keeps them in memory
@@ -83,16 +83,16 @@ class Originals:
         size = weight.nbytes
         page_out(weight.data)  # transformers may have mapped the checkpoint into memory
         weight.data = weight.data.new_empty(0)
-        self._freed(size)
+        self.freed(size)
 
         def restore() -> None:
             weight.data = read().to(device)
-            self._freed(size)
+            self.freed(size)
 
         return SetAside(read, restore)
 
-    def _freed(self, size: int) -> None:
-        """Note that so much memory became free, and give it back to the system now and then."""
+    def freed(self, size: int) -> None:
+        """Note that so many bytes became free, and give them back to the system now and then."""
         self._unreturned += size
         if self._unreturned > GIVE_BACK:
             give_back_freed()
@@ -114,7 +114,9 @@ class Originals:
 
 
 def in_host_memory(weight: Tensor) -> SetAside:
-    """Move a weight to host memory."""
+    """Move a weight to host memory. One that was not read from its checkpoint yet needs none."""
+    if isinstance(weight, UnreadWeight):
+        return SetAside(weight.read, lambda: None)
     device = weight.device
     weight.data = weight.data.to("cpu")
     return SetAside(lambda: weight.data, lambda: setattr(weight, "data", weight.data.to(device)))
@@ -131,22 +133,20 @@ class _Checkpoint:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._files: list[tuple[Weights, IO[bytes], tuple[int, int]]] = []
+        self._files: list[HeldFile] = []
         self._by_end: dict[tuple[str, ...], list[tuple[int, str]]] = defaultdict(list)
         for path in sorted(folder.glob("*.safetensors")) if folder else ():
             with contextlib.suppress(Exception):  # a file that cannot be read holds nothing
-                weights, handle = Weights(path), path.open("rb")
-                self._files.append((weights, handle, _state(handle)))
-                for name in weights.keys():  # noqa: SIM118  (the file is no dict)
+                self._files.append(HeldFile(path))
+                for name in self._files[-1].weights.keys():  # noqa: SIM118  (the file is no dict)
                     parts = name.split(".")
                     for at in range(len(parts) - 1):
                         self._by_end[tuple(parts[at:])].append((len(self._files) - 1, name))
 
     def close(self) -> None:
         """Close the files."""
-        for weights, handle, _ in self._files:
-            weights.__exit__(None, None, None)
-            handle.close()
+        for file in self._files:
+            file.close()
         self._files, self._by_end = [], defaultdict(list)
 
     def holds(self, name: str, value: Tensor) -> Callable[[], Tensor] | None:
@@ -159,9 +159,9 @@ class _Checkpoint:
         dtype, bits = value.dtype, _bits(value.cpu())
         for index, key in self._candidates(name):
             with contextlib.suppress(RunFailedError):
-                read = self._read(index, key, dtype)
+                read = self._files[index].read(key, dtype)
                 if read.shape == value.shape and torch.equal(_bits(read), bits):
-                    return functools.partial(self._read, index, key, dtype)
+                    return functools.partial(self._files[index].read, key, dtype)
         return None
 
     def _candidates(self, name: str) -> list[tuple[int, str]]:
@@ -169,12 +169,6 @@ class _Checkpoint:
         parts = name.split(".")
         ends = (tuple(parts[at:]) for at in range(len(parts) - 1))
         return next((found for end in ends if (found := self._by_end.get(end))), [])
-
-    def _read(self, index: int, key: str, dtype: torch.dtype) -> Tensor:
-        weights, handle, state = self._files[index]
-        if _state(handle) != state:
-            raise RunFailedError(f"{handle.name} was changed while its weights were in use: load the model again")
-        return weights.get_tensor(key).to(dtype)
 
 
 class _SpillFile:
@@ -246,9 +240,3 @@ def _bits(value: Tensor) -> Tensor:
 def _storage(value: Tensor) -> Any:
     """What tells the memory of a tensor from that of others."""
     return value.device, value.untyped_storage().data_ptr()
-
-
-def _state(handle: IO[bytes]) -> tuple[int, int]:
-    """What changes when somebody writes to an open file: its size and the time of the last change."""
-    found = os.fstat(handle.fileno())
-    return found.st_size, found.st_mtime_ns

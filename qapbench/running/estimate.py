@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qapbench.checkpoints.find import find_checkpoint
-from qapbench.checkpoints.headers import stored
+from qapbench.checkpoints.headers import Stored, stored
 from qapbench.errors import Problem, UserError
 from qapbench.memory import free_bytes
 from qapbench.methods.kinds import ptqs
+from qapbench.methods.packed import packed_bytes
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower
-from qapbench.models.loading import precision, read_config
+from qapbench.models.loading import left_in_files, precision, read_config
 from qapbench.models.relevance import find_tower
+from qapbench.models.unread import may_wait
+from qapbench.quantize.calibration import spill
 from qapbench.spec.items import created
 from qapbench.spec.run_spec import RunSpec
 
@@ -30,6 +33,7 @@ ANSWER = 1000  # bytes of a stored answer
 WORDS = 120  # tokens of a prompt beside those of its image
 IMAGE = 1280  # tokens of an image, where the config does not say
 GB = 10**9
+VISION = ("vision", "visual")  # parts of the names of weights of the vision side
 
 
 @dataclass(frozen=True)
@@ -80,20 +84,25 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     if format := format_of(config):
         with contextlib.suppress(UserError):  # it is still to be downloaded
             tensors += stored(format(folder, config).companion(fetch=False))
-    weights = sum(tensor.loaded(width) for tensor in tensors)
+    weights = _weights(spec, tensors, width, left_in_files(spec, settings.device, config, settings.offload))
     parts = {"weights": weights}
     if needs_tower(spec):
         tower, _ = find_tower(spec.text_tower, str(folder), default_tower(config), False)
         parts["text tower"] = sum(tensor.loaded(4) for tensor in stored(tower)) if tower else 0
     disk = questions * ANSWER
+    linears = [tensor for tensor in tensors if len(tensor.shape) == 2 and ".layers." in tensor.name]
+    largest = max((tensor.count for tensor in linears), default=0)
+    if settings.offload:
+        parts["reading"] = 2 * largest * width
     if spec.quantize:
-        linears = [tensor for tensor in tensors if len(tensor.shape) == 2 and ".layers." in tensor.name]
-        largest = max((tensor.count for tensor in linears), default=0)
         parts["quantizing"] = largest * (2 * width + 8)  # a new weight, and float32 copies of it on the way
+        if spec.quantize.storage == "packed":
+            parts["quantizing"] += largest * width  # the buffer that a weight is unpacked to
         if spec.quantize.calibration and created(ptqs, spec.quantize.method).calibrates:
             found = sum(tensor.loaded(width) for tensor in linears)
-            samples = spec.quantize.calibration.samples * _tokens(config) * _of(config, "hidden_size") * width
-            parts["calibration"] = found + 2 * samples + 8 * max(_of(config, "intermediate_size"), 1) ** 2
+            samples = 2 * spec.quantize.calibration.samples * _tokens(config) * _of(config, "hidden_size") * width
+            kept = min(found, spill.LIMIT) + min(samples, spill.LIMIT)  # the rest waits in temporary files
+            parts["calibration"] = kept + 8 * max(_of(config, "intermediate_size"), 1) ** 2
             disk += found
     parts["activations"] = _activations(config, settings, width)
     everywhere = {name: size * settings.workers for name, size in parts.items()}
@@ -103,6 +112,27 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     host = 0 if settings.device.type == "cpu" else process + max((t.loaded(width) for t in tensors), default=0)
     certain = (weights + (PROCESS if settings.device.type == "cpu" else 0)) * settings.workers
     return Estimate(settings.device.type, everywhere, host, disk, certain)
+
+
+def _weights(spec: RunSpec, tensors: Sequence[Stored], width: int, left: Collection[str]) -> int:
+    """Bytes of the weights of a model as a run holds them.
+
+    Args:
+        spec: the run.
+        tensors: what the checkpoint holds.
+        width: bytes of a value of the model's dtype.
+        left: parts of the model whose linears stay in their files, unless they are quantized.
+    """
+    quantize, total = spec.quantize, 0
+    for tensor in tensors:
+        part = "vision" if any(word in tensor.name for word in VISION) else "language"
+        stays = part in left and may_wait(tensor.name, tensor.dtype, tensor.shape)
+        weights = quantize.weights if quantize is not None and part in quantize.scope else None
+        if stays and weights is not None and quantize is not None and quantize.storage == "packed":
+            total += packed_bytes(weights, tensor.shape[0], tensor.shape[1])
+        elif not stays or weights is not None:
+            total += tensor.loaded(width)
+    return total
 
 
 def of_all(specs: Sequence[RunSpec], settings: Settings, totals: Sequence[int]) -> list[str]:
@@ -151,8 +181,22 @@ def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
         ways.append(f"fewer --workers (each holds a model of {_size(needs.parts['weights'] // settings.workers)})")
     if precision(spec, settings.device) == "float32":
         ways.append(f"`dtype: bfloat16` (weights of {_size(needs.parts['weights'] // 2)})")
+    if (smaller := _packed(spec)) is not None:
+        weights = estimate(smaller, settings).parts["weights"] // settings.workers
+        ways.append(f"`storage: packed` under `quantize` (weights of {_size(weights)})")
+    if not settings.offload and (spec.quantize is None or spec.quantize.weights is None):
+        weights = estimate(spec, replace(settings, offload=True)).parts["weights"] // settings.workers
+        ways.append(f"`--offload`, which is slow (weights of {_size(weights)})")
     ways.append("a machine with more memory" if settings.device.type == "cpu" else "a larger GPU, or `--device cpu`")
     return "what helps: " + ", or ".join(ways)
+
+
+def _packed(spec: RunSpec) -> RunSpec | None:
+    """The same run with packed weights; None if it quantizes no weights, or packs them already."""
+    quantize = spec.quantize
+    if quantize is None or quantize.weights is None or quantize.storage == "packed" or quantize.backend != "simulate":
+        return None
+    return spec.model_copy(update={"quantize": quantize.model_copy(update={"storage": "packed"})})
 
 
 def _activations(config: Mapping[str, Any], settings: Settings, width: int) -> int:

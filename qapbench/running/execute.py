@@ -52,6 +52,7 @@ def run(
     address: str | None = None,
     gpus_per_worker: float = 1.0,
     spill: bool = False,
+    offload: bool = False,
     trust_remote_code: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | bool | None = True,
@@ -77,6 +78,8 @@ def run(
         address: address of the Ray cluster, or "auto"; None starts Ray on this machine.
         gpus_per_worker: share of a GPU that each worker of a Ray cluster has to itself.
         spill: keep image features for later quantizers in a memory-mapped file below `runs`.
+        offload: leave the decoder's weights in the checkpoint's files, where every forward pass reads them: slower, and
+            no answer depends on it.
         trust_remote_code: let a checkpoint run its own Python code.
         threads: threads of each process on a CPU. None gives a small model one, and others all cores, shared among the
             workers. No answer depends on it.
@@ -92,8 +95,8 @@ def run(
         import warnings
 
         warnings.warn("run(report=...) is now run(progress=...); report goes in 0.3", DeprecationWarning, stacklevel=2)
-    if model is not None and (workers not in (None, 1) or device is not None or engine != "local"):
-        raise UserError("run(model=...) uses the model where it is: leave `workers` and `device` out")
+    if model is not None and (workers not in (None, 1) or device is not None or engine != "local" or offload):
+        raise UserError("run(model=...) uses the model where it is: leave `workers`, `device` and `offload` out")
     specs = as_specs(spec, {"model": "?"} if model is not None else {}, tasks)
     asked = report or progress
     with no_foreign_bars(), contextlib.ExitStack() as stack:
@@ -111,6 +114,7 @@ def run(
             workers=workers,
             engine=engine,
             spill=spill,
+            offload=offload,
             trust_remote_code=trust_remote_code,
             threads=threads,
             address=address,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from qapbench.errors import Problem, UserError
 from qapbench.methods.quantization import by_formats
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.loading import precision, read_config
+from qapbench.models.unread import values
 from qapbench.quantize import export
 from qapbench.quantize.packed import packed_weight
 from qapbench.spec.run_spec import RunSpec
@@ -50,8 +52,13 @@ class Saved:
     nbytes: int
 
 
-def check_saving(spec: RunSpec, folder: Path) -> str:
+def check_saving(spec: RunSpec, folder: Path, device: torch.device) -> str:
     """Check, without loading the model, that the quantized model of a run can be written to a folder.
+
+    Args:
+        spec: the run.
+        folder: folder of the checkpoint.
+        device: device of the model.
 
     Returns:
         Name of the format of its weights.
@@ -68,7 +75,13 @@ def check_saving(spec: RunSpec, folder: Path) -> str:
         raise UserError(Problem(message, ("model",)))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: there is something already; name a new folder")
-    return export.layout_of(spec.quantize)
+    layout = export.layout_of(spec.quantize)
+    if layout == export.LAYOUTS["nvfp4"] and precision(spec, device) != "bfloat16":
+        message = (
+            f"nvfp4 weights in {precision(spec, device)}: the library reads them in bfloat16; write `dtype: bfloat16`"
+        )
+        raise UserError(Problem(f"compressed-tensors cannot store {message}", ("dtype",)))
+    return layout
 
 
 def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
@@ -82,10 +95,12 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
     Raises:
         UserError: the format cannot express what the run asks for; the message names the field.
     """
-    layout, asked = check_saving(spec, folder), spec.quantize
+    layout, asked = check_saving(spec, folder, session.settings.device), spec.quantize
     if asked is None:  # which `check_saving` has refused
         raise UserError(Problem("there is nothing to quantize; give a `quantize` section", ("quantize",)))
     method = asked.method.name
+    # Weights are packed as they come from the files.
+    spec = spec.model_copy(update={"quantize": asked.model_copy(update={"storage": "packed"})})
     model, _ = session.model(spec)
     samples = None
     if asked.calibration is not None:
@@ -95,8 +110,9 @@ def save_quantized(spec: RunSpec, folder: Path, session: Session) -> Saved:
     found: dict[str, dict[str, Tensor]] = {}
     for name, plan in plans.items():
         export.check_plan(name, plan, method)
-        packed = packed_weight(plan, linears[name].weight.detach(), name, method).to("cpu")
-        found[name] = export.tensors_of(name, packed, layout, method)
+        weight = values(linears[name].weight)
+        packed = packed_weight(plan, weight, name, method).to("cpu")
+        found[name] = export.tensors_of(name, packed, layout, method, weight)
     if not found:
         raise UserError(Problem(f"{method} quantizes no linear of this model", ("quantize", "scope")))
     groups = []

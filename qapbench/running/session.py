@@ -17,6 +17,7 @@ from qapbench.hashing import state_of_tree
 from qapbench.memory import Phases, give_back_freed
 from qapbench.models import family_of
 from qapbench.models.loading import load_model, load_processor, precision
+from qapbench.models.unread import any_unread, read_all
 from qapbench.progress import ProgressCallback, silent
 from qapbench.prune.build import build_pruning
 from qapbench.prune.prompt import PruningView
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 
 CALIBRATIONS = "calibrations"  # name of their folder, beside those of the runs
 LARGE = 2**30  # bytes of weights from which memory that is left behind counts
+
+
+def _packed(spec: RunSpec) -> bool:
+    """Whether a run needs no weights but those that it packs."""
+    return spec.quantize is not None and spec.quantize.storage == "packed"
 
 
 def _bytes(folder: Path) -> int:
@@ -83,9 +89,22 @@ class Session:
                 give_back_freed()
             refuse_unless_it_fits(spec, self.settings)
             self.phases.begin("load")
-            self._loaded = (key, *load_model(spec, self.settings.device, self.settings.trust_remote_code))
+            settings = self.settings
+            loaded = load_model(spec, settings.device, settings.trust_remote_code, settings.offload)
+            self._loaded = (key, *loaded)
             self.phases.end()
+        elif not (_packed(spec) or self.settings.offload):
+            self._read_all(spec, self._loaded[1])
         return self._loaded[1], self._loaded[2]
+
+    def _read_all(self, spec: RunSpec, model: Any) -> None:
+        """Read the weights that a packed run left in their files."""
+        if not any_unread(model):
+            return
+        refuse_unless_it_fits(spec, self.settings)
+        self.phases.begin("load")
+        read_all(model)
+        self.phases.end()
 
     def adopt(self, spec: RunSpec, model: Any, processor: Any) -> None:
         """Take a model that is loaded already for the one that a spec names."""

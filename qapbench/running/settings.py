@@ -27,6 +27,7 @@ class Settings:
         workers: number of workers that share the questions. 0, with Ray: as many as the cluster has room for.
         engine: where workers run: "local" is processes of this machine, "ray" a Ray cluster.
         spill: keep image features for later quantizers in a file below `runs`.
+        offload: leave the decoder's weights in their files, where every forward pass reads them.
         trust_remote_code: let a checkpoint run its own Python code.
         threads: threads of each process on a CPU; None chooses them by the model's size.
         address: address of the Ray cluster; None starts Ray on this machine.
@@ -39,6 +40,7 @@ class Settings:
     workers: int = 1
     engine: EngineName = "local"
     spill: bool = False
+    offload: bool = False
     trust_remote_code: bool = False
     threads: int | None = None
 

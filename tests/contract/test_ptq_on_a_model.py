@@ -12,7 +12,9 @@ from test_ptq_contract import FORMATS, QUICK, each_ptq, made_by, method
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qapbench import CalibrationSamples, LinearPlan, Tokens, UserError, compress, ptqs
+from qapbench import Block, CalibrationSamples, LinearPlan, RunSpec, Tokens, UserError, compress, ptqs
+from qapbench.models import family_of
+from qapbench.models.loading import load_model
 from qapbench.quantize.install import installed
 from qapbench.receipt import CalibrationUse
 
@@ -115,6 +117,37 @@ def test_packed_weights_give_the_same_logits(name: str, model: Any, samples: Any
         assert not set(plain.model_dump()) & {"stored_bits", "stored_bytes"}
     assert "stored packed: " in receipt.summary()
     assert "stored packed" not in unpacked.summary()
+
+
+@each_ptq
+def test_weights_that_are_still_in_their_file_are_packed_alike(
+    name: str, folder: Path, model: Any, samples: Any, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than one block of the decoder is in memory at any time, and afterwards none is."""
+    spec = RunSpec.parse({"model": str(folder), "task": "none", **quantize(name, storage="packed")})
+    left, _ = load_model(spec, torch.device("cpu"))
+    linears = family_of(left).linears(["language"])
+
+    def in_memory() -> int:
+        return sum(linear.weight.untyped_storage().nbytes() > 4 for linear in linears.values())
+
+    counts, forward = [in_memory()], Block.forward
+
+    def counted(self: Block, *args: Any) -> Tensor:
+        counts.append(in_memory())
+        return forward(self, *args)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    with compress(left, spec, calibration=samples) as receipt:
+        counts.append(in_memory())
+        found = logits(left, asked)
+    monkeypatch.undo()
+    with compress(model, quantize(name, storage="packed"), calibration=samples) as wanted:
+        assert torch.equal(found, logits(model, asked))
+    timed = {"calibration"}
+    assert receipt.model_dump(exclude=timed) == wanted.model_dump(exclude=timed)
+    assert (counts[0], counts[-1], in_memory()) == (0, 0, 0)
+    assert max(counts) <= len(linears) // 2
 
 
 @each_ptq

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qapbench import Format, NormalFloat, PackedWeight, UserError, kept_rounding, normal_float, packed_tensors
-from qapbench.methods.packed import CannotPackError, pack, packed_on, unpack
+from qapbench.methods.packed import CannotPackError, pack, packed_bytes, packed_on, unpack
 from qapbench.spec.run_spec import QuantizeSpec
 
 ROW = [
@@ -72,6 +72,18 @@ def test_values_are_those_of_the_format(formats: list[Format], dtype: torch.dtyp
 def test_nf4(shape: tuple[int, int], double: bool) -> None:
     w = weight(shape, torch.bfloat16)
     assert torch.equal(NormalFloat(64, double).packed(w).dequantized(w.dtype), normal_float(w, 64, double))
+
+
+@pytest.mark.parametrize("shape", [(33, 70), (128, 256), (5, 3)])
+def test_the_size_of_a_packed_weight_is_known_beforehand(shape: tuple[int, int]) -> None:
+    formats: list[dict[str, Any]] = [{"bits": bits, "group_size": 16} for bits in range(2, 9)]
+    formats += [{"bits": 4}, {"bits": 8, "symmetric": True}, {"bits": 3, "symmetric": True, "group_size": 32}]
+    formats += [{"bits": 4, "granularity": kind} for kind in ("channel", "tensor")]
+    formats += [{"format": name} for name in ("fp8", "mxfp8", "mxfp4", "nvfp4")]
+    formats += [{"format": "fp8", "granularity": "block", "group_size": 16}, {"format": "fp8", "granularity": "tensor"}]
+    for section in formats:
+        format = Format.model_validate(section)
+        assert packed_bytes(format, *shape) == format.packed(weight(shape, torch.float32)).nbytes, format
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -55,8 +55,11 @@ def make_tokenizer(image: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def save_llava(folder: Path, seed: int = 0, layers: int = 2) -> Path:
-    """A LLaVA of some 100,000 random weights, with processor and tokenizer, as `save_pretrained` lays it out."""
+def save_llava(folder: Path, seed: int = 0, layers: int = 2, width: int = 48) -> Path:
+    """A LLaVA of some 100,000 random weights, with processor and tokenizer, as `save_pretrained` lays it out.
+
+    The width of its language model is that of `width`, a multiple of 16.
+    """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     vision = CLIPVisionConfig(
@@ -69,7 +72,7 @@ def save_llava(folder: Path, seed: int = 0, layers: int = 2) -> Path:
         projection_dim=24,
     )
     text = LlamaConfig(
-        hidden_size=48,
+        hidden_size=width,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=4,

@@ -130,3 +130,34 @@ def test_the_peak_of_a_phase_is_its_own_and_that_of_the_process_is_kept() -> Non
     assert large - smaller > 200
     assert phases.peaks["peak_memory_mb"] >= large and phases.peaks["memory of smaller"] == smaller
     assert peak_resident_bytes() >= (large - 1) * 2**20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_weights_are_estimated_to_the_byte(dtype: str, tmp_path: Path) -> None:
+    spec = spec_of(dtype=dtype, quantize={**W4, "storage": "packed"})
+    settings = Settings(tmp_path, CPU)
+    session = sessions.Session(settings)
+    (record,) = make_runs([spec], settings, session=session)
+    model, _ = session.model(spec)
+    packed = {line.name: line.stored_bytes or 0 for line in record.receipt.linears}
+    plain = sum(w.nbytes for name, w in model.named_parameters() if name.removesuffix(".weight") not in packed)
+    one = estimate(spec, settings)
+    assert len(packed) > 10 and one.parts["weights"] == plain + sum(packed.values())
+    assert one.total < estimate(spec_of(dtype=dtype, quantize=W4), settings).total
+
+
+def test_a_run_that_does_not_fit_is_told_of_packed_weights_and_one_that_packs_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = Settings(Path("runs"), CPU)
+    plain, packed = spec_of(quantize=W4), spec_of(quantize={**W4, "storage": "packed"})
+    needs = estimate(packed, settings)
+    monkeypatch.setattr(estimates, "free_bytes", lambda device: needs.certain)
+    refuse_unless_it_fits(packed, settings)
+    with pytest.raises(UserError) as caught:
+        refuse_unless_it_fits(plain, settings)
+    size = estimates._size(needs.parts["weights"])
+    assert f"`storage: packed` under `quantize` (weights of {size})" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        refuse_unless_it_fits(spec_of(), settings)
+    assert "packed" not in str(caught.value)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
+from llava_checkpoints import save_llava
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -35,6 +36,7 @@ QMAX = {"bits": 8, "symmetric": True}
 W4 = {"bits": 4}
 AMAX = {"format": "fp8"}
 FP8 = {"format": "fp8", "scale": "compressed_tensors"}
+MXFP4, NVFP4 = ({"format": name, "scale": "compressed_tensors"} for name in ("mxfp4", "nvfp4"))
 KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "W4A16": ("pack-quantized", "gptq", G8, None),
     "W3A16 symmetric": ("pack-quantized", "rtn", {"bits": 3, "symmetric": True}, None),
@@ -42,7 +44,13 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "W8A8": ("int-quantized", "rtn", {"bits": 8, "symmetric": True}, HALF),
     "FP8": ("float-quantized", "rtn", {"format": "fp8"}, FP8),
     "FP8 blocks": ("float-quantized", "rtn", {"format": "fp8", "granularity": "block", "group_size": 16}, None),
+    "MXFP4": ("mxfp4-pack-quantized", "gptq", {"format": "mxfp4"}, None),
+    "MXFP4 and activations": ("mxfp4-pack-quantized", "rtn", {"format": "mxfp4", "scale": "floor"}, MXFP4),
+    "MXFP8 and activations": ("mxfp8-quantized", "rtn", {"format": "mxfp8"}, {**MXFP4, "format": "mxfp8"}),
+    "NVFP4": ("nvfp4-pack-quantized", "rtn", NVFP4, None),
+    "NVFP4 of GPTQ": ("nvfp4-pack-quantized", "gptq", NVFP4, None),
 }
+HALVES = ("W4A16", "MXFP4", "NVFP4", "NVFP4 of GPTQ")  # made in bfloat16
 CPU = torch.device("cpu")
 
 
@@ -57,10 +65,20 @@ def answered(spec: dict[str, Any], runs: Path) -> tuple[list[Any], Any]:
     return [(answer.doc, answer.answer) for answer in answers_of(runs / record.run_id).read()], record
 
 
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose widths are multiples of 32."""
+    return save_llava(tmp_path_factory.mktemp("wide") / "llava", width=64)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_checkpoint_answers_as_its_run(kind: str, spec_of: Spec, questions: Path, tmp_path: Path) -> None:
-    dtype = "bfloat16" if kind == "W4A16" else "float32"
+def test_a_saved_checkpoint_answers_as_its_run(
+    kind: str, spec_of: Spec, wide_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    dtype = "bfloat16" if kind in HALVES else "float32"
     spec = spec_of(quantize=section(kind, questions), dtype=dtype)
+    if kind.startswith("MX"):
+        spec |= {"model": str(wide_model)}
     session = Session(Settings(tmp_path / "runs", CPU))
     saved = save_quantized(RunSpec.parse(spec), tmp_path / "saved", session)
     assert (saved.layout, saved.linears) == (KINDS[kind][0], 14)
@@ -141,7 +159,14 @@ def test_transformers_answers_alike(kind: str, spec_of: Spec, questions: Path, t
     ("quantize", "field", "said"),
     [
         ({"method": "rtn", "activations": G8}, "quantize.weights", "weights that are not quantized"),
-        ({"method": "rtn", "weights": {"format": "mxfp4"}}, "quantize.weights.format", "weights as mxfp4"),
+        (
+            {"method": "rtn", "weights": {"format": "mxfp4"}},
+            "quantize.weights.group_size",
+            "groups of 32 in .* 48 inputs",
+        ),
+        ({"method": "rtn", "weights": {"format": "nvfp4"}}, "quantize.weights.scale", "the rule tensor"),
+        ({"method": "rtn", "weights": NVFP4}, "dtype", "nvfp4 weights in float32"),
+        ({"method": "rtn", "weights": NVFP4, "activations": NVFP4}, "quantize.activations.format", "nvfp4 activations"),
         ({"method": "rtn", "weights": {**W4, "granularity": "tensor"}}, "quantize.weights.granularity", "per tensor"),
         ({"method": "rtn", "weights": G8, "activations": QMAX}, "quantize.activations.divisor", "half"),
         ({"method": "rtn", "weights": G8, "activations": FP8}, "quantize.activations.format", "beside int weights"),
@@ -169,7 +194,7 @@ def test_whole_or_not_at_all(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.
     assert len(list(several.folder.glob("*.safetensors"))) > 3
     load_model(RunSpec.parse(spec_of(model=str(several.folder))), CPU)
     with pytest.raises(UserError, match="there is something already"):
-        check_saving(spec, several.folder)
+        check_saving(spec, several.folder, CPU)
 
     def full(source: Path, folder: Path) -> None:
         raise OSError("disk full")

@@ -15,6 +15,7 @@ from qapbench.errors import UserError
 from qapbench.memory import peak_memory
 from qapbench.methods.quantization import LinearPlan, Tokens
 from qapbench.models import Family
+from qapbench.models.unread import present
 from qapbench.quantize.calibration import store
 from qapbench.quantize.call_tokens import tokens_of
 from qapbench.quantize.install import SharedInputs, installed
@@ -202,17 +203,23 @@ class Calibration:
                 passes = captured[0]
                 for index, (name, module, members) in enumerate(chain):
                     block = Block(name, module, members, passes, self._current, self._activations)
-                    for result, found in zip(results, self._found_in(block, works, ahead), strict=True):
+                    with present(members.values()):
+                        mine = self._found_in(block, works, ahead)
+                    for result, found in zip(results, mine, strict=True):
                         result |= found
-                    for work, result in zip(works, results, strict=True):
-                        for linear in [one for one in members if one in result] if work.install else ():
-                            plan = work.install(result[linear])  # type: ignore[misc]
-                            stack.enter_context(
-                                installed(members[linear], plan, self._told, shared=shared, originals=self.originals)
-                            )
+                    with contextlib.ExitStack() as calibrated:
+                        for work, result in zip(works, results, strict=True):
+                            for linear in [one for one in members if one in result] if work.install else ():
+                                plan = work.install(result[linear])  # type: ignore[misc]
+                                calibrated.enter_context(
+                                    installed(members[linear], plan, self._told, shared=shared, originals=self.originals)
+                                )
+                        if index + 1 < len(chain):
+                            with present(members.values()):
+                                passes = block.advance(captured[index + 1])
+                        if chain is not chains[-1]:  # later chains are captured behind this block
+                            stack.push(calibrated.pop_all())
                     ahead = {name: linear for name, linear in ahead.items() if name not in members}
-                    if index + 1 < len(chain):
-                        passes = block.advance(captured[index + 1])
                     done += 1
                     self.source.report("calibrating, block", done, total)
         return results

@@ -1,0 +1,190 @@
+"""Weights that stay in the file of their checkpoint until something computes with them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .streaming import HeldFile, Weights
+
+MATRICES = (".layers.", ".blocks.")  # parts of the names of weights that may stay unread: those of a stack of layers
+FLOATS = ("F16", "BF16", "F32")  # their dtypes, as a file spells them
+
+
+class UnreadWeight(Tensor):
+    """A matrix in the file of a checkpoint, which takes no memory.
+
+    It has shape, dtype and device of the weight. Whatever computes with it reads the values, uses them, and forgets
+    them. It cannot be written to.
+
+    Args:
+        read_file: reads the values, to host memory.
+        like: a tensor of this shape, dtype and device, whose values do not matter.
+
+    Attributes:
+        read_file: as given.
+    """
+
+    read_file: Callable[[], Tensor]
+
+    def __new__(cls, read_file: Callable[[], Tensor], like: Tensor) -> UnreadWeight:
+        """Make one that is a parameter."""
+        made: Any = stand_in(tuple(like.shape), like.dtype, like.device).as_subclass(cls)
+        made.read_file, made._is_param = read_file, True
+        found: UnreadWeight = made
+        return found
+
+    def __init__(self, read_file: Callable[[], Tensor], like: Tensor) -> None:
+        super().__init__()
+
+    def read(self) -> Tensor:
+        """The values, in memory of their own on the weight's device.
+
+        Raises:
+            RunFailedError: the file was changed since the model was loaded.
+        """
+        return self.read_file().to(self.device)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Compute with the values, unless only shape, dtype or device are asked for."""
+        kwargs = kwargs or {}
+        if func in ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is Tensor.detach:
+            return args[0]
+        target = args[0] if args else None
+        if isinstance(target, UnreadWeight) and _writes(func):
+            raise RuntimeError("a weight that is still in its file cannot be written to; take its values by `values`")
+        given, named = tree_map_only(UnreadWeight, lambda weight: weight.read(), (args, dict(kwargs)))
+        return func(*given, **named)
+
+
+ABOUT = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad", "grad_fn", "is_cpu", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "_version")),
+    *(Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.is_contiguous, Tensor.is_inference, Tensor.is_complex, Tensor.__hash__),
+    *(Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage_offset, Tensor.requires_grad_),
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+}
+"""What needs no values."""
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function changes the tensor that it is given first."""
+    name = getattr(func, "__name__", "")
+    return name in ("__set__", "__setitem__") or (name.endswith("_") and not name.startswith("__"))
+
+
+def values(weight: Tensor) -> Tensor:
+    """The values of a weight, without a gradient; they are read if they are still in a file."""
+    return weight.read() if isinstance(weight, UnreadWeight) else weight.detach()
+
+
+@contextlib.contextmanager
+def present(linears: Iterable[nn.Linear]) -> Iterator[None]:
+    """While the context is open, the weights of some linears are in memory."""
+    unread = [(linear, linear.weight) for linear in linears if isinstance(linear.weight, UnreadWeight)]
+    try:
+        for linear, weight in unread:
+            linear.weight = nn.Parameter(values(weight), requires_grad=False)
+        yield
+    finally:
+        for linear, weight in unread:
+            linear.weight = weight
+
+
+def any_unread(model: nn.Module) -> bool:
+    """Whether a model has weights that are still in files."""
+    return any(isinstance(weight, UnreadWeight) for weight in model.parameters())
+
+
+def read_all(model: nn.Module) -> None:
+    """Read all weights of a model that are still in files, for good."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight, UnreadWeight):
+                setattr(module, name, nn.Parameter(weight.read(), requires_grad=False))
+
+
+def stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a shape that holds one NaN, at an address of its own."""
+    return torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def may_wait(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a file may be left there while the model is loaded: it is the matrix of a layer.
+
+    Args:
+        name: its name.
+        dtype: its dtype, as the file spells it.
+        shape: its shape.
+    """
+    return len(shape) == 2 and name.endswith(".weight") and dtype in FLOATS and any(part in name for part in MATRICES)
+
+
+class Postponed:
+    """Leaves the matrices of layers in their files while a model is loaded; see `streaming`.
+
+    Args:
+        dtype: dtype of the model.
+        device: device of the model.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._files: dict[Path, HeldFile] = {}
+        self._given: dict[int, tuple[Tensor, HeldFile, str]] = {}
+
+    def of(self, weights: Weights, name: str) -> Tensor | None:
+        """What stands for a matrix of a layer; None for any other tensor."""
+        part = weights.file.get_slice(name)
+        shape = tuple(part.get_shape())
+        if not may_wait(name, str(part.get_dtype()), shape):
+            return None
+        file = self._files.get(weights.path) or self._files.setdefault(weights.path, HeldFile(weights.path))
+        given = stand_in(shape, self.dtype, self.device)
+        self._given[given.untyped_storage().data_ptr()] = given, file, name
+        return given
+
+    def settle(self, model: nn.Module, linears: Iterable[nn.Linear]) -> bool:
+        """Give a loaded model its weights: unread ones to some linears, and values to all others.
+
+        Args:
+            model: the model.
+            linears: those whose weights stay in their files.
+
+        Returns:
+            Whether every tensor that was left in its file is one of the model's weights. If not, one was changed while
+            the model was loaded, and the model is of no use.
+        """
+        holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                holders.setdefault(weight.untyped_storage().data_ptr(), []).append((module, name))
+        given_out, self._given = self._given, {}
+        if any(place not in holders for place in given_out):
+            return False
+        wanted = {id(linear) for linear in linears}
+        for place, (given, file, key) in given_out.items():
+            held = holders[place]
+            if any(getattr(module, name).shape != given.shape for module, name in held):
+                return False
+            left: Any = UnreadWeight(functools.partial(file.read, key, self.dtype), given)
+            if len(held) > 1 or id(held[0][0]) not in wanted:
+                left = nn.Parameter(left.read(), requires_grad=False)
+            for module, name in held:
+                setattr(module, name, left)
+        return True
