@@ -16,7 +16,8 @@ from qapbench.models.compressed import check_not_twice, complete, loading_argume
 from qapbench.models.family import family_class, family_of
 from qapbench.models.streaming import streaming
 from qapbench.models.unread import Postponed
-from qapbench.spec.run_spec import RunSpec, Scope
+from qapbench.spec.quantize_spec import Scope
+from qapbench.spec.run_spec import RunSpec
 
 
 def load_model(

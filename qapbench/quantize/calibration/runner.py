@@ -211,9 +211,10 @@ class Calibration:
                         for work, result in zip(works, results, strict=True):
                             for linear in [one for one in members if one in result] if work.install else ():
                                 plan = work.install(result[linear])  # type: ignore[misc]
-                                calibrated.enter_context(
-                                    installed(members[linear], plan, self._told, shared=shared, originals=self.originals)
+                                put = installed(
+                                    members[linear], plan, self._told, shared=shared, originals=self.originals
                                 )
+                                calibrated.enter_context(put)
                         if index + 1 < len(chain):
                             with present(members.values()):
                                 passes = block.advance(captured[index + 1])
