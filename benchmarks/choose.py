@@ -42,22 +42,23 @@ def timed_choice(profile: cProfile.Profile | None = None) -> Iterator[Spent]:
     spent = Spent()
 
     def timed(inner: Any, counts: bool) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(self: Any, given: Any) -> Any:
+            given = list(given)
             wall, cpu = time.perf_counter(), time.process_time()
             if profile:
                 profile.enable()
-            found = inner(*args, **kwargs)
+            found = inner(self, given)
             if profile:
                 profile.disable()
             spent.cpu += time.process_time() - cpu
             spent.wall += time.perf_counter() - wall
-            spent.calls += counts
+            spent.calls += counts * len(given)
             return found
 
         return call
 
     with (
-        mock.patch.object(Pruning, "prune", timed(Pruning.prune, True)),
+        mock.patch.object(Pruning, "prune_each", timed(Pruning.prune_each, True)),
         mock.patch.object(PromptEncoder, "expect", timed(PromptEncoder.expect, False)),
     ):
         yield spent
