@@ -184,11 +184,10 @@ def kernel() -> Kernel | None:
     """Compile the loops, once per process. Returns None, after one warning, if there is no compiler that can."""
     compiler = os.environ.get(COMPILER) or shutil.which("cc") or "gcc"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        source, library = Path(folder) / "affine.c", Path(folder) / "affine.so"
-        source.write_text(SOURCE)
+        library = Path(folder) / "affine.so"
         try:
-            command = [*compiler.split(), *FLAGS, str(source), "-o", str(library), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            command = [*compiler.split(), *FLAGS, "-x", "c", "-", "-o", str(library), "-lm"]
+            subprocess.run(command, input=SOURCE, check=True, capture_output=True, text=True, timeout=120)
             return Kernel(ctypes.CDLL(str(library)))
         except (OSError, subprocess.SubprocessError) as error:
             said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()

@@ -11,6 +11,7 @@ import torch
 
 from qapbench.models import Family
 from qapbench.models.encoded import EncodedImages
+from qapbench.models.relevance import Kept
 from qapbench.prune.prompt import Memo, PrunedPrompt, unpruned
 from qapbench.prune.pruning import Ask, Pruning
 from qapbench.tasking.images import decode
@@ -78,6 +79,7 @@ class PromptEncoder:
         processor: the model's processor.
         prunings: prune key -> pruning.
         stage: measures the time of a stage.
+        kept: embeddings of texts on disk, by the identity of their text tower.
     """
 
     def __init__(
@@ -86,11 +88,13 @@ class PromptEncoder:
         processor: Any,
         prunings: Mapping[str, Pruning],
         stage: Stage = lambda name: contextlib.nullcontext(),
+        kept: Mapping[int, Kept] | None = None,
     ) -> None:
         self.family = family
         self.processor = processor
         self.prunings = prunings
         self.stage = stage
+        self.kept = kept or {}
         self.needs = frozenset[str]().union(*(one.needs for one in prunings.values()))
         self._latest: tuple[tuple[str, ...], EncodedImages, dict[Any, Any]] | None = None
 
@@ -101,7 +105,7 @@ class PromptEncoder:
         for tower in towers.values():
             if tower is not None:
                 with self.stage("choose"):
-                    tower.embed_texts(texts)
+                    tower.embed_texts(texts, self.kept.get(id(tower)))
 
     def encode(self, question: Question, prompt: str, prune_keys: Iterable[PruneKey]) -> dict[PruneKey, PrunedPrompt]:
         """The prompt of a question under each prune key.

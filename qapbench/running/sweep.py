@@ -15,6 +15,7 @@ from typing import Any
 
 from qapbench.hashing import add_tensor
 from qapbench.models import Family, family_of
+from qapbench.models.kept_texts import KeptTexts
 from qapbench.models.positions import positions_needed, positions_of
 from qapbench.prune.prompt import PrunedPrompt
 from qapbench.prune.pruning import Pruning
@@ -27,6 +28,7 @@ from qapbench.tasking.questions import Question, RefusedPictureError
 from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results
 from .batches import BatchRunner, Row
 from .feature_cache import FeatureCache
+from .fingerprints import TOWER
 from .plan import PruneKey
 from .prompt_encoder import Asked, PromptEncoder, first_accepted
 from .refusals import left_out
@@ -34,6 +36,7 @@ from .session import Session
 
 Prompts = dict[str, dict[PruneKey, PrunedPrompt]]
 """The prompts of one question: text -> prune key -> prompt."""
+TEXTS = "texts"  # name of the folder of embedded questions, beside those of the runs
 AHEAD = 32  # batches of questions whose texts are embedded together
 MEMORY = 1 << 30  # bytes of pruned prompts that are kept in memory for later groups
 
@@ -182,11 +185,15 @@ class Sweep:
     def _encoder(self, runs: Sequence[ActiveRun]) -> PromptEncoder:
         """A prompt encoder that serves the pruning configurations of all these runs."""
         prunings: dict[str, Pruning] = {}
+        kept: dict[int, KeptTexts] = {}
         for active in runs:
             key = active.prune_key
             if key is not None and key not in prunings and (pruning := self.session.pruning(active.spec)) is not None:
                 prunings[key] = pruning
-        return PromptEncoder(self.family, self.processor, prunings, self.clock.stage)
+                tower, content = pruning.reader.tower, active.planned.fingerprints.get(TOWER)
+                if tower is not None and content is not None and not active.planned.fresh:
+                    kept[id(tower)] = KeptTexts(self.session.settings.runs / TEXTS, content, tower.device.type)
+        return PromptEncoder(self.family, self.processor, prunings, self.clock.stage, kept)
 
     def _answer_window(
         self,
