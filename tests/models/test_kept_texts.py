@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from llava_checkpoints import save_clip
 from safetensors.torch import load_file
 
 from qapbench.models.kept_texts import KeptTexts
+from qapbench.models.relevance import TextTower
 
 
 def test_what_is_kept_is_found_again_and_nothing_else(tmp_path: Path) -> None:
@@ -38,3 +41,18 @@ def test_a_damaged_file_counts_as_not_there(tmp_path: Path) -> None:
         assert list(KeptTexts(tmp_path, "tower", "cpu").of(["one", "two"])) == ["two"]
     kept.keep({"one": torch.ones(1, 1, 4)})
     assert torch.equal(KeptTexts(tmp_path, "tower", "cpu").of(["one"])["one"], torch.ones(1, 1, 4))
+
+
+def test_a_tower_embeds_a_text_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second tower, as in another process, reads what the first embedded, and embeds the rest."""
+    folder, root, device = save_clip(tmp_path / "clip"), tmp_path / "texts", torch.device("cpu")
+    texts = ["what is this", "is this a", "a b " * 30, "b"]
+    alone = TextTower(folder, 32, device).embed_texts(texts)
+    TextTower(folder, 32, device).embed_texts(texts[:3], KeptTexts(root, "tower", "cpu"))
+    second, embedded = TextTower(folder, 32, device), list[int]()
+    embed = second._embed
+    monkeypatch.setattr(second, "_embed", lambda rows: [embedded.append(len(rows)), embed(rows)][1])
+    found = second.embed_texts(texts, KeptTexts(root, "tower", "cpu"))
+    assert embedded == [1]
+    assert all(map(torch.equal, found, alone))
+    assert len(list(KeptTexts(root, "tower", "cpu").folder.iterdir())) == 2
