@@ -4,7 +4,8 @@
 
 Questions are answered by W4A4 cdpruner with the combined sensitivity, in one process. The choice is everything between
 the tower and the decoder: the text tower, relevance, sensitivity, selection and the assembly of the shorter prompt.
-Times are CPU time of this process; the tower counts with the projector.
+Times are CPU time of this process; the tower counts with the projector. An earlier run has left the embedded questions
+in its folder, as every run after the first finds them; `--first` measures the first one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import cProfile
 import pstats
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from rich.table import Table
 
 from qapbench.prune.pruning import Pruning
 from qapbench.running.prompt_encoder import PromptEncoder
+from qapbench.running.sweep import TEXTS
 
 from .stages import EMBEDDED, RANDOM, TOWER, Bench, Spent, StageClock
 
@@ -42,29 +45,35 @@ def timed_choice(profile: cProfile.Profile | None = None) -> Iterator[Spent]:
     spent = Spent()
 
     def timed(inner: Any, counts: bool) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(self: Any, given: Any) -> Any:
+            given = list(given)
             wall, cpu = time.perf_counter(), time.process_time()
             if profile:
                 profile.enable()
-            found = inner(*args, **kwargs)
+            found = inner(self, given)
             if profile:
                 profile.disable()
             spent.cpu += time.process_time() - cpu
             spent.wall += time.perf_counter() - wall
-            spent.calls += counts
+            spent.calls += counts * len(given)
             return found
 
         return call
 
     with (
-        mock.patch.object(Pruning, "prune", timed(Pruning.prune, True)),
+        mock.patch.object(Pruning, "prune_each", timed(Pruning.prune_each, True)),
         mock.patch.object(PromptEncoder, "expect", timed(PromptEncoder.expect, False)),
     ):
         yield spent
 
 
 def measure(
-    model: str, folder: Path, rounds: int, profile: cProfile.Profile | None = None, limit: int | None = None
+    model: str,
+    folder: Path,
+    rounds: int,
+    profile: cProfile.Profile | None = None,
+    limit: int | None = None,
+    kept: bool = True,
 ) -> tuple[Spent, Spent]:
     """What choice and tower take in the quicker of several runs, after one that does not count.
 
@@ -74,6 +83,7 @@ def measure(
         rounds: number of runs that count.
         profile: profiles the choice.
         limit: number of questions.
+        kept: whether an earlier run left the embedded questions on disk.
     """
     bench = Bench(model, folder, limit or LIMIT[model], 8)
     prune = {"method": "cdpruner", "keep": KEEP[model][0], "sensitivity": "combined"}
@@ -84,6 +94,8 @@ def measure(
         clock, pruning = StageClock(family), bench.session.pruning(spec)
         if pruning is not None and pruning.reader.tower is not None:
             pruning.reader.tower.known.clear()  # as in a process of its own
+        if turn and kept:
+            shutil.copytree(folder / f"runs-{turn}" / TEXTS, folder / f"runs-{turn + 1}" / TEXTS)
         with timed_choice(profile if turn else None) as choice, clock.running():
             bench.run(spec)
         best += [(choice, clock.spent[TOWER])] * bool(turn)
@@ -96,6 +108,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--first", action="store_true", help="no earlier run embedded the questions")
     parser.add_argument("--profile", action="store_true", help="show the functions in which the choice spends its time")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -103,7 +116,7 @@ def main() -> None:
     for model in given.model:
         profile = cProfile.Profile() if given.profile else None
         with tempfile.TemporaryDirectory() as temporary:
-            choice, tower = measure(model, Path(temporary), given.rounds, profile, given.limit)
+            choice, tower = measure(model, Path(temporary), given.rounds, profile, given.limit, not given.first)
         keep, count = KEEP[model]
         each = f"{choice.cpu / choice.calls * 1e3:.2f}", f"{tower.cpu / tower.calls * 2e3:.2f}"
         wall = f"{choice.wall / tower.wall:.2f}"

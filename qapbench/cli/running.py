@@ -96,7 +96,9 @@ def run(
         return
     from qapbench.analysis.strata import Strata  # imported here because it takes a second
     from qapbench.analysis.table import ablation_table
+    from qapbench.running.threads import in_words
 
+    out.print(escape(in_words(specs, settings)), highlight=False)
     collect_as_usual()
     with progress() as report:
         records = make_runs(specs, settings, fresh, fast, report, planner)

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from qapbench.errors import first_line
 
+from . import affine_kernel
+
 Divisor = Literal["qmax", "half", "full"]
 ZeroPoint = Literal["in_range", "clamped", "free"]
 
 # Values quantized at a time on a CPU: few enough to stay in its cache, enough that the cost of the calls is negligible.
 BLOCK = 2**19
+LOOPS_BLOCK = 2**22  # the same for the compiled loops, which read a value only twice
 SMALLEST = torch.finfo(torch.float32).tiny  # smallest scale of a range
 LARGEST = torch.finfo(
     torch.bfloat16
@@ -43,8 +46,8 @@ def fake_quantize(
     with a NaN or an infinity becomes NaN as a whole; finite values stay finite. Gradients pass through the rounding
     unchanged (straight-through estimator).
 
-    If the environment variable QAPBENCH_COMPILE is "1", torch.compile fuses the computation into one pass with
-    bit-identical results. Compilation needs a C++ compiler.
+    If the environment variable QAPBENCH_COMPILE is "1", compiled loops do it with bit-identical results: on a CPU those
+    of `affine_kernel`, elsewhere those that torch.compile makes of it. Both need a compiler.
 
     Args:
         x: [..., D], any floating dtype. Rows never share a scale.
@@ -64,7 +67,7 @@ def fake_quantize(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     quantize: Callable[[Tensor, Levels, Tensor], None] = _eager if x.is_cpu else _whole
     if os.environ.get(COMPILE) == "1" and not torch.compiler.is_compiling():
-        quantize = _compiled() or quantize
+        quantize = _in_loops if x.is_cpu else _compiled() or quantize
     for values, target in zip(grouped(x, group_size), grouped(out, group_size), strict=True):
         quantize(values, levels, target)
     return out
@@ -297,6 +300,19 @@ def _eager(x: Tensor, levels: Levels, out: Tensor) -> None:
         work.mul_(grid.scale)
         if not own:
             target.copy_(_finite(work, x.dtype))
+
+
+def _in_loops(x: Tensor, levels: Levels, out: Tensor) -> None:
+    """Quantize x [R, G, D] into `out` by the compiled loops, a few rows at a time."""
+    loops = affine_kernel.kernel()
+    if loops is None or not loops.takes(x, out):
+        _eager(x, levels, out)
+        return
+    rows = max(1, LOOPS_BLOCK // (x.shape[1] * x.shape[2]))
+    for block, target in zip(x.split(rows), out.split(rows), strict=True):
+        low, high = loops.ends(block)
+        grid = levels.grid(low, high)
+        loops.round(block, grid.scale, target, grid.ends if levels.reaches_past(low, high, grid) else None)
 
 
 @functools.cache

@@ -41,7 +41,8 @@ class Quantizer(Protocol):
 
 def min_max(scores: Tensor) -> Tensor:
     """Normalise the scores [B, N] of each image to (0, 1]. Constant scores become 1."""
-    low, high = scores.aminmax(dim=-1, keepdim=True)
+    # amin and amax are vectorised on a CPU; aminmax is not.
+    low, high = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
     return (scores - low + EPSILON) / (high - low + EPSILON)
 
 
@@ -72,6 +73,20 @@ def _check_scores(scores: Tensor, tokens: VisionTokens, owner: str) -> None:
     if scores.shape != tokens.projected.shape[:2]:
         raise UserError(f"{owner}: expected [{tokens.batch}, {tokens.count}], got {tuple(scores.shape)}")
     _check_finite(scores, owner)
+
+
+class Choice(NamedTuple):
+    """What tokens are chosen from, and by what.
+
+    Attributes:
+        tokens: a batch of images.
+        sensitivity: [B, N] from a metric, on any scale; None chooses by relevance alone.
+        relevance: result of `Pruner.relevance(tokens)`, if it was computed before.
+    """
+
+    tokens: VisionTokens
+    sensitivity: Tensor | None = None
+    relevance: Tensor | None = None
 
 
 class Pruner(abc.ABC):
@@ -111,6 +126,18 @@ class Pruner(abc.ABC):
             keep: kept and merged tokens per image, with 1 <= keep < N.
         """
 
+    def choose_each(self, scored: Sequence[tuple[VisionTokens, Tensor]], keep: int) -> list[Selection]:
+        """Choose for several batches of images, for each of them what `choose` does.
+
+        A method may override this to work on all of them at the same time. What is chosen for one must not depend on
+        the others, to the last bit.
+
+        Args:
+            scored: (tokens, scores) as `choose` gets them. Their sizes may differ.
+            keep: kept and merged tokens per image.
+        """
+        return [self.choose(tokens, scores, keep) for tokens, scores in scored]
+
     def select(
         self,
         tokens: VisionTokens,
@@ -132,13 +159,34 @@ class Pruner(abc.ABC):
             UserError: the budget is out of range, a field is missing, or scores are not finite.
             RuntimeError: the method returned an invalid selection.
         """
-        check_budget(keep, tokens.count)
-        for name in sorted(self.needs - self.optional):
-            tokens.require(name, type(self).__name__)
-        if keep == tokens.count:
-            return Selection.everything(tokens)
-        scores = self.scores(tokens, sensitivity, fusion, relevance)
-        return self._checked(self.choose(tokens, scores, keep), tokens, keep)
+        return self.select_each([Choice(tokens, sensitivity, relevance)], keep, fusion)[0]
+
+    def select_each(self, choices: Sequence[Choice], keep: int, fusion: Fusion | None = None) -> list[Selection]:
+        """Do for each of several choices what `select` does.
+
+        Args:
+            choices: what is chosen from.
+            keep: as `select`.
+            fusion: as `select`.
+
+        Raises:
+            UserError: as `select`.
+            RuntimeError: as `select`.
+        """
+        scored: list[tuple[VisionTokens, Tensor]] = []
+        for tokens, sensitivity, relevance in choices:
+            check_budget(keep, tokens.count)
+            for name in sorted(self.needs - self.optional):
+                tokens.require(name, type(self).__name__)
+            if keep < tokens.count:
+                scored.append((tokens, self.scores(tokens, sensitivity, fusion, relevance)))
+        chosen = iter(self.choose_each(scored, keep) if scored else [])
+        return [
+            Selection.everything(one.tokens)
+            if keep == one.tokens.count
+            else self._checked(next(chosen), one.tokens, keep)
+            for one in choices
+        ]
 
     def scores(
         self, tokens: VisionTokens, sensitivity: Tensor | None, fusion: Fusion | None, relevance: Tensor | None = None
@@ -173,9 +221,10 @@ class Pruner(abc.ABC):
         method = type(self).__name__
         if chosen.budget != keep or indices.shape[0] != tokens.batch:
             raise RuntimeError(f"{method} kept {chosen.budget} tokens where {keep} were asked for")
-        if indices.numel() and (indices.min() < 0 or indices.max() >= tokens.count):
+        rows = indices.tolist()  # sorted
+        if any(row and (row[0] < 0 or row[-1] >= tokens.count) for row in rows):
             raise RuntimeError(f"{method} chose a token outside 0..{tokens.count - 1}")
-        if (indices.diff(dim=-1) == 0).any():
+        if any(len(set(row)) < len(row) for row in rows):
             raise RuntimeError(f"{method} chose a token twice")
         if chosen.updated is not None:
             if chosen.updated.shape[:2] != indices.shape:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,16 @@ BESIDE = "clip"  # folder of the companion CLIP inside a model's own folder
 PADDED = 8  # lengths to which texts are padded are multiples of this, so that many texts have the same length
 TOGETHER = 32  # texts that go through the tower side by side
 KNOWN = 2**14  # texts whose embeddings are kept
+
+
+class Kept(Protocol):
+    """Embeddings of texts that are kept somewhere."""
+
+    def of(self, texts: list[str]) -> dict[str, Tensor]:
+        """Those of some texts that are there: text -> [1, M, P]."""
+
+    def keep(self, made: Mapping[str, Tensor]) -> None:
+        """Add the embeddings of texts."""
 
 
 class TextTower:
@@ -88,14 +98,21 @@ class TextTower:
         return self.embed_texts([text])[0]
 
     @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> list[Tensor]:
+    def embed_texts(self, texts: Sequence[str], kept: Kept | None = None) -> list[Tensor]:
         """Embed several texts, each as `embed_text` does and to the same bits.
+
+        Args:
+            texts: the texts.
+            kept: embeddings on disk, to which new ones are added; None if there are none.
 
         Texts that were embedded before are not computed again. Padding behind the last token is cut to what is left of
         a multiple of PADDED tokens: attention is causal, so no padding reaches the token that is pooled.
         """
         if len(self.known) > KNOWN:
             self.known.clear()
+        if kept is not None:
+            found = kept.of([text for text in dict.fromkeys(texts) if text not in self.known])
+            self.known |= {text: value.to(self.device) for text, value in found.items()}
         rows: dict[int, list[tuple[str, int, Tensor]]] = defaultdict(list)
         for text in dict.fromkeys(texts):
             if text not in self.known:
@@ -109,6 +126,8 @@ class TextTower:
                     made[text][index] = embedded
         for text, parts in made.items():
             self.known[text] = torch.stack([parts[index] for index in sorted(parts)]).unsqueeze(0)
+        if kept is not None:
+            kept.keep({text: self.known[text] for text in made})
         return [self.known[text] for text in texts]
 
     def _segments(self, text: str) -> list[Tensor]:

@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import DecoderPruner, Metric, Pruner, fusions
+from qapbench.methods.kinds import Choice, DecoderPruner, Metric, Pruner, fusions
 from qapbench.methods.tokens import Selection, VisionTokens
 from qapbench.models import Family
 from qapbench.models.encoded import EncodedImages, Views
@@ -42,6 +42,27 @@ TYPES = ("mm_token_type_ids", "token_type_ids")
 """Inputs that tell images from text, one value per token, 0 for text and padding."""
 PER_TOKEN = {"labels": UNLABELLED, **dict.fromkeys(TYPES, 0)}
 """Inputs with one value per token, besides ids, mask and positions -> their padding. The loss skips labels of -100."""
+
+
+Steps = Generator[tuple[Choice, int], Selection, Any]
+"""What one prompt is pruned in: yields choices with their budgets, and goes on with the selections that it is sent."""
+
+
+class Ask(NamedTuple):
+    """A prompt to prune.
+
+    Attributes:
+        prompt: the model's keyword arguments, with an attention mask. Its pixels are used only by a method that reads
+            the image at a lower size.
+        encoded: its images, with at least the fields of `Pruning.needs`.
+        relevance_text: one question per image; None reads the prompt.
+        memo: results for these images and this prompt that several selections share.
+    """
+
+    prompt: dict[str, Any]
+    encoded: EncodedImages
+    relevance_text: list[str] | None
+    memo: Memo
 
 
 @dataclasses.dataclass
@@ -162,19 +183,50 @@ class Pruning:
     ) -> PrunedPrompt:
         """The prompt as the decoder receives it.
 
+        Args:
+            prompt: as `Ask`.
+            encoded: as `Ask`.
+            relevance_text: as `Ask`.
+            memo: as `Ask`.
+
+        Raises:
+            UserError: as `prune_each`.
+        """
+        return self.prune_each([Ask(prompt, encoded, relevance_text, Memo() if memo is None else memo)])[0]
+
+    def prune_each(self, asks: Sequence[Ask]) -> list[PrunedPrompt]:
+        """Several prompts as the decoder receives them. None depends on the others.
+
         Runs, `compress`, calibration, `explain` and `study` all use this method.
 
         Args:
-            prompt: the model's keyword arguments, with an attention mask. Its pixels are used only by a method that
-                reads the image at a lower size.
-            encoded: its images, with at least the fields of `needs`.
-            relevance_text: one question per image; None reads the prompt.
-            memo: results for these images and this prompt that several selections share.
+            asks: the prompts.
 
         Raises:
             UserError: the budget is out of range, placeholders and tokens do not match, or `positions: keep` meets
                 merged tokens.
         """
+        steps = [self._pruned(*ask) for ask in asks]
+        found: dict[int, PrunedPrompt] = {}
+        sent: dict[int, Selection | None] = dict.fromkeys(range(len(steps)))
+        while sent:
+            waiting: dict[int, list[tuple[int, Choice]]] = {}
+            for index, selection in sent.items():
+                try:
+                    choice, keep = steps[index].send(selection)  # type: ignore[arg-type]  # None starts a generator
+                    waiting.setdefault(keep, []).append((index, choice))
+                except StopIteration as end:
+                    found[index] = end.value
+            sent = {}
+            for keep, asked in waiting.items():
+                selections = self.pruner.select_each([choice for _, choice in asked], keep, self.fusion)
+                sent |= {index: one for (index, _), one in zip(asked, selections, strict=True)}
+        return [found[index] for index in range(len(steps))]
+
+    def _pruned(
+        self, prompt: dict[str, Any], encoded: EncodedImages, relevance_text: list[str] | None, memo: Memo
+    ) -> Steps:
+        """The steps in which one prompt is pruned. They return a `PrunedPrompt`."""
         ids, mask = prompt["input_ids"], prompt["attention_mask"]
         placeholders = ids == self.family.image_token
         spans = image_columns(placeholders, [len(image.features) for image in encoded.images])
@@ -182,7 +234,7 @@ class Pruning:
         if self.decoder:
             return self._prune_inside(self.decoder, prompt, encoded, spans, asked)
         questions = [ids[row, text] for (row, _), text in zip(spans, asked, strict=True)]
-        parts = self._select(prompt, encoded, questions, relevance_text, Memo() if memo is None else memo)
+        parts = yield from self._select(prompt, encoded, questions, relevance_text, memo)
         images = [splice(image, own) for image, own in zip(encoded.images, parts, strict=True)]
         if self.spec.positions == "keep" and any(part.between for own in parts for part in own):
             raise UserError(
@@ -244,8 +296,8 @@ class Pruning:
         questions: list[Tensor],
         relevance_text: list[str] | None,
         memo: Memo,
-    ) -> list[list[Part]]:
-        """For every image, its views after their selections.
+    ) -> Steps:
+        """Choose the tokens of every view. Returns for every image its views after their selections: list[list[Part]].
 
         Args:
             prompt: the model's keyword arguments.
@@ -276,7 +328,7 @@ class Pruning:
                 else:
                     make = functools.partial(self._tokens, prompt, views, batch, budget, questions[image], text, mine)
                     tokens = memoized(mine.question, key, make)
-                    selection = self._choose(tokens, keep, mine, [views.owners[view] for view in span])
+                    selection = yield from self._choose(tokens, keep, mine, [views.owners[view] for view in span])
                 features = self._features(tokens, selection)
                 for row, view in enumerate(span):
                     places, made = views.places[view], None if selection.made is None else selection.made[row]
@@ -332,8 +384,8 @@ class Pruning:
         """Number of tokens that each view keeps, listed like `encoded.views`."""
         return budgets(encoded, self.spec, self.family.view_tokens)
 
-    def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Selection:
-        """The selection of a batch of views.
+    def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Steps:
+        """Choose the tokens of a batch of views. Returns the selection.
 
         Args:
             tokens: the views.
@@ -348,7 +400,7 @@ class Pruning:
         if keep < tokens.count or self.on_view:  # relevance depends on neither budget nor metric
             method = (self.spec.method, id(self.reader.tower))
             relevance = memoized(memo.question, method, lambda: self.pruner.relevance(tokens))
-        selection = self.pruner.select(tokens, keep, sensitivity, self.fusion, relevance)
+        selection = yield Choice(tokens, sensitivity, relevance), keep
         if self.on_view is not None:
             every = torch.arange(tokens.count)
             for row, owner in enumerate(owners):

@@ -136,6 +136,8 @@ def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:
         image: the image without pruning.
         parts: its views after their selections.
     """
+    if len(parts) == 1 and not parts[0].between and image.separators is None:  # in the order of the prompt already
+        return _spliced_view(image, parts[0])
     device = image.features.device
     features, keys, indices, merged = [], [], [], 0
     for part in parts:
@@ -167,6 +169,15 @@ def splice(image: EncodedImage, parts: Sequence[Part]) -> PrunedImage:
     )
 
 
+def _spliced_view(image: EncodedImage, part: Part) -> PrunedImage:
+    """Assemble an image of a single view, whose tokens all have places of their own."""
+    chosen, width = part.features, part.features.shape[-1]
+    if width < image.features.shape[-1]:
+        chosen = torch.cat([chosen, image.features[part.kept, width:]], dim=-1)
+    indices = part.kept if part.made is None else part.kept[~part.made]
+    return PrunedImage(chosen, part.kept, indices, image.count, len(part.kept) - len(indices))
+
+
 def _separators(image: EncodedImage, places: Tensor) -> Tensor:
     """Places of the separators whose line still has a token at one of `places`, or never had one."""
     if image.separators is None or image.rows is None:
@@ -189,7 +200,7 @@ def image_columns(placeholders: Tensor, lengths: Sequence[int]) -> list[tuple[in
     Raises:
         UserError: the number of placeholders does not match, or the placeholders of an image are spread over two rows.
     """
-    rows, columns = placeholders.nonzero(as_tuple=True)
+    rows, columns = placeholders.nonzero().unbind(1)
     if len(rows) != sum(lengths):
         tokens = f"{lengths[0]}" if len(set(lengths)) == 1 else " + ".join(map(str, lengths))
         raise UserError(
@@ -197,7 +208,7 @@ def image_columns(placeholders: Tensor, lengths: Sequence[int]) -> list[tuple[in
         )
     found = []
     for index, (row, column) in enumerate(zip(rows.split(list(lengths)), columns.split(list(lengths)), strict=True)):
-        if len(row) and bool((row != row[0]).any()):
+        if len(row) and len(placeholders) > 1 and bool((row != row[0]).any()):
             raise UserError(f"input_ids: the placeholders of image {index} are spread over two prompts")
         found.append((int(row[0]), column))
     return found
@@ -226,6 +237,8 @@ def gather_columns(values: Tensor, columns: list[Tensor], fill: int, left: bool)
         fill: value of the padding.
         left: whether to pad on the left.
     """
+    if len(columns) == 1:
+        return values[..., columns[0]]
     longest = max(len(row) for row in columns)
     out = values.new_full((*values.shape[:-1], longest), fill)
     for index, row in enumerate(columns):

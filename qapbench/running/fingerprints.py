@@ -22,6 +22,7 @@ from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
 
 CACHE = Path(__file__).parents[1] / "quantize" / "kv_cache.py"  # read and not imported: a plan loads no transformers
+TOWER = "text_tower"  # name of the fingerprint of a text tower's checkpoint
 OF_TEXT = ("model", "precision", "ptq", "kv", "calibration", "family", "vision", "library", "data", "task")
 """First words of the fingerprints that answers to questions without an image depend on."""
 OF_PRUNING = ("pruner", "metric", "fusion", "text_tower", "plugin")
@@ -75,7 +76,7 @@ def fingerprints(
     if needs_tower(spec):
         tower, reason = find_tower(spec.text_tower, str(folder), default_tower(config), fetch)
         # Without a tower the language model embeds the question's own words.
-        found["text_tower"] = digest_tree(tower) if tower else f"none, own words: {reason}"
+        found[TOWER] = digest_tree(tower) if tower else f"none, own words: {reason}"
         found["text_tower sign"] = (tower_sign(tower) if tower else WITHOUT_TOWER).value
     return {**found, **library_versions()}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from qapbench.hashing import add_tensor
 from qapbench.models import Family, family_of
+from qapbench.models.kept_texts import KeptTexts
 from qapbench.models.positions import positions_needed, positions_of
 from qapbench.prune.prompt import PrunedPrompt
 from qapbench.prune.pruning import Pruning
@@ -27,13 +28,15 @@ from qapbench.tasking.questions import Question, RefusedPictureError
 from .active_run import FLUSH, ActiveRun, Clock, Result, earlier_results
 from .batches import BatchRunner, Row
 from .feature_cache import FeatureCache
+from .fingerprints import TOWER
 from .plan import PruneKey
-from .prompt_encoder import PromptEncoder, first_accepted
+from .prompt_encoder import Asked, PromptEncoder, first_accepted
 from .refusals import left_out
 from .session import Session
 
 Prompts = dict[str, dict[PruneKey, PrunedPrompt]]
 """The prompts of one question: text -> prune key -> prompt."""
+TEXTS = "texts"  # name of the folder of embedded questions, beside those of the runs
 AHEAD = 32  # batches of questions whose texts are embedded together
 MEMORY = 1 << 30  # bytes of pruned prompts that are kept in memory for later groups
 
@@ -182,11 +185,15 @@ class Sweep:
     def _encoder(self, runs: Sequence[ActiveRun]) -> PromptEncoder:
         """A prompt encoder that serves the pruning configurations of all these runs."""
         prunings: dict[str, Pruning] = {}
+        kept: dict[int, KeptTexts] = {}
         for active in runs:
             key = active.prune_key
             if key is not None and key not in prunings and (pruning := self.session.pruning(active.spec)) is not None:
                 prunings[key] = pruning
-        return PromptEncoder(self.family, self.processor, prunings, self.clock.stage)
+                tower, content = pruning.reader.tower, active.planned.fingerprints.get(TOWER)
+                if tower is not None and content is not None and not active.planned.fresh:
+                    kept[id(tower)] = KeptTexts(self.session.settings.runs / TEXTS, content, tower.device.type)
+        return PromptEncoder(self.family, self.processor, prunings, self.clock.stage, kept)
 
     def _answer_window(
         self,
@@ -207,12 +214,7 @@ class Sweep:
             receipt: measures the quantized model.
             known: results of this group's earlier runs by content key.
         """
-        encoded: dict[tuple[str, int], Prompts] = {}
-        for question in window:
-            try:
-                encoded[question.place] = self._encode(question, runs, later, encoder)
-            except RefusedPictureError as error:
-                self._leave_out(question, error)
+        encoded = self._encode(window, runs, later, encoder)
         window = [question for question in window if question.place in encoded]
         every = [prompt for prompts in encoded.values() for by_key in prompts.values() for prompt in by_key.values()]
         longest = max(map(_length, every), default=1)
@@ -247,32 +249,47 @@ class Sweep:
         self._flush(runs)
 
     def _encode(
-        self, question: Question, runs: list[ActiveRun], later: list[ActiveRun], encoder: PromptEncoder
-    ) -> Prompts:
-        """The prompts of a question under the keys that need them.
+        self, window: Sequence[Question], runs: list[ActiveRun], later: list[ActiveRun], encoder: PromptEncoder
+    ) -> dict[tuple[str, int], Prompts]:
+        """For each question that the processor accepts, by its place, the prompts under the keys that need them.
 
         Prompts that later groups need go into the feature cache.
         """
-        now = [active for active in runs if question.place not in active.have]
-        then = [active for active in later if question.place not in active.have] if question.images else []
-        found = {}
-        for text in dict.fromkeys(instance.args[0] for instance in question.instances):
-            name = (question.place, text)
-            prompts = self.feature_cache.get(name, self.family.model.device)
-            lacking = dict.fromkeys(active.prune_key for active in (*now, *then) if active.prune_key not in prompts)
-            if any(active.prune_key in lacking for active in now):
-                self.clock.active_runs = [*now, *then]
-                with self._naming_unreadable():
-                    prompts |= encoder.encode(question, text, lacking)
-                self.clock.active_runs = runs
-            # A prompt that is pruned inside the decoder has no features of its own to keep.
-            keys = dict.fromkeys(active.prune_key for active in then)
-            kept = {key: prompts[key] for key in keys if key in prompts and prompts[key].inside is None}
-            self.feature_cache.drop(name)
-            if kept:
-                with self.clock.stage("feature cache", then):
-                    self.feature_cache.put(name, kept)
-            found[text] = prompts
+        found: dict[tuple[str, int], Prompts] = {}
+        needing: dict[tuple[str, int], tuple[list[ActiveRun], list[ActiveRun]]] = {}
+        asked: list[Asked] = []
+        for question in window:
+            now = [active for active in runs if question.place not in active.have]
+            then = [active for active in later if question.place not in active.have] if question.images else []
+            needing[question.place], found[question.place] = (now, then), {}
+            for text in dict.fromkeys(instance.args[0] for instance in question.instances):
+                prompts = self.feature_cache.get((question.place, text), self.family.model.device)
+                found[question.place][text] = prompts
+                lacking = dict.fromkeys(active.prune_key for active in (*now, *then) if active.prune_key not in prompts)
+                if any(active.prune_key in lacking for active in now):
+                    asked.append(Asked(question, text, tuple(lacking)))
+        wanting = {id(active): active for one in asked for part in needing[one.question.place] for active in part}
+        self.clock.active_runs = list(wanting.values()) or runs
+        with self._naming_unreadable():
+            made = encoder.encode_each(asked)
+        self.clock.active_runs = runs
+        for one, prompts_or_error in zip(asked, made, strict=True):
+            if isinstance(prompts_or_error, RefusedPictureError):
+                if one.question.refused is None:
+                    self._leave_out(one.question, prompts_or_error)
+                found.pop(one.question.place, None)
+            elif one.question.place in found:
+                found[one.question.place][one.prompt] |= prompts_or_error
+        for place, by_text in found.items():
+            then = needing[place][1]
+            for text, prompts in by_text.items():
+                self.feature_cache.drop((place, text))
+                # A prompt that is pruned inside the decoder has no features of its own to keep.
+                keys = dict.fromkeys(active.prune_key for active in then)
+                kept = {key: prompts[key] for key in keys if key in prompts and prompts[key].inside is None}
+                if kept:
+                    with self.clock.stage("feature cache", then):
+                        self.feature_cache.put((place, text), kept)
         return found
 
     def _measured(

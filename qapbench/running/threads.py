@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,27 @@ def threads_of(spec: RunSpec, settings: Settings) -> int:
         return settings.threads
     small = settings.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and _is_small(read_config(spec))
     return 1 if small else max(1, torch.get_num_threads() // max(1, settings.workers))
+
+
+def in_words(specs: Sequence[RunSpec], settings: Settings) -> str:
+    """How a command shares its work on this machine, in one line.
+
+    Args:
+        specs: the runs, of one model or several.
+        settings: where and how they are made.
+    """
+    if settings.engine != "local":
+        return f"{settings.engine}: batches of {settings.batch_size}"
+    processes = f"{settings.workers} process{'es' if settings.workers > 1 else ''}"
+    if settings.device.type != "cpu":
+        return f"{settings.device}: {processes}, batches of {settings.batch_size}"
+    each: dict[int, list[str]] = {}
+    for model, spec in {spec.model: spec for spec in specs}.items():
+        each.setdefault(threads_of(spec, settings), []).append(Path(model).name)
+    counts = [f"{count} thread{'s' if count > 1 else ''}" for count in each]
+    if len(each) > 1:
+        counts = [f"{said} ({', '.join(models)})" for said, models in zip(counts, each.values(), strict=True)]
+    return f"cpu with {os.cpu_count()} cores: {processes} of {' or '.join(counts)}, batches of {settings.batch_size}"
 
 
 @contextlib.contextmanager

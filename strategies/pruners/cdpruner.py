@@ -1,5 +1,7 @@
 """The pruner CDPruner: relevant and diverse tokens by a determinantal point process (DPP)."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -7,7 +9,8 @@ from torch.nn.functional import normalize
 
 from qapbench import Pruner, RelevanceSign, Selection, VisionTokens, pruner
 
-from .dpp import greedy_map, greedy_map_lazy, unit
+from .dpp import BLOCK, greedy_map, greedy_map_lazy, unit
+from .dpp_batch import greedy_map_batch
 
 
 @pruner("cdpruner")
@@ -48,3 +51,17 @@ class CDPruner(Pruner):
         # Other devices may have no float64, which the selection is computed in.
         indices = greedy_map_lazy(features.cpu(), scores.cpu(), keep)
         return Selection(indices.to(features.device))
+
+    def choose_each(self, scored: Sequence[tuple[VisionTokens, Tensor]], keep: int) -> list[Selection]:
+        together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, (tokens, _) in enumerate(scored):
+            if not tokens.projected.is_cuda and tokens.batch == 1 and tokens.count <= BLOCK:
+                together[tuple(tokens.projected.shape)].append(place)
+        found: dict[int, Selection] = {}
+        for places in together.values():
+            if len(places) > 1:
+                features = [scored[place][0].projected[0] for place in places]
+                scores = [scored[place][1][0].cpu() for place in places]
+                order = greedy_map_batch([one.cpu() for one in features], scores, keep).to(features[0].device)
+                found |= {place: Selection(row[None]) for place, row in zip(places, order, strict=True)}
+        return [found[at] if at in found else self.choose(*one, keep) for at, one in enumerate(scored)]

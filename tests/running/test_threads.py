@@ -12,7 +12,7 @@ import qapbench
 from qapbench import RunSpec
 from qapbench.running import threads
 from qapbench.running.settings import Settings
-from qapbench.running.threads import threads_of, using_threads
+from qapbench.running.threads import in_words, threads_of, using_threads
 
 Spec = Callable[..., dict[str, Any]]
 SEVEN_B = {
@@ -46,6 +46,26 @@ def test_a_small_model_gets_one_thread(
     assert threads_of(spec, dataclasses.replace(settings, threads=5, workers=2)) == 5
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
     assert threads_of(spec, settings) == 6
+
+
+def test_a_command_says_how_it_shares_its_work(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 192, "intermediate_size": 512}
+    monkeypatch.setattr(threads, "read_config", lambda spec: SEVEN_B if "seven" in spec.model else small)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    one, other = (RunSpec.parse(spec_of(model=name)) for name in ("a/tiny", "b/seven"))
+    settings = Settings(tmp_path, torch.device("cpu"))
+    assert in_words([one, one], settings) == "cpu with 6 cores: 1 process of 1 thread, batches of 8"
+    two = dataclasses.replace(settings, workers=2, batch_size=3)
+    said = "cpu with 6 cores: 2 processes of 1 thread (tiny) or 3 threads (seven), batches of 3"
+    assert in_words([one, other], two) == said
+    assert (
+        in_words([one], dataclasses.replace(two, threads=4))
+        == "cpu with 6 cores: 2 processes of 4 threads, batches of 3"
+    )
+    assert in_words([one], dataclasses.replace(two, device=torch.device("cuda"))) == "cuda: 2 processes, batches of 3"
+    assert in_words([one], dataclasses.replace(settings, engine="ray")) == "ray: batches of 8"
 
 
 def test_threads_are_put_back_and_recorded(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from qapbench import VisionTokens, pruners
+from qapbench.methods.kinds import Choice
 from qapbench.strategies.pruners import cdpruner, dpp
 from qapbench.strategies.pruners.dpp import greedy_map, greedy_map_lazy, unit
+from qapbench.strategies.pruners.dpp_batch import greedy_map_batch
 
-each_way = pytest.mark.parametrize("way", ["whole", "lazy"])
+each_way = pytest.mark.parametrize("way", ["whole", "lazy", "batch"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,9 +44,20 @@ def whole(features: Tensor, quality: Tensor, keep: int) -> Tensor:
     return greedy_map(directions @ directions.mT, quality, keep)
 
 
+def batched(features: Tensor, quality: Tensor, keep: int) -> Tensor:
+    """The way of small images beside each other, here with a copy and a stranger as neighbours."""
+    stranger = torch.randn(features[0].shape, generator=torch.Generator().manual_seed(1))
+    several, scores = [features[0], stranger, features[0]], [quality[0], quality[0].flip(0), quality[0]]
+    first, _, last = greedy_map_batch(several, scores, keep)
+    alone = greedy_map_batch([features[0]], [quality[0]], keep)
+    assert torch.equal(first, last) and torch.equal(first, alone[0])
+    return alone
+
+
 def our_order(rows: np.ndarray, quality: np.ndarray, keep: int, way: str) -> list[int]:
     features, score = torch.from_numpy(rows).float()[None], torch.from_numpy(quality).float()[None]
-    return (greedy_map_lazy if way == "lazy" else whole)(features, score, keep)[0].tolist()
+    ways = {"lazy": greedy_map_lazy, "whole": whole, "batch": batched}
+    return ways[way](features, score, keep)[0].tolist()
 
 
 @each_way
@@ -229,6 +242,7 @@ def test_both_ways_are_the_greedy_map(case: tuple[Tensor, Tensor], data: st.Data
     keep = data.draw(st.integers(1, quality.shape[1]))
     order = whole(features, quality, keep)
     assert torch.equal(order, greedy_map_lazy(features, quality, keep))
+    assert torch.equal(order, batched(features, quality, keep))
     assert len(set(order[0].tolist())) == keep
     rows, q = features[0].double().numpy(), quality[0].double().numpy()
     assert oracle.follow_greedy(rows, q, order[0].tolist()) >= 1
@@ -277,3 +291,18 @@ def test_what_is_not_read_is_not_computed() -> None:
     assert greedy.run().tolist() == [7]
     assert greedy.seen == dpp.BLOCK
     assert greedy.held <= dpp.ROWS
+
+
+def test_many_images_are_chosen_for_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any number of images, also of several sizes and of one that has no token to lose."""
+    monkeypatch.setattr(cdpruner, "BLOCK", 40)
+    pruner, draw = pruners.create("cdpruner"), torch.Generator().manual_seed(0)
+    several = [
+        Choice(VisionTokens(*torch.randn(1, 1, n, 8, generator=draw), **shown), torch.rand(1, n, generator=draw))
+        for n in (30, 30, 12, 50, 30, 14)
+        for shown in [{name: torch.randn(1, n, 8, generator=draw) for name in ("image_embeds", "text_embeds")}]
+    ]
+    for number in range(1, len(several) + 1):
+        found = pruner.select_each(several[:number], 12)
+        for one, chosen in zip(several, found, strict=False):
+            assert torch.equal(chosen.indices, pruner.select(one.tokens, 12, one.sensitivity).indices)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from qapbench import Format, Grid, fake_quantize, grouped, round_through
-from qapbench.methods import affine
+from qapbench.methods import affine, affine_kernel
 
 CONVENTIONS: list[dict[str, Any]] = [
     {"symmetric": True},
@@ -89,6 +89,39 @@ def test_blocks_equal_one_pass_to_the_bit(
     assert torch.equal(eager, fixed)
 
 
+@pytest.mark.skipif(affine_kernel.kernel() is None, reason="no C compiler")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_loops_have_the_bits_of_the_eager_computation(
+    dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of NaN, infinities, zeros of both signs, the ends of the dtype, and groups that no vector fills."""
+    draw, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    monkeypatch.setattr(affine_kernel, "SHARE", 512)
+    torch.set_num_threads(threads)
+    compared = 0
+    try:
+        for scale in (1.0, 1e-42, 1e30, 3e38):
+            x = (torch.randn(3, 7, 256, generator=draw) * scale).to(dtype)
+            x[0, 0, 3], x[1, 2, 5], x[2, 2], x[2, 3], x[2, 4] = torch.nan, torch.inf, 0, -0.0, 1.5
+            x[1, 3], x[1, 4] = x[1, 3].abs(), -x[1, 4].abs()
+            for convention, (bits, size) in itertools.product(CONVENTIONS, [(4, 128), (4, None), (8, 64), (3, 40)]):
+                monkeypatch.delenv(affine.COMPILE, raising=False)
+                eager = fake_quantize(x, bits, size, **convention)
+                monkeypatch.setenv(affine.COMPILE, "1")
+                loops = fake_quantize(x, bits, size, **convention)
+                broken, whole = eager.isnan(), torch.int32 if dtype == torch.float32 else torch.int16
+                assert torch.equal(broken, loops.isnan())
+                bits_of = [one.masked_fill(broken, 0).view(whole) for one in (eager, loops)]
+                assert torch.equal(*bits_of), (scale, convention, bits, size)
+                compared += int((~broken).sum())
+    finally:
+        torch.set_num_threads(before)
+    assert compared > 0
+    kernel = affine_kernel.kernel()
+    assert kernel is not None and kernel.takes(x[None], x[None]) == (dtype != torch.float16)
+
+
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(function: Any) -> Any:
         raise RuntimeError("no C++ compiler\nat all")
@@ -96,16 +129,22 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch: pytest.MonkeyPat
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     plain = fake_quantize(x, 4, 16)
     monkeypatch.setenv(affine.COMPILE, "1")
+    monkeypatch.setenv(affine_kernel.COMPILER, "no-such-compiler")
     monkeypatch.setattr(torch, "compile", broken)
-    affine._compiled.cache_clear()
+    for made in (affine_kernel.kernel, affine._compiled):
+        made.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"torch\.compile fails here \(no C\+\+ compiler\)"):
+        with pytest.warns(UserWarning, match=r"no C compiler works here \(.*no-such-compiler"):
             assert torch.equal(fake_quantize(x, 4, 16), plain)
+        with pytest.warns(UserWarning, match=r"torch\.compile fails here \(no C\+\+ compiler\)"):
+            assert affine._compiled() is None  # what other devices are given
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # said once
             fake_quantize(x, 4, 16)
+            affine._compiled()
     finally:
-        affine._compiled.cache_clear()
+        for made in (affine_kernel.kernel, affine._compiled):
+            made.cache_clear()
 
 
 def test_padding_never_enters_a_range() -> None:
