@@ -57,7 +57,7 @@ def pages() -> dict[str, str]:
 def _page(name: str) -> str:
     title, about = TITLES[name]
     names = sorted((one for one, home in HOMES.items() if GROUPS[home] == name), key=str.lower)
-    blocks = [f"## `{one}` {{ #{one} }}\n\n::: {_target(one).path}\n    options: {{heading_level: 3}}" for one in names]
+    blocks = [f"::: {_target(one).path}" for one in names]
     return page(f"# {title}", f"{about} All names are imported from `qapbench`.", *blocks)
 
 

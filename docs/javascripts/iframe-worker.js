@@ -1,17 +1,17 @@
 /* Pages opened from a file may not start workers. There, the site's search runs in a hidden frame instead. */
 if (location.protocol === "file:") {
-  window.Worker = class extends EventTarget {
+  window.IFrameWorker = window.Worker = class extends EventTarget {
     constructor(url) {
       super();
       const frame = document.createElement("iframe");
       frame.hidden = true;
       document.body.appendChild(frame);
       const inside = frame.contentWindow;
-      this.ready = new Promise((resolve) => inside.addEventListener("load", resolve));
       this.inside = inside;
       this.frame = frame;
       inside.document.open();
-      inside.document.write(`<script src="${url}"><\/script>`);
+      inside.document.write(`<body><script src="${url}"><\/script></body>`);
+      this.ready = new Promise((resolve) => inside.addEventListener("load", resolve)); // `open` removes listeners
       inside.postMessage = (data) => {
         const event = new MessageEvent("message", { data });
         this.dispatchEvent(event);
