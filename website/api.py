@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -63,7 +64,7 @@ def _page(name: str) -> str:
 
 @functools.cache
 def _package() -> Any:
-    return griffe.load("qapbench", search_paths=["."], docstring_parser="google")
+    return griffe.load("qapbench", search_paths=[Path(__file__).parents[1]], docstring_parser="google")
 
 
 def _target(name: str) -> Any:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("griffe", reason="the site's packages are not installed (`make docs` has them)")
-
 from qapbench.methods.kinds import KINDS
 from qapbench.models.family import families
 from website import api, board, commands, facts, gallery, spec_fields, strategies
