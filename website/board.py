@@ -21,12 +21,13 @@ KEPT = ("record.json", "answers.jsonl", "scored.jsonl", "receipt.json", "spec.js
 STAMP = (2026, 1, 1, 0, 0, 0)  # of every file in the archive, so that equal runs give equal bytes
 
 
-def html() -> str:
-    """The page."""
+def pages() -> dict[str, str]:
+    """The page by its path, with the same rows as CSV and JSON beside it."""
     with tempfile.TemporaryDirectory() as folder:
         runs = unpacked(Path(folder))
         page = build(load_records(runs), runs / "board.html", title="quickstart", runs=runs)
-        return page.read_text(encoding="utf-8")
+        files = [page.with_suffix(suffix) for suffix in (".html", ".csv", ".json")]
+        return {file.name: file.read_text(encoding="utf-8") for file in files}
 
 
 def records() -> list[Record]:

@@ -35,7 +35,9 @@ What every pruner keeps of the same six pictures, {KEEP} of 144 tokens each: the
 
 A pruner inside the decoder shows what its last drop leaves, so `vtw`, which leaves none in the end, is dark all over;
 its budget counts the mean over layers. Tokens that a method makes from several have no place in the picture and are not
-shown. `python -m website.gallery` makes the strips anew, and the name of a pruner leads to its page."""
+shown, so `avgpool` and `downsample`, which make all of theirs, are dark too.
+
+`python -m website.gallery` makes the strips anew, and the name of a pruner leads to its page."""
 
 
 def pages() -> dict[str, str]:

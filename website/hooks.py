@@ -58,13 +58,20 @@ def _fill(entries: list[Any]) -> None:
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made of the code, those that stand at the top of the repository, and the board."""
     made: dict[str, str] = {}
-    for source in (api, commands, gallery, spec_fields, strategies, shipped):  # shipped specs load plugins of theirs
+    for source in (
+        api,
+        board,
+        commands,
+        gallery,
+        spec_fields,
+        strategies,
+        shipped,
+    ):  # shipped specs load plugins of theirs
         made |= source.pages()
     for name, uri in COPIED.items():
         made[uri] = (ROOT / name).read_text(encoding="utf-8")
     licence, notice = ((ROOT / name).read_text(encoding="utf-8") for name in ("LICENSE", "NOTICE"))
     made["licence.md"] = f"# Licence\n\n```text\n{licence}\n```\n\n## Notice\n\n```text\n{notice}\n```\n"
-    made["board.html"] = board.html()
     for uri, text in made.items():
         files.append(File.generated(config, uri, content=text))
     return files

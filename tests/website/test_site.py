@@ -19,6 +19,28 @@ def test_every_public_name_has_a_docstring() -> None:
     assert api.undocumented() == []
 
 
+def test_a_name_without_a_docstring_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api._target("compress"), "docstring", None)
+    monkeypatch.setattr(api._target("Pruner").members["choose"], "docstring", None)
+    assert api.undocumented() == ["Pruner.choose", "compress"]
+
+
+def test_links_out_of_docs_lead_to_their_pages_and_nothing_is_fetched() -> None:
+    pytest.importorskip("mkdocs", reason="`make docs` installs it")
+    from website import hooks
+
+    assert hooks._moved("../specs/outliers.yaml", "", "docs/study.md", "study.md") == "specs.md#outliers"
+    assert hooks._moved("docs/models.md", "#positions", "CONTRIBUTING.md", "contributing.md") == "models.md#positions"
+    assert hooks._moved("../../README.md", "", "docs/tutorials/x.md", "tutorials/x.md") == "../../README.md"
+    for fetched in (
+        '<script src="https://host/a.js">',
+        "<link rel=x href=//host/a.css>",
+        '<img alt="" src="http://h/a">',
+    ):
+        assert hooks.FETCHED.search(fetched)
+    assert not hooks.FETCHED.search('<a href="https://host">a link</a><img src="images/a.png">')
+
+
 def test_every_public_name_is_on_a_page() -> None:
     from qapbench import HOMES
 
