@@ -20,7 +20,7 @@ test-lmms: $(LMMS)/.installed
 
 # The site, in build/site. A link that leads nowhere, a page that is in no menu or a public name without a docstring fails.
 docs: $(VENV)/.documented
-	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Every notebook, executed from its first cell to its last, two at a time.
 notebooks: $(VENV)/.documented

@@ -11,7 +11,7 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from website import api, board, commands, gallery, shipped, spec_fields, strategies
+from website import api, board, commands, gallery, notebooks, shipped, spec_fields, strategies
 
 ROOT = Path(__file__).parents[1]
 COPIED = {
@@ -58,15 +58,8 @@ def _fill(entries: list[Any]) -> None:
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made of the code, those that stand at the top of the repository, and the board."""
     made: dict[str, str] = {}
-    for source in (
-        api,
-        board,
-        commands,
-        gallery,
-        spec_fields,
-        strategies,
-        shipped,
-    ):  # shipped specs load plugins of theirs
+    # Shipped specs come last, because they load plugins, whose strategies are no part of the package.
+    for source in (api, board, commands, gallery, notebooks, spec_fields, strategies, shipped):
         made |= source.pages()
     for name, uri in COPIED.items():
         made[uri] = (ROOT / name).read_text(encoding="utf-8")
