@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LMMS   := .venv-lmms
 
-.PHONY: quickstart test test-lmms lint clean
+.PHONY: quickstart test test-lmms lint docs notebooks clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/qapbench run quickstart
@@ -17,6 +17,14 @@ test: lint
 # In an environment of its own: lmms-eval without the forty packages that its metadata asks for and its tasks do without.
 test-lmms: $(LMMS)/.installed
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -m lmms $(wildcard tests/*/test_lmms_*.py)
+
+# The site, in build/site. A link that leads nowhere, a page that is in no menu or a public name without a docstring fails.
+docs: $(VENV)/.documented
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# Every notebook, executed from its first cell to its last, two at a time.
+notebooks: $(VENV)/.documented
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=120 docs/notebooks
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -34,6 +42,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e '.[test]' -c constraints.txt
+	touch $@
+
+$(VENV)/.documented: $(VENV)/.tested
+	$(BIN)/pip install --quiet -e '.[docs]' -c constraints.txt
 	touch $@
 
 $(LMMS)/.installed: pyproject.toml constraints.txt

@@ -39,6 +39,9 @@ class UserError(ValueError):
     """The user's input is wrong. Carries every problem found, so that all can be mended at once.
 
     It is a ValueError, so that pydantic collects it like any other validation error.
+
+    Attributes:
+        problems: the mistakes, in the order in which they were found.
     """
 
     problems: list[Problem] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """Shared fixtures: keep this file small."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -68,3 +69,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many blocks of the documentation were run, if its tests were."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        counts.update(dict(report.user_properties).get("blocks", {}))
+    if counts:
+        said = ", ".join(f"{number} {how}" for how, number in sorted(counts.items()))
+        terminalreporter.write_line(f"blocks of code in README and docs: {said}")

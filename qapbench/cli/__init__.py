@@ -17,12 +17,23 @@ from qapbench.errors import RunFailedError, UserError
 from . import costs, doctor, items, profiles, quantizing, results, running, scaffold, status, studies
 from .console import collect_rarely, err
 
+EXIT_CODES = {
+    0: "the command did what it was asked for.",
+    1: "a run failed, the machine refused something (a full disk, a folder that may not be written), or `doctor` found "
+    "something broken. What was stored before is kept.",
+    2: "the spec, an argument or a stored file is wrong. Each mistake is one line that names the place and the nearest "
+    "valid name.",
+    130: "interrupted by Ctrl+C. The same command goes on from what is stored.",
+}
+"""What the exit code of every command means."""
+
 study_app = typer.Typer(no_args_is_help=True, help="Studies of why rows differ.", rich_markup_mode=None)
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: drawing boxes would take half of the start-up time
     help="Benchmark quantized and vision-token-pruned multimodal LLMs.",
+    epilog="\n\n".join(f"Exit code {code}: {meaning}" for code, meaning in EXIT_CODES.items()),
 )
 # The texts that `--help` lists are short enough for 60 characters per line, where longer ones would be cut off.
 app.command(short_help="Make the missing runs of a spec.")(running.run)

@@ -36,7 +36,12 @@ def cost(
 ) -> None:
     """What a prompt costs under each run of a spec: tokens, FLOPs, BOPs, bytes, and the least time on a device.
 
-    No weight is read, so the model need not be there: `qapbench cost --model llava-1.5-7b table2`.
+    No weight is read, so the model need not be there.
+
+    \b
+    Examples:
+      qapbench cost --model llava-1.5-7b table2
+      qapbench cost --model llava-1.5-7b --device h100
     """
     from qapbench.spec.run_spec import RunSpec
     from qapbench.spec.spec_file import load_spec

@@ -27,6 +27,7 @@ EXTRAS = {
     "lmms-eval": "tasks of lmms-eval's (`from: lmms-eval`), and qapbench as a model there",
     "ray": "runs on many machines (`--engine ray`)",
     "smollm2": "the language model of smol-llava, for training it",
+    "docs": "the site and the notebooks (`make docs`, `make notebooks`)",
     "test": "`make test`",
 }
 """What each extra of the package unlocks."""
@@ -52,7 +53,12 @@ class Finding:
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say what is installed, what this machine has, where files are kept, and what missing extras would unlock.
 
-    Exits with 1 if something that is needed is broken. Example: qapbench doctor
+    Exits with 1 if something that is needed is broken.
+
+    \b
+    Examples:
+      qapbench doctor
+      qapbench doctor --json
     """
     findings = [*_packages(), *_devices(), *_folders(), *_plugins(), *_extras()]
     if as_json:

@@ -32,6 +32,12 @@ def list_items(
     """List what is registered, or the shipped specs; with --matrix, which pruner runs on which model family.
 
     `list --matrix ptq` runs every pruner under every quantization method, one table per family.
+
+    \b
+    Examples:
+      qapbench list pruners
+      qapbench list specs
+      qapbench list --matrix
     """
     if matrix:
         _list_matrix(kind, as_json)
@@ -138,7 +144,12 @@ def show(
     kind: Annotated[str, typer.Argument(help="metric, quantizer, ...", autocompletion=completion.kinds)],
     name: Annotated[str, typer.Argument(help="Name of the item.", autocompletion=completion.items)],
 ) -> None:
-    """Describe one registered item: what it is, its parameters, the paper it comes from, where it is defined."""
+    """Describe one registered item: what it is, its parameters, the paper it comes from, where it is defined.
+
+    \b
+    Examples:
+      qapbench show metric combined
+    """
     (registry,) = _registries(kind)
     described = registry.describe(name)
     out.print(f"[bold]{escape(name)}[/] ({registry.kind}), from {escape(described['origin'])}", highlight=False)
@@ -159,8 +170,11 @@ def show(
 def schema() -> None:
     """Print the JSON Schema of spec files, with which an editor completes fields and marks mistakes.
 
-    Example: qapbench schema > qapbench.schema.json, and on a spec's first line
-    `# yaml-language-server: $schema=qapbench.schema.json`
+    It goes into a file, which a spec names on its first line: `# yaml-language-server: $schema=qapbench.schema.json`
+
+    \b
+    Examples:
+      qapbench schema > qapbench.schema.json
     """
     from qapbench.spec.schema import spec_schema
 

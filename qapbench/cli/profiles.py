@@ -25,6 +25,10 @@ def profile(
     """Measure one prompt under each run of a spec, at batch 1, row against row in one process.
 
     Times are medians after a warm-up. Profiles are kept in RUNS, where the leaderboard reads them.
+
+    \b
+    Examples:
+      qapbench profile quickstart --repeats 5
     """
     from qapbench.analysis.profile_table import profile_table
     from qapbench.records.profile import write_profile

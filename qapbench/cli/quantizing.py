@@ -32,8 +32,11 @@ def quantize(
 ) -> None:
     """Quantize the model of a spec, and write it as a checkpoint that transformers and vLLM read.
 
-    The format is that of compressed-tensors. What it cannot express is refused. Example: qapbench quantize spec.yaml
-    --out my-w4a16
+    The format is that of compressed-tensors. What it cannot express is refused.
+
+    \b
+    Examples:
+      qapbench quantize spec.yaml --out my-w4a16
     """
     from qapbench.running.planner import Planner
     from qapbench.running.saving import check_saving, save_quantized

@@ -23,7 +23,13 @@ def leaderboard(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For --check: print JSON.")] = False,
 ) -> None:
-    """Write one offline HTML page of every record below RUNS, or verify one record."""
+    """Write one offline HTML page of every record below RUNS, or verify one record.
+
+    \b
+    Examples:
+      qapbench leaderboard --runs runs --out board.html
+      qapbench leaderboard --check runs/158cbb971c014df6
+    """
     from qapbench.records.load import load_records
 
     if check is not None:
@@ -43,7 +49,13 @@ def compare(
     flips: Annotated[int, typer.Option(min=0, help="Flipped questions to list, in each direction.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every flipped question.")] = False,
 ) -> None:
-    """Compare two runs question by question: paired differences by column, exact McNemar test, flipped questions."""
+    """Compare two runs question by question: paired differences by column, exact McNemar test, flipped questions.
+
+    \b
+    Examples:
+      qapbench compare "W4A4 cdpruner 32" "W4A4 cdpruner 32 + combined"
+      qapbench compare 158cbb97 4b96d4ef --flips 3 --json
+    """
     from qapbench.analysis import paired
     from qapbench.analysis.strata import Strata
     from qapbench.analysis.table import comparison_table, flips_table
@@ -71,7 +83,12 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     seed: Annotated[int, typer.Option(help="For parsers that guess.")] = 0,
 ) -> None:
-    """Score stored outputs again."""
+    """Score stored outputs again.
+
+    \b
+    Examples:
+      qapbench score answers.json --task scienceqa --data test.parquet --parser llava
+    """
     from qapbench.analysis.score import score_file
     from qapbench.analysis.table import scores_table
     from qapbench.spec.run_spec import TaskSpec

@@ -59,7 +59,14 @@ def run(
     trust_remote_code: RemoteOption = False,
     page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,
 ) -> None:
-    """Make the runs of a spec that are missing, print the table, write the leaderboard page."""
+    """Make the runs of a spec that are missing, print the table, write the leaderboard page.
+
+    \b
+    Examples:
+      qapbench run quickstart
+      qapbench run spec.yaml --set prune.keep=16 --runs runs
+      qapbench run spec.yaml --dry-run
+    """
     from qapbench.running.engines import make_settings
     from qapbench.running.estimate import of_all
     from qapbench.running.execute import make_runs
@@ -117,7 +124,13 @@ def validate(
     changes: SetOption = None,
     check_data: Annotated[bool, typer.Option("--check-data", help="Also decode every picture of the data.")] = False,
 ) -> None:
-    """Check a spec, its task, data and local model, and list its runs."""
+    """Check a spec, its task, data and local model, and list its runs.
+
+    \b
+    Examples:
+      qapbench validate spec.yaml
+      qapbench validate table2 --set task.limit=100
+    """
     from qapbench.running.planner import Planner
     from qapbench.running.settings import find_device
     from qapbench.spec.spec_file import load_spec
@@ -143,7 +156,13 @@ def select(
     device: DeviceOption = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Write which tokens of every image the runs of a spec keep. Nothing is answered."""
+    """Write which tokens of every image the runs of a spec keep. Nothing is answered.
+
+    \b
+    Examples:
+      qapbench select spec.yaml --out keep.parquet
+      qapbench select spec.yaml --out keep.parquet --embeds embeds
+    """
     from qapbench.running.keep_lists import select, write
     from qapbench.running.planner import Planner
     from qapbench.running.session import Session

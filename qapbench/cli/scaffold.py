@@ -28,7 +28,10 @@ def new(
 ) -> None:
     """Write a strategy of one's own to start from: a plugin that works, a spec that uses it, and a test.
 
-    Example: qapbench new metric my_metric
+    \b
+    Examples:
+      qapbench new metric my_metric
+      qapbench new pruner my_pruner --folder plugins
     """
     texts = _files(kind.removesuffix("s"), name)
     if there := [file for file in texts if (folder / file).exists()]:

@@ -51,6 +51,11 @@ def status(
     """Say how far a run is: questions answered, speed, time left, and what failed last.
 
     It reads what the process that makes the run notes down, so it can be called from anywhere that sees the folder.
+
+    \b
+    Examples:
+      qapbench status --runs runs
+      qapbench status "W4A4 dense" --json
     """
     from qapbench.records.progress_note import LOG_FILE, notes_of
 

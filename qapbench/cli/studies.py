@@ -36,7 +36,12 @@ def explain(
     trust_remote_code: RemoteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores, kept tokens and answers as JSON.")] = False,
 ) -> None:
-    """Draw the pruning of one question: image, sensitivity, relevance, both selections, both answers."""
+    """Draw the pruning of one question: image, sensitivity, relevance, both selections, both answers.
+
+    \b
+    Examples:
+      qapbench explain table2 --sample test-2026-image-82-2 --out explained.png
+    """
     from qapbench.analysis.drawing import draw
     from qapbench.analysis.explain import choose_run, explain
     from qapbench.analysis.pictures import encoded_as
@@ -75,7 +80,12 @@ def study_sensitivity(
     trust_remote_code: RemoteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Which metric predicts the harm of leaving a visual token out? The leaderboard shows what lies in RUNS."""
+    """Which metric predicts the harm of leaving a visual token out? The leaderboard shows what lies in RUNS.
+
+    \b
+    Examples:
+      qapbench study sensitivity table2 --sample 50 --runs runs
+    """
     from qapbench.analysis.sensitivity import studies_of
     from qapbench.analysis.table import study_table
     from qapbench.running.planner import Planner

@@ -21,8 +21,11 @@ from .registry import Entry, Registry
 from .tokens import RelevanceSign, Selection, VisionTokens, all_finite
 
 Bits = Annotated[int, Field(ge=2, le=16, description="bits per value")]
+"""Annotation of a parameter that is a number of bits per value, 2 to 16."""
 GroupSize = Annotated[int, Field(ge=1, description="channels that share one scale")]
+"""Annotation of a parameter that is a number of channels sharing one scale, at least 1."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+"""Annotation of a parameter that is a number from 0 to 1."""
 
 # Added to numerator and denominator of the min-max normalisation, as in QAPruner's code.
 EPSILON = 1e-6
@@ -260,6 +263,8 @@ class DecoderPruner(Pruner):
         ahead: whether attention and keys are read in the layer that follows the drop rather than in the one before it.
         counts: what `keep` counts: the tokens that layers after the last drop receive ("last"), or the mean over all
             layers ("mean"), for a method that leaves none in the end.
+        DECODER_FIELDS: fields of `VisionTokens` that only the decoder can fill.
+        TEXT_FIELDS: those of them that hold something of the prompt's text.
     """
 
     DECODER_FIELDS: ClassVar[frozenset[str]] = frozenset(
@@ -409,18 +414,25 @@ def _check_callable(target: Any) -> None:
 metrics: Registry[Measure] = Registry(
     "metric", _build_metric, _check_metric, lambda of: 0 if isinstance(of, type) else 1
 )
+"""Registry of sensitivity metrics; an item is called with tokens [B, N, D] and returns scores [B, N]."""
 quantizers: Registry[Quantizer] = Registry("quantizer", _call, _check_callable)
+"""Registry of quantizers; an item is called with a tensor [..., D] and returns it quantized and dequantized."""
 fusions: Registry[Fusion] = Registry("fusion", _build_fusion, _check_callable, positional=2)
+"""Registry of fusions; an item is called with relevance and sensitivity [B, N] and returns scores [B, N]."""
 pruners: Registry[Pruner] = Registry("pruner", _call, _check_class(Pruner, "pruner"))
+"""Registry of pruners; an item is a `Pruner`."""
 ptqs: Registry[PTQ] = Registry("ptq", _call, _check_class(PTQ, "ptq"))
+"""Registry of PTQ methods; an item is a `PTQ`."""
 
-# The decorators that register a strategy.
-metric, quantizer, fusion, pruner, ptq = (
-    metrics.register,
-    quantizers.register,
-    fusions.register,
-    pruners.register,
-    ptqs.register,
-)
+metric = metrics.register
+"""Decorator `@metric(name)`: registers a function of tokens, or a `ModelMetric`."""
+quantizer = quantizers.register
+"""Decorator `@quantizer(name)`: registers a class whose instances quantize and dequantize a tensor."""
+fusion = fusions.register
+"""Decorator `@fusion(name)`: registers a function of relevance and sensitivity."""
+pruner = pruners.register
+"""Decorator `@pruner(name)`: registers a subclass of `Pruner`."""
+ptq = ptqs.register
+"""Decorator `@ptq(name)`: registers a subclass of `PTQ`."""
 KINDS: dict[str, Registry[Any]] = {r.kind: r for r in (metrics, quantizers, fusions, pruners, ptqs)}
 """Registry of each kind of strategy, by the kind's name."""

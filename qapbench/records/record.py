@@ -386,6 +386,7 @@ class Record(Part):
     """The record of one run.
 
     Attributes:
+        schema_version: version of this schema; records of earlier versions are upgraded while they are read.
         run_id: hash of what was run and of the content that it read (docs/identity.md).
         text_key: hash of what its answers to questions without an image depend on.
         name: name of the run, with a remark if it was stopped.

@@ -89,8 +89,9 @@ def _with_docstring(made: Schema, owner: type) -> Schema:
     """The schema of a class, described by the class's docstring."""
     said = documentation(owner)
     made["description"] = said.text
+    names = {field.alias: name for name, field in getattr(owner, "model_fields", {}).items() if field.alias}
     for key, body in made.get("properties", {}).items():
-        if meaning := said.parameters.get(key):
+        if meaning := said.parameters.get(names.get(key, key)):
             made["properties"][key] = {**body, "description": meaning}
     return made
 

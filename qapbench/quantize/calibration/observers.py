@@ -91,6 +91,7 @@ class Rows:
     Attributes:
         share: number of tokens taken of each sample.
         count: number of tokens kept so far.
+        parts: the rows kept so far, sample by sample.
     """
 
     def __init__(self, limit: int, samples: int) -> None:
