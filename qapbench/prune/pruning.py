@@ -22,7 +22,7 @@ from qapbench.receipt import ImageTokens, Receipt
 from qapbench.spec.run_spec import PruneSpec
 
 from .decoder import DecoderPruning
-from .prompt import Memo, PrunedPrompt, PruningView
+from .prompt import Inside, Memo, PrunedPrompt, PruningView
 from .question import UNLABELLED, asked_text
 from .splice import (
     Part,
@@ -90,7 +90,7 @@ class Pruning:
     @property
     def needs(self) -> frozenset[str]:
         """Fields that the model must record when it encodes an image."""
-        return (self.pruner.needs & self.family.available_fields) | self.reader.visual
+        return (self.pruner.front_needs & self.family.available_fields) | self.reader.visual
 
     def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
         """The keyword arguments of a call, shortened for calibration.
@@ -178,50 +178,53 @@ class Pruning:
         placeholders = ids == self.family.image_token
         spans = image_columns(placeholders, [len(image.features) for image in encoded.images])
         asked = asked_text(mask.bool() & ~placeholders, prompt.get("labels"), spans)
-        if self.decoder:
-            return self._prune_inside(self.decoder, prompt, encoded, spans, asked)
         questions = [ids[row, text] for (row, _), text in zip(spans, asked, strict=True)]
-        parts = self._select(prompt, encoded, questions, relevance_text, Memo() if memo is None else memo)
+        keeps = budgets(encoded, self.spec, self.family.view_tokens)
+        parts = self._select(prompt, encoded, keeps, questions, relevance_text, Memo() if memo is None else memo)
         images = [splice(image, own) for image, own in zip(encoded.images, parts, strict=True)]
         if self.spec.positions == "keep" and any(part.between for own in parts for part in own):
             raise UserError(
                 f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
             )
         inputs = self._handed(prompt, mask, kept_columns(placeholders, spans, images))
-        said, chosen = [image.stored() for image in images], [detached(image) for image in images]
+        features = [image.features for image in images]
         removed = ids.shape[1] - inputs["input_ids"].shape[1]
-        return PrunedPrompt(inputs, [image.features for image in images], said, chosen, removed=removed)
+        if self.decoder is None:
+            said, chosen = [image.stored() for image in images], [detached(image) for image in images]
+            return PrunedPrompt(inputs, features, said, chosen, removed=removed)
+        grids = [views.tokens.grid for views in encoded.views]
+        views = [[(part, keeps[part.at[0]][part.at[1]], grids[part.at[0]]) for part in own] for own in parts]
+        inside = self._inside(self.decoder, inputs, images, views)
+        said = [ImageTokens(available=image.available) for image in images]
+        return PrunedPrompt(inputs, features, said, inside=inside, tag=self.spec.model_dump_json(), removed=removed)
 
-    def _prune_inside(
+    def _inside(
         self,
         decoder: DecoderPruning,
-        prompt: dict[str, Any],
-        encoded: EncodedImages,
-        spans: list[tuple[int, Tensor]],
-        asked: list[Tensor],
-    ) -> PrunedPrompt:
-        """The whole prompt, with a context in which the decoder drops its tokens.
+        inputs: dict[str, Any],
+        images: list[PrunedImage],
+        views: list[list[tuple[Part, int, tuple[int, int] | None]]],
+    ) -> Inside:
+        """A context in which the decoder drops tokens of a prompt.
 
         Args:
             decoder: drops tokens between layers.
-            prompt: the model's keyword arguments.
-            encoded: its images.
-            spans: row and columns of each image's placeholders.
-            asked: for each image, the text that the pruner may read, from `asked_text`.
+            inputs: the prompt as the decoder receives it.
+            images: its images.
+            views: for each image its views, with the budget and the grid of each.
         """
-        mask = prompt["attention_mask"]
-        keeps = self._budgets(encoded)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        placeholders = ids == self.family.image_token
+        spans = image_columns(placeholders, [len(image.features) for image in images])
+        asked = asked_text(mask.bool() & ~placeholders, inputs.get("labels"), spans)
 
         @contextlib.contextmanager
         def inside() -> Iterator[Callable[[], list[PrunedImage]]]:
-            states = view_states(encoded, keeps, spans, asked)
-            with decoder.installed(), decoder.prompt(states, mask, encoded.images) as kept:
+            states = view_states(images, views, spans, asked)
+            with decoder.installed(), decoder.prompt(states, mask, images) as kept:
                 yield lambda: kept
 
-        everything = [torch.arange(mask.shape[1], device=mask.device)] * len(mask)
-        inputs, features = self._handed(prompt, mask, everything), [image.features for image in encoded.images]
-        said = [ImageTokens(available=image.count) for image in encoded.images]
-        return PrunedPrompt(inputs, features, said, inside=inside, tag=self.spec.model_dump_json())
+        return inside
 
     def _handed(self, prompt: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
         """The keyword arguments without images, cut to some columns of the prompt.
@@ -240,15 +243,17 @@ class Pruning:
         self,
         prompt: dict[str, Any],
         encoded: EncodedImages,
+        keeps: list[list[int]],
         questions: list[Tensor],
         relevance_text: list[str] | None,
         memo: Memo,
     ) -> list[list[Part]]:
-        """For every image, its views after their selections.
+        """For every image, its views after their selections in front of the decoder.
 
         Args:
             prompt: the model's keyword arguments.
             encoded: the images.
+            keeps: the budget of each view, listed like `encoded.views`.
             questions: for each image, token ids [L] of the text that the pruner may read.
             relevance_text: one question per image; None reads `questions`.
             memo: results that several selections share.
@@ -256,9 +261,10 @@ class Pruning:
         if relevance_text is not None and len(relevance_text) != len(questions):
             raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(questions)} images")
         parts: list[list[Part]] = [[] for _ in questions]
-        for index, (views, keeps) in enumerate(zip(encoded.views, self._budgets(encoded), strict=True)):
+        for index, (views, own) in enumerate(zip(encoded.views, keeps, strict=True)):
+            entering = [self.pruner.entering(views.tokens.count, keep) for keep in own]
             # Neighbouring views with one budget form a batch; if the pruner reads the question, of one image only.
-            by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
+            by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(entering, views.owners, strict=True)]
             for (keep, _), group in itertools.groupby(range(len(by)), key=by.__getitem__):
                 span = list(group)
                 if keep == 0:
@@ -269,17 +275,20 @@ class Pruning:
                 budget = keep if "downsampled" in self.needs else None
                 key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower), budget)
                 batch = slice(span[0], span[-1] + 1)
-                if keep == views.tokens.count and self.on_view is None:  # whatever the question is
+                everything = keep == views.tokens.count and self.on_view is None  # whatever the question is
+                if everything or self.pruner.front is None:
                     tokens = views.tokens[batch]
                     selection = Selection.everything(tokens)
                 else:
                     make = functools.partial(self._tokens, prompt, views, batch, budget, questions[image], text, mine)
                     tokens = memoized(mine.question, key, make)
-                    selection = self._choose(tokens, keep, mine, [views.owners[view] for view in span])
+                    owners = [views.owners[view] for view in span]
+                    selection = self._choose(self.pruner.front, tokens, keep, mine, owners)
                 features = self._features(tokens, selection)
                 for row, view in enumerate(span):
                     places, made = views.places[view], None if selection.made is None else selection.made[row]
-                    part = Part(features[row], places[selection.indices[row]], places, selection.front, made)
+                    kept, at = places[selection.indices[row]], (index, view)
+                    part = Part(features[row], kept, places, at, selection.front, made)
                     parts[views.owners[view]].append(part)
         return parts
 
@@ -327,14 +336,11 @@ class Pruning:
         asked: dict[str, Any] = self.reader.fields(tokens, text, question, given, memo.image, memo.question)
         return dataclasses.replace(tokens, relevance_sign=self.reader.sign.value, **asked)
 
-    def _budgets(self, encoded: EncodedImages) -> list[list[int]]:
-        """Number of tokens that each view keeps, listed like `encoded.views`."""
-        return budgets(encoded, self.spec, self.family.view_tokens)
-
-    def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Selection:
-        """The selection of a batch of views.
+    def _choose(self, pruner: Pruner, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Selection:
+        """The selection of a batch of views in front of the decoder.
 
         Args:
+            pruner: chooses.
             tokens: the views.
             keep: the budget of each.
             memo: results for these views.
@@ -346,8 +352,8 @@ class Pruning:
         relevance = None
         if keep < tokens.count or self.on_view:  # relevance depends on neither budget nor metric
             method = (self.spec.method, id(self.reader.tower))
-            relevance = memoized(memo.question, method, lambda: self.pruner.relevance(tokens))
-        selection = self.pruner.select(tokens, keep, sensitivity, self.fusion, relevance)
+            relevance = memoized(memo.question, method, lambda: pruner.relevance(tokens))
+        selection = pruner.select(tokens, keep, sensitivity, self.fusion, relevance)
         if self.on_view is not None:
             every = torch.arange(tokens.count)
             for row, owner in enumerate(owners):

@@ -23,7 +23,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_json
-from qapbench.methods.kinds import DecoderPruner, fusions, pruners, ptqs
+from qapbench.methods.kinds import fusions, pruners, ptqs
 from qapbench.methods.kv import KVFormat
 from qapbench.methods.parameters import problems_of
 from qapbench.methods.plugins import load_plugin_files
@@ -195,7 +195,8 @@ class PruneSpec(Strict):
         per: what `keep` counts if the model cuts images into tiles: tokens of each tile ("tile"), or of all tiles of an
             image together ("image").
         positions: "compact" numbers the shortened sequence anew. "keep" leaves every token its original position, which
-            is all that pruners inside the decoder can do. None becomes "keep" for these and "compact" for others.
+            is all that pruners inside the decoder can do. One that shortens the prompt first may number that prompt
+            anew. None becomes "keep" for pruners inside the decoder alone and "compact" for all others.
         budget: the cost that a spec gives under `keep`; `keep` then says nothing until it is resolved. None if the spec
             gives a number of tokens.
     """
@@ -226,7 +227,7 @@ class PruneSpec(Strict):
             filled["fusion"] = fusions.default
         method = _created(pruners, data, "method")
         if method is not None and filled.get("positions") is None:
-            filled["positions"] = "keep" if isinstance(method, DecoderPruner) else "compact"
+            filled["positions"] = "keep" if method.front is None else "compact"
         return filled
 
     @model_serializer(mode="wrap")
@@ -240,7 +241,7 @@ class PruneSpec(Strict):
     def _consistent(self) -> PruneSpec:
         if self.fusion is not None and self.sensitivity is None:
             raise ValueError("`fusion` without `sensitivity`: name the sensitivity metric to fuse")
-        if self.positions == "compact" and isinstance(created(pruners, self.method), DecoderPruner):
+        if self.positions == "compact" and created(pruners, self.method).front is None:
             raise ValueError(
                 f"`positions: compact` cannot be had of {self.method}: it drops tokens inside the decoder, whose first "
                 "layers have placed them already"
