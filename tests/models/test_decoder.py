@@ -230,6 +230,21 @@ def test_two_prompts_and_their_caches_in_turn(method: str, deep: tuple[Any, Any]
             assert torch.equal(follow(second, pasts[1]), wanted[1])
 
 
+@each_method
+def test_words_behind_a_cache_are_read_as_in_one_pass(method: str, deep: tuple[Any, Any]) -> None:
+    """With a mask over the caller's prompt and without; in one pass the words are an answer, which no pruner reads."""
+    model, processor = deep
+    prompt, words = alone(processor, 0), torch.tensor([[7, 9]])
+    ids = torch.cat([prompt["input_ids"], words], dim=1)
+    labels = torch.cat([torch.full_like(prompt["input_ids"], -100), words], dim=1)
+    with torch.no_grad(), compress(model, spec(method)):
+        whole = model(**{**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=labels)
+        for mask in ({"attention_mask": torch.ones_like(ids)}, {}):
+            past = model(**prompt).past_key_values
+            behind = model(input_ids=words, past_key_values=past, **mask)
+            torch.testing.assert_close(behind.logits[0], whole.logits[0, -2:], rtol=1e-4, atol=1e-4)
+
+
 def test_labels_end_the_question(deep: tuple[Any, Any]) -> None:
     """An answer that is scored has no say in what is kept."""
     model, processor = deep
