@@ -54,12 +54,12 @@ def counted(
     if len(tokens.layers) == 1:
         tokens = replace(tokens, layers=tokens.layers * shape.depth)
     columns = [count + tokens.separators + prompt.text for count in tokens.layers]
-    needs = pruner.needs & family.available_fields if pruner else frozenset()
+    needs = pruner.front_needs & family.available_fields if pruner else frozenset()
     watched = quantize is not None and "vision" in quantize.scope  # such a layer runs, whoever reads it
     layers = len(shape.tower) if watched else family.tower_layers(needs)
     choosing = Work()
     if prune and pruner:
-        tower = model.text_tower if pruner.needs & {"image_embeds", "text_embeds"} else None
+        tower = model.text_tower if pruner.front_needs & {"image_embeds", "text_embeds"} else None
         selecting = Selecting(shape, prune, pruner, outline, prompt.images, planned, prompt, tower, bits)
         choosing = selecting.work()
     stored = weight_bytes(shape, bits)

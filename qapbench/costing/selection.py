@@ -96,21 +96,9 @@ class Selecting:
 
     def work(self) -> Work:
         """The work of choosing the tokens of one prompt."""
+        parts = [] if self.pruner.front is None else [self._in_front()]
         if isinstance(self.pruner, DecoderPruner):
-            return Work.total([self._inside(view) for view in self.flow.views])
-        chosen = [view for view in self.flow.views if 0 < view.keep < view.count]
-        if not chosen:
-            return Work()
-        parts = [self._read(), self._of_question()]
-        for view, times in Counter((v.count, v.keep, v.grid) for v in chosen).items():
-            count, keep, grid = view
-            measured, made = measured_choice(*self._strategies, keep, json.dumps(self._fields(count, grid, keep)))
-            parts += [work(measured * times), projector_work(self.shape, made * times, self.bits)]
-        if "downsampled" in self.pruner.needs:
-            for keep in {view.keep for view in chosen}:
-                smaller = self.shape.family.outline_downsampled(self.sizes, keep)
-                parts.append(tower_work(self.shape, smaller, len(self.shape.tower), self.bits))
-                parts.append(projector_work(self.shape, smaller.projected, self.bits))
+            parts += [self._inside(view) for view in self.flow.views]
         return Work.total(parts)
 
     @property
@@ -122,10 +110,28 @@ class Selecting:
 
     # -- in front of the decoder --
 
+    def _in_front(self) -> Work:
+        """The choice of the tokens that enter the decoder. What it would read is read also if all of them do."""
+        chosen = [view for view in self.flow.views if 0 < view.entered < view.count]
+        if not chosen:
+            return self._read()
+        parts = [self._read(), self._of_question()]
+        for view, times in Counter((v.count, v.entered, v.grid) for v in chosen).items():
+            count, keep, grid = view
+            fields = json.dumps(self._fields(count, grid, keep))
+            measured, made = measured_choice(*self._strategies, keep, fields, in_front=True)
+            parts += [work(measured * times), projector_work(self.shape, made * times, self.bits)]
+        if "downsampled" in self._needs:
+            for keep in {view.entered for view in chosen}:
+                smaller = self.shape.family.outline_downsampled(self.sizes, keep)
+                parts.append(tower_work(self.shape, smaller, len(self.shape.tower), self.bits))
+                parts.append(projector_work(self.shape, smaller.projected, self.bits))
+        return Work.total(parts)
+
     @property
     def _needs(self) -> frozenset[str]:
-        """Fields that the pruner reads and this model has."""
-        return self.pruner.needs & (self.shape.family.available_fields | QuestionReader.FIELDS)
+        """Fields that the pruner reads in front of the decoder and this model has."""
+        return self.pruner.front_needs & (self.shape.family.available_fields | QuestionReader.FIELDS)
 
     def _read(self) -> Work:
         """Attention that is computed for the pruner: 2 q s width FLOPs, of q queries over s tokens.
@@ -145,9 +151,9 @@ class Selecting:
         if self.tower is None:
             return Work()
         total = 0.0
-        if "image_embeds" in self.pruner.needs:
+        if "image_embeds" in self.pruner.front_needs:
             total += 2 * self.shape.tower_width * self.tower.joint * self.outline.projected
-        if "text_embeds" in self.pruner.needs:
+        if "text_embeds" in self.pruner.front_needs:
             total += self.tower.flops(self.prompt.after)
         return work(total)
 
@@ -179,11 +185,11 @@ class Selecting:
     def _inside(self, view: ViewFlow) -> Work:
         """The drops of one view: what is read of a layer at each of them, and the choice."""
         parts = []
-        left = view.count
+        left = view.entered
         for layer, keep in view.stages.items():
             if keep:
                 columns = self.flow.columns(self.prompt.text)[layer - 1]
-                fields = json.dumps(self._fields_inside(left, view.count))
+                fields = json.dumps(self._fields_inside(left, view.entered))
                 parts.append(self._read_inside(columns, view.last))
                 parts.append(work(measured_choice(*self._strategies, keep, fields)[0]))
             left = keep
@@ -238,7 +244,7 @@ class Selecting:
 
 @functools.lru_cache(maxsize=256)
 def measured_choice(
-    method: str, sensitivity: str | None, fusion: str | None, keep: int, fields: str
+    method: str, sensitivity: str | None, fusion: str | None, keep: int, fields: str, in_front: bool = False
 ) -> tuple[int, int]:
     """Run a pruner on random tokens of these shapes, and count the FLOPs of its matrix products.
 
@@ -252,6 +258,7 @@ def measured_choice(
         fusion: the same of the fusion.
         keep: the budget.
         fields: shapes of the fields of `VisionTokens` as JSON, without the batch.
+        in_front: whether it is the choice in front of the decoder that is counted, not one inside.
 
     Returns:
         (FLOPs, number of tokens that it made before the projector, and which that still has to project).
@@ -263,7 +270,8 @@ def measured_choice(
     }
     grid = tuple(given["grid"]) if given["grid"] else None
     tokens = VisionTokens(heads=given["heads"], grid=grid, image_ids=("random",), **values)
-    pruner: Pruner = _made(pruners, method)
+    named: Pruner = _made(pruners, method)
+    pruner = named.front if in_front and named.front else named
     metric, combine = _made(metrics, sensitivity), _made(fusions, fusion)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         chosen = pruner.select(tokens, keep, metric(tokens.projected) if metric else None, combine)

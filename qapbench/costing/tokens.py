@@ -20,6 +20,7 @@ class ViewFlow:
     Attributes:
         count: tokens before pruning.
         keep: the view's budget.
+        entered: tokens that enter the decoder.
         grid: (height, width) of the tokens, if they form a grid.
         last: tokens of images, separators included, up to the view's last one.
         stages: index of the first layer after a drop inside the decoder -> tokens that the drop leaves.
@@ -27,6 +28,7 @@ class ViewFlow:
 
     count: int
     keep: int
+    entered: int
     grid: tuple[int, int] | None
     last: int
     stages: dict[int, int]
@@ -80,8 +82,8 @@ def token_flow(
 ) -> TokenFlow:
     """The tokens of images under a pruner.
 
-    A pruner that says that it works inside the decoder is asked for its stages; any other one shortens the prompt. Of
-    the separators as many stay as there are kept tokens to have them, which is most if kept tokens gather in few lines.
+    A pruner is asked how many tokens enter the decoder and, if it works inside the decoder, for its stages. Of the
+    separators as many stay as there are kept tokens to have them, which is most if kept tokens gather in few lines.
 
     Args:
         outline: the images.
@@ -100,20 +102,20 @@ def token_flow(
         drops: Sequence[Sequence[tuple[Stage, ...]]] = [[()] * views.tokens.batch for views in listed]
     else:
         keeps, drops = budgets(encoded, spec, most), schedules(encoded, spec, most)
-    inside = isinstance(pruner, DecoderPruner)
     begins = [0, *itertools.accumulate(len(image.features) for image in encoded.images)]
     flows = []
     for views, own, steps in zip(listed, keeps, drops, strict=True):
         count = views.tokens.count
         for keep, said, owner, places in zip(own, steps, views.owners, views.places, strict=True):
+            entered = pruner.entering(count, keep) if pruner else count
             stages: dict[int, int] = {}
             if isinstance(pruner, DecoderPruner):
-                stages = scheduled(said, count, depth) if said else stage_budgets(pruner, count, keep, depth)
+                stages = scheduled(said, entered, depth) if said else stage_budgets(pruner, entered, keep, depth)
             last = begins[owner] + int(places[-1]) + 1
-            flows.append(ViewFlow(count, keep, views.tokens.grid, last, stages))
-    each = [layer_counts(view.stages, view.count if inside else view.keep, depth) for view in flows]
+            flows.append(ViewFlow(count, keep, entered, views.tokens.grid, last, stages))
+    each = [layer_counts(view.stages, view.entered, depth) for view in flows]
     layers = tuple(float(sum(counts)) for counts in zip(*each, strict=True)) if flows else (0.0,) * depth
     separators = sum(0 if image.separators is None else int(image.separators.sum()) for image in encoded.images)
-    if flows and not inside:
+    if pruner and pruner.front and flows:
         separators = min(separators, int(layers[0]))
     return TokenFlow(tuple(flows), layers, float(separators))

@@ -115,6 +115,25 @@ class Pruner(abc.ABC):
         """
         return None
 
+    @property
+    def front(self) -> Pruner | None:
+        """The method that chooses in front of the decoder: this one. None if tokens are dropped only inside it."""
+        return self
+
+    @property
+    def front_needs(self) -> frozenset[str]:
+        """Fields of `VisionTokens` that are read in front of the decoder."""
+        return self.front.needs if self.front else frozenset()
+
+    def entering(self, count: int, keep: int) -> int:
+        """Number of a view's tokens that enter the decoder.
+
+        Args:
+            count: tokens of the view.
+            keep: its budget, at most `count`.
+        """
+        return keep
+
     def relevance(self, tokens: VisionTokens) -> Tensor | None:
         """Semantic relevance [B, N] on any scale, higher means keep. None if the method has no such score."""
         return None
@@ -257,7 +276,8 @@ class DecoderPruner(Pruner):
 
     `select` is called at every stage with the tokens that are left. Their `projected` field holds their hidden states
     at that stage, on which sensitivity is computed; the other fields that `needs` can name are DECODER_FIELDS. The
-    layers after a stage see the tokens chosen there, at their original positions.
+    layers after a stage see the tokens chosen there, at their original positions. A method that shortens the prompt
+    too names in `front` who does, and in `entering` to how many tokens.
 
     Attributes:
         ahead: whether attention and keys are read in the layer that follows the drop rather than in the one before it.
@@ -286,12 +306,21 @@ class DecoderPruner(Pruner):
     ahead: ClassVar[bool] = False
     counts: ClassVar[Literal["last", "mean"]] = "last"
 
+    @property
+    def front(self) -> Pruner | None:
+        """The method that shortens the prompt before it enters the decoder; None leaves it whole."""
+        return None
+
+    def entering(self, count: int, keep: int) -> int:
+        """Number of a view's tokens that enter the decoder; see `Pruner.entering`. They are all, without a `front`."""
+        return count
+
     @abc.abstractmethod
     def stages(self, count: int, keep: int, depth: int) -> list[Stage]:
         """The drops in the order of the layers. The last one keeps `keep` tokens, unless `counts` is "mean".
 
         Args:
-            count: visual tokens per image before the first drop.
+            count: visual tokens per image that enter the decoder.
             keep: tokens per image, counted as `counts` says.
             depth: number of decoder layers, at least two. Every drop comes after 1 to depth - 1 of them.
         """

@@ -51,12 +51,13 @@ def build_pruning(
         raise UserError(
             f"prune.method: {spec.method} needs {', '.join(sorted(missing))}, which this model does not offer"
         )
-    for name in sorted(pruner.needs & family.substitutes.keys()):
+    needs, optional = pruner.front_needs, pruner.front.optional if pruner.front else frozenset[str]()
+    for name in sorted(needs & family.substitutes.keys()):
         receipt.fall_back(f"{name}: {family.substitutes[name]}")
-    for name in sorted(pruner.optional - family.available_fields - QuestionReader.FIELDS):
+    for name in sorted(optional - family.available_fields - QuestionReader.FIELDS):
         receipt.fall_back(f"{name}: this model has none, and {spec.method} does without")
-    joint = joint_space(family, tower or owner, receipt) if pruner.needs & {"image_embeds", "text_embeds"} else None
-    reader = QuestionReader(frozenset() if inside else pruner.needs, joint, family.model.get_input_embeddings())
+    joint = joint_space(family, tower or owner, receipt) if needs & {"image_embeds", "text_embeds"} else None
+    reader = QuestionReader(needs, joint, family.model.get_input_embeddings())
     receipt.relevance_sign = _sign_in_words(pruner, reader, receipt)
     sensitivity: Metric | None = None
     if spec.sensitivity:
@@ -72,9 +73,11 @@ def build_pruning(
 
 def missing_fields(pruner: Pruner, family: Family) -> frozenset[str]:
     """The fields of `VisionTokens` that a pruner needs and a family's models do not offer."""
-    inside = isinstance(pruner, DecoderPruner)
-    available = DecoderPruner.DECODER_FIELDS if inside else family.available_fields | QuestionReader.FIELDS
-    return pruner.needs - pruner.optional - available
+    optional = pruner.front.optional if pruner.front else frozenset[str]()
+    missing = pruner.front_needs - optional - family.available_fields - QuestionReader.FIELDS
+    if isinstance(pruner, DecoderPruner):
+        missing |= pruner.needs - pruner.optional - DecoderPruner.DECODER_FIELDS
+    return missing
 
 
 def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt) -> TextTower | None:

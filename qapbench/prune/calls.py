@@ -129,14 +129,14 @@ class PrunedCalls:
         if cached is None:
             return generate(**kwargs)
         refuse(self.family.model, kwargs)
-        if cached.decoder is not None:  # the cache's first layer holds the whole prompt
+        if cached.whole:
             return generate(**kwargs)
         return self._generated(generate, kwargs["input_ids"], cached.turn(cache, kwargs))
 
     def _behind(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward` without images: of a text, or of new tokens behind a pruned prompt."""
         cached, cache = self._cached(kwargs)
-        return kwargs if cached is None or cached.decoder is not None else cached.following(cache, kwargs)
+        return kwargs if cached is None or cached.whole else cached.following(cache, kwargs)
 
     def _cached(self, kwargs: dict[str, Any]) -> tuple[CachedPrompt | None, Any]:
         """(what is known of the pruned prompt in a call's KV cache, the cache); None if it holds no such prompt."""

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from qapbench.errors import UserError
 from qapbench.methods.kinds import DecoderPruner, Fusion, Metric
 from qapbench.methods.tokens import Selection
-from qapbench.models.encoded import EncodedImage
 from qapbench.models.layers import DecoderLayers
 from qapbench.quantize.call_tokens import watch_of
 from qapbench.receipt import Receipt
@@ -97,7 +96,7 @@ class DecoderPruning:
 
     @contextlib.contextmanager
     def prompt(
-        self, view_states: list[ViewState], mask: Tensor, images: list[EncodedImage]
+        self, view_states: list[ViewState], mask: Tensor, images: list[PrunedImage]
     ) -> Iterator[list[PrunedImage]]:
         """Announce the prompt that the next call inside the context brings.
 
@@ -106,7 +105,7 @@ class DecoderPruning:
         Args:
             view_states: views of its images.
             mask: [B, L] attention mask, padded on either side.
-            images: the images.
+            images: the images as they enter.
 
         Yields:
             The images after pruning; empty until the prompt has left the last layer.
@@ -312,8 +311,8 @@ class DecoderPruning:
         if selection.merged is not None or (selection.updated is not None and selection.space != "projected"):
             raise RuntimeError(f"{self._name}: what is merged inside the decoder needs a place: use `updated`")
         if on_view is not None:
-            count, scores = len(view.entered), (relevance, sensitivity)
-            on_view(PruningView.of(view.image, count, view.left, view.grid, scores, selection, layer=index))
+            present, scores = view.among[view.left], (relevance, sensitivity)
+            on_view(PruningView.of(view.image, view.count, present, view.grid, scores, selection, layer=index))
         return selection
 
     def _report(self, state: DecoderState) -> None:
@@ -323,17 +322,16 @@ class DecoderPruning:
             places = torch.cat([view.places[view.left] for view in own]).cpu()
             made = torch.cat([view.made for view in own]).cpu()
             layers = tuple(map(sum, zip(*(view.counts for view in own), strict=True)))
-            separators = 0 if image.separators is None else int(image.separators.sum())
             kept = PrunedImage(
                 image.features[:0],
                 places.sort().values,
                 places[~made].sort().values,
-                image.count,
+                image.available,
                 int(made.sum()),
-                separators,
+                image.separators,
                 layers,
             )
-            self.receipt.saw_image(kept.available, len(kept.indices), kept.merged, separators, layers)
+            self.receipt.saw_image(kept.available, len(kept.indices), kept.merged, kept.separators, layers)
             state.kept.append(kept)
 
 

@@ -22,7 +22,7 @@ from qapbench.receipt import ImageTokens, Receipt
 from qapbench.spec.run_spec import PruneSpec
 
 from .decoder import DecoderPruning
-from .prompt import Memo, PrunedPrompt, PruningView
+from .prompt import Inside, Memo, PrunedPrompt, PruningView
 from .question import UNLABELLED, asked_text
 from .splice import (
     Part,
@@ -35,7 +35,7 @@ from .splice import (
     schedules,
     splice,
 )
-from .state import view_states
+from .state import Entering, view_states
 from .turns import filled
 
 TYPES = ("mm_token_type_ids", "token_type_ids")
@@ -112,7 +112,7 @@ class Pruning:
     @property
     def needs(self) -> frozenset[str]:
         """Fields that the model must record when it encodes an image."""
-        return (self.pruner.needs & self.family.available_fields) | self.reader.visual
+        return (self.pruner.front_needs & self.family.available_fields) | self.reader.visual
 
     def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
         """The keyword arguments of a call, shortened for calibration.
@@ -219,7 +219,8 @@ class Pruning:
                     found[index] = end.value
             sent = {}
             for keep, asked in waiting.items():
-                selections = self.pruner.select_each([choice for _, choice in asked], keep, self.fusion)
+                front = self.pruner.front or self.pruner  # nothing is asked without a front
+                selections = front.select_each([choice for _, choice in asked], keep, self.fusion)
                 sent |= {index: one for (index, _), one in zip(asked, selections, strict=True)}
         return [found[index] for index in range(len(steps))]
 
@@ -231,50 +232,61 @@ class Pruning:
         placeholders = ids == self.family.image_token
         spans = image_columns(placeholders, [len(image.features) for image in encoded.images])
         asked = asked_text(mask.bool() & ~placeholders, prompt.get("labels"), spans)
-        if self.decoder:
-            return self._prune_inside(self.decoder, prompt, encoded, spans, asked)
         questions = [ids[row, text] for (row, _), text in zip(spans, asked, strict=True)]
-        parts = yield from self._select(prompt, encoded, questions, relevance_text, memo)
+        keeps = budgets(encoded, self.spec, self.family.view_tokens)
+        parts = yield from self._select(prompt, encoded, keeps, questions, relevance_text, memo)
         images = [splice(image, own) for image, own in zip(encoded.images, parts, strict=True)]
         if self.spec.positions == "keep" and any(part.between for own in parts for part in own):
             raise UserError(
                 f"prune.positions: 'keep' has no place for the tokens that {self.spec.method} merges; use 'compact'"
             )
         inputs = self._handed(prompt, mask, kept_columns(placeholders, spans, images))
-        said, chosen = [image.stored() for image in images], [detached(image) for image in images]
+        features = [image.features for image in images]
         removed = ids.shape[1] - inputs["input_ids"].shape[1]
-        return PrunedPrompt(inputs, [image.features for image in images], said, chosen, removed=removed)
+        if self.decoder is None:
+            said, chosen = [image.stored() for image in images], [detached(image) for image in images]
+            return PrunedPrompt(inputs, features, said, chosen, removed=removed)
+        grids = [views.tokens.grid for views in encoded.views]
+        drops = schedules(encoded, self.spec, self.family.view_tokens)
+        views = [
+            [
+                Entering(part, keeps[group][view], grids[group], drops[group][view])
+                for part in own
+                for group, view in [part.at]
+            ]
+            for own in parts
+        ]
+        inside = self._inside(self.decoder, inputs, images, views)
+        said = [ImageTokens(available=image.available) for image in images]
+        return PrunedPrompt(inputs, features, said, inside=inside, tag=self.spec.model_dump_json(), removed=removed)
 
-    def _prune_inside(
+    def _inside(
         self,
         decoder: DecoderPruning,
-        prompt: dict[str, Any],
-        encoded: EncodedImages,
-        spans: list[tuple[int, Tensor]],
-        asked: list[Tensor],
-    ) -> PrunedPrompt:
-        """The whole prompt, with a context in which the decoder drops its tokens.
+        inputs: dict[str, Any],
+        images: list[PrunedImage],
+        views: list[list[Entering]],
+    ) -> Inside:
+        """A context in which the decoder drops tokens of a prompt.
 
         Args:
             decoder: drops tokens between layers.
-            prompt: the model's keyword arguments.
-            encoded: its images.
-            spans: row and columns of each image's placeholders.
-            asked: for each image, the text that the pruner may read, from `asked_text`.
+            inputs: the prompt as the decoder receives it.
+            images: its images.
+            views: for each image its views.
         """
-        mask = prompt["attention_mask"]
-        keeps, drops = self._budgets(encoded), schedules(encoded, self.spec, self.family.view_tokens)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        placeholders = ids == self.family.image_token
+        spans = image_columns(placeholders, [len(image.features) for image in images])
+        asked = asked_text(mask.bool() & ~placeholders, inputs.get("labels"), spans)
 
         @contextlib.contextmanager
         def inside() -> Iterator[Callable[[], list[PrunedImage]]]:
-            states = view_states(encoded, keeps, spans, asked, drops)
-            with decoder.installed(), decoder.prompt(states, mask, encoded.images) as kept:
+            states = view_states(images, views, spans, asked)
+            with decoder.installed(), decoder.prompt(states, mask, images) as kept:
                 yield lambda: kept
 
-        everything = [torch.arange(mask.shape[1], device=mask.device)] * len(mask)
-        inputs, features = self._handed(prompt, mask, everything), [image.features for image in encoded.images]
-        said = [ImageTokens(available=image.count) for image in encoded.images]
-        return PrunedPrompt(inputs, features, said, inside=inside, tag=self.spec.model_dump_json())
+        return inside
 
     def _handed(self, prompt: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
         """The keyword arguments without images, cut to some columns of the prompt.
@@ -293,15 +305,19 @@ class Pruning:
         self,
         prompt: dict[str, Any],
         encoded: EncodedImages,
+        keeps: list[list[int]],
         questions: list[Tensor],
         relevance_text: list[str] | None,
         memo: Memo,
     ) -> Steps:
-        """Choose the tokens of every view. Returns for every image its views after their selections: list[list[Part]].
+        """Choose the tokens of every view in front of the decoder.
+
+        Returns for every image its views after their selections: list[list[Part]].
 
         Args:
             prompt: the model's keyword arguments.
             encoded: the images.
+            keeps: the budget of each view, listed like `encoded.views`.
             questions: for each image, token ids [L] of the text that the pruner may read.
             relevance_text: one question per image; None reads `questions`.
             memo: results that several selections share.
@@ -309,9 +325,10 @@ class Pruning:
         if relevance_text is not None and len(relevance_text) != len(questions):
             raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(questions)} images")
         parts: list[list[Part]] = [[] for _ in questions]
-        for index, (views, keeps) in enumerate(zip(encoded.views, self._budgets(encoded), strict=True)):
+        for index, (views, own) in enumerate(zip(encoded.views, keeps, strict=True)):
+            entering = [self.pruner.entering(views.tokens.count, keep) for keep in own]
             # Neighbouring views with one budget form a batch; if the pruner reads the question, of one image only.
-            by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(keeps, views.owners, strict=True)]
+            by = [(keep, owner if self.reader.needs else 0) for keep, owner in zip(entering, views.owners, strict=True)]
             for (keep, _), group in itertools.groupby(range(len(by)), key=by.__getitem__):
                 span = list(group)
                 if keep == 0:
@@ -322,17 +339,20 @@ class Pruning:
                 budget = keep if "downsampled" in self.needs else None
                 key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower), budget)
                 batch = slice(span[0], span[-1] + 1)
-                if keep == views.tokens.count and self.on_view is None:  # whatever the question is
+                everything = keep == views.tokens.count and self.on_view is None  # whatever the question is
+                if everything or self.pruner.front is None:
                     tokens = views.tokens[batch]
                     selection = Selection.everything(tokens)
                 else:
                     make = functools.partial(self._tokens, prompt, views, batch, budget, questions[image], text, mine)
                     tokens = memoized(mine.question, key, make)
-                    selection = yield from self._choose(tokens, keep, mine, [views.owners[view] for view in span])
+                    owners = [views.owners[view] for view in span]
+                    selection = yield from self._choose(self.pruner.front, tokens, keep, mine, owners)
                 features = self._features(tokens, selection)
                 for row, view in enumerate(span):
                     places, made = views.places[view], None if selection.made is None else selection.made[row]
-                    part = Part(features[row], places[selection.indices[row]], places, selection.front, made)
+                    kept, at = places[selection.indices[row]], (index, view)
+                    part = Part(features[row], kept, places, at, selection.front, made)
                     parts[views.owners[view]].append(part)
         return parts
 
@@ -380,14 +400,11 @@ class Pruning:
         asked: dict[str, Any] = self.reader.fields(tokens, text, question, given, memo.image, memo.question)
         return dataclasses.replace(tokens, relevance_sign=self.reader.sign.value, **asked)
 
-    def _budgets(self, encoded: EncodedImages) -> list[list[int]]:
-        """Number of tokens that each view keeps, listed like `encoded.views`."""
-        return budgets(encoded, self.spec, self.family.view_tokens)
-
-    def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Steps:
-        """Choose the tokens of a batch of views. Returns the selection.
+    def _choose(self, pruner: Pruner, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Steps:
+        """Choose the tokens of a batch of views in front of the decoder. Returns the selection.
 
         Args:
+            pruner: chooses.
             tokens: the views.
             keep: the budget of each.
             memo: results for these views.
@@ -399,7 +416,7 @@ class Pruning:
         relevance = None
         if keep < tokens.count or self.on_view:  # relevance depends on neither budget nor metric
             method = (self.spec.method, id(self.reader.tower))
-            relevance = memoized(memo.question, method, lambda: self.pruner.relevance(tokens))
+            relevance = memoized(memo.question, method, lambda: pruner.relevance(tokens))
         selection = yield Choice(tokens, sensitivity, relevance), keep
         if self.on_view is not None:
             every = torch.arange(tokens.count)

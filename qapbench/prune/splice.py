@@ -59,6 +59,7 @@ class Part(NamedTuple):
         features: [front + K + back, D] merged tokens, kept tokens, and further merged tokens.
         kept: [K] places of the kept tokens.
         view: [N] places of all tokens of the view.
+        at: index of the view's group among those of `EncodedImages.views`, and of the view in it.
         front: number of merged tokens before the kept ones.
         made: [K] bool, True for a kept token that was made from several; None if there is none.
     """
@@ -66,6 +67,7 @@ class Part(NamedTuple):
     features: Tensor
     kept: Tensor
     view: Tensor
+    at: tuple[int, int]
     front: int
     made: Tensor | None = None
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qapbench.methods.kinds import Stage
 from qapbench.methods.tokens import Selection
-from qapbench.models.encoded import EncodedImage, EncodedImages
 
-from .splice import PrunedImage
+from .splice import Part, PrunedImage
 from .token_layout import TokenLayout
+
+
+class Entering(NamedTuple):
+    """One view as it enters the decoder.
+
+    Attributes:
+        part: its tokens.
+        keep: its budget.
+        grid: (height, width) of the grid of all its tokens, if they form one.
+        steps: the drops that the spec says, with the view's own budgets; empty for those of the method.
+    """
+
+    part: Part
+    keep: int
+    grid: tuple[int, int] | None
+    steps: tuple[Stage, ...]
 
 
 @dataclass
@@ -28,10 +44,12 @@ class ViewState:
         text: [L] columns of the text after the image, up to the end of the question.
         entered: [E] columns at which the view's tokens entered the decoder.
         places: [E] places of these tokens.
-        grid: (height, width) of the grid of these tokens, if they form one.
+        among: [E] indices of these tokens among all of the view; those that are missing left in front of the decoder.
+        count: number of all tokens of the view.
+        made: [n] bool, of the tokens that are left, True for one that was made from several.
+        grid: (height, width) of the grid of all tokens, if they form one.
         steps: the drops that the spec says, with the view's own budgets; empty for those of the method.
         left: [n] indices, among the E tokens, of the tokens that are left.
-        made: [n] bool, True for a token that was made from several.
         budgets: index of the first layer after a stage -> tokens that the stage keeps.
         counts: number of tokens that each layer so far has received.
     """
@@ -42,16 +60,17 @@ class ViewState:
     text: Tensor
     entered: Tensor
     places: Tensor
+    among: Tensor
+    count: int
+    made: Tensor
     grid: tuple[int, int] | None = None
     steps: tuple[Stage, ...] = ()
     left: Tensor = field(init=False)
-    made: Tensor = field(init=False)
     budgets: dict[int, int] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.left = torch.arange(len(self.entered), device=self.entered.device)
-        self.made = torch.zeros_like(self.left, dtype=torch.bool)
 
     @property
     def columns(self) -> Tensor:
@@ -71,30 +90,36 @@ class ViewState:
 
 
 def view_states(
-    encoded: EncodedImages,
-    budgets: list[list[int]],
+    images: list[PrunedImage],
+    views: list[list[Entering]],
     spans: list[tuple[int, Tensor]],
     asked: list[Tensor],
-    schedules: list[list[tuple[Stage, ...]]] | None = None,
 ) -> list[ViewState]:
     """Make the states of all views of a call, in the order of their images.
 
     Args:
-        encoded: the images of the call.
-        budgets: tokens that each view keeps, listed like `encoded.views`.
-        spans: row and columns of each image's placeholders, from `image_columns`.
+        images: the images as they enter the decoder.
+        views: for each image its views.
+        spans: row and columns of each image's tokens in the prompt, from `image_columns`.
         asked: for each image, [L] bool, True for the text of its row that the pruner may read.
-        schedules: the drops of each view, listed like `encoded.views`; None for those of the method.
+
+    Raises:
+        RuntimeError: a token was merged in front of the decoder and has no place of its own.
     """
     found = []
-    steps = schedules or [[()] * len(keeps) for keeps in budgets]
-    for views, keeps, drops in zip(encoded.views, budgets, steps, strict=True):
-        for image, places, keep, own_drops in zip(views.owners, views.places, keeps, drops, strict=True):
-            row, own = spans[image]
-            text = asked[image].nonzero()[:, 0]
-            text = text[text > own[-1]]
-            found.append(ViewState(image, row, keep, text, own[places], places, views.tokens.grid, own_drops))
-    return sorted(found, key=lambda view: view.image)
+    for index, (image, own) in enumerate(zip(images, views, strict=True)):
+        row, columns = spans[index]
+        text = asked[index].nonzero()[:, 0]
+        text = text[text > columns[-1]]
+        for part, keep, grid, steps in own:
+            if part.between:
+                raise RuntimeError("what is merged in front of the decoder needs a place there: use `updated`")
+            entered = columns[torch.searchsorted(image.places, part.kept)]
+            among = torch.searchsorted(part.view, part.kept)
+            made = torch.zeros_like(among, dtype=torch.bool) if part.made is None else part.made
+            count = len(part.view)
+            found.append(ViewState(index, row, keep, text, entered, part.kept, among, count, made, grid, steps))
+    return found
 
 
 @dataclass
@@ -103,7 +128,7 @@ class DecoderState:
 
     Attributes:
         view_states: the views, sorted by image.
-        images: the images of the call.
+        images: the images of the call as they entered.
         layouts: the columns of the prompt that each layer holds.
         rotary: cosine and sine of the prompt's columns in the layer that ran last; None before the first one.
         embedded: [B, L, D] hidden states with which the prompt entered; None if the pruner does not read them.
@@ -114,7 +139,7 @@ class DecoderState:
     """
 
     view_states: list[ViewState]
-    images: list[EncodedImage]
+    images: list[PrunedImage]
     layouts: list[TokenLayout]
     rotary: tuple[Tensor, Tensor] | None = None
     embedded: Tensor | None = None

@@ -34,6 +34,11 @@ class CachedPrompt:
     counted: bool
     decoder: Any = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether the cache's first layer holds the caller's prompt as it was, and later ones were pruned."""
+        return self.decoder is not None and torch.equal(self.ids, self.short)
+
     def check(self, cache: Any, rows: int, decoder: Any) -> None:
         """Check that a call can go on from the cache.
 

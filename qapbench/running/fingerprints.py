@@ -85,7 +85,7 @@ def needs_tower(spec: RunSpec) -> bool:
     """Whether the run's pruner compares the image with the question in a joint embedding space."""
     if spec.prune is None:
         return False
-    return bool(created(pruners, spec.prune.method).needs & QuestionReader.FIELDS - {"prompt_embeds"})
+    return bool(created(pruners, spec.prune.method).front_needs & QuestionReader.FIELDS - {"prompt_embeds"})
 
 
 def used_items(spec: RunSpec) -> list[tuple[str, Entry[Any]]]:

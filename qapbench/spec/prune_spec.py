@@ -58,7 +58,8 @@ class PruneSpec(Strict):
         per: what `keep` counts if the model cuts images into tiles: tokens of each tile ("tile"), or of all tiles of an
             image together ("image").
         positions: "compact" numbers the shortened sequence anew. "keep" leaves every token its original position, which
-            is all that pruners inside the decoder can do. None becomes "keep" for these and "compact" for others.
+            is all that pruners inside the decoder can do. One that shortens the prompt first may number that prompt
+            anew. None becomes "keep" for pruners inside the decoder alone and "compact" for all others.
         schedule: for a method inside the decoder, its drops in the place of the method's own: a list of
             `{layer: 2, keep: 128}`, with falling budgets. `keep` is then that of the last one, and may be left out.
         budget: the cost that a spec gives under `keep`; `keep` then says nothing until it is resolved. None if the spec
@@ -100,7 +101,7 @@ class PruneSpec(Strict):
             filled["fusion"] = fusions.default
         method = named_item(pruners, data, "method")
         if method is not None and filled.get("positions") is None:
-            filled["positions"] = "keep" if isinstance(method, DecoderPruner) else "compact"
+            filled["positions"] = "keep" if method.front is None else "compact"
         return filled
 
     @model_serializer(mode="wrap")
@@ -117,7 +118,7 @@ class PruneSpec(Strict):
         if self.fusion is not None and self.sensitivity is None:
             raise ValueError("`fusion` without `sensitivity`: name the sensitivity metric to fuse")
         self._check_schedule()
-        if self.positions == "compact" and isinstance(created(pruners, self.method), DecoderPruner):
+        if self.positions == "compact" and created(pruners, self.method).front is None:
             raise ValueError(
                 f"`positions: compact` cannot be had of {self.method}: it drops tokens inside the decoder, whose first "
                 "layers have placed them already"

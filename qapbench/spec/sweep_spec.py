@@ -24,8 +24,9 @@ class SweepSpec(Strict):
     """Several runs: fields that they share, and keys that vary.
 
     `matrix: {prune.keep: [128, 32]}` combines all values of its keys. `cases: {label: {dotted.key: value}}` adds named
-    rows. With both, every case is combined with the whole matrix. A value of null removes the key. A file with neither
-    is a sweep of one run.
+    rows. With both, every case is combined with the whole matrix. A value of null removes the key; a case that removes
+    a section is not combined with keys of the matrix below it, so that `dense: {prune: null}` is one row. A file with
+    neither is a sweep of one run.
 
     Attributes:
         base: fields that all runs share. In a file they stand beside `matrix` and `cases`.
@@ -68,7 +69,7 @@ class SweepSpec(Strict):
                     problems.append(Problem("plugins belong to the whole file, not to some of its runs", where))
                 elif where[-1].count(".") >= PARTS:
                     problems.append(Problem(f"a dotted key of more than {PARTS} parts", where))
-            count = math.prod(map(len, sweep.matrix.values())) * max(len(sweep.cases), 1)
+            count = sum(math.prod(map(len, sweep._crossing(case).values())) for case in sweep.cases.values() or [{}])
             if count > RUNS:
                 message = f"{count if count < 10**9 else 'more than 10^9'} runs, of which a file can have {RUNS}"
                 problems.append(Problem(message, ("matrix",) if sweep.matrix else ("cases",)))
@@ -84,20 +85,29 @@ class SweepSpec(Strict):
 
     def cells_with_changes(self) -> list[tuple[dict[str, Any], dict[str, tuple[str | int, ...]]]]:
         """The same, each with the path in the file at which every changed key was set."""
-        grid = list(itertools.product(*(enumerate(values) for values in self.matrix.values())))
         cells = []
         rows: list[tuple[str | None, dict[str, Any]]] = [*self.cases.items()] or [(None, {})]
         for label, changes in rows:
-            for point in grid:
-                crossed = {key: value for key, (_, value) in zip(self.matrix, point, strict=True)}
+            matrix = self._crossing(changes)
+            for point in itertools.product(*(enumerate(values) for values in matrix.values())):
+                crossed = {key: value for key, (_, value) in zip(matrix, point, strict=True)}
                 places: dict[str, tuple[str | int, ...]] = {key: ("cases", str(label), key) for key in changes}
-                places |= {key: ("matrix", key, at) for key, (at, _) in zip(self.matrix, point, strict=True)}
+                places |= {key: ("matrix", key, at) for key, (at, _) in zip(matrix, point, strict=True)}
                 cell = override(self.base, {**changes, **crossed})
                 if self.matrix or self.cases:
                     varied = [f"{_shortest(key, self.matrix)}={_brief(value)}" for key, value in crossed.items()]
                     cell["name"] = " ".join([label or self.name, *varied])
                 cells.append((cell, places))
         return cells
+
+    def _crossing(self, case: dict[str, Any]) -> dict[str, list[Any]]:
+        """The part of the matrix that a case is combined with: keys of which it removes no section.
+
+        Args:
+            case: dotted key -> value of the case.
+        """
+        removed = tuple(f"{key}." for key, value in case.items() if value is None)
+        return {key: values for key, values in self.matrix.items() if not key.startswith(removed)}
 
 
 def _brief(value: Any) -> str:

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize, one_hot
 from qapbench import DecoderPruner, Fraction, Selection, Stage, VisionTokens, pruner, top_k
 
 WIDTH = 2.0  # of the kernel that densities are measured with, as in the released code
+DIGITS = 9  # decimals that densities are compared to, so that the order of their terms does not break a tie
 STEPS = 40  # halvings of the range in which the cutoff is searched
 
 
@@ -96,7 +97,8 @@ def centres_at(distance: Tensor, keep: int, cutoff: float) -> tuple[Tensor, floa
         keep: number of centres, at most n.
         cutoff: cutoff that is tried first.
     """
-    order = (-(distance / WIDTH).square()).exp().sum(dim=1).argsort(descending=True, stable=True)
+    density = (-(distance / WIDTH).square()).exp().sum(dim=1)
+    order = density.round(decimals=DIGITS).argsort(descending=True, stable=True)
     sorted_ = distance[order][:, order].cpu()
     low, high, found = 0.0, 2.0, [0]
     best = high

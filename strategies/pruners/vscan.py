@@ -22,7 +22,8 @@ class VScan(Pruner):
     token that is not kept is added to the kept one of the highest cosine after the projector, and sums are divided by
     their numbers.
 
-    This is the first of VScan's two stages, in front of the decoder; `vscan_decoder` is the second one by itself.
+    This is the first of VScan's two stages, in front of the decoder; `vscan_decoder` is the second one by itself, and
+    `vscan_two_stage` has both.
 
     Two things differ from the released code. Its LLaVA version takes floor(floor(keep / 2) / windows) tokens from each
     window and falls short of `keep` (68 of 72) or fails below 32; here the budget is exact, by the rule of its Qwen

@@ -15,8 +15,9 @@ class VScanDecoder(DecoderPruner):
     The attention is that of the layer behind the drop, averaged over heads. Sensitivity is computed on the hidden
     states at the drop and fused with it.
 
-    Two things differ from the released code. The release prunes in front of the decoder too, 96 tokens there and 32
-    here; the first stage by itself is `vscan`. Tokens keep their positions, where the release numbers them anew.
+    Two things differ from the released code. The release prunes in front of the decoder too, to 96 tokens there and 32
+    here: `vscan_two_stage` has both stages, and `vscan` the first one. Tokens keep their positions, where the release
+    numbers them anew.
 
     Attributes:
         depth: fraction of the decoder's layers that see all tokens. The release has 16 of 32 for LLaVA-1.5, and 14 of

@@ -10,7 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from qapbench import DecoderPruner, UserError, VisionTokens, compress, metrics, pruners
+from qapbench.models.family import family_of
+from qapbench.prune.build import build_pruning
+from qapbench.prune.prompt import PruningView
 from qapbench.prune.splice import PrunedImage
+from qapbench.receipt import Receipt
 from qapbench.spec.run_spec import PruneSpec
 
 INSIDE = [entry.name for entry in pruners if issubclass(entry.target, DecoderPruner)]  # type: ignore[arg-type]
@@ -41,13 +45,21 @@ def by_hand(model: Any, method: str, inputs: dict[str, Any], sensitivity: str | 
     hidden = model.get_input_embeddings()(ids)
     visual = ids[0] == image_id
     seen = []
-    embedded = None
     if visual.any():
         hidden[0, visual] = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
-        embedded = hidden[:, visual]
-    positions = torch.arange(ids.shape[1])
-    behind = int(visual.nonzero().max()) + 1 if visual.any() else 0
     end = inputs.get("asked", ids.shape[1])
+    if pruner.front is not None and visual.any():
+        view = family_of(model).encode_images(inputs, pruner.front.needs).single
+        score = metrics.create(sensitivity)(view.projected) if sensitivity else None
+        chosen = pruner.front.select(view, pruner.entering(view.count, KEEP), score)
+        kept = visual.nonzero()[chosen.indices[0], 0]
+        hidden[0, kept] = hidden[0, kept] if chosen.updated is None else chosen.updated[0]
+        stays = ~visual
+        stays[kept] = True
+        hidden, visual, end = hidden[:, stays], visual[stays], end - int((~stays).sum())
+    embedded = hidden[:, visual]
+    positions = torch.arange(len(visual))
+    behind = int(visual.nonzero().max()) + 1 if visual.any() else 0
     words = hidden[:, behind:end]
     stages = {s.after: s.keep for s in pruner.stages(int(visual.sum()), KEEP, LAYERS)} if visual.any() else {}
     maps: list[Tensor] = []
@@ -156,7 +168,7 @@ def test_a_padded_batch_decodes_as_each_row_by_hand(
         torch.testing.assert_close(torch.stack([step[row] for step in out.logits]), logits, rtol=1e-4, atol=1e-4)
     _, seen = by_hand(model, method, alone(processor, 0), sensitivity)
     assert receipt.layers == [2 * count for count in seen]
-    assert seen[0] == TOKENS
+    assert seen[0] == pruners.create(method).entering(TOKENS, KEEP)
     assert (seen[-1] if pruners.create(method).counts == "last" else np.mean(seen)) == KEEP
     assert receipt.tokens["layer_mean"] == np.mean(seen)
     lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
@@ -173,7 +185,9 @@ def test_right_padding_equals_left(method: str, deep: tuple[Any, Any]) -> None:
     right = {**left, "input_ids": rolled, "attention_mask": mask.flip(-1)}
     with torch.no_grad(), compress(model, spec(method)):
         one, other = model(**left).logits, model(**right).logits
-    for row, length in enumerate(mask.sum(dim=1)):
+    gone = TOKENS - pruners.create(method).entering(TOKENS, KEEP)  # in front of the decoder, of each image
+    images = (left["input_ids"] == model.config.image_token_id).any(dim=1)
+    for row, length in enumerate(mask.sum(dim=1) - gone * images):
         torch.testing.assert_close(other[row, length - 1], one[row, -1], rtol=1e-4, atol=1e-4)
 
 
@@ -198,7 +212,7 @@ def test_two_prompts_and_their_caches_in_turn(method: str, deep: tuple[Any, Any]
     """What a cache holds hangs on the cache, not on which prompt came last; text-only prompts are let alone."""
     model, processor = deep
     first, second = alone(processor, 0), alone(processor, 2)
-    text = alone(processor, 1)
+    text, pruner = alone(processor, 1), pruners.create(method)
     word = torch.tensor([[7]])
     with torch.no_grad():
         plain = model(**text).logits
@@ -206,14 +220,29 @@ def test_two_prompts_and_their_caches_in_turn(method: str, deep: tuple[Any, Any]
 
             def follow(prompt: dict[str, Any], past: Any) -> Tensor:
                 mask = torch.ones(1, prompt["input_ids"].shape[1] + 1, dtype=torch.long)
-                place = torch.tensor([[prompt["input_ids"].shape[1]]])
-                return model(input_ids=word, past_key_values=past, attention_mask=mask, position_ids=place).logits
+                place = {"position_ids": mask.sum(dim=1, keepdim=True) - 1} if pruner.front is None else {}
+                return model(input_ids=word, past_key_values=past, attention_mask=mask, **place).logits
 
             wanted = [follow(prompt, model(**prompt).past_key_values) for prompt in (first, second)]
             pasts = [model(**prompt).past_key_values for prompt in (first, second)]
             assert torch.equal(model(**text).logits, plain)
             assert torch.equal(follow(first, pasts[0]), wanted[0])
             assert torch.equal(follow(second, pasts[1]), wanted[1])
+
+
+@each_method
+def test_words_behind_a_cache_are_read_as_in_one_pass(method: str, deep: tuple[Any, Any]) -> None:
+    """With a mask over the caller's prompt and without; in one pass the words are an answer, which no pruner reads."""
+    model, processor = deep
+    prompt, words = alone(processor, 0), torch.tensor([[7, 9]])
+    ids = torch.cat([prompt["input_ids"], words], dim=1)
+    labels = torch.cat([torch.full_like(prompt["input_ids"], -100), words], dim=1)
+    with torch.no_grad(), compress(model, spec(method)):
+        whole = model(**{**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=labels)
+        for mask in ({"attention_mask": torch.ones_like(ids)}, {}):
+            past = model(**prompt).past_key_values
+            behind = model(input_ids=words, past_key_values=past, **mask)
+            torch.testing.assert_close(behind.logits[0], whole.logits[0, -2:], rtol=1e-4, atol=1e-4)
 
 
 def test_labels_end_the_question(deep: tuple[Any, Any]) -> None:
@@ -258,6 +287,7 @@ def test_mistakes_are_named(deep: tuple[Any, Any], model: Any) -> None:
         compress(big, spec("fastv", positions="compact")).__enter__()
     assert PruneSpec.model_validate({"method": "fastv", "keep": 5}).positions == "keep"
     assert PruneSpec.model_validate({"method": "attention", "keep": 5}).positions == "compact"
+    assert PruneSpec.model_validate({"method": "vscan_two_stage", "keep": 5}).positions == "compact"
     with pytest.raises(UserError, match="keep=17 is out of range"), compress(big, spec("fastv", 17)):
         big(**alone(processor, 0))
     silent = batch_of(processor, ["<image>"], [picture(0)])
@@ -274,10 +304,11 @@ def test_a_shallow_decoder(model: Any, one: dict[str, Any]) -> None:
     for method in INSIDE:
         with torch.no_grad(), compress(model, spec(method), on_images=kept.append) as receipt:
             model(**one)
-        left = KEEP if pruners.create(method).counts == "last" else 0
-        assert receipt.layers == [TOKENS, left]
+        pruner = pruners.create(method)
+        enter, left = pruner.entering(TOKENS, KEEP), KEEP if pruner.counts == "last" else 0  # type: ignore[attr-defined]
+        assert receipt.layers == [enter, left]
         (image,) = kept[-1]
-        assert list(image.layers) == [TOKENS, left]
+        assert list(image.layers) == [enter, left]
         assert len(image.indices) + image.merged == left
 
 
@@ -311,3 +342,38 @@ def test_released_schedules() -> None:
     assert [tuple(stage) for stage in withdrawn] == [(15, 0)]
     unlike = pruners.create("dart").stages(576, 132, 32)  # type: ignore[attr-defined]
     assert [tuple(stage) for stage in unlike] == [(2, 132)]
+
+
+def test_two_stages_are_one_pruner_after_the_other(deep: tuple[Any, Any]) -> None:
+    """Without a second stage to speak of it is `vscan`; with nothing to do in front, `vscan_decoder`."""
+    model, processor = deep
+    prompt = alone(processor, 0)
+    rows = {
+        "vscan": ({"vscan_two_stage": {"entry": 1.0}}, "vscan"),
+        "vscan_decoder": ({"vscan_two_stage": {"entry": 99.0}}, "vscan_decoder"),
+    }
+    for both, one in rows.values():
+        found, kept = [], []
+        for method in (both, one):
+            positions = None if one == "vscan" else "keep"
+            asked = {"prune": {"method": method, "keep": KEEP, "positions": positions}}
+            with torch.no_grad(), compress(model, asked, on_images=kept.append):
+                found.append(model(**prompt).logits[0, -1])
+        torch.testing.assert_close(*found)
+        assert indices(kept[-2:-1]) == indices(kept)
+
+
+def test_what_two_stages_show_counts_all_tokens_of_the_image(deep: tuple[Any, Any]) -> None:
+    model, processor = deep
+    views: list[PruningView] = []
+    asked = spec("vscan_two_stage", 3)["prune"]
+    pruning = build_pruning(family_of(model), PruneSpec.model_validate(asked), Receipt(), on_view=views.append)
+    prompt = alone(processor, 0)
+    with torch.no_grad(), pruning.shortened(prompt, None) as short:
+        model(**short)
+    front, inside = views
+    assert (front.layer, inside.layer) == (None, LAYERS // 2)
+    assert (front.count, inside.count) == (TOKENS, TOKENS)
+    assert len(front.kept) == 9
+    assert torch.equal(inside.present, front.kept)
+    assert set(inside.kept.tolist()) < set(front.kept.tolist())

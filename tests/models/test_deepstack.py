@@ -89,7 +89,9 @@ def test_a_merged_token_has_the_added_features_of_its_place(made: tuple[Any, dic
     width = model.config.text_config.hidden_size
     assert image.features.shape == (20, 3 * width)
     own, merged = torch.tensor([4, 9]), torch.full((2, width), 7.0)
-    part = Part(torch.cat([merged[:1], image.features[own, :width], merged[1:]]), own, torch.arange(20), front=1)
+    part = Part(
+        torch.cat([merged[:1], image.features[own, :width], merged[1:]]), own, torch.arange(20), (0, 0), front=1
+    )
     pruned = splice(image, [part])
     assert pruned.places.tolist() == [0, 4, 9, 19]
     assert torch.equal(pruned.features[:, width:], image.features[pruned.places, width:])

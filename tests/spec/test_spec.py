@@ -354,6 +354,26 @@ def test_the_grid_goes_over_the_case() -> None:
     assert cells[0]["prune"]["keep"] == 7
 
 
+def test_a_case_that_removes_a_section_is_not_combined_with_what_is_inside_it() -> None:
+    sweep = SweepSpec.parse(
+        FULL
+        | {
+            "matrix": {"prune.keep": [64, 32], "seed": [0, 1], "pruned": [0]},
+            "cases": {"dense": {"prune": None}, "all": {}},
+        }
+    )
+    cells = sweep.cells()
+    assert [cell["name"] for cell in cells[:2]] == ["dense seed=0 pruned=0", "dense seed=1 pruned=0"]
+    assert ["prune" in cell for cell in cells] == [False] * 2 + [True] * 4
+
+
+def test_rows_of_a_case_without_a_section_are_counted_once() -> None:
+    many = {"matrix": {"prune.keep": [*range(1, 1000)], "seed": [0, 1]}}
+    assert len(SweepSpec.parse(FULL | many | {"cases": {"dense": {"prune": None}, "all": {}}}).cells()) == 2000
+    with pytest.raises(UserError, match="2002 runs, of which a file can have 2000"):
+        SweepSpec.parse(FULL | many | {"cases": {"a": {"prune": None}, "b": {"prune": None}, "all": {}}})
+
+
 def test_cells_are_independent_copies() -> None:
     one, other = SweepSpec(base=FULL, matrix={"seed": [0, 1]}).cells()
     one["prune"]["keep"] = 1

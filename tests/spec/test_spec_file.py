@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qapbench import RunSpec, UserError
+from qapbench import RunSpec, UserError, pruners
 from qapbench.spec.spec_file import about_spec, load_spec, shipped_specs
 
 BASE = "model: diagram-llava\ntask: diagramqa\n"
@@ -167,3 +168,13 @@ def test_every_shipped_spec_says_what_it_is_for() -> None:
     for name, text in about.items():
         assert 20 < len(text) < 250, (name, text)
         assert text[-1] in ".:?", (name, text)
+
+
+def test_the_table_of_pruners_names_every_registered_one_at_each_budget() -> None:
+    ours = {entry.name for entry in pruners if entry.target.__module__.startswith("qapbench.strategies")}
+    runs = load_spec(shipped_specs()["table1_pruners"])
+    pruned = [(run.prune.method.name, run.prune.keep) for run in runs if run.prune]
+    assert sorted(pruned) == sorted(itertools.product(ours, (16, 32, 64)))
+    assert [run.name for run in runs if not run.prune] == ["full precision", "W4A4 dense"]
+    assert all(run.quantize for run in runs[1:])
+    assert all(run.strata == ["needs_image"] for run in runs)
