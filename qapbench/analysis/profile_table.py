@@ -18,24 +18,39 @@ def profile_table(profiles: Sequence[Profile]) -> Table:
     """
     table = Table(title="Measured, ms: median (quartiles)", title_justify="left", caption_justify="left")
     table.add_column("run", style="bold")
-    for head in ("vision", "selection", "prefill", "prompt", "each token", "prompt >=", "peak MB"):
+    for head in (
+        "vision",
+        "selection",
+        "prefill",
+        "prompt",
+        "each token",
+        "prompt >=",
+        "prompts/s",
+        "tokens/s",
+        "peak MB",
+    ):
         table.add_column(head, justify="right", no_wrap=True)
     for one in profiles:
         mark = " simulated" if one.simulated else ""
         cells = [_shown(one.vision), _shown(one.selection), _shown(one.prefill) + mark]
         cells += [_shown(one.prompt) + mark, _shown(one.token) + mark]
-        cells += ["–" if one.bound is None else f"{1e3 * one.bound:.3g}", str(one.peak_memory_mb)]
+        cells += ["–" if one.bound is None else f"{1e3 * one.bound:.3g}"]
+        cells += [
+            "–" if rate is None else f"{rate:.3g}{mark}" for rate in (one.prompts_per_second, one.tokens_per_second)
+        ]
+        cells += [str(one.peak_memory_mb)]
         table.add_row(escape(one.name), *cells)
     notes = []
     if profiles:
         one = profiles[0]
         notes.append(
             f"{one.device}, {one.dtype}, {one.threads} thread(s), attention {one.attention}, products by {one.matmul}; "
-            f"batch 1, {one.repeats} repetitions, rows in turn; each token: {1 / one.token.median:.3g} per second"
+            f"batch {one.batch}, {one.repeats} repetitions, rows in turn; prompts/s: with {one.new_tokens} tokens "
+            "answered to each; tokens/s: of decoding"
         )
     if any(one.simulated for one in profiles):
         notes.append("simulated: values of low-bit kernels in floating point, so its time is no speed-up of any kind")
-    notes.append("prompt >=: the cost model's bound on this machine; selection inside the decoder is part of prefill")
+    notes.append("prompt >=: the cost model's bound on this device; selection inside the decoder is part of prefill")
     table.caption = escape("\n".join(notes))
     return table
 

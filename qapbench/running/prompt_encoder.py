@@ -33,6 +33,7 @@ class PromptEncoder:
         processor: the model's processor.
         prunings: prune key -> pruning.
         stage: measures the time of a stage.
+        copies: how often each prompt stands in the batch that it becomes.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class PromptEncoder:
         processor: Any,
         prunings: Mapping[str, Pruning],
         stage: Stage = lambda name: contextlib.nullcontext(),
+        copies: int = 1,
     ) -> None:
         self.family = family
         self.processor = processor
         self.prunings = prunings
         self.stage = stage
+        self.copies = copies
         self.needs = frozenset[str]().union(*(one.needs for one in prunings.values()))
         self._latest: tuple[tuple[str, ...], EncodedImages, dict[Any, Any]] | None = None
 
@@ -106,6 +109,8 @@ class PromptEncoder:
         """
         made = _processed(self.processor, question, prompt)
         placed = {key: value.to(self.family.model.device) for key, value in made.items()}
+        if self.copies > 1:  # every input begins with prompts, or with what their images are made of
+            placed = {key: torch.cat([value] * self.copies) for key, value in placed.items()}
         return {"attention_mask": torch.ones_like(placed["input_ids"]), **placed}
 
     def _pruned(
@@ -117,7 +122,7 @@ class PromptEncoder:
         pruning = self.prunings[key]
         # A text tower needs a text. Without one, a question without words of its own is read as the prompt's tokens.
         text = question.relevance_text if pruning.reader.needs_text else question.own_words
-        texts = None if text is None else [text] * len(question.images)
+        texts = None if text is None else [text] * len(encoded.images)
         pruned = pruning.prune(inputs, encoded, texts, memo)
         if pruned.inside is not None:
             return pruned
