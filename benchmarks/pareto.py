@@ -180,7 +180,8 @@ def main() -> None:
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     first = records[0]
-    title = f"{given.spec} on {first.spec['model']}, {first.task.questions} questions of {first.task.name}"
+    asked = f", {first.task.questions} questions of {first.task.name}" if first.task else ""
+    title = f"{given.spec} on {first.spec['model']}{asked}"
     given.out.write_text(picture(title, COSTS[given.cost].head, points), encoding="utf-8")
     for point in sorted(points, key=lambda point: point.cost):
         mark = "frontier" if point in frontier(points) else ""
