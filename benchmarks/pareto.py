@@ -26,6 +26,7 @@ from qapbench.spec.spec_file import load_spec
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 60, 250, 44, 44  # pixels; the names stand at the right
 STEP = 16  # pixels between two names at least
+LABEL = 66  # pixels that a label of the axis of costs takes
 BLUE, GREY = "#2f7ec4", "#555"
 FADED = 0.35  # opacity of dominated rows
 
@@ -113,10 +114,13 @@ def picture(title: str, head: str, points: Sequence[Point]) -> str:
                 f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>',
                 f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end" fill="{GREY}">{percent}</text>',
             ]
-    for cost in sorted({float(f"{cost:.2g}") for cost in costs}):
-        parts.append(
-            f'<text x="{x(cost):.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle" fill="{GREY}">{cost:g}</text>'
-        )
+    free = float(LEFT)  # pixel from which the axis has no label yet
+    for cost in sorted({float(f"{cost:.3g}") for cost in costs}):
+        if x(cost) - LABEL / 2 >= free:
+            free = x(cost) + LABEL / 2
+            parts.append(
+                f'<text x="{x(cost):.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle" fill="{GREY}">{cost:g}</text>'
+            )
     line = [f"M{x(best[0].cost):.1f} {y(best[0].accuracy):.1f}"]
     line += [f"H{x(point.cost):.1f} V{y(point.accuracy):.1f}" for point in best[1:]]
     parts.append(

@@ -13,6 +13,8 @@ WEIGHTS = 4 * WIDTH**2 + 3 * WIDTH * INNER  # of a layer's linears: query, key, 
 ROWS = 4 * WIDTH + 2 * INNER + WIDTH  # their output channels
 PRUNE = {"method": "cdpruner", "keep": 32}
 W4A4 = {"method": "rtn", "weights": {"bits": 4}, "activations": {"bits": 4}}
+FOUR = {"weights": {"bits": 4, "symmetric": True}, "activations": {"bits": 4, "symmetric": True}}
+ONLINE = ("quarot", "quip")
 PARAMETERS = 7_063_427_072  # of the checkpoint, in float16
 
 
@@ -102,6 +104,21 @@ def test_layers_of_pruners_inside_the_decoder() -> None:
     assert fastv.kv_bytes == (sum(fastv.tokens_per_layer) + 32 * TEXT) * 4 * WIDTH
     # One query of the last token over the 640 tokens of the second layer.
     assert fastv.flops.selection == 2 * 640 * WIDTH
+
+
+def test_rotations_that_run_online(both: Cost) -> None:
+    """QuaRot rotates what enters output and down projections; QuIP both sides of every linear. 11008 = 43 x 2^8."""
+    stream, inner = WIDTH * 12, INNER * (8 + 2 * 43)
+    tokens = (32 + TEXT) * LAYERS
+    turned = {
+        method: cost("llava-1.5-7b", {"prune": PRUNE, "quantize": {"method": method, **FOUR}}) for method in ONLINE
+    }
+    assert turned["quarot"].flops.prefill - both.flops.prefill == tokens * (stream + inner)
+    assert turned["quarot"].flops.decode - both.flops.decode == LAYERS * (stream + inner)
+    assert turned["quarot"].bops.prefill - both.bops.prefill == pytest.approx(tokens * (stream + inner))
+    assert turned["quip"].flops.prefill - both.flops.prefill == tokens * (
+        8 * stream + 2 * (stream + inner) + stream + inner
+    )
 
 
 @pytest.mark.parametrize(
