@@ -10,12 +10,10 @@ exit code 1 if any trial differs. The cluster has two nodes, each with one core.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -34,6 +32,8 @@ from qapbench.running import ray_cluster
 from qapbench.running.execute import run
 from qapbench.spec.spec_file import load_spec
 
+from .trials import arguments, repeated
+
 context = multiprocessing.get_context("spawn")  # a forked process would share its connection to Ray
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 ACTOR = "RayWorker"  # how the processes of workers are called
@@ -51,6 +51,7 @@ def sweep(runs: Path, limit: int, more: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def cluster() -> Iterator[Any]:
     """While the context is open, a Ray cluster of two nodes is on this machine. This process is on the first."""
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # of a machine that does other things too
     ray_cluster.import_ray()
     from ray.cluster_utils import Cluster
 
@@ -161,12 +162,8 @@ def overhead(folder: Path, limit: int, repeat: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaign", choices=("kill", "driver", "overhead"))
-    parser.add_argument("--repeat", type=int, default=10, help="number of trials")
-    parser.add_argument("--limit", type=int, default=24, help="questions per run")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    """Run the command line."""
+    given = arguments(__doc__, ("kill", "driver", "overhead"), repeat=10).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         if given.campaign == "overhead":
             overhead(Path(temporary), given.limit, given.repeat)
@@ -174,19 +171,7 @@ def main() -> None:
         trial = {"kill": kill, "driver": driver}[given.campaign]
         left = Path(temporary) / "left"
         sweep(left, given.limit, {})
-        differ = []
-        for number in range(given.repeat):
-            runs = Path(temporary) / "trial"
-            started = time.perf_counter()
-            if not trial(left, runs, given.limit, random.Random(f"{given.seed} {number}")):
-                differ.append(number)
-            shutil.rmtree(runs, ignore_errors=True)
-            spent = time.perf_counter() - started
-            print(f"{number + 1} trials, {len(differ)} differ ({spent:.0f} s)", file=sys.stderr, flush=True)
-        equal = given.repeat - len(differ)
-        out.print(f"{given.campaign}: {equal} of {given.repeat} trials equal to the byte; seed {given.seed}")
-    if differ:
-        sys.exit(f"trials that differ: {', '.join(map(str, differ))}")
+        repeated(given, lambda runs, draw: trial(left, runs, given.limit, draw), "equal to the byte")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 Every simulated worker asks `qapbench.running.partition.Schedule`, the code that a real run asks, for its next unit, and
 spends on it what the times say: it loads the model once, quantizes it whenever it takes up another one, encodes images
 that it has not kept, chooses tokens for each pruned row, and answers for each row. The sharing that is lost to the
-partition is counted with that: an image that several workers encode, and a model that several workers quantize. Then
-the driver merges what it was sent, one part after the other, and scores each task by itself while the workers wait.
+partition is counted with that: an image that several workers encode, and a model that several workers quantize. The
+driver merges what it is sent, one part after the other, and then gives out the next unit; when nobody waits for it, it
+scores a row of the task before. It scores the last task by itself while nobody works.
 
 Efficiency is the time that one worker needs, divided by the number of workers and by their time. The times of a 13B
 model that are built in are assumptions, which stand below each table; `--measure` finds those of this machine, and a
@@ -133,17 +134,20 @@ def simulate(rows: Sequence[Row], tasks: int, asked: Sequence[Any], workers: int
         groups.setdefault(row.group, {})[str(number)] = row.pruned
     images = len({question.pictures for question in asked if question.images})
     spent = Spent(busy=workers * times.start)
-    now = times.start
+    driver = now = times.start
+    to_score = 0  # rows of the task before this one
     for _ in range(tasks):
         missing = {group: {run: set(by_doc) for run in runs} for group, runs in groups.items()}
         units = units_of(missing, chunks(asked, workers, BATCH))
         schedule = Schedule(units, spreads(workers, len(groups), images))
         has: dict[str, str] = {}
         kept: dict[str, set[str]] = {}
-        free = [(now, str(worker)) for worker in range(workers)]
-        merged = ended = now
+        free = [(now, str(worker), 0) for worker in range(workers)]  # with the answers that the worker then hands over
         while free:
-            at, worker = heapq.heappop(free)
+            at, worker, answers = heapq.heappop(free)
+            while to_score and driver < at:  # nobody waits for the driver
+                driver, to_score = driver + times.score * len(asked), to_score - 1
+            driver = max(driver, at) + times.merge * answers
             unit = schedule.next(worker)
             if unit is None:  # nothing is left for it in this task
                 continue
@@ -163,12 +167,11 @@ def simulate(rows: Sequence[Row], tasks: int, asked: Sequence[Any], workers: int
                 runs = groups[unit.group].values()
                 took += sum(times.pruned if pruned else times.dense for pruned in runs) if one.images else times.text
             spent.busy += took
-            merged = max(merged, at + took) + times.merge * len(chunk) * len(unit.missing)
-            ended = max(ended, at + took, merged)
             schedule.done()
-            heapq.heappush(free, (at + took, worker))
-        now = ended + times.score * len(asked) * len(rows)
-    spent.wall = now
+            heapq.heappush(free, (driver + took, worker, len(chunk) * len(unit.missing)))
+        driver += times.score * len(asked) * to_score
+        now, to_score = driver, len(rows)
+    spent.wall = now + times.score * len(asked) * to_score
     return spent
 
 

@@ -11,7 +11,6 @@ disk is there. The command ends with exit code 1 if any trial lost something.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import multiprocessing
 import os
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from rich.console import Console
 
 from qapbench.records.intact import FILES
 from qapbench.records.record import RECORD, read_record
@@ -33,9 +31,10 @@ from qapbench.records.store import Store
 from qapbench.running.execute import run
 from qapbench.spec.spec_file import load_spec
 
+from .trials import arguments, repeated
+
 context = multiprocessing.get_context("fork")  # what is imported here is not imported again for each trial
 LINES = 10_000  # that a writer would append if it were left alone
-out = Console(width=120, highlight=False)
 
 
 def sweep(runs: Path, limit: int) -> None:
@@ -135,12 +134,8 @@ def _promised(folder: Path) -> set[tuple[int, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaign", choices=("kill", "damage", "writers"))
-    parser.add_argument("--repeat", type=int, default=50, help="number of trials")
-    parser.add_argument("--limit", type=int, default=24, help="questions per run")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    """Run the command line."""
+    given = arguments(__doc__, ("kill", "damage", "writers"), repeat=50).parse_args()
     trial = {"kill": kill, "damage": damage, "writers": writers}[given.campaign]
     with tempfile.TemporaryDirectory() as temporary:
         left, seconds = Path(temporary) / "left", 0.0
@@ -149,18 +144,7 @@ def main() -> None:
             if not finished(sweep, left, given.limit):
                 sys.exit("the undisturbed sweep failed")
             seconds = time.monotonic() - started
-        lost = []
-        for number in range(given.repeat):
-            folder = Path(temporary) / "trial"
-            if not trial(left, folder, given.limit, random.Random(f"{given.seed} {number}"), seconds):
-                lost.append(number)
-            shutil.rmtree(folder, ignore_errors=True)
-            print(f"\r{number + 1} trials, {len(lost)} lost something", end="", file=sys.stderr, flush=True)
-        out.print(
-            f"{given.campaign}: {given.repeat - len(lost)} of {given.repeat} trials lost nothing; seed {given.seed}"
-        )
-    if lost:
-        sys.exit(f"trials that lost something: {', '.join(map(str, lost))}")
+        repeated(given, lambda folder, draw: trial(left, folder, given.limit, draw, seconds), "lost nothing")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from qapbench.records.profile import Profile, Spread
 
 from .fitting import fitted
 
-HEADS = ("run", "vision", "selection", "prefill", "prompt", "each token", "prompt >=", "peak MB")
+HEADS = (
+    *("run", "vision", "selection", "prefill", "prompt", "each token", "prompt >="),
+    *("prompts/s", "tokens/s", "peak MB"),
+)
 
 
 def profile_table(profiles: Sequence[Profile], width: int = 200) -> Table:
@@ -28,18 +31,22 @@ def profile_table(profiles: Sequence[Profile], width: int = 200) -> Table:
         mark = " simulated" if one.simulated else ""
         cells = [_shown(one.vision), _shown(one.selection), _shown(one.prefill) + mark]
         cells += [_shown(one.prompt) + mark, _shown(one.token) + mark]
-        cells += ["–" if one.bound is None else f"{1e3 * one.bound:.3g}", str(one.peak_memory_mb)]
-        rows.append([one.name, *cells])
+        cells += ["–" if one.bound is None else f"{1e3 * one.bound:.3g}"]
+        cells += [
+            "–" if rate is None else f"{rate:.3g}{mark}" for rate in (one.prompts_per_second, one.tokens_per_second)
+        ]
+        rows.append([one.name, *cells, str(one.peak_memory_mb)])
     notes = []
     if profiles:
         one = profiles[0]
         notes.append(
             f"{one.device}, {one.dtype}, {one.threads} thread(s), attention {one.attention}, products by {one.matmul}; "
-            f"batch 1, {one.repeats} repetitions, rows in turn; each token: {1 / one.token.median:.3g} per second"
+            f"batch {one.batch}, {one.repeats} repetitions, rows in turn; prompts/s: with {one.new_tokens} tokens "
+            "answered to each; tokens/s: of decoding"
         )
     if any(one.simulated for one in profiles):
         notes.append("simulated: values of low-bit kernels in floating point, so its time is no speed-up of any kind")
-    notes.append("prompt >=: the cost model's bound on this machine; selection inside the decoder is part of prefill")
+    notes.append("prompt >=: the cost model's bound on this device; selection inside the decoder is part of prefill")
     return fitted("Measured, ms: median (quartiles)", HEADS, rows, notes, width)
 
 

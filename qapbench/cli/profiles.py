@@ -16,13 +16,14 @@ def profile(
     changes: SetOption = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; one more warms up.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts side by side.")] = 1,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU.")] = None,
     trust_remote_code: RemoteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure one prompt under each run of a spec, at batch 1, row against row in one process.
+    """Measure a prompt under each run of a spec, alone or in a batch, row against row in one process.
 
     Times are medians after a warm-up. Profiles are kept in RUNS, where the leaderboard reads them.
 
@@ -43,7 +44,7 @@ def profile(
     specs = load_spec(spec, changes or (), planner.check)
     collect_as_usual()
     with progress() as report:
-        found = measure(specs, Session(settings, report), planner, repeats, new_tokens)
+        found = measure(specs, Session(settings, report), planner, repeats, new_tokens, batch)
     for one in found:
         write_profile(runs, one)
     if as_json:

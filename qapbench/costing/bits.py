@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qapbench.methods.kinds import ptqs
 from qapbench.methods.kv import KVFormat
-from qapbench.methods.quantization import Format, LinearFormats
+from qapbench.methods.quantization import PTQ, Format, LinearFormats
+from qapbench.methods.rotation import rotation_flops
 from qapbench.receipt import LinearReceipt
 from qapbench.spec.run_spec import QuantizeSpec
 
@@ -54,6 +57,20 @@ class Bits:
             weights, activations = (min(bits or FULL, FULL) for bits in (line.weight_bits, line.activation_bits))
         floating = all(one is None or one.format != "int" for one in formats)
         return Precision(weights, activations, floating)
+
+    def rotation_flops(self, product: Product) -> int:
+        """FLOPs per token of what the method rotates at a linear while the model runs."""
+        kind = self.of(product)
+        if self.method is None or min(kind.weights, kind.activations) == FULL:  # the method leaves it as it is
+            return 0
+        widths = self.method.online_rotations(product.inward, product.outward, product.of_norm)
+        return sum(map(rotation_flops, widths))
+
+    @functools.cached_property
+    def method(self) -> PTQ | None:
+        """The method; None for full precision."""
+        item = self.quantize.method if self.quantize else None
+        return ptqs.create(item.name, **item.params) if item else None
 
     @property
     def kv(self) -> KVFormat | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Device:
         peaks: TFLOP/s of matrix products by what they multiply: "32", "16", "fp8", "int8" or "int4".
         memory: in GB; None if it was not asked.
         source: where the numbers come from.
+        reported: what its driver's name for it, and for smaller ones of its kind, contains; "" if it has none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Device:
     peaks: Mapping[str, float]
     memory: float | None = None
     source: str = ""
+    reported: str = ""
 
     def peak(self, precision: Precision) -> float:
         """TFLOP/s for products of a precision.
@@ -88,6 +91,15 @@ def find_device_peaks(name: str) -> Device:
     if name not in known:
         raise UserError(f"no device '{name}'; {nearest(name, [*known, HERE])}")
     return known[name]
+
+
+def reported_device(name: str) -> Device | None:
+    """The device that a driver reports under a name, such as "NVIDIA H100 80GB HBM3"; None if it is not known.
+
+    The peaks are those of the largest of its kind, so that no smaller one (a PCIe card) is faster than its bound.
+    """
+    kinds = devices().values()
+    return next((one for one in kinds if re.search(rf"\b{re.escape(one.reported)}\b", name)), None)
 
 
 @functools.cache

@@ -21,12 +21,14 @@ class Product:
         part: the part of the model that a spec's `scope` calls it by; "head" for the one that makes logits.
         inward: width of x.
         outward: width of y.
+        of_norm: whether x is what a norm gives, as in all linears of a layer's attention and MLP but their last.
     """
 
     name: str
     part: str
     inward: int
     outward: int
+    of_norm: bool = False
 
     @property
     def flops(self) -> int:
@@ -96,8 +98,12 @@ def shape_of(family: Family) -> ModelShape:
     output = model.get_output_embeddings()
 
     def linears(root: nn.Module, part: str) -> tuple[Product, ...]:
-        found = (module for module in root.modules() if isinstance(module, nn.Linear))
-        return tuple(_product(module, names[id(module)], part) for module in found)
+        found = {names[id(module)]: module for module in root.modules() if isinstance(module, nn.Linear)}
+        last = {name.rpartition(".")[0]: name for name in found}  # of each module that holds some
+        layers = part != "projector"
+        return tuple(
+            _product(module, name, part, layers and name not in last.values()) for name, module in found.items()
+        )
 
     convolutions = [m for m in family.tower.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     return ModelShape(
@@ -127,8 +133,8 @@ def _matrices(root: nn.Module, names: Mapping[int, str]) -> Iterator[Product]:
             yield Product(f"{names[id(root)]}.{name}", "projector", *value.shape)
 
 
-def _product(linear: Any, name: str, part: str) -> Product:
-    return Product(name, part, linear.in_features, linear.out_features)
+def _product(linear: Any, name: str, part: str, of_norm: bool = False) -> Product:
+    return Product(name, part, linear.in_features, linear.out_features, of_norm)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:

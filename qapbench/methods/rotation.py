@@ -30,7 +30,7 @@ class Rotation:
         """Draw a rotation. The same width and seed give the same rotation on every machine."""
         draw = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, (width,), generator=draw).float() * 2 - 1
-        odd = width // (width & -width)
+        odd = _odd(width)
         gauss = torch.randn(odd, odd, generator=draw, dtype=torch.float64)
         q, r = torch.linalg.qr(gauss)
         # Multiplied by the signs of r's diagonal, q is distributed uniformly over the orthogonal matrices.
@@ -53,6 +53,18 @@ class Rotation:
         rows = x.reshape(-1, odd, x.shape[-1] // odd)
         # One small product per row: in a single large product, a row's bits could depend on the number of rows.
         return torch.bmm(mixer.to(x.device).expand(len(rows), -1, -1), rows).reshape(x.shape)
+
+
+def rotation_flops(width: int) -> int:
+    """FLOPs of rotating one vector of width n = q 2^k: k additions per channel, and 2 q for the mixer if q > 1."""
+    odd = _odd(width)
+    halvings = (width // odd).bit_length() - 1
+    return width * (halvings + (2 * odd if odd > 1 else 0))
+
+
+def _odd(width: int) -> int:
+    """The odd factor q of a width q 2^k."""
+    return width // (width & -width)
 
 
 def _hadamard(x: Tensor, odd: int) -> Tensor:

@@ -248,14 +248,7 @@ class Pruning:
             return PrunedPrompt(inputs, features, said, chosen, removed=removed)
         grids = [views.tokens.grid for views in encoded.views]
         drops = schedules(encoded, self.spec, self.family.view_tokens)
-        views = [
-            [
-                Entering(part, keeps[group][view], grids[group], drops[group][view])
-                for part in own
-                for group, view in [part.at]
-            ]
-            for own in parts
-        ]
+        views = [[Entering.of(part, keeps, grids, drops) for part in own] for own in parts]
         inside = self._inside(self.decoder, inputs, images, views)
         said = [ImageTokens(available=image.available) for image in images]
         return PrunedPrompt(inputs, features, said, inside=inside, tag=self.spec.model_dump_json(), removed=removed)

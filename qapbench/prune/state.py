@@ -30,6 +30,18 @@ class Entering(NamedTuple):
     grid: tuple[int, int] | None
     steps: tuple[Stage, ...]
 
+    @classmethod
+    def of(
+        cls,
+        part: Part,
+        keeps: list[list[int]],
+        grids: list[tuple[int, int] | None],
+        drops: list[list[tuple[Stage, ...]]],
+    ) -> Entering:
+        """A view of a call's images, with what is listed for all of them as `EncodedImages.views` lists them."""
+        group, view = part.at
+        return cls(part, keeps[group][view], grids[group], drops[group][view])
+
 
 @dataclass
 class ViewState:

@@ -7,19 +7,18 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from qapbench.bars import only_told, shown
 from qapbench.errors import UserError
 from qapbench.progress import ProgressCallback, silent
 from qapbench.records.intact import FILES, SPEC
-from qapbench.records.record import RECORD, Record, read_record, write_record
+from qapbench.records.record import RECORD, Record, read_record
 from qapbench.records.store import ANSWERS, answers_of, set_aside, write_json
 from qapbench.spec.run_spec import RunSpec
 from qapbench.spec.spec_file import load_spec
 from qapbench.spec.sweep_spec import SweepSpec
 
-from .engines import crew_of, make_settings
+from .engines import make_settings
+from .execution import Execution, write_unless_kept
 from .plan import Planned
 from .planner import Planner
 from .quiet import no_foreign_bars
@@ -27,13 +26,9 @@ from .settings import BATCH, EngineName, Settings
 
 if TYPE_CHECKING:
     from qapbench.tasking.outline import TaskOutline
-    from qapbench.tasking.tasks import LoadedTask
 
-    from .active_run import ActiveRun
-    from .fast import Verdict
     from .loaded import Loaded
     from .session import Session
-    from .status import Status
 
 
 def run(
@@ -201,8 +196,13 @@ def make_runs(
 
             status = stack.enter_context(Status(settings.runs, list(todo.values()), settings.engine).noted())
             execution = stack.enter_context(contextlib.closing(Execution(settings, progress, status, session)))
-            for some in together.values():
-                execution.make(some, fast)
+            try:
+                for some in together.values():
+                    execution.make(some, fast)
+            except Exception:
+                execution.finish()
+                raise
+            execution.finish()
     done = iter([read_record(plan.folder).named(plan.spec.name) for plan in plans])
     return [_row(spec, parts, [next(done) for _ in parts], settings.runs) for spec, parts in rows]
 
@@ -227,97 +227,9 @@ def _row(spec: RunSpec, parts: Sequence[RunSpec], records: Sequence[Record], run
     folder = runs / record.run_id
     folder.mkdir(parents=True, exist_ok=True)
     record = record.named(spec.name)
-    _write_unless_kept(folder, record)
+    write_unless_kept(folder, record)
     write_json(folder / SPEC, record.spec)
     return record
-
-
-class Execution:
-    """Makes runs with one session, so that what they share is computed once.
-
-    Args:
-        settings: where and how runs are made.
-        progress: called with (run name, questions answered, questions in all).
-        status: is told how far the runs are, and what fails.
-        session: a session to use; a new one if None.
-    """
-
-    def __init__(
-        self, settings: Settings, progress: ProgressCallback, status: Status, session: Session | None = None
-    ) -> None:
-        from .session import Session
-
-        self.settings = settings
-        self.status = status
-        self.session = session or Session(settings, progress)
-        self.session.settings = settings
-        self.crew = crew_of(settings)
-
-    def close(self) -> None:
-        """End the workers."""
-        if self.crew is not None:
-            self.crew.close()
-
-    def make(self, plans: Sequence[Planned], fast_first: bool) -> None:
-        """Make runs of one model and one task, and write their records.
-
-        Args:
-            plans: the runs.
-            fast_first: ask a subset first, and stop the rows that are out of reach there.
-        """
-        from qapbench.models.loading import precision
-
-        from . import fast, scoring
-        from .active_run import ActiveRun
-        from .threads import threads_of
-        from .workers import WorkerPool
-
-        spec, device = plans[0].spec, self.settings.device
-        if device.type == "cuda" and self.crew is None:
-            torch.cuda.reset_peak_memory_stats(device)
-        active_runs = [ActiveRun(plan) for plan in plans]
-        self.status.watch(active_runs)
-        processor, task = self.session.processor(spec), self.session.task(spec)
-        questions = self.session.questions(spec)
-        threads = threads_of(spec, self.settings)
-        pool = WorkerPool(self.session, processor, threads, self.crew, self.status)
-        stopped: dict[str, Verdict] = {}
-        some = fast.subset(questions) if fast_first else questions
-        if len(some) < len(questions):
-            pool.answer(active_runs, some)
-            rights = [self._rights(active, task, processor, some) for active in active_runs]
-            stopped = fast.stopped(active_runs, rights)
-        pool.answer([active for active in active_runs if active.planned.id not in stopped], None)
-        machine = {
-            "batch_size": self.settings.batch_size,
-            "workers": self.crew.size if self.crew else 1,
-            "threads": threads,
-            "engine": self.settings.engine,
-            "dtype": precision(spec, device),
-            "image_processor": type(processor.image_processor).__name__,
-        }
-        if self.crew is not None and self.crew.device is not None:
-            machine["device"] = self.crew.device
-        for active in active_runs:
-            verdict = stopped.get(active.planned.id)
-            had = active.answers(questions)
-            asked = [q for q in questions if q.refused is None and (q.place in had or not verdict)]
-            refused = [q for q in (some if verdict else questions) if q.refused is not None]
-            why = verdict.record(len(asked), len(questions)) if verdict else None
-            record = scoring.finish(active, task, asked, refused, processor, machine, device, why, pool.peak)
-            _write_unless_kept(active.planned.folder, record.named(active.spec.name))
-
-    def _rights(self, active: ActiveRun, task: LoadedTask, processor: Any, asked: Sequence[Any]) -> dict[str, bool]:
-        """For each question of a subset, whether a run answered it right by the task's score.
-
-        A question without a score of 0 or 1 is left out.
-        """
-        from qapbench.tasking.scores import score
-
-        unique = {answer.doc: answer for answer in active.answers(asked).values()}
-        scores = score(list(unique.values()), task, processor, active.spec.seed, sorted(unique))
-        name = task.score or scores.columns[-1]
-        return {one.id: one.metrics[name] == 1 for one in scores.questions if one.metrics.get(name) in (0, 1)}
 
 
 def _prepare(plan: Planned, fresh: bool) -> None:
@@ -337,13 +249,3 @@ def _prepare(plan: Planned, fresh: bool) -> None:
         elif name in plan.damaged and name != ANSWERS:
             (folder / name).unlink()
     write_json(folder / SPEC, plan.spec)
-
-
-def _write_unless_kept(folder: Path, record: Record) -> None:
-    """Write a record, unless the one that is there says the same: a mended run is then as it was, to the byte."""
-    try:
-        kept: Record | None = read_record(folder)
-    except UserError:
-        kept = None
-    if kept is None or not kept.made_alike(record):
-        write_record(folder, record)

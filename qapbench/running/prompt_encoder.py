@@ -80,6 +80,7 @@ class PromptEncoder:
         prunings: prune key -> pruning.
         stage: measures the time of a stage.
         kept: embeddings of texts on disk, by the identity of their text tower.
+        copies: how often each prompt stands in the batch that it becomes.
     """
 
     def __init__(
@@ -89,12 +90,14 @@ class PromptEncoder:
         prunings: Mapping[str, Pruning],
         stage: Stage = lambda name: contextlib.nullcontext(),
         kept: Mapping[int, Kept] | None = None,
+        copies: int = 1,
     ) -> None:
         self.family = family
         self.processor = processor
         self.prunings = prunings
         self.stage = stage
         self.kept = kept or {}
+        self.copies = copies
         self.needs = frozenset[str]().union(*(one.needs for one in prunings.values()))
         self._latest: tuple[tuple[str, ...], EncodedImages, dict[Any, Any]] | None = None
 
@@ -191,6 +194,8 @@ class PromptEncoder:
         """
         made = _processed(self.processor, question, prompt)
         placed = {key: value.to(self.family.model.device) for key, value in made.items()}
+        if self.copies > 1:  # every input begins with prompts, or with what their images are made of
+            placed = {key: torch.cat([value] * self.copies) for key, value in placed.items()}
         return {"attention_mask": torch.ones_like(placed["input_ids"]), **placed}
 
     def _pruned(self, key: PruneKey, several: Sequence[_Encoded]) -> list[PrunedPrompt]:
@@ -203,7 +208,7 @@ class PromptEncoder:
             # A text tower needs a text. Without one, a question without words of its own is read as the prompt's
             # tokens.
             text = one.question.relevance_text if pruning.reader.needs_text else one.question.own_words
-            texts = None if text is None else [text] * len(one.question.images)
+            texts = None if text is None else [text] * len(one.with_images.images)
             asks.append(Ask(one.inputs, one.with_images, texts, one.memo))
         return [_dense_if_equal(*pair) for pair in zip(pruning.prune_each(asks), whole, strict=True)]
 

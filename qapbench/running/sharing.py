@@ -7,7 +7,7 @@ counts once, and what has not is given out again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from qapbench.errors import RunFailedError
@@ -58,13 +58,21 @@ class Sharing:
         self._halved = False
         self._flushed, self._pause = time.monotonic(), 0.0
 
-    def share(self, order: Order, wanted: Sequence[Question], status: Status) -> None:
+    def share(
+        self,
+        order: Order,
+        wanted: Sequence[Question],
+        status: Status,
+        meanwhile: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Let the workers answer questions that some run has not answered.
 
         Args:
             order: the runs.
             wanted: the questions, in the order of the work.
             status: is told what fails.
+            meanwhile: does a piece of other work, if there is one, and says whether there was. It is called when no
+                worker waits for a unit.
 
         Raises:
             RunFailedError: the workers cannot go on, or a question fails whoever tries it.
@@ -82,7 +90,7 @@ class Sharing:
                 for worker in self.crew.idle():
                     if (unit := schedule.next(worker)) is not None:
                         self.crew.give(worker, replace(unit, batch_size=self.batch_size))
-                for event in self.crew.events(FLUSH):
+                for event in self.crew.events(0 if meanwhile() else FLUSH):
                     self._heard(event, schedule, status)
                 status.workers = self.crew.size
                 self._flush()

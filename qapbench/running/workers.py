@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qapbench.tasking.questions import Question
@@ -28,17 +28,28 @@ class WorkerPool:
         threads: threads of each process that answers.
         crew: the workers; None lets this process answer.
         status: is told what fails.
+        meanwhile: does a piece of other work while all workers have something to do, if there is one, and says
+            whether there was.
 
     Attributes:
         peak: largest peak memory of the processes that answered.
     """
 
-    def __init__(self, session: Session, processor: Any, threads: int, crew: Crew | None, status: Status) -> None:
+    def __init__(
+        self,
+        session: Session,
+        processor: Any,
+        threads: int,
+        crew: Crew | None,
+        status: Status,
+        meanwhile: Callable[[], bool],
+    ) -> None:
         self.session = session
         self.processor = processor
         self.threads = threads
         self.crew = crew
         self.status = status
+        self.meanwhile = meanwhile
         self.peak: dict[str, int] = {}
 
     def answer(self, active_runs: Sequence[ActiveRun], asked: Sequence[Question] | None) -> None:
@@ -69,7 +80,7 @@ class WorkerPool:
             wanted = [one for one in questions if docs is None or one.place[1] in docs or one is first]
             sharing = Sharing(self.crew, active_runs, questions, self.session.settings, self.session.progress)
             try:
-                sharing.share(self._order(active_runs), wanted, self.status)
+                sharing.share(self._order(active_runs), wanted, self.status, self.meanwhile)
             finally:
                 self._note_peak(sharing.peak)
         refusals.left_out(questions)  # all workers together

@@ -108,6 +108,10 @@ class MQuant(CalibratedPTQ):
         static = ByModality(activations, found["vision"], found["text"]) if activations else None
         return LinearPlan(kept_rounding(found) if weights else None, static, transform)
 
+    def online_rotations(self, inward: int, outward: int, of_norm: bool) -> tuple[int, ...]:
+        """Those of inputs that no norm gives. The release folds the others into the weights in front."""
+        return () if of_norm else (inward,)
+
     def rounded(self, w: Tensor, gram: Tensor | None, format: Format) -> dict[str, Tensor]:
         """Round a weight to the levels of a format, in clipped ranges, as tensors for the result of the calibration.
 

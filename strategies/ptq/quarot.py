@@ -108,6 +108,10 @@ class QuaRot(CalibratedPTQ):
                 found["bias"] = linear.bias.detach()
         return found
 
+    def online_rotations(self, inward: int, outward: int, of_norm: bool) -> tuple[int, ...]:
+        """Those of what enters output and down projections. All others can be folded into weights."""
+        return () if of_norm else (inward,)
+
     def rotation(self, width: int, signs: bool) -> Rotation:
         """The Hadamard transform of a width, with random signs or without."""
         drawn = Rotation.random(width, self.seed)

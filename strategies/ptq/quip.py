@@ -80,6 +80,10 @@ class QuIP(CalibratedPTQ):
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, None))
 
+    def online_rotations(self, inward: int, outward: int, of_norm: bool) -> tuple[int, ...]:
+        """Both of every linear: each has its own."""
+        return inward, outward
+
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         rotations = Rotation(found["in"], found["in_mixer"]), Rotation(found["out"], found["out_mixer"])
         transform = Incoherent(*rotations, found.get("bias"))

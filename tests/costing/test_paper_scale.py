@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,8 @@ WEIGHTS = 4 * WIDTH**2 + 3 * WIDTH * INNER  # of a layer's linears: query, key, 
 ROWS = 4 * WIDTH + 2 * INNER + WIDTH  # their output channels
 PRUNE = {"method": "cdpruner", "keep": 32}
 W4A4 = {"method": "rtn", "weights": {"bits": 4}, "activations": {"bits": 4}}
+FOUR = {"weights": {"bits": 4, "symmetric": True}, "activations": {"bits": 4, "symmetric": True}}
+ONLINE = ("quarot", "quip")
 PARAMETERS = 7_063_427_072  # of the checkpoint, in float16
 
 
@@ -104,6 +108,21 @@ def test_layers_of_pruners_inside_the_decoder() -> None:
     assert fastv.flops.selection == 2 * 640 * WIDTH
 
 
+def test_rotations_that_run_online(both: Cost) -> None:
+    """QuaRot rotates what enters output and down projections; QuIP both sides of every linear. 11008 = 43 x 2^8."""
+    stream, inner = WIDTH * 12, INNER * (8 + 2 * 43)
+    tokens = (32 + TEXT) * LAYERS
+    turned = {
+        method: cost("llava-1.5-7b", {"prune": PRUNE, "quantize": {"method": method, **FOUR}}) for method in ONLINE
+    }
+    assert turned["quarot"].flops.prefill - both.flops.prefill == tokens * (stream + inner)
+    assert turned["quarot"].flops.decode - both.flops.decode == LAYERS * (stream + inner)
+    assert turned["quarot"].bops.prefill - both.bops.prefill == pytest.approx(tokens * (stream + inner))
+    assert turned["quip"].flops.prefill - both.flops.prefill == tokens * (
+        8 * stream + 2 * (stream + inner) + stream + inner
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),  # of 13B: Vicuna, 64 more words, the projector, the tower
     [
@@ -132,3 +151,35 @@ def test_mistakes_are_said_in_one_message() -> None:
         cost("llava-1.5-7b").bounds("h10")
     with pytest.raises(UserError, match=r"prompt\.batch: 0 is not between 1"):
         Prompt(batch=0)
+
+
+def test_the_docs_say_these_numbers(dense: Cost, pruned: Cost, both: Cost) -> None:
+    """The table and the sentences of the example, to the digits that stand there. Other tests compute them by hand."""
+    text = (Path(__file__).parents[2] / "docs" / "cost.md").read_text("utf-8").split("## Worked example")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    said = {row[0]: [float(re.match(r"[\d.]+", cell).group()) for cell in row[1:]] for row in rows[1:]}  # type: ignore[union-attr]
+    costs = (dense, pruned, both)
+    bounds = [one.bounds("h100") for one in costs]
+    assert said == {
+        "tokens that the decoder prefills": [one.layer_mean + TEXT for one in costs],
+        "prefill, TFLOPs": [round(one.flops.prefill / 1e12, 3) for one in costs],
+        "prefill, T BOPs": [round(one.bops.prefill / 1e12, 3) for one in costs],
+        "tower and projector, TFLOPs": [round((one.flops.tower + one.flops.projector) / 1e12, 3) for one in costs],
+        "weights, GB": [round(one.weight_bytes / 1e9, 3) for one in costs],
+        "KV cache, MB": [round(one.kv_bytes / 1e6, 1) for one in costs],
+        "prefill on an H100, least ms": [round(1e3 * one["prefill"].seconds, 2) for one in bounds],
+        "decoded token on an H100 at batch 1, least ms": [round(1e3 * one["decode"].seconds, 2) for one in bounds],
+    }
+    flat = " ".join(text.split())
+    many = [cost("llava-1.5-7b", spec, Prompt(batch=64)).kv_bytes / 1e9 for spec in (None, {"prune": PRUNE})]
+    read = 2 * (LAYERS * WEIGHTS + WIDTH * WORDS + (2 * LAYERS + 1) * WIDTH) / 1e9
+    full, fewer = (one["prefill"].seconds for one in bounds[:2])
+    for sentence in (
+        f"from {dense.flops.prompt / 1e12:.2f} to {pruned.flops.prompt / 1e12:.2f} TFLOPs",
+        f"at most {full / fewer:.1f} times as fast as that of 640 tokens, not {prefill(640) / prefill(96):.1f} times",
+        f"all weights of the language model, {read:.1f} GB, and {dense.kv_bytes / 1e9:.2f} GB of cache",
+        f"where an H100 needs {989e12 / 3350e9:.0f} to be busy",
+        f"({bounds[1]['decode'].seconds / bounds[2]['decode'].seconds:.1f} times)",
+        f"the cache is {many[0]:.0f} GB without pruning and {many[1]:.1f} GB with it",
+    ):
+        assert sentence in flat

@@ -2,14 +2,17 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from leaderboard_records import ablation, record
 
+from benchmarks import pareto
 from qapbench.leaderboard import build
 from qapbench.leaderboard.costs import COSTS, costs_of, with_equal_costs
 from qapbench.leaderboard.rows import Row
@@ -104,3 +107,32 @@ def test_on_a_phone(show: Callable[..., Any], page: Path) -> None:
     assert not shown.locator("#table thead th[data-key='cost tflops']").is_visible()
     shown.locator("button[data-columns=Cost]").click()
     assert shown.locator("#table thead th[data-key='cost tflops']").is_visible()
+
+
+def test_a_picture_of_accuracy_over_cost(tmp_path: Path) -> None:
+    """Names do not cover one another, and what another row dominates is faded."""
+    records = [parse_record(one) for one in RECORDS]
+    points = pareto.points_of(records, tmp_path, "tflops")
+    assert [point.cost for point in points] == [costs_of(one)["tflops"] for one in records]
+    assert pareto.points_of(records, tmp_path, "ms") == []
+    best = pareto.frontier(points)
+    assert [point.accuracy for point in best] == sorted(point.accuracy for point in best)
+    for point in points:
+        beaten = [other for other in points if other.cost <= point.cost and other.accuracy > point.accuracy]
+        assert not (beaten and point in best)
+    drawn = ElementTree.fromstring(pareto.picture("<rows>", "TFLOPs", points))
+    names = {f"{point.name} ({100 * point.accuracy:.1f})": point for point in points}
+    places = []
+    for group in drawn.findall("{*}g"):
+        text = group.find("{*}text")
+        assert text is not None and text.text
+        assert (float(group.get("opacity", "")) == 1) == (names[text.text] in best)
+        places.append(float(text.get("y", "")))
+    assert len(places) == len(points)
+    gaps = [after - before for before, after in itertools.pairwise(sorted(places))]
+    assert min(gaps) >= pareto.STEP - 0.2
+
+
+def test_names_are_moved_no_further_than_they_must() -> None:
+    assert pareto.spread([10, 100, 101, 300], 16) == [10, 92.5, 108.5, 300]
+    assert pareto.spread([], 16) == []

@@ -48,7 +48,7 @@ def test_a_loaded_model_answers_as_its_folder(
         assert outputs[0] == outputs[1]
         assert one.run_id != other.run_id
     with monkeypatch.context() as patch:
-        patch.setattr("qapbench.running.execute.Execution.make", None)
+        patch.setattr("qapbench.running.execution.Execution.make", None)
         assert run() == record, "the same weights are the same run"
     again = RunSpec.parse({**record.spec, "task": record.spec["task"][0], "seed": 1})
     with pytest.raises(UserError, match="stands for a model that was loaded in Python, and holds no weights"):

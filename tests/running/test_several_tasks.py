@@ -92,7 +92,7 @@ def test_a_task_is_the_same_run_alone_and_in_a_list(
     for name in (ANSWERS, "scored.jsonl", "receipt.json"):
         assert (tmp_path / record.run_id / name).read_bytes() == (made.runs / record.run_id / name).read_bytes()
     # Nothing is made again, neither alone nor in the list.
-    monkeypatch.setattr("qapbench.running.execute.Execution.make", None)
+    monkeypatch.setattr("qapbench.running.execution.Execution.make", None)
     before = {path: path.read_bytes() for path in made.runs.glob("*/record.json")}
     assert qapbench.run(single, made.runs, device="cpu")[0].run_id == record.run_id
     assert qapbench.run(load_spec(made.spec), made.runs, device="cpu") == [made.dense, made.pruned]

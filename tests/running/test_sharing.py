@@ -16,7 +16,7 @@ from qapbench import RunSpec, UserError
 from qapbench.errors import RunFailedError
 from qapbench.records.answer import Answer
 from qapbench.records.store import Store
-from qapbench.running import batches, execute
+from qapbench.running import batches, execution, scoring
 from qapbench.running.crew import Event
 from qapbench.running.partition import RETRIES, Schedule, Unit, spreads
 from qapbench.running.worker import Failure, Order, Worker, kind_of
@@ -112,10 +112,33 @@ def alone(specs: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory)
 def crew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Here]:
     def use(*arguments: Any) -> Here:
         here = Here(*arguments)
-        monkeypatch.setattr(execute, "crew_of", lambda settings: here)
+        monkeypatch.setattr(execution, "crew_of", lambda settings: here)
         return here
 
     return use
+
+
+def test_a_task_is_scored_while_workers_answer_the_next(
+    specs: Any, alone: Any, crew: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that were answered get their records also if the next task fails."""
+    here = crew(2)
+    busy: list[tuple[str, int]] = []
+    finish = scoring.finish
+    monkeypatch.setattr(
+        scoring,
+        "finish",
+        lambda active, *rest: busy.append((active.spec.name, len(here.units))) or finish(active, *rest),
+    )
+    other = [{**spec, "name": f"short {spec['name']}", "task": {**spec["task"], "limit": 6}} for spec in specs[:2]]
+    assert made([*specs[:2], *other], tmp_path / "runs", workers=2)[:2] == alone[:2]
+    assert {name for name, units in busy if units == 2} == {"row 0", "row 1"}
+    assert [name for name, units in busy if not units] == ["short row 0", "short row 1"]
+
+    here = crew(2, lambda worker, unit: "die" if here.order.plans[0].spec.task.limit else "")
+    with pytest.raises(RunFailedError, match="the worker died"):
+        made([*specs[:2], *other], tmp_path / "failed", workers=2)
+    assert {record.name for record in qapbench.load_records(tmp_path / "failed")} == {"row 0", "row 1"}
 
 
 @pytest.mark.parametrize("seed", range(2))
