@@ -1,13 +1,13 @@
 """Reads spec files with made-up mistakes, as `qapbench validate` does, and counts how they end.
 
-    python -m benchmarks.fuzz_specs --count 10000 --seed 0 [--only 17]
+    python -m benchmarks.fuzz_specs --count 10000 --seed 0 [--half lived] [--only 17]
 
 Every spec is a shipped one with mistakes put into its structure (keys dropped, swapped, doubled, values retyped,
 nested, made huge or replaced by wrong Unicode), or into its bytes; some come with `--set` arguments and broken plugins.
 Half of them are read in one long-lived process, the other half each in a process of its own, which has imported the
 modules and read nothing. A spec may be valid or be refused. What must not be: a traceback, a message without field and
 line, or more than 5 seconds, of which those count not in which other processes had the processor (where Linux says so).
-Specs are the same for the same seed; `--only` shows one of them, and how it ends.
+Specs are the same for the same seed; `--half` reads those of one half, and `--only` shows one of them, and how it ends.
 """
 
 from __future__ import annotations
@@ -459,6 +459,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--half", choices=["fresh", "lived"], help="only those of processes of their own, or of one")
     parser.add_argument("--only", type=int, help="show this one spec, and how it ends")
     asked = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a data set or a model of a made-up name asks no hub
@@ -470,8 +471,9 @@ def main() -> None:
             (ending,) = endings(asked.seed, [asked.only], folder, fresh=False)
             print(f"{ending.kind}, {ending.seconds:.2f} s\n{ending.said}")
             return
-        fresh = endings(asked.seed, range(0, asked.count, 2), folder, fresh=True)
-        lived = endings(asked.seed, range(1, asked.count, 2), folder, fresh=False)
+        none = range(0)
+        fresh = endings(asked.seed, none if asked.half == "lived" else range(0, asked.count, 2), folder, fresh=True)
+        lived = endings(asked.seed, none if asked.half == "fresh" else range(1, asked.count, 2), folder, fresh=False)
     for name, some in (("a process of its own", fresh), ("one long-lived process", lived)):
         kinds = Counter(ending.kind for ending in some)
         slowest = max((ending.seconds for ending in some), default=0)

@@ -8,7 +8,8 @@ files that concern its module run there: first those that import the module or n
 tests of its group. A mutant that no test notices has survived; its diff is shown, and it needs a test, or a reason in
 `mutations.yaml` why it is equivalent to the original. The result is 1 if there is a survivor without a reason.
 
-The draw depends on the seed and on the source. `--start 30 --count 70` goes on behind the first thirty. With `--list`
+The draw depends on the seed and on the source. `--start 30 --count 70` goes on behind the first thirty. Mutants that the
+file of `--results` has already are not tried again, so the same command goes on where it was stopped. With `--list`
 nothing runs. An existing tool would do if it had no need to: mutmut leaves decorated functions alone, which most
 strategies are, and cosmic-ray changes the working tree itself; neither draws a seeded sample or chooses test files.
 """
@@ -328,6 +329,18 @@ def read_reasons(file: Path) -> dict[tuple[str, ...], str]:
     return {(one["file"], f"-{one['original']}", f"+{one['mutant']}"): one["reason"] for one in entries}
 
 
+def as_json(mutant: Mutant) -> Any:
+    """A mutant as its line in the file of results has it."""
+    return json.loads(json.dumps(dataclasses.asdict(mutant)))
+
+
+def read_tried(results: Path | None) -> list[Any]:
+    """The mutants that a file of results has, as plain data."""
+    if results is None or not results.exists():
+        return []
+    return [json.loads(line)["mutant"] for line in results.read_text(encoding="utf-8").splitlines()]
+
+
 def main(
     seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
     count: Annotated[int, typer.Option(min=1, help="number of mutants")] = 100,
@@ -340,6 +353,8 @@ def main(
 ) -> None:
     """Make one-line mistakes and run the tests that should notice them."""
     chosen = list(itertools.islice((one for one in drawn(ROOT, seed) if only in one.file), start, start + count))
+    tried = read_tried(results)
+    chosen = [one for one in chosen if as_json(one) not in tried]
     if listed:
         for one in chosen:
             _show(one, one.diff((ROOT / one.file).read_text(encoding="utf-8")), "; ".join(tests_of(one.file, ROOT)[0]))
@@ -349,7 +364,7 @@ def main(
         campaign = Campaign([Copy(place) for place in places], read_reasons(REASONS), limit)
         done = []
         with ThreadPoolExecutor(workers) as pool:
-            for index, outcome in enumerate(pool.map(campaign.outcome, chosen), start):
+            for index, outcome in enumerate(pool.map(campaign.outcome, chosen), start + len(tried)):
                 done.append(outcome)
                 _show(outcome.mutant, outcome.diff, f"{index}: {outcome.status} ({outcome.seconds:.0f} s) {outcome.by}")
                 if results:

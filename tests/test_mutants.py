@@ -1,7 +1,9 @@
 """The mistakes that the mutation campaign makes: one place each, all of them Python, none in text."""
 
 import ast
+import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,14 @@ def test_reasons_are_about_lines_that_exist() -> None:
         lines = [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
         assert original[1:] in lines, f"{file} has no such line any more: {original}"
         assert reason
+
+
+def test_what_a_file_of_results_has_is_not_tried_again(tmp_path: Path) -> None:
+    first, second = itertools.islice(mutations.drawn(mutations.ROOT, 0), 2)
+    outcome = mutations.Outcome(first, "killed", "a test", 1.0, ["-a", "+b"])
+    file = tmp_path / "results.jsonl"
+    assert mutations.read_tried(file) == mutations.read_tried(None) == []
+    file.write_text(json.dumps({"index": 0, **dataclasses.asdict(outcome)}) + "\n", encoding="utf-8")
+    tried = mutations.read_tried(file)
+    assert mutations.as_json(first) in tried
+    assert mutations.as_json(second) not in tried

@@ -13,7 +13,7 @@ import qapbench
 from qapbench import RunSpec
 
 Spec = Callable[..., dict[str, Any]]
-HEAVY = ("torch", "transformers", "lm_eval", "lmms_eval", "ray")
+HEAVY = ("torch", "pandas", "transformers", "lm_eval", "lmms_eval", "ray")
 PROGRAM = f"""
 import json, sys
 from qapbench.cli import main
