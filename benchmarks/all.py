@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import affine, choose, decoding, limit
+from . import affine, against_lmms_eval, choose, decoding, limit
 from .stages import EMBEDDED, RANDOM
 
 COPIES = {torch.float32: 2.5, torch.bfloat16: 4.0}  # most that fake quantization may take, in copies of the tensor
@@ -96,7 +96,10 @@ def main() -> None:
     ):
         for what, goal, here, reached in lines:
             table.add_row(what, goal, here, "yes" if reached else "no")
-    Console(width=140, highlight=False).print(table)
+    out = Console(width=140, highlight=False)
+    out.print(table)
+    goals = ", ".join(f"{name} {goal:g}x" for name, goal in against_lmms_eval.GOALS.items())
+    out.print(f"The goals against lmms-eval ({goals}) take minutes: python -m benchmarks.against_lmms_eval")
 
 
 if __name__ == "__main__":
