@@ -166,17 +166,44 @@ class PackedWeight:
 
     def write(self, out: Tensor) -> None:
         """Write the values into `out` [out, in], a floating tensor, a few rows at a time."""
-        step = max(1, TILE // max(1, self.width)) if out.is_cpu else len(out)
+        step = self._step
         codes = torch.empty(min(step, len(out)), self.width, dtype=torch.uint8, device=out.device)
         own = out.dtype == torch.float32
-        scratch = None if own else torch.empty(codes.shape, dtype=torch.float32, device=out.device)
-        for start in range(0, len(out), max(1, step)):
-            target = out[start : start + step]
-            work = target if scratch is None else scratch[: len(target)]
-            self._numbers(start, codes[: len(target)], work)
-            self._per_scale(work, self._of_rows(self.scale, start, len(work)), torch.Tensor.mul_)
-            if not own:
-                target.copy_(work)
+        scratch = codes if own else torch.empty(codes.shape, dtype=torch.float32, device=out.device)
+        for start in range(0, len(out), step):
+            self._write_rows(start, out[start : start + step], codes, scratch)
+
+    def equals(self, values: Tensor) -> bool:
+        """Whether these are the values [out, in], to the bit. No second copy of them is made."""
+        step = min(self._step, len(values))
+        tile = torch.empty(step, self.width, dtype=values.dtype, device=values.device)
+        codes, scratch = torch.empty_like(tile, dtype=torch.uint8), torch.empty_like(tile, dtype=torch.float32)
+        for start in range(0, len(values), max(1, step)):
+            part = values[start : start + step]
+            self._write_rows(start, tile[: len(part)], codes, scratch)
+            if not torch.equal(tile[: len(part)], part):
+                return False
+        return values.shape == self.shape
+
+    @property
+    def _step(self) -> int:
+        """Number of rows that are unpacked at a time."""
+        return max(1, TILE // max(1, self.width) if self.codes.is_cpu else len(self.codes))
+
+    def _write_rows(self, start: int, target: Tensor, codes: Tensor, scratch: Tensor) -> None:
+        """Write the values of some rows.
+
+        Args:
+            start: the first row.
+            target: receives them.
+            codes: uint8, what they are unpacked into; at least as many rows.
+            scratch: float32, what they are computed in where `target` has another dtype.
+        """
+        work = target if target.dtype == torch.float32 else scratch[: len(target)]
+        self._numbers(start, codes[: len(target)], work)
+        self._per_scale(work, self._of_rows(self.scale, start, len(work)), torch.Tensor.mul_)
+        if work is not target:
+            target.copy_(work)
 
     def _numbers(self, start: int, codes: Tensor, out: Tensor) -> None:
         """Write the numbers, less the zero points, of some rows into `out`; `codes` is what they are unpacked into."""

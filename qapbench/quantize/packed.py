@@ -57,7 +57,7 @@ def packed_weight(plan: LinearPlan, weight: Tensor, name: str, method: str) -> P
         packed, why = None, f"leaves it so that {error}"
     if packed is not None:
         known = isinstance(plan.weight, PackedWeight)  # its values are those of its codes
-        if known or torch.equal(packed.dequantized(weight.dtype), plan.new_weight(weight)):
+        if known or packed.equals(plan.new_weight(weight)):
             return packed
         why = "rounds it to other values"
     message = f"'packed' stores {name} as codes and scales, and the method {method} {why}; take `storage: unpacked`"

@@ -64,6 +64,7 @@ def test_values_are_those_of_the_format(formats: list[Format], dtype: torch.dtyp
             packed = format.packed(x)
             assert packed.shape == shape
             assert torch.equal(packed.dequantized(dtype), format(x)), f"{format} {shape}"
+            assert packed.equals(format(x)) and not packed.equals(format(x) + 1)
             assert torch.equal(PackedWeight.from_tensors(packed.tensors())(x), format(x))
 
 
