@@ -21,10 +21,10 @@ from qapbench import (
     Grid,
     Levels,
     LinearPlan,
+    Rotated,
     Rotation,
     TokenActivation,
     Tokens,
-    Transform,
     kept_rounding,
     packed_tensors,
     ptq,
@@ -127,23 +127,6 @@ class MQuant(CalibratedPTQ):
     def rotation(self, linear: nn.Linear) -> Rotation:
         """The rotation of a linear's input."""
         return Rotation.random(linear.in_features, self.seed)
-
-
-@dataclass(frozen=True)
-class Rotated(Transform):
-    """Rotation of a linear's input and weight, which leaves their product as it is: W x = (W R^T) (R x).
-
-    Attributes:
-        rotation: R.
-    """
-
-    rotation: Rotation
-
-    def input(self, x: Tensor) -> Tensor:
-        return self.rotation(x)
-
-    def weight(self, w: Tensor) -> Tensor:
-        return self.rotation(w)
 
 
 class Ranges:
