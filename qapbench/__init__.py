@@ -18,7 +18,7 @@ __version__ = "0.2.0"
 
 PUBLIC = {
     "errors": ("UserError",),
-    "methods.affine": ("Grid", "Levels", "Rounding", "fake_quantize", "grouped", "round_through"),
+    "methods.affine": ("Grid", "Levels", "Rounding", "fake_quantize", "grouped", "round_through", "straight_through"),
     "methods.floating": ("FloatGrid", "FloatLevels"),
     "methods.kinds": (
         "Bits",
@@ -42,16 +42,19 @@ PUBLIC = {
         "quantizers",
         "top_k",
     ),
+    "methods.kronecker": ("Kronecker", "KroneckerHeads", "LearnedMatrix", "kronecker_by", "near_square"),
     "methods.normal_float": ("normal_float",),
     "methods.packed": ("NormalFloat", "PackedWeight", "kept_rounding", "packed_on", "packed_tensors"),
     "methods.quantization": ("PTQ", "Format", "LinearPlan", "Scaling", "TokenActivation", "Tokens", "Transform"),
     "methods.reads": ("FirstReads",),
-    "methods.rotation": ("Rotation",),
+    "methods.rotation": ("Rotated", "RotatedBoth", "Rotation", "rotated_by", "rotation_flops"),
+    "methods.stiefel": ("descend",),
     "methods.tokens": ("RelevanceSign", "Selection", "VisionTokens"),
     "spec.run_spec": ("RunSpec",),
     "spec.sweep_spec": ("SweepSpec",),
     "quantize.calibration": (
         "AbsMaxObserver",
+        "AnswerLoss",
         "Block",
         "CalibratedPTQ",
         "Calibration",
@@ -93,7 +96,7 @@ if TYPE_CHECKING:
     from .costing.cost import cost
     from .costing.prompt import Prompt
     from .errors import UserError
-    from .methods.affine import Grid, Levels, Rounding, fake_quantize, grouped, round_through
+    from .methods.affine import Grid, Levels, Rounding, fake_quantize, grouped, round_through, straight_through
     from .methods.floating import FloatGrid, FloatLevels
     from .methods.kinds import (
         Bits,
@@ -116,15 +119,18 @@ if TYPE_CHECKING:
         quantizers,
         top_k,
     )
+    from .methods.kronecker import Kronecker, KroneckerHeads, LearnedMatrix, kronecker_by, near_square
     from .methods.normal_float import normal_float
     from .methods.packed import NormalFloat, PackedWeight, kept_rounding, packed_on, packed_tensors
     from .methods.quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
-    from .methods.rotation import Rotation
+    from .methods.rotation import Rotated, RotatedBoth, Rotation, rotated_by, rotation_flops
+    from .methods.stiefel import descend
     from .methods.tokens import RelevanceSign, Selection, VisionTokens
     from .models.checkpoint_format import CheckpointFormat, checkpoint_format
     from .models.family import Family, family
     from .quantize.calibration import (
         AbsMaxObserver,
+        AnswerLoss,
         Block,
         CalibratedPTQ,
         Calibration,
@@ -164,6 +170,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "PTQ",
     "AbsMaxObserver",
+    "AnswerLoss",
     "Bits",
     "Block",
     "CalibratedPTQ",
@@ -184,6 +191,9 @@ __all__ = [
     "Grid",
     "Group",
     "GroupSize",
+    "Kronecker",
+    "KroneckerHeads",
+    "LearnedMatrix",
     "Levels",
     "LinearPlan",
     "MeanAbs",
@@ -194,6 +204,8 @@ __all__ = [
     "Pruner",
     "Record",
     "RelevanceSign",
+    "Rotated",
+    "RotatedBoth",
     "Rotation",
     "Rounding",
     "Rows",
@@ -210,6 +222,7 @@ __all__ = [
     "checkpoint_format",
     "compress",
     "cost",
+    "descend",
     "even_stages",
     "fake_quantize",
     "family",
@@ -218,10 +231,12 @@ __all__ = [
     "grouped",
     "installed_all",
     "kept_rounding",
+    "kronecker_by",
     "load_records",
     "metric",
     "metrics",
     "min_max",
+    "near_square",
     "normal_float",
     "packed_on",
     "packed_tensors",
@@ -232,8 +247,11 @@ __all__ = [
     "quantizer",
     "quantizers",
     "results",
+    "rotated_by",
+    "rotation_flops",
     "round_through",
     "run",
+    "straight_through",
     "task",
     "top_k",
 ]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from qapbench.methods.kinds import ptqs
 from qapbench.methods.kv import KVFormat
 from qapbench.methods.quantization import PTQ, Format, LinearFormats
-from qapbench.methods.rotation import rotation_flops
 from qapbench.receipt import LinearReceipt
 from qapbench.spec.run_spec import QuantizeSpec
 
@@ -58,13 +57,12 @@ class Bits:
         floating = all(one is None or one.format != "int" for one in formats)
         return Precision(weights, activations, floating)
 
-    def rotation_flops(self, product: Product) -> int:
-        """FLOPs per token of what the method rotates at a linear while the model runs."""
+    def online_flops(self, product: Product) -> int:
+        """FLOPs per token of the method's transforms at a linear while the model runs."""
         kind = self.of(product)
         if self.method is None or min(kind.weights, kind.activations) == FULL:  # the method leaves it as it is
             return 0
-        widths = self.method.online_rotations(product.inward, product.outward, product.of_norm)
-        return sum(map(rotation_flops, widths))
+        return self.method.online_flops(product.name, product.inward, product.outward, product.of_norm)
 
     @functools.cached_property
     def method(self) -> PTQ | None:

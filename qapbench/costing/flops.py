@@ -12,11 +12,11 @@ from .work import Work, work
 
 
 def products_work(products: Iterable[Product], tokens: float, bits: Bits) -> Work:
-    """The work of some linears on so many tokens, with what a method rotates at them, in 16 bits."""
+    """The work of some linears on so many tokens, with a method's own transforms at them, in 16 bits."""
     listed = list(products)
-    rotated = sum(bits.rotation_flops(product) for product in listed)
+    own = sum(bits.online_flops(product) for product in listed)
     parts = (work(product.flops * tokens, bits.of(product)) for product in listed)
-    return Work.total([*parts, work(rotated * tokens)])
+    return Work.total([*parts, work(own * tokens)])
 
 
 def tower_work(shape: ModelShape, outline: ImageOutline, layers: int, bits: Bits) -> Work:

@@ -253,6 +253,11 @@ def round_through(x: Tensor) -> Tensor:
     return rounded
 
 
+def straight_through(x: Tensor, new: Tensor) -> Tensor:
+    """The values of `new`, with the gradient of x: what was done to x counts as nothing, clamping too."""
+    return x + (new - x).detach()
+
+
 def grouped(x: Tensor, group_size: int | None) -> list[Tensor]:
     """Cut the rows of x [..., D] into groups of consecutive channels.
 

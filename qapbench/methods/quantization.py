@@ -432,17 +432,18 @@ class PTQ(abc.ABC):
         """Names of registered metrics that the method computes. Their code counts for the identity of its results."""
         return ()
 
-    def online_rotations(self, inward: int, outward: int, of_norm: bool) -> tuple[int, ...]:
-        """Widths of the rotations that a linear needs while the model runs, once per token; its cost counts them.
+    def online_flops(self, name: str, inward: int, outward: int, of_norm: bool) -> int:
+        """FLOPs per token of the transforms that a linear needs while the model runs; its cost counts them.
 
-        A rotation that can be folded into the weights in front of the linear is none of them.
+        A transform that can be folded into the weights in front of the linear is none of them.
 
         Args:
+            name: name of the linear.
             inward: width of the linear's input.
             outward: width of its output.
             of_norm: whether it reads what a norm gives, and so the residual stream.
         """
-        return ()
+        return 0
 
     def check(self, weights: Format | None, activations: Format | None) -> None:
         """Check that the method supports these formats.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from qapbench.errors import UserError
 from qapbench.methods.kv import KVFormat, KVSide
@@ -114,15 +114,21 @@ class QuantizedLayer(DynamicLayer):
         if self.index in self.use.layers:
             return
         full, places = torch.finfo(keys.dtype).bits, self._places(0)
+        held = self._held(len(places))
         bits, quantized, levels = [], [], []
         for name, x in zip(SIDES, (keys, values), strict=True):
             side = self._side(name)
-            count = 0 if side is None else self.format.stored(side, len(places))
+            read = 0 if side is None else self.format.stored(side, len(places))
+            count = max(read - (len(places) - held), 0)
             each = full if side is None else side.stored_bits(x.shape[1], count, x.shape[3], full)
-            bits.append((count * each + (len(places) - count) * full) / max(len(places), 1))
+            bits.append((count * each + (held - count) * full) / max(held, 1))
             quantized.append(count)
-            levels.append(0 if side is None else most_levels(x[0][:, places[:count]], side))
-        self.use.note(self.index, len(places), sum(bits) / 2, sum(quantized) / 2, (levels[0], levels[1]))
+            levels.append(0 if side is None else most_levels(x[0][:, places[:read]], side))
+        self.use.note(self.index, held, sum(bits) / 2, sum(quantized) / 2, (levels[0], levels[1]))
+
+    def _held(self, count: int) -> int:
+        """How many of a sequence's tokens the cache would hold."""
+        return count
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change what is kept of each row as keys and values were changed."""
@@ -150,6 +156,37 @@ class QuantizedLayer(DynamicLayer):
         super().crop(tokens_to_remove)
         if self.valid is not None:
             self.valid = self.valid[:, : self.get_seq_length()]
+
+
+class QuantizedWindow(QuantizedLayer):
+    """The cache of a layer with a sliding window: read as `QuantizedLayer`, and no farther back than the window.
+
+    Which tokens are quantized, and in which groups, depends on the whole sequence, as in a layer without a window. The
+    cache would hold the newest `window - 1` tokens.
+
+    Args:
+        window: number of tokens that the layer sees, the token itself among them.
+    """
+
+    is_sliding = True
+
+    def __init__(self, format: KVFormat, tokens: TokenContext, index: int, use: KVUse, window: int) -> None:
+        super().__init__(format, tokens, index, use)
+        self.sliding_window = window
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add new tokens [B, H, n, D], and return those that they see, for which `get_mask_sizes` makes the mask."""
+        seen = self.sliding_window - 1 + key_states.shape[2]
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that a call of this many tokens reads, and the place of the first of them."""
+        past = self.get_seq_length()
+        return self._held(past) + query_length, past - self._held(past)
+
+    def _held(self, count: int) -> int:
+        return min(count, self.sliding_window - 1)
 
 
 @contextlib.contextmanager
@@ -185,7 +222,7 @@ def _convert(cache: Any, depth: int, format: KVFormat, tokens: TokenContext, use
     """Replace the layers of a cache by quantized ones, in place. What they hold already counts as one prompt.
 
     Raises:
-        UserError: a layer is of another kind, such as a static one or one with a sliding window.
+        UserError: a layer is of another kind, such as a static one, or has dropped tokens behind its window already.
     """
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layers += [DynamicLayer() for _ in range(depth - len(cache.layers))]
@@ -193,11 +230,19 @@ def _convert(cache: Any, depth: int, format: KVFormat, tokens: TokenContext, use
         if isinstance(layer, QuantizedLayer) and layer.format == format:
             layer.tokens = tokens
             continue
-        if type(layer) not in (DynamicLayer, QuantizedLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer, QuantizedWindow):
             kind = type(layer).__name__
-            raise UserError(f"quantize.kv: the layers need a dynamic KV cache with full attention, not {kind}")
-        cache.layers[index] = new = QuantizedLayer(format, tokens, index, use)
+            raise UserError(f"quantize.kv: the layers need a dynamic KV cache, not {kind}")
+        window = getattr(layer, "sliding_window", None)
+        new = (
+            QuantizedLayer(format, tokens, index, use)
+            if window is None
+            else QuantizedWindow(format, tokens, index, use, window)
+        )
+        cache.layers[index] = new
         if layer.is_initialized and layer.get_seq_length():
+            if layer.get_seq_length() > layer.keys.shape[2]:
+                raise UserError("quantize.kv: this KV cache has dropped tokens behind its window; fill a new one")
             new.lazy_initialization(layer.keys, layer.values)
             new.keys, new.values = layer.keys, layer.values
             new._begin()

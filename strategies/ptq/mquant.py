@@ -21,13 +21,14 @@ from qapbench import (
     Grid,
     Levels,
     LinearPlan,
+    Rotated,
     Rotation,
     TokenActivation,
     Tokens,
-    Transform,
     kept_rounding,
     packed_tensors,
     ptq,
+    rotation_flops,
 )
 
 from .gptq import GPTQ
@@ -108,9 +109,9 @@ class MQuant(CalibratedPTQ):
         static = ByModality(activations, found["vision"], found["text"]) if activations else None
         return LinearPlan(kept_rounding(found) if weights else None, static, transform)
 
-    def online_rotations(self, inward: int, outward: int, of_norm: bool) -> tuple[int, ...]:
-        """Those of inputs that no norm gives. The release folds the others into the weights in front."""
-        return () if of_norm else (inward,)
+    def online_flops(self, name: str, inward: int, outward: int, of_norm: bool) -> int:
+        """Rotations of inputs that no norm gives. The release folds the others into the weights in front."""
+        return 0 if of_norm else rotation_flops(inward)
 
     def rounded(self, w: Tensor, gram: Tensor | None, format: Format) -> dict[str, Tensor]:
         """Round a weight to the levels of a format, in clipped ranges, as tensors for the result of the calibration.
@@ -131,23 +132,6 @@ class MQuant(CalibratedPTQ):
     def rotation(self, linear: nn.Linear) -> Rotation:
         """The rotation of a linear's input."""
         return Rotation.random(linear.in_features, self.seed)
-
-
-@dataclass(frozen=True)
-class Rotated(Transform):
-    """Rotation of a linear's input and weight, which leaves their product as it is: W x = (W R^T) (R x).
-
-    Attributes:
-        rotation: R.
-    """
-
-    rotation: Rotation
-
-    def input(self, x: Tensor) -> Tensor:
-        return self.rotation(x)
-
-    def weight(self, w: Tensor) -> Tensor:
-        return self.rotation(w)
 
 
 class Ranges:

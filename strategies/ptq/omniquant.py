@@ -1,8 +1,9 @@
 """OmniQuant: the clipping of weights and the scales between input and weight are learned, block by block."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -184,11 +185,7 @@ class Learner:
         with torch.enable_grad():
             for _ in range(epochs):
                 for index, target in enumerate(wanted):
-                    loss = (
-                        (self.output(index).float() - target.to(self.device).float())
-                        .square()[self.counts(index)]
-                        .mean()
-                    )
+                    loss = self.block.off(index, self.output(index), target).mean()
                     if not torch.isfinite(loss):
                         raise ArithmeticError(f"{self.block.name}: the loss is not finite; lower lwc_lr and let_lr")
                     # `backward` would leave gradients at the model's own parameters.
@@ -198,24 +195,11 @@ class Learner:
                     for scale in scales:
                         scale.data.clamp_(min=FLOOR)
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the block."""
-        return next(self.block.module.parameters()).device
-
-    def counts(self, index: int) -> Tensor:
-        """Mask of a sample's tokens that are not padding, to index its output with."""
-        tokens = self.block.passes[index].tokens
-        return torch.tensor(True, device=self.device) if tokens is None else tokens.valid.to(self.device)
-
     def output(self, index: int) -> Tensor:
         """Run the quantized block on its input for a sample. Gradients reach clipping strengths and scales."""
-        hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
-        try:
-            return self.block.forward(self.block.passes[index], {name: self.weight(name) for name in self.linears})
-        finally:
-            for hook in hooks:
-                hook.remove()
+        weights = {name: self.weight(name) for name in self.linears}
+        inputs = {name: functools.partial(self.input, name) for name in self.linears}
+        return self.block.forward(self.block.passes[index], weights, inputs)
 
     def weight(self, name: str) -> Tensor:
         """The scaled, clipped and rounded weight [out, in] of a linear, as a function of what is learned."""
@@ -224,14 +208,10 @@ class Learner:
         new = clip_quantize(w, *self.clips[name], self.weights) if self.weights else w
         return new.to(original.dtype)
 
-    def _hook(self, name: str) -> Any:
-        def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0].float() / self.scales[name] if name in self.scales else args[0].float()
-            tokens = self.block.current[0]
-            plan = LinearPlan(None, self.activations)
-            return plan.new_input(x, tokens).to(args[0].dtype), *args[1:]
-
-        return quantize
+    def input(self, name: str, x: Tensor) -> Tensor:
+        """The scaled and rounded input of a linear, as a function of what is learned."""
+        scaled = x.float() / self.scales[name] if name in self.scales else x.float()
+        return LinearPlan(None, self.activations).new_input(scaled, self.block.current[0])
 
     def found(self) -> CalibrationResult:
         """What was learned: "scale" [in], "high" and "low" [out, groups] of each linear that has them."""

@@ -1,11 +1,11 @@
 """QuaRot: Hadamard rotations of the residual stream and of what enters output and down projections."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor, nn, ones_like, where
+from torch import Tensor, nn
 
 from qapbench import (
     Block,
@@ -17,12 +17,17 @@ from qapbench import (
     Gram,
     LinearPlan,
     Rotation,
-    Transform,
     kept_rounding,
     ptq,
+    rotated_by,
+    rotation_flops,
 )
 
 from .mquant import MQuant
+from .places import Place, places
+
+Rotations = tuple[Rotation, Rotation | None]
+"""Rotation of a linear's input, and of its output; None if the output is not rotated."""
 
 
 @ptq("quarot")
@@ -31,7 +36,7 @@ class QuaRot(CalibratedPTQ):
     """Rotate inputs and outputs of the linears as QuaRot's model does, clip the ranges of weights, and round them.
 
     The residual stream is rotated by Q, a Hadamard transform with random signs, the same in every layer. Linears that
-    read an RMSNorm take its weight g over: x / g is rotated, and W diag(g) with it. Other linears (output and down
+    read an RMSNorm take its gain g over: x / g is rotated, and W diag(g) with it. Other linears (output and down
     projection) read a Hadamard transform of their input and write the rotated stream, so their rows are rotated too.
     Values are transformed head by head. Weights are rounded by `gptq` or to nearest, in the share of their range with
     the least sum of |error|^2.4. Activations are rounded dynamically, as in `rtn`, where they are rotated.
@@ -63,113 +68,56 @@ class QuaRot(CalibratedPTQ):
         weights: Format | None,
         activations: Format | None,
     ) -> CalibrationResult:
+        return self.rotated(calibration, linears, weights, self.rotations)
+
+    def rotated(
+        self,
+        calibration: Calibration,
+        linears: Mapping[str, nn.Linear],
+        weights: Format | None,
+        rotations: Callable[[Place], Rotations],
+    ) -> CalibrationResult:
+        """Rotate linears as `rotations` says, and round their weights, block by block."""
         rounder = MQuant(rounding=self.rounding, damping=self.damping)
 
         def find(block: Block) -> CalibrationResult:
             found: CalibrationResult = {}
             grams = block.observe(lambda _: Gram())
-            for group in block.groups():
-                norm: Any = None if group.norm is None else calibration.model.get_submodule(group.norm)
-                for name, linear in group.linears.items():
-                    found[name] = self.turns(block, name, linear, norm)
-                    if weights is not None:
-                        turned = turned_by(found[name])
-                        gram = turned.input(turned.input(grams[name].value).mT) if self.rounding == "gptq" else None
-                        found[name] |= rounder.rounded(turned.weight(linear.weight.detach()), gram, weights)
+            for name, place in places(calibration.model, block).items():
+                found[name] = described(place, *rotations(place))
+                if weights is not None:
+                    turned = rotated_by(found[name])
+                    gram = turned.input(turned.input(grams[name].value).mT) if self.rounding == "gptq" else None
+                    found[name] |= rounder.rounded(turned.weight(place.linear.weight.detach()), gram, weights)
             return found
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, None))
 
-    def turns(self, block: Block, name: str, linear: nn.Linear, norm: Any) -> dict[str, Tensor]:
-        """What rotates one linear: of its input "scale", "signs" and "mixer", of its output "out_signs", "out_mixer".
+    def rotations(self, place: Place) -> Rotations:
+        """What rotates a linear's input, and its output, or each head of it."""
+        linear = place.linear
+        ins = Rotation.hadamard(linear.in_features, self.seed, signs=place.stream)
+        if not place.stream:
+            return ins, Rotation.hadamard(linear.out_features, self.seed, signs=True)
+        if place.values == "writes" and place.head:
+            return ins, Rotation.hadamard(place.head, self.seed, signs=False)
+        return ins, None
 
-        The width of the output's rotation may divide the output: then it acts on each part, such as a head.
-
-        Args:
-            block: the block.
-            name: name of the linear.
-            linear: the linear.
-            norm: the norm whose output it reads; None if it reads something else.
-        """
-        stream = norm is not None
-        ins = self.rotation(linear.in_features, signs=stream)
-        found: dict[str, Tensor] = {"signs": ins.signs, "mixer": ins.mixer}
-        if stream and getattr(norm, "bias", None) is None and getattr(norm, "weight", None) is not None:
-            found["scale"] = norm.weight.detach().float()
-        head = getattr(getattr(block.module, "self_attn", None), "head_dim", None)
-        outs = None
-        if not stream:
-            outs = self.rotation(linear.out_features, signs=True)
-        elif name.endswith("v_proj") and head:
-            outs = self.rotation(head, signs=False)
-        if outs is not None:
-            found |= {"out_signs": outs.signs, "out_mixer": outs.mixer}
-            if linear.bias is not None:
-                found["bias"] = linear.bias.detach()
-        return found
-
-    def online_rotations(self, inward: int, outward: int, of_norm: bool) -> tuple[int, ...]:
-        """Those of what enters output and down projections. All others can be folded into weights."""
-        return () if of_norm else (inward,)
-
-    def rotation(self, width: int, signs: bool) -> Rotation:
-        """The Hadamard transform of a width, with random signs or without."""
-        drawn = Rotation.random(width, self.seed)
-        mixer = drawn.mixer if len(drawn.mixer) > 1 else ones_like(drawn.mixer)  # Hadamard has no sign of its own
-        return Rotation(drawn.signs if signs else ones_like(drawn.signs), mixer)
+    def online_flops(self, name: str, inward: int, outward: int, of_norm: bool) -> int:
+        """Rotations of what enters output and down projections. All others can be folded into weights."""
+        return 0 if of_norm else rotation_flops(inward)
 
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
-        return LinearPlan(kept_rounding(found) if weights else None, activations, turned_by(found))
+        return LinearPlan(kept_rounding(found) if weights else None, activations, rotated_by(found))
 
 
-class Turned(Transform):
-    """Rotation of a linear's input, which may take a norm's weight g over: W x = (W diag(g) R^T) (R (x / g)).
-
-    Args:
-        ins: R.
-        scale: [in], g; None leaves it out.
-    """
-
-    def __init__(self, ins: Rotation, scale: Tensor | None) -> None:
-        self.ins, self.scale = ins, scale
-
-    def input(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return self.ins(x)
-        scale = self.scale.to(x.device)
-        return self.ins(x.float() / where(scale == 0, 1, scale))  # a channel of weight 0 is 0
-
-    def weight(self, w: Tensor) -> Tensor:
-        return self.ins(w if self.scale is None else w.float() * self.scale.to(w.device))
-
-
-class TurnedBoth(Turned):
-    """The same, with the output rotated too, in parts of the width of U: y = U^T (U W' x') + bias.
-
-    Args:
-        ins: R.
-        scale: [in], g; None leaves it out.
-        outs: U.
-        bias: [out], the linear's bias; None if it has none.
-    """
-
-    def __init__(self, ins: Rotation, scale: Tensor | None, outs: Rotation, bias: Tensor | None) -> None:
-        super().__init__(ins, scale)
-        self.outs, self.bias = outs, bias
-
-    def weight(self, w: Tensor) -> Tensor:
-        parts = super().weight(w).mT.unflatten(-1, (-1, len(self.outs.signs)))
-        return self.outs(parts).flatten(-2).mT.contiguous()
-
-    def output(self, y: Tensor) -> Tensor:
-        """Rotate the output back. The linear has already added its bias, which belongs after U^T."""
-        bias = 0 if self.bias is None else self.bias.float()
-        return self.outs.inverse((y.float() - bias).unflatten(-1, (-1, len(self.outs.signs)))).flatten(-2) + bias
-
-
-def turned_by(found: Mapping[str, Tensor]) -> Turned:
-    """The transform that `QuaRot.turns` describes."""
-    ins, scale = Rotation(found["signs"], found["mixer"]), found.get("scale")
-    if "out_signs" not in found:
-        return Turned(ins, scale)
-    return TurnedBoth(ins, scale, Rotation(found["out_signs"], found["out_mixer"]), found.get("bias"))
+def described(place: Place, ins: Rotation, outs: Rotation | None) -> dict[str, Tensor]:
+    """The tensors that `rotated_by` makes the transform of a linear from."""
+    found = {"signs": ins.signs, "mixer": ins.mixer}
+    if place.gain is not None:
+        found["gain"] = place.gain
+    if outs is not None:
+        found |= {"out_signs": outs.signs, "out_mixer": outs.mixer}
+        if place.linear.bias is not None:
+            found["bias"] = place.linear.bias.detach()
+    return found

@@ -19,11 +19,12 @@ from qapbench import (
     Gram,
     Grid,
     LinearPlan,
+    RotatedBoth,
     Rotation,
-    Transform,
     kept_rounding,
     packed_tensors,
     ptq,
+    rotation_flops,
 )
 
 COLUMNS = 128  # columns that are rounded before their feedback is added to all later ones at once
@@ -73,45 +74,21 @@ class QuIP(CalibratedPTQ):
                 if linear.bias is not None:
                     found[name]["bias"] = linear.bias.detach()
                 if weights is not None:
-                    turned = Incoherent(ins, outs).weight(linear.weight.detach())
+                    turned = RotatedBoth(ins, outs).weight(linear.weight.detach())
                     done, grids = ldlq_on_levels(turned, ins(ins(gram.value).mT), weights, self.damping)
                     found[name] |= packed_tensors(done, grids, weights)
             return found
 
         return calibration.block_by_block(linears, find, lambda found: self.plan(found, weights, None))
 
-    def online_rotations(self, inward: int, outward: int, of_norm: bool) -> tuple[int, ...]:
-        """Both of every linear: each has its own."""
-        return inward, outward
+    def online_flops(self, name: str, inward: int, outward: int, of_norm: bool) -> int:
+        """Both rotations of every linear: each has its own."""
+        return rotation_flops(inward) + rotation_flops(outward)
 
     def plan(self, found: Mapping[str, Tensor], weights: Format | None, activations: Format | None) -> LinearPlan:
         rotations = Rotation(found["in"], found["in_mixer"]), Rotation(found["out"], found["out_mixer"])
-        transform = Incoherent(*rotations, found.get("bias"))
+        transform = RotatedBoth(*rotations, found.get("bias"))
         return LinearPlan(kept_rounding(found) if weights else None, activations, transform)
-
-
-class Incoherent(Transform):
-    """Rotation of a linear's input and output, which leaves its function as it is: y = U^T (U W V^T) (V x) + bias.
-
-    Args:
-        ins: V, the rotation of the input.
-        outs: U, the rotation of the output.
-        bias: [out], the linear's bias; None if it has none.
-    """
-
-    def __init__(self, ins: Rotation, outs: Rotation, bias: Tensor | None = None) -> None:
-        self.ins, self.outs, self.bias = ins, outs, bias
-
-    def input(self, x: Tensor) -> Tensor:
-        return self.ins(x)
-
-    def weight(self, w: Tensor) -> Tensor:
-        return self.outs(self.ins(w).mT).mT.contiguous()
-
-    def output(self, y: Tensor) -> Tensor:
-        """Rotate the output back. The linear has already added its bias, which belongs after U^T."""
-        bias = 0 if self.bias is None else self.bias.float()
-        return self.outs.inverse(y.float() - bias) + bias
 
 
 def ldlq(w: Tensor, gram: Tensor, format: Format, damping: float) -> Tensor:

@@ -35,7 +35,12 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 # Less of what only takes longer.
-QUICK: dict[str, dict[str, Any]] = {"omniquant": {"epochs": 1}, "autoround": {"iters": 3}}
+QUICK: dict[str, dict[str, Any]] = {
+    "omniquant": {"epochs": 1},
+    "autoround": {"iters": 3},
+    "spinquant": {"steps": 2},
+    "flatquant": {"epochs": 1},
+}
 
 
 def method(name: str) -> PTQ:

@@ -10,11 +10,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from qapbench import RunSpec, UserError, compress
 from qapbench.methods.kv import KVFormat, KVSide
 from qapbench.models.family import families
-from qapbench.quantize.kv_cache import QuantizedLayer
+from qapbench.quantize.kv_cache import QuantizedLayer, QuantizedWindow
 from qapbench.quantize.receipts import KVUse, most_levels
 from qapbench.receipt import NotQuantizedError
 from qapbench.records.store import answers_of
@@ -140,14 +141,6 @@ def test_fp8_keeps_the_scale_of_the_first_call() -> None:
 def test_every_family_reads_it(family: str) -> None:
     torch.manual_seed(0)
     model, inputs = families.create(family).tiny()
-    if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
-        with (
-            torch.no_grad(),
-            compress(model, spec_of(KIVI)),
-            pytest.raises(UserError, match="not DynamicSlidingWindowLayer"),
-        ):
-            model(**inputs)
-        return
     with torch.no_grad():
         plain = model(**inputs).logits
         for kv, changes in (
@@ -167,6 +160,46 @@ def test_every_family_reads_it(family: str) -> None:
             out = model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, use_cache=True)
         assert torch.equal(model(**inputs).logits, plain)
     assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_a_window_reads_the_newest_tokens() -> None:
+    """What a layer without a window reads, cut to the window; masks of the size that transformers expects."""
+    x = torch.randn(2, 3, 40, 8, generator=torch.Generator().manual_seed(3))
+    use = KVUse(format="", bits_asked=(2, 2))
+    whole, plain = cached(KIVI), DynamicSlidingWindowLayer(sliding_window=12)
+    window = QuantizedWindow(KVFormat.model_validate(KIVI), lambda: None, 0, use, 12)
+    start = 0
+    for count in (7, 1, 20, 1, 1, 3, 1):
+        new, start = x[:, :, start : start + count], start + count
+        assert window.get_mask_sizes(count) == plain.get_mask_sizes(count)
+        wide, narrow = whole.update(new, -new), window.update(new, -new)
+        length = plain.update(new, -new)[0].shape[2]
+        assert all(torch.equal(one[:, :, -length:], other) for one, other in zip(wide, narrow, strict=True))
+        assert window.get_seq_length() == plain.get_seq_length() == start
+    assert use.tokens == 7
+    window.crop(-10)
+    assert window.get_seq_length() == 24
+
+
+def test_a_window_shorter_than_the_prompt() -> None:
+    """Gemma 3 with a window of 8: without rounding it generates as it does without `kv`, with rounding otherwise."""
+    torch.manual_seed(0)
+    model, inputs = families.create("gemma3").tiny()
+    model.config.text_config.sliding_window = 8
+    for layer in model.model.language_model.layers:
+        if layer.self_attn.is_sliding:
+            layer.self_attn.sliding_window = 8
+    more = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    kept = {"output_logits": True, "return_dict_in_generate": True}
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        plain = torch.stack(model.generate(**inputs, **more, **kept).logits)
+        for residual, same in ((4096, True), (16, False)):
+            with compress(model, spec_of({**KIVI, "residual": residual})) as receipt:
+                found = torch.stack(model.generate(**inputs, **more, **kept).logits)
+            assert torch.equal(found, plain) == same
+            assert receipt.kv is not None
+            assert receipt.kv.tokens == (3 * 7 + length) / 4, "three of four layers hold seven tokens"
 
 
 def test_generated_tokens_read_what_is_stored(model: Any, one: dict[str, Any]) -> None:

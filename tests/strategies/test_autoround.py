@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qapbench import Format, UserError, ptqs
-from qapbench.strategies.ptq.autoround import rounded, tune
+from qapbench.strategies.ptq.signed_descent import tune
+from qapbench.strategies.ptq.signed_levels import rounded
 
 
 def by_hand(w: np.ndarray, x: np.ndarray, group: int, bits: int, steps: int) -> tuple[list[float], np.ndarray]:

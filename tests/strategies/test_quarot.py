@@ -56,20 +56,25 @@ def test_rotations_are_the_dense_ones() -> None:
     np.testing.assert_allclose(turn.output(y).numpy(), (y.double().numpy() - bias) @ out.T + bias, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["quarot", "spinquant"])
 @pytest.mark.parametrize("family", families.names())
-def test_every_family_stays_the_same(family: str) -> None:
+def test_every_family_stays_the_same(family: str, method: str) -> None:
     """All linears rotated and none rounded: the logits are those of the model, and values are turned by heads."""
     torch.manual_seed(0)
     model, inputs = families.create(family).tiny()
     owner = family_of(model)
     linears = owner.linears(["language"])
-    for name, parameter in model.named_parameters():
-        if "norm" in name and "language" in name:
-            parameter.data.uniform_(0.5, 1.5)
+    norms = [p for name, p in model.named_parameters() if "norm" in name and "language" in name]
+    zero = "Gemma" in type(model).__name__  # its norms hold the gain less one
+    for parameter in norms:
+        parameter.data.uniform_(-0.5, 0.5).sub_(0 if zero else -1)
+        parameter.data[0] = 0  # a gain of 1 there, a dead channel elsewhere
     with torch.no_grad():
         plain = model(**inputs).logits
-        calibration = Calibration(model, CalibrationSamples([inputs]), owner)
-        plans = ptqs.create("quarot", rounding="rtn").prepare(model, linears, W4, None, calibration)
+        labels = inputs["input_ids"].masked_fill(torch.arange(inputs["input_ids"].shape[1]) < 5, -100)
+        calibration = Calibration(model, CalibrationSamples([{**inputs, "labels": labels}]), owner)
+        params = {"steps": 2} if method == "spinquant" else {}
+        plans = ptqs.create(method, rounding="rtn", **params).prepare(model, linears, W4, W4, calibration)
         with contextlib.ExitStack() as stack:
             for name, linear in linears.items():
                 assert plans[name].transform is not None
@@ -82,8 +87,10 @@ def test_every_family_stays_the_same(family: str) -> None:
         m for m in model.modules() if hasattr(m, "v_proj") and hasattr(m, "head_dim") and m.v_proj in linears.values()
     ).head_dim
     assert len(kinds["v_proj"].outs.signs) == head  # type: ignore[union-attr]
-    assert kinds["q_proj"].scale is not None  # type: ignore[union-attr]
-    assert kinds["down_proj"].scale is None  # type: ignore[union-attr]
+    assert kinds["q_proj"].gain is not None  # type: ignore[union-attr]
+    assert kinds["down_proj"].gain is None  # type: ignore[union-attr]
+    if method == "spinquant":
+        assert kinds["o_proj"].ins.width == head  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "rtn"])

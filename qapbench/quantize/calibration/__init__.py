@@ -1,6 +1,7 @@
 """Calibration: samples run through the model block by block, observers of its linears, results kept as safetensors."""
 
 from .blocks import Block, Group
+from .losses import AnswerLoss
 from .method import CalibratedPTQ
 from .observers import AbsMaxObserver, Gram, MeanAbs, Observer, Rows
 from .runner import Calibration, Gradient
@@ -8,6 +9,7 @@ from .samples import CalibrationResult, CalibrationSamples, Sample
 
 __all__ = [
     "AbsMaxObserver",
+    "AnswerLoss",
     "Block",
     "CalibratedPTQ",
     "Calibration",

@@ -170,19 +170,45 @@ class Block:
         """Output of the block for one sample, without gradients."""
         return self.forward(one)
 
-    def forward(self, one: Pass, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        one: Pass,
+        weights: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
         """Output of the block for one sample. Gradients flow if they are enabled.
 
         Args:
             one: the block's call for the sample.
             weights: weights to use in place of those of linears, by the linears' name in the model.
+            inputs: what makes of a linear's input the one that it gets, by the linear's name in the model.
         """
         self.current[0] = one.tokens
         device = device_of(self.module)
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (one.args, one.kwargs))
         prefix = f"{self.name}." if self.name else ""
         replaced = {f"{name.removeprefix(prefix)}.weight": weight for name, weight in (weights or {}).items()}
-        return first(functional_call(self.module, replaced, args, kwargs) if replaced else self.module(*args, **kwargs))
+        with contextlib.ExitStack() as stack:
+            for name, change in (inputs or {}).items():
+                stack.callback(self.linears[name].register_forward_pre_hook(_changed_by(change)).remove)
+            if not replaced:
+                return first(self.module(*args, **kwargs))
+            return first(functional_call(self.module, replaced, args, kwargs))
+
+    def off(self, index: int, output: Tensor, wanted: Tensor) -> Tensor:
+        """Squared differences of an output of the block from the one wanted, at tokens that are not padding.
+
+        Args:
+            index: index of the pass.
+            output: what the block gave, [B, L, D].
+            wanted: what it should give, of the same shape.
+
+        Returns:
+            [B, L, D], or [T, D] for the T tokens that are no padding, in float32.
+        """
+        off = (output.float() - wanted.to(output.device).float()).square()
+        tokens = self.passes[index].tokens
+        return off if tokens is None else off[tokens.valid.to(off.device)]
 
     def advance(self, following: list[Pass]) -> list[Pass]:
         """Run the block and set its outputs as hidden states of `following`, the calls of the next block."""
@@ -244,6 +270,11 @@ class Block:
             Group({name: self.linears[name] for name in names}, norms.get(key), _holder(names))
             for key, names in inputs.items()
         ]
+
+
+def _changed_by(change: Callable[[Tensor], Tensor]) -> Any:
+    """A hook that changes a module's first input, and leaves its dtype."""
+    return lambda module, args: (change(args[0]).to(args[0].dtype), *args[1:])
 
 
 def _holder(names: list[str]) -> str:

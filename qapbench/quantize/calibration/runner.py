@@ -154,9 +154,9 @@ class Calibration:
         with observed(language, make) as (observers, at), observed(visual, make) as (observers_visual, at_visual):
             at_visual[0] = Pass((), {}, all_vision=True)
             for index, sample in enumerate(self.source.samples):
-                inputs, tokens, _ = self._inputs(sample)
+                inputs, tokens, _ = self.inputs(sample)
                 at[0] = Pass((), {}, tokens)
-                self._forward(inputs)
+                self.forward(inputs)
                 self.source.report("calibrating", index + 1, len(self))
         return {**observers_visual, **observers}
 
@@ -287,7 +287,7 @@ class Calibration:
             for index, sample in enumerate(self.source.samples):
                 if "labels" not in sample:
                     raise UserError("calibration: this method needs samples with `labels` (the answers' token ids)")
-                inputs, tokens, labels = self._inputs(sample)
+                inputs, tokens, labels = self.inputs(sample)
                 answer = (labels != IGNORED_LABEL).flatten()
                 vision = torch.zeros_like(answer) if tokens is None else tokens.vision.flatten()
                 masks[:] = [vision, ~vision, answer]
@@ -338,7 +338,7 @@ class Calibration:
 
     # -- the model --
 
-    def _inputs(self, sample: Any) -> tuple[Any, Tokens | None, Any]:
+    def inputs(self, sample: Any) -> tuple[Any, Tokens | None, Any]:
         """Put a sample on the model's device, pruned if `shorten` is set.
 
         Returns:
@@ -364,7 +364,7 @@ class Calibration:
         return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
 
     @torch.no_grad()
-    def _forward(self, inputs: Any) -> None:
+    def forward(self, inputs: Any) -> None:
         """Run the model without a KV cache and with the logits of the last token only, if its family is known."""
         if not isinstance(inputs, Mapping):
             self.model(inputs)
@@ -385,10 +385,10 @@ class Calibration:
             tokens: Tokens | None = None
             labels: Tensor | None = None
             with contextlib.suppress(Reached), catching(chain, stop, self._activations, language) as caught:
-                inputs, tokens, labels = self._inputs(
+                inputs, tokens, labels = self.inputs(
                     sample
                 )  # pruning runs the vision tower here, so its calls are caught too
-                self._forward(inputs)
+                self.forward(inputs)
             labelled = labels != IGNORED_LABEL if labels is not None and language else None
             for one, calls in zip(passes, caught, strict=True):
                 for call in calls:
