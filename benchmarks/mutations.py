@@ -9,10 +9,9 @@ tests of its group. A mutant that no test notices has survived; its diff is show
 `mutations.yaml` why it is equivalent to the original. The result is 1 if there is a survivor without a reason.
 
 The draw depends on the seed and on the source. `--start 30 --count 70` goes on behind the first thirty. Mutants that
-the file of `--results` has already are not tried again, so the same command goes on where it was stopped. With
-`--list` nothing runs. An existing tool would do if it had no need to: mutmut leaves decorated functions alone, which
-most strategies are, and cosmic-ray changes the working tree itself; neither draws a seeded sample or chooses test
-files.
+the file of `--results` has already are not tried again, so the same command goes on where it was stopped. With `--list`
+nothing runs. An existing tool would do if it had no need to: mutmut leaves decorated functions alone, which most
+strategies are, and cosmic-ray changes the working tree itself; neither draws a seeded sample or chooses test files.
 """
 
 from __future__ import annotations

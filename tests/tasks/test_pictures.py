@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -49,6 +50,15 @@ def read(request: pytest.FixtureRequest, tmp_path: Path) -> Decode:
         return decoded(dataset(str(path))["test"][0]["image"])
 
     return of_file if request.param == "file" else lambda data: decoded(Image.open(io.BytesIO(data)))
+
+
+def test_a_small_file_is_read_without_what_imports_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`read_table` imports pyarrow's data sets and these pandas, which is 50 MB of a page's memory."""
+    path = tmp_path / "data.parquet"
+    pd.DataFrame([row("1", image=picture(file_of(coloured())))]).to_parquet(path)
+    monkeypatch.setattr(pyarrow.parquet, "read_table", lambda *_, **__: pytest.fail("read_table"))
+    found = decoded(dataset(str(path))["test"][0]["image"])
+    assert np.array_equal(np.asarray(found), np.asarray(coloured()))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
