@@ -1,4 +1,4 @@
-"""The five kinds of strategy: their base classes, registries and decorators."""
+"""The six kinds of strategy: their base classes, registries and decorators."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # Added to numerator and denominator of the min-max normalisation, as in QAPruner's code.
 EPSILON = 1e-6
 
+Allocation = Callable[[Tensor, Sequence[int], Sequence[int], float], list[int]]
+"""Choice of bits for layers: (errors [L, B], the B numbers of bits, weights of each layer, mean bits per weight) -> for
+each layer the index of its number of bits."""
 Metric = Callable[[Tensor], Tensor]
 """Sensitivity of tokens to quantization: [B, N, D] -> [B, N], higher means more sensitive."""
 Fusion = Callable[[Tensor, Tensor], Tensor]
@@ -338,6 +341,10 @@ def _build_fusion(entry: Entry[Fusion], params: dict[str, Any]) -> Fusion:
     return functools.partial(entry.target, **params)
 
 
+def _build_allocation(entry: Entry[Allocation], params: dict[str, Any]) -> Allocation:
+    return functools.partial(entry.target, **params)
+
+
 def _check_class(base: type, kind: str) -> Callable[[Any], None]:
     def check(target: Any) -> None:
         if not (isinstance(target, type) and issubclass(target, base)):
@@ -364,14 +371,16 @@ quantizers: Registry[Quantizer] = Registry("quantizer", _call, _check_callable)
 fusions: Registry[Fusion] = Registry("fusion", _build_fusion, _check_callable, positional=2)
 pruners: Registry[Pruner] = Registry("pruner", _call, _check_class(Pruner, "pruner"))
 ptqs: Registry[PTQ] = Registry("ptq", _call, _check_class(PTQ, "ptq"))
+allocations: Registry[Allocation] = Registry("allocation", _build_allocation, _check_callable, positional=4)
 
 # The decorators that register a strategy.
-metric, quantizer, fusion, pruner, ptq = (
+metric, quantizer, fusion, pruner, ptq, allocation = (
     metrics.register,
     quantizers.register,
     fusions.register,
     pruners.register,
     ptqs.register,
+    allocations.register,
 )
-KINDS: dict[str, Registry[Any]] = {r.kind: r for r in (metrics, quantizers, fusions, pruners, ptqs)}
+KINDS: dict[str, Registry[Any]] = {r.kind: r for r in (metrics, quantizers, fusions, pruners, ptqs, allocations)}
 """Registry of each kind of strategy, by the kind's name."""
