@@ -278,6 +278,9 @@ def quantization_label(quantize: Any, dtype: Any = None) -> str:
         parts.append(f"KV{keys}" if keys == values else f"K{keys}V{values}")
     if others := [mapping(one) for one in sequence(spec.get("overrides"))]:
         parts.append(f"({', '.join(map(override_label, others))})" if len(others) < 4 else f"({len(others)} overrides)")
+    if chosen := mapping(spec.get("allocate")):
+        mean = f"mean {chosen['bits']:g} bits " if isinstance(chosen.get("bits"), int | float) else ""
+        parts.append(f"({mean}by {item_label(chosen.get('method'))})")
     scope = [text(name) for name in sequence(spec.get("scope"))]
     if scope and scope != ["language"]:
         parts.append("on " + "+".join(scope))

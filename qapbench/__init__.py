@@ -21,6 +21,7 @@ PUBLIC = {
     "methods.affine": ("Grid", "Levels", "Rounding", "fake_quantize", "grouped", "round_through", "straight_through"),
     "methods.floating": ("FloatGrid", "FloatLevels"),
     "methods.kinds": (
+        "Allocation",
         "Bits",
         "DecoderPruner",
         "Fraction",
@@ -28,6 +29,8 @@ PUBLIC = {
         "ModelMetric",
         "Pruner",
         "Stage",
+        "allocation",
+        "allocations",
         "even_stages",
         "fusion",
         "fusions",
@@ -99,12 +102,15 @@ if TYPE_CHECKING:
     from .methods.affine import Grid, Levels, Rounding, fake_quantize, grouped, round_through, straight_through
     from .methods.floating import FloatGrid, FloatLevels
     from .methods.kinds import (
+        Allocation,
         Bits,
         DecoderPruner,
         Fraction,
         GroupSize,
         Pruner,
         Stage,
+        allocation,
+        allocations,
         even_stages,
         fusion,
         fusions,
@@ -170,6 +176,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "PTQ",
     "AbsMaxObserver",
+    "Allocation",
     "AnswerLoss",
     "Bits",
     "Block",
@@ -219,6 +226,8 @@ __all__ = [
     "Transform",
     "UserError",
     "VisionTokens",
+    "allocation",
+    "allocations",
     "checkpoint_format",
     "compress",
     "cost",

@@ -29,6 +29,7 @@ from .prune.pruning import Pruning
 from .prune.splice import PrunedImage
 from .quantize import backends
 from .quantize.calibration import Calibration, CalibrationSamples
+from .quantize.calibration.allocating import allocated
 from .quantize.call_tokens import TokenContext, nothing_known, watching
 from .quantize.install import SharedInputs, installed
 from .quantize.originals import Keep, Originals
@@ -152,9 +153,11 @@ def _quantized(
             raise UserError(f"quantize.scope: the {part} of a {kind} has no linear layers")
         receipt.fall_back(f"{part}: left in full precision, because it has no linear layers")
     method = ptqs.create(spec.method.name, **spec.method.params)
+    runner = _calibration(family, spec, calibration, pruned, originals)
+    if spec.allocate and runner is not None:
+        spec, receipt.allocation = allocated(family, spec, linears, runner)
     formats = spec.formats(linears)
     receipt.wants_weights, receipt.wants_activations = (any(sides) for sides in zip(*formats.values(), strict=True))
-    runner = _calibration(family, spec, calibration, pruned, originals)
     plans = method.prepare_each(family.model, linears, formats, runner)
     if runner is not None:
         receipt.calibration = runner.used
@@ -259,6 +262,8 @@ def plans_of(model: Any, spec: RunSpec, calibration: Any = None) -> tuple[dict[s
     method = ptqs.create(asked.method.name, **asked.method.params)
     with contextlib.closing(Originals(family.model, "auto")) as originals:
         runner = _calibration(family, asked, calibration, None, originals)
+        if asked.allocate and runner is not None:
+            asked, _ = allocated(family, asked, linears, runner)
         return linears, method.prepare_each(family.model, linears, asked.formats(linears), runner)
 
 
@@ -281,7 +286,8 @@ def _calibration(
         return None
     if not isinstance(given, CalibrationSamples):
         if not given:
-            raise UserError(f"quantize.method: {spec.method} needs calibration samples; give `calibration=[...]`")
+            asking = f"method: {spec.method}" if spec.allocate is None else f"allocate: {spec.allocate.method}"
+            raise UserError(f"quantize.{asking} needs calibration samples; give `calibration=[...]`")
         given = CalibrationSamples(list(given))
     if not spec.calibration.pruned:
         return Calibration(family.model, given, family, originals=originals)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from .quantize.receipts import CalibrationUse, KVUse, LinearReceipt, NotQuantizedError
+from .quantize.receipts import AllocationUse, CalibrationUse, KVUse, LinearReceipt, NotQuantizedError
 
 __all__ = ["CalibrationUse", "ImageTokens", "KVUse", "LinearReceipt", "NotQuantizedError", "Receipt", "ReceiptFields"]
 
@@ -51,7 +51,7 @@ class ImageTokens(BaseModel):
 
 FULL = 16
 """Bits that stand for a value that is not quantized, whatever its dtype."""
-LATER = ("transparent", "positions", "too_long", "longest", "kv", "checkpoint")
+LATER = ("transparent", "positions", "too_long", "longest", "kv", "checkpoint", "allocation")
 """Fields of a receipt that earlier versions did not have."""
 
 
@@ -86,6 +86,7 @@ class ReceiptFields(BaseModel):
             decoder.
         longest: positions that the longest of these prompts needs; None if there are none.
         checkpoint: what the checkpoint is, in words, if it was quantized already; None if it was not.
+        allocation: how bits were allocated to layers; None if they were not, and then not stored.
         kv: what the quantized KV cache held of the first prompt; None if it is in full precision, and then not stored.
     """
 
@@ -112,6 +113,7 @@ class ReceiptFields(BaseModel):
     longest: int | None = None
     kv: KVUse | None = None
     checkpoint: str | None = None
+    allocation: AllocationUse | None = None
 
     @model_serializer(mode="wrap")
     def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -253,7 +255,8 @@ class Receipt(ReceiptFields):
         counts = {pair: f" at {count}" if several else "" for pair, count in pairs.items()}
         bits = ", ".join(f"W{w}A{a}{counts[w, a]}" for w, a in sorted(pairs, key=str)) or "no linear was called"
         if several:
-            bits += f" (mean {self.mean_weight_bits:.4g} bits per weight)"
+            by = f", by {self.allocation.method}" if self.allocation else ""
+            bits += f" (mean {self.mean_weight_bits:.4g} bits per weight{by})"
         called = sum(1 for line in self.linears if line.calls)
         scope = ", ".join(sorted({line.part for line in self.linears}))
         cache = f"; {self.kv.format}: {self.kv.tokens:.4g} tokens x {self.kv.bits:.3g} bits" if self.kv else ""

@@ -247,8 +247,10 @@ def _check_receipt(record: Record, spec: RunSpec, answers: list[Answer]) -> list
         if not planned:
             problems.append("receipt: the spec quantizes, the receipt names no linear")
         for side, what in enumerate(("weights", "activations")):
-            formats = [(line, spec.quantize.formats_of(line.name)[side]) for line in planned]
-            asked = [(line, format.bits) for line, format in formats if format]
+            wanted = [(line, spec.quantize.formats_of(line.name).bits[side]) for line in planned]
+            if spec.quantize.allocate:
+                wanted = [(line, (line.asked or (16, 16))[side]) for line in planned]
+            asked = [(line, bits) for line, bits in wanted if bits < 16]
             reached = [
                 ((line.weight_bits, line.activation_bits)[side], bits) for line, bits in asked if line.calls or not side
             ]

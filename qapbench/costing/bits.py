@@ -34,10 +34,16 @@ class Bits:
     measured: Mapping[str, LinearReceipt] | None = None
 
     def formats(self, product: Product) -> LinearFormats:
-        """The formats that the spec asks of a linear; none of either side outside its scope."""
+        """The formats that the spec asks of a linear; none of either side outside its scope.
+
+        Bits that are allocated count with their mean until a receipt says which a linear has got.
+        """
         spec = self.quantize
         if spec is None or product.part not in spec.scope:
             return LinearFormats(None, None)
+        if spec.allocate and not any(one.fits(product.name) for one in spec.overrides):
+            line = (self.measured or {}).get(product.name)
+            return spec.formats_with(spec.mean_bits if line is None else line.weight_bits)
         return spec.formats_of(product.name)
 
     def stored(self, product: Product) -> Format | None:

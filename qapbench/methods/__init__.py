@@ -1,1 +1,1 @@
-"""What a strategy is written against: registries, the five kinds, tokens, formats and quantization arithmetic."""
+"""What a strategy is written against: registries, the six kinds, tokens, formats and quantization arithmetic."""

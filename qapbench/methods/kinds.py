@@ -1,4 +1,4 @@
-"""The five kinds of strategy: their base classes, registries and decorators."""
+"""The six kinds of strategy: their base classes, registries and decorators."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # Added to numerator and denominator of the min-max normalisation, as in QAPruner's code.
 EPSILON = 1e-6
 
+Allocation = Callable[[Tensor, Sequence[int], Sequence[int], float], list[int]]
+"""Choice of bits for layers: (errors [L, B], the B numbers of bits, weights of each layer, mean bits per weight) -> for
+each layer the index of its number of bits."""
 Metric = Callable[[Tensor], Tensor]
 """Sensitivity of tokens to quantization: [B, N, D] -> [B, N], higher means more sensitive."""
 Fusion = Callable[[Tensor, Tensor], Tensor]
@@ -421,6 +424,10 @@ def _build_fusion(entry: Entry[Fusion], params: dict[str, Any]) -> Fusion:
     return functools.partial(entry.target, **params)
 
 
+def _build_allocation(entry: Entry[Allocation], params: dict[str, Any]) -> Allocation:
+    return functools.partial(entry.target, **params)
+
+
 def _check_class(base: type, kind: str) -> Callable[[Any], None]:
     def check(target: Any) -> None:
         if not (isinstance(target, type) and issubclass(target, base)):
@@ -452,6 +459,8 @@ pruners: Registry[Pruner] = Registry("pruner", _call, _check_class(Pruner, "prun
 """Registry of pruners; an item is a `Pruner`."""
 ptqs: Registry[PTQ] = Registry("ptq", _call, _check_class(PTQ, "ptq"))
 """Registry of PTQ methods; an item is a `PTQ`."""
+allocations: Registry[Allocation] = Registry("allocation", _build_allocation, _check_callable, positional=4)
+"""Registry of allocations; an item chooses the bits of each layer from errors [L, B]."""
 
 metric = metrics.register
 """Decorator `@metric(name)`: registers a function of tokens, or a `ModelMetric`."""
@@ -463,5 +472,7 @@ pruner = pruners.register
 """Decorator `@pruner(name)`: registers a subclass of `Pruner`."""
 ptq = ptqs.register
 """Decorator `@ptq(name)`: registers a subclass of `PTQ`."""
-KINDS: dict[str, Registry[Any]] = {r.kind: r for r in (metrics, quantizers, fusions, pruners, ptqs)}
+allocation = allocations.register
+"""Decorator `@allocation(name)`: registers a function of errors, bits, sizes and a mean."""
+KINDS: dict[str, Registry[Any]] = {r.kind: r for r in (metrics, quantizers, fusions, pruners, ptqs, allocations)}
 """Registry of each kind of strategy, by the kind's name."""

@@ -40,6 +40,8 @@ def layout_of(spec: QuantizeSpec) -> str:
     """
     if spec.kv is not None:
         raise refused(f"the KV cache as {spec.kv.label}; leave `kv` out", "kv")
+    if spec.allocate is not None:
+        raise refused("weights of several numbers of bits so that transformers reads them; leave it out", "allocate")
     asked: list[tuple[LinearFormats, tuple[str, ...]]] = [(LinearFormats(spec.weights, spec.activations), ())]
     asked += [(LinearFormats(one.weights, one.activations), ("overrides", one.linears)) for one in spec.overrides]
     if spec.overrides:

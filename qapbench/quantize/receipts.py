@@ -82,6 +82,25 @@ class CalibrationUse(BaseModel):
     made_again: str | None = None
 
 
+class AllocationUse(BaseModel):
+    """How bits were allocated to layers.
+
+    Attributes:
+        method: who chose.
+        bits_asked: bits per weight that might be reached, mean over the allocated weights; `bits`: those that were.
+        choices: numbers of bits to choose from.
+        errors: the measured error of each layer (or linear) with each of the choices, by glob over its linears.
+        overrides: what was chosen, as it can be written under `quantize.overrides`.
+    """
+
+    method: str
+    bits_asked: float
+    bits: float
+    choices: list[int]
+    errors: dict[str, list[float]]
+    overrides: dict[str, dict[str, dict[str, int]]]
+
+
 class KVUse(BaseModel):
     """What the KV cache held of the first prompt, measured on what the layers read.
 

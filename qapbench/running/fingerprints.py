@@ -10,7 +10,7 @@ import torch
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import code_files, digest_code, digest_files, digest_tree, library_versions
-from qapbench.methods.kinds import fusions, metrics, pruners, ptqs
+from qapbench.methods.kinds import allocations, fusions, metrics, pruners, ptqs
 from qapbench.methods.registry import Entry
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower, families
@@ -21,9 +21,14 @@ from qapbench.spec.items import created
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline
 
+WHERE = {"ptq": ("quantize", "method"), "allocation": ("quantize", "allocate"), "pruner": ("prune", "method")}
+"""Where a spec names items of a kind; those of other kinds stand under `prune` by their own names."""
 CACHE = Path(__file__).parents[1] / "quantize" / "kv_cache.py"  # read and not imported: a plan loads no transformers
 TOWER = "text_tower"  # name of the fingerprint of a text tower's checkpoint
-OF_TEXT = ("model", "precision", "ptq", "kv", "calibration", "family", "vision", "library", "data", "task")
+OF_TEXT = (
+    *("model", "precision", "ptq", "allocation", "kv", "calibration"),
+    *("family", "vision", "library", "data", "task"),
+)
 """First words of the fingerprints that answers to questions without an image depend on."""
 OF_PRUNING = ("pruner", "metric", "fusion", "text_tower", "plugin")
 """First words of the fingerprints that the selection of tokens depends on."""
@@ -62,7 +67,7 @@ def fingerprints(
         try:
             found[f"{kind} {entry.name}"] = digest_code(entry.target)
         except UserError as error:
-            where = ("quantize" if kind == ptqs.kind else "prune", "method" if kind in ("ptq", "pruner") else kind)
+            where = WHERE.get(kind, ("prune", kind))
             raise UserError(Problem(f"{kind} '{entry.name}': {error}", where)) from None
     for name in created(ptqs, spec.quantize.method).used_metrics if spec.quantize else ():
         found[f"ptq metric {name}"] = digest_code(metrics.entry(name).target)
@@ -93,6 +98,7 @@ def used_items(spec: RunSpec) -> list[tuple[str, Entry[Any]]]:
     items: list[tuple[Any, Any]] = []
     if spec.quantize:
         items.append((ptqs, spec.quantize.method))
+        items.append((allocations, spec.quantize.allocate.method if spec.quantize.allocate else None))
     if spec.prune:
         items += [(pruners, spec.prune.method), (metrics, spec.prune.sensitivity), (fusions, spec.prune.fusion)]
     return [(registry.kind, registry.entry(item.name)) for registry, item in items if item]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 from pydantic.functional_validators import BeforeValidator
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import fusions, metrics, pruners, ptqs
+from qapbench.methods.kinds import allocations, fusions, metrics, pruners, ptqs
 from qapbench.methods.registry import Registry
 
 
@@ -93,5 +93,7 @@ if TYPE_CHECKING:
     PrunerItem = Item
     FusionItem = Item
     PTQItem = Item
+    AllocationItem = Item
 else:
-    MetricItem, PrunerItem, FusionItem, PTQItem = map(_field, (metrics, pruners, fusions, ptqs))
+    kinds = (metrics, pruners, fusions, ptqs, allocations)
+    MetricItem, PrunerItem, FusionItem, PTQItem, AllocationItem = map(_field, kinds)

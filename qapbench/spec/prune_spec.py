@@ -41,6 +41,7 @@ class Step(Strict):
 def _keep_or_schedule(schema: dict[str, Any]) -> None:
     """Let the JSON schema of the section do without `keep`, which may follow from its schedule, in place."""
     schema["required"] = [name for name in schema["required"] if name != "keep"]
+    schema["anyOf"] = [{"required": ["keep"]}, {"required": ["schedule"]}]
 
 
 class PruneSpec(Strict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -19,6 +19,7 @@ from qapbench.methods.kinds import ptqs
 from qapbench.methods.kv import KVFormat
 from qapbench.methods.quantization import Format, LinearFormats
 
+from .allocate_spec import AllocateSpec, or_name
 from .backend import Backend, check_backend
 from .items import PTQItem, created
 from .overrides import Override, check_fitting, formats_of, or_mapping, parsed
@@ -73,6 +74,8 @@ class QuantizeSpec(Strict):
         overrides: formats of some linears, by globs over their names, such as `{"*.down_proj": {weights: {bits: 8}}}`.
             What is not named is as in `weights` and `activations`; null in place of the formats leaves these linears in
             full precision. The first one that fits a linear counts.
+        allocate: gives each layer weights of as many bits as it needs, measured on the calibration samples, so that
+            the mean is kept. Linears that an override fits are left out. Write the name of a method, or its settings.
     """
 
     method: PTQItem
@@ -84,6 +87,7 @@ class QuantizeSpec(Strict):
     kv: KVFormat | None = None
     storage: Storage = "unpacked"
     overrides: list[Override] = Field(default=[], json_schema_extra=or_mapping)
+    allocate: Annotated[AllocateSpec | None, Field(json_schema_extra=or_name)] = None
 
     @model_serializer(mode="wrap")
     def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -93,8 +97,9 @@ class QuantizeSpec(Strict):
             data.pop("kv", None)
         if self.storage == "unpacked":
             data.pop("storage", None)
-        if not self.overrides:
-            data.pop("overrides", None)
+        for name in ("overrides", "allocate"):
+            if not getattr(self, name):
+                data.pop(name, None)
         return data
 
     @field_validator("overrides", mode="before")
@@ -121,7 +126,7 @@ class QuantizeSpec(Strict):
         filled = dict(data)
         if filled.get("weights") is None and filled.get("activations") is None and method.formats is not None:
             filled |= dict(zip(("weights", "activations"), method.formats, strict=True))
-        if not method.calibrates:
+        if not method.calibrates and filled.get("allocate") is None:
             # A section with mistakes stays, so that its validation reports them with all others.
             if is_valid(CalibrationSpec, filled.get("calibration")):
                 filled["calibration"] = None
@@ -131,30 +136,55 @@ class QuantizeSpec(Strict):
 
     @model_validator(mode="after")
     def _formats_of_method(self) -> QuantizeSpec:
-        own, several = (
-            LinearFormats(self.weights, self.activations),
-            [(one.weights, one.activations) for one in self.overrides],
-        )
-        if not any(map(any, (own, *several))) and self.kv is None:
+        asked = [((), LinearFormats(self.weights, self.activations)), *self._asked_of_some()]
+        if not any(any(pair) for _, pair in asked) and self.kv is None:
             raise ValueError("give `weights`, `activations` or both; leave `quantize` out for full precision")
         method, problems = created(ptqs, self.method), list[Problem]()
-        for where, (weights, activations) in [
-            ((), own),
-            *((("overrides", one.linears), pair) for one, pair in zip(self.overrides, several, strict=True)),
-        ]:
+        for where, (weights, activations) in asked:
             try:
                 method.check(weights, activations)
                 if not where or weights or activations:
                     check_backend(self.backend, weights, activations)
             except UserError as error:
-                problems += [problem.under(*where) for problem in error.problems]
-        if problems:
-            raise UserError(problems)
-        unquantized = not any(weights for weights, _ in (own, *several))
+                told = [problem.under(*where) for problem in error.problems]
+                problems += [problem for problem in told if problem not in problems]
+        unquantized = not any(pair.weights for _, pair in asked)
         if self.storage == "packed" and (unquantized or self.backend != "simulate"):
             reason = "no `weights` are quantized" if unquantized else f"{self.backend} stores its own weights"
-            raise UserError(Problem(f"'packed' stores quantized weights, but {reason}; leave it out", ("storage",)))
+            problems.append(Problem(f"'packed' stores quantized weights, but {reason}; leave it out", ("storage",)))
+        if problems:
+            raise UserError(problems)
         return self
+
+    def _asked_of_some(self) -> list[tuple[tuple[str, ...], LinearFormats]]:
+        """The formats that some linears have or may get, each with the place in the section that says so.
+
+        Raises:
+            UserError: bits cannot be allocated to these weights.
+        """
+        found: list[tuple[tuple[str, ...], LinearFormats]] = [
+            (("overrides", one.linears), LinearFormats(one.weights, one.activations)) for one in self.overrides
+        ]
+        if self.allocate is None:
+            return found
+        if self.weights is None or self.weights.format != "int":
+            what = "weights that are not quantized" if self.weights is None else f"{self.weights.format} weights"
+            raise UserError(Problem(f"{what} have no bits to choose; give `weights: {{bits: 4}}`", ("allocate",)))
+        if self.mean_bits < self.allocate.choices[0]:
+            message = f"a mean of {self.mean_bits:g} is less than the fewest of the choices, {self.allocate.choices[0]}"
+            raise UserError(Problem(message, ("allocate", "bits" if self.allocate.bits else "choices")))
+        return [*found, *((("allocate", "choices"), self.formats_with(bits)) for bits in self.allocate.choices)]
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits per weight that `allocate` may reach; those of `weights` without it, and 16 for none."""
+        own = 16 if self.weights is None else self.weights.bits
+        return own if self.allocate is None or self.allocate.bits is None else self.allocate.bits
+
+    def formats_with(self, bits: float) -> LinearFormats:
+        """The formats of a linear whose weights are allocated so many bits, which may be a mean."""
+        weights = None if self.weights is None else self.weights.model_copy(update={"bits": bits})
+        return LinearFormats(weights, self.activations)
 
     def formats_of(self, linear: str) -> LinearFormats:
         """The formats of a linear in scope.
@@ -176,6 +206,16 @@ class QuantizeSpec(Strict):
         check_fitting(self.overrides, linears)
         return {name: self.formats_of(name) for name in linears}
 
+    def with_allocated(self, bits: Mapping[str, int]) -> QuantizeSpec:
+        """The section with what was allocated written as overrides.
+
+        Args:
+            bits: bits of the weights by glob over linears.
+        """
+        chosen = [(glob, self.formats_with(each)) for glob, each in bits.items()]
+        new = [Override(linears=glob, weights=pair.weights, activations=pair.activations) for glob, pair in chosen]
+        return self.model_copy(update={"allocate": None, "overrides": [*self.overrides, *new]})
+
     @property
     def label(self) -> str:
         """The quantization in words, such as "rtn W4A4"; 16 bits stand for no quantization."""
@@ -186,7 +226,8 @@ class QuantizeSpec(Strict):
 
     @property
     def _others(self) -> list[str]:
-        """The overrides in words: each of up to two, or how many there are."""
+        """The overrides in words, each of up to two or how many there are, and what is allocated."""
+        chosen = [f"(mean {self.mean_bits:g} bits by {self.allocate.method})"] if self.allocate else []
         if len(self.overrides) > 2:
-            return [f"({len(self.overrides)} overrides)"]
-        return [f"({', '.join(one.label for one in self.overrides)})"] if self.overrides else []
+            return [f"({len(self.overrides)} overrides)", *chosen]
+        return [*([f"({', '.join(one.label for one in self.overrides)})"] if self.overrides else []), *chosen]

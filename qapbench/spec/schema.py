@@ -43,8 +43,8 @@ def spec_schema() -> Schema:
     sections = {name: _untitled(body) for name, body in run["$defs"].items() if name != "Item"}
     fields: Schema = _untitled(run)["properties"]
     # In a sweep, a field that a section needs may come from the matrix or from each case instead.
-    needed = {name: taken for name, body in sections.items() if (taken := body.pop("required", None))}
-    once = {key: {"required": needed[name]} for key, body in fields.items() if (name := _target(body)) in needed}
+    needed = {name: taken for name, body in sections.items() if (taken := _needed(body))}
+    once = {key: needed[name] for key, body in fields.items() if (name := _target(body)) in needed}
     del fields["tasks"]  # which a list under `task` fills
     task = [{"type": "string"}, {"$ref": fields["task"].pop("$ref")}]
     fields["task"]["anyOf"] = [*task, {"type": "array", "minItems": 1, "items": {"anyOf": task, **once["task"]}}]
@@ -83,6 +83,11 @@ def spec_schema() -> Schema:
             **{f"registered-{kind}": _registered(KINDS[kind]) for kind in kinds},
         },
     }
+
+
+def _needed(section: Schema) -> Schema:
+    """What a section says of the fields that it needs, which is taken out of it."""
+    return {key: section.pop(key) for key in ("required", "anyOf") if key in section}
 
 
 def _with_docstring(made: Schema, owner: type) -> Schema:

@@ -299,6 +299,33 @@ class Calibration:
             name: Gradient(*(sum(v) / len(v) if v else float("nan") for v in kinds)) for name, kinds in sums.items()
         }
 
+    def last_states(self) -> list[Tensor]:
+        """Hidden states [T, D] behind the last decoder layer for every sample, without padding, in host memory.
+
+        Raises:
+            ValueError: the model has no family that says which layer that is.
+        """
+        if self.family is None:
+            raise ValueError("a model without a family has no decoder layers that are known")
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(first(output).detach().flatten(0, -2))
+
+        states: list[Tensor] = []
+        handle = self.family.blocks("language")[-1].register_forward_hook(keep)
+        try:
+            for index, sample in enumerate(self.source.samples):
+                inputs, tokens, _ = self._inputs(sample)
+                found.clear()
+                self._forward(inputs)
+                valid = None if tokens is None else tokens.valid.flatten().to(found[-1].device)
+                states.append((found[-1] if valid is None else found[-1][valid]).cpu())
+                self.source.report("measuring layers", index + 1, len(self))
+        finally:
+            handle.remove()
+        return states
+
     # -- cached results --
 
     def cached(
