@@ -14,7 +14,7 @@ from .markdown import page
 
 TITLES = {
     "run": ("Running and results", "Make runs, read their records, and count what a row costs."),
-    "strategies": ("Writing a strategy", "Base classes, registries and decorators of the five kinds."),
+    "strategies": ("Writing a strategy", "Base classes, registries and decorators of the six kinds."),
     "formats": ("Number formats", "What quantizes a tensor, and how a quantized one is kept."),
     "calibration": ("Calibration", "What a PTQ method that looks at samples is written against."),
     "models": ("Models and tasks", "Families of models, formats of checkpoints, and tasks."),
@@ -35,6 +35,8 @@ GROUPS = {
     "methods.reads": "strategies",
     "methods.quantization": "strategies",
     "methods.rotation": "strategies",
+    "methods.kronecker": "strategies",
+    "methods.stiefel": "strategies",
     "methods.affine": "formats",
     "methods.floating": "formats",
     "methods.normal_float": "formats",

@@ -22,6 +22,7 @@ PLURALS = {
     "ptq": ("PTQ methods", "How linears are quantized."),
     "metric": ("Sensitivity metrics", "How much a token suffers from quantization; higher means keep."),
     "fusion": ("Fusions", "How relevance and sensitivity become one score."),
+    "allocation": ("Allocations", "How many bits each layer gets, from what rounding it does to the model."),
     "quantizer": ("Quantizers", "What metrics use to simulate what a token loses."),
 }
 INTRO = """\
@@ -33,6 +34,7 @@ IN_SPEC = {
     "ptq": "quantize: {{method: {item}, weights: {{bits: 4}}, activations: {{bits: 8}}}}",
     "metric": "prune: {{method: cdpruner, keep: 32, sensitivity: {item}}}",
     "fusion": "prune: {{method: cdpruner, keep: 32, sensitivity: combined, fusion: {item}}}",
+    "allocation": "quantize: {{method: rtn, weights: {{bits: 4}}, allocate: {item}}}",
 }
 DEPTH, COUNT = 32, 576  # layers and visual tokens of LLaVA-1.5-7B
 
@@ -178,6 +180,8 @@ def _of_metric(kind: str, entry: Entry[Any]) -> list[str]:
         "works on every model family.",
         "fusion": "On the relevance and the sensitivity of one image's tokens, both normalised to (0, 1]; see "
         "[fusion](../../../concepts/fusion.md). It works on every model family.",
+        "allocation": "On the errors that each number of bits causes in each layer, or linear, of the calibration samples. "
+        "It works with every PTQ method and every model family with known decoder layers.",
         "quantizer": "Inside metrics that simulate quantization of a token; it does not quantize the model.",
     }[kind]
     reads = "It also looks at the language model's first linears (`FirstReads`)." if needs else ""

@@ -44,14 +44,14 @@ class LearnedMatrix:
     def __init__(self, size: int, draw: torch.Generator) -> None:
         gauss = torch.randn(2, size, size, generator=draw, dtype=torch.float64)
         q, r = torch.linalg.qr(gauss)
-        self.start = q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+        self._start = q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
         self.parameters = [torch.zeros(2, size, size, dtype=torch.float32), torch.ones(size, dtype=torch.float32)]
 
     def matrix(self, dtype: torch.dtype = torch.float32) -> Matrix:
         """The matrix, as a function of the parameters."""
         free, s = (parameter.to(dtype) for parameter in self.parameters)
         skew, identity = (free - free.mT) / 2, torch.eye(free.shape[-1], dtype=dtype)
-        u, v = torch.linalg.solve(identity - skew, identity + skew) @ self.start.to(dtype)
+        u, v = torch.linalg.solve(identity - skew, identity + skew) @ self._start.to(dtype)
         return Matrix(u * s @ v.mT, u / s @ v.mT)
 
 

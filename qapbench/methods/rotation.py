@@ -50,7 +50,7 @@ class Rotation:
     @classmethod
     def dense(cls, matrix: Tensor) -> Rotation:
         """The rotation x -> R x of an orthogonal matrix R [n, n]."""
-        return cls(torch.ones(len(matrix)), matrix.float())
+        return cls(torch.ones(len(matrix), dtype=torch.float32), matrix.float())
 
     @property
     def width(self) -> int:

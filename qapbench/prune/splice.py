@@ -121,7 +121,7 @@ def schedules(encoded: EncodedImages, spec: PruneSpec, most: int | None) -> list
     """
     each = []
     for step in spec.schedule:
-        own = spec.model_copy(update={"keep": step.keep, "schedule": []})
+        own = spec.model_copy(update={"keep": step.keep, "schedule": ()})
         each.append([[Stage(step.layer, keep) for keep in keeps] for keeps in budgets(encoded, own, most)])
     if not each:
         return [[()] * views.tokens.batch for views in encoded.views]

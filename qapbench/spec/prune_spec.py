@@ -75,7 +75,7 @@ class PruneSpec(Strict):
     fusion: FusionItem | None = None
     per: Literal["tile", "image"] = "tile"
     positions: Literal["compact", "keep"] | None = None
-    schedule: list[Step] = Field(default=[], json_schema_extra=or_null)
+    schedule: tuple[Step, ...] = Field(default=(), json_schema_extra=or_null)
     budget: SkipJsonSchema[CostBudget | None] = None
 
     @model_validator(mode="before")
@@ -86,8 +86,9 @@ class PruneSpec(Strict):
             return data
         if "budget" in data:
             raise UserError(Problem("unknown field; a cost stands under `keep`", ("budget",)))
-        filled = {**data, "schedule": data.get("schedule") or []}
-        last = filled["schedule"][-1] if isinstance(filled["schedule"], list) and filled["schedule"] else None
+        steps = data.get("schedule") or ()
+        filled = {**data, "schedule": tuple(steps) if isinstance(steps, list) else steps}
+        last = steps[-1] if isinstance(steps, list | tuple) and steps else None
         if last is not None and data.get("keep") is None:
             filled["keep"] = last.keep if isinstance(last, Step) else last.get("keep") if isinstance(last, dict) else 1
         if isinstance(data.get("keep"), dict) and last is not None:

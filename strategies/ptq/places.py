@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from qapbench import Block
 
+ENDS: tuple[Literal["writes", "reads"] | None, ...] = (None, "writes", "reads")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -41,6 +43,20 @@ class Place:
     def head_key(self) -> tuple[str, int]:
         """Which heads' values it reads or writes: the block, and the width of a head, or 0 for none."""
         return self.block, (self.head or 0) if self.values else 0
+
+
+def stored(place: Place) -> dict[str, Tensor]:
+    """A place as tensors, which a calibration can hand back; see `restored`."""
+    numbers = [place.decoder, place.stream, place.head or 0, ENDS.index(place.values)]
+    found = {"place": torch.tensor(numbers), "block": torch.tensor(list(place.block.encode()), dtype=torch.uint8)}
+    return found if place.gain is None else {**found, "gain": place.gain}
+
+
+def restored(linear: nn.Linear, found: Mapping[str, Tensor]) -> Place:
+    """The place of a linear that `stored` has made tensors of."""
+    decoder, stream, head, values = found["place"].tolist()
+    block = bytes(found["block"].tolist()).decode()
+    return Place(linear, block, bool(decoder), bool(stream), found.get("gain"), head or None, ENDS[values])
 
 
 def places(model: nn.Module, block: Block) -> dict[str, Place]:

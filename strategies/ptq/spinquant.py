@@ -22,7 +22,7 @@ from qapbench import (
     rotated_by,
 )
 
-from .places import Place, places
+from .places import Place, places, restored, stored
 from .quarot import QuaRot, Rotations, described
 
 Points = Mapping[tuple[str, int], Tensor]
@@ -74,14 +74,12 @@ class SpinQuant(QuaRot):
         weights: Format | None,
         activations: Format | None,
     ) -> CalibrationResult:
-        standing: dict[str, Place] = {}
-
         def look(block: Block) -> CalibrationResult:
             block.observe(lambda _: AbsMaxObserver())  # refuses what is not finite
-            standing.update({name: place for name, place in places(calibration.model, block).items() if place.decoder})
-            return {}
+            return {name: stored(one) for name, one in places(calibration.model, block).items() if one.decoder}
 
-        calibration.block_by_block(linears, look)
+        seen = calibration.block_by_block(linears, look, whole=True)
+        standing = {name: restored(linears[name], found) for name, found in seen.items()}
         points = {
             key: Rotation.hadamard(key[1], self.seed, signs=True).matrix.mT
             for place in standing.values()

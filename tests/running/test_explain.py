@@ -34,7 +34,12 @@ OWN_FORMATS: dict[str, dict[str, Any]] = {  # what only these methods make
     "qvlm": {},
     "mquant": {"weights": SYMMETRIC, "activations": {**SYMMETRIC, "granularity": "tensor"}},
 }
-QUICK: dict[str, dict[str, Any]] = {"omniquant": {"epochs": 1}, "autoround": {"iters": 3}}
+QUICK: dict[str, dict[str, Any]] = {
+    "omniquant": {"epochs": 1},
+    "autoround": {"iters": 3},
+    "flatquant": {"epochs": 1},
+    "spinquant": {"steps": 2},
+}
 """Less of what only takes longer."""
 CALIBRATED = [name for name in ptqs.names() if ptqs.create(name).calibrates]
 

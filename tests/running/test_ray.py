@@ -142,7 +142,7 @@ def test_an_actor_and_a_node_that_are_killed_change_no_byte(
     first.join()
     second.join()
     assert "the worker died" in caplog.text
-    assert caplog.text.count("another worker goes on") >= 2
+    assert "another worker goes on" in caplog.text  # of each that was answering: one that waited has nothing to hand on
     assert "the worker died" in (tmp_path / LOG_FILE).read_text()
     cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
 

@@ -30,25 +30,25 @@ class AnswerLoss:
         model, family = calibration.model, calibration.family
         module: nn.Module = model if family is None else family.parts["language"]
         name = next(name for name, inner in model.named_modules() if inner is module)
-        self.block = Block(name, module, linears, [], spill=Spill())
-        self.labels: list[Tensor | None] = []
-        self.head: nn.Module | None = None if family is None else model.get_output_embeddings()  # type: ignore[operator]
+        self._block = Block(name, module, linears, [], spill=Spill())
+        self._labels: list[Tensor | None] = []
+        self._head: nn.Module | None = None if family is None else model.get_output_embeddings()  # type: ignore[operator]
         for sample in calibration.source.samples:
-            with contextlib.suppress(Reached), catching([module], module, self.block.spill) as caught:
+            with contextlib.suppress(Reached), catching([module], module, self._block.spill) as caught:
                 inputs, tokens, labels = calibration.inputs(sample)
                 calibration.forward(inputs)
-            self.block.passes.append(replace(caught[0][0], tokens=tokens))
-            told = self.head is not None and labels is not None and bool((labels[:, 1:] != IGNORED_LABEL).any())
-            self.labels.append(labels if told else None)
-        plain = (None if told is not None else self.block.run(one) for one, told in self._told())
-        self._plain = [None if output is None else self.block.spill.keep(output) for output in plain]
+            self._block.passes.append(replace(caught[0][0], tokens=tokens))
+            told = self._head is not None and labels is not None and bool((labels[:, 1:] != IGNORED_LABEL).any())
+            self._labels.append(labels if told else None)
+        plain = (None if told is not None else self._block.run(one) for one, told in self._told())
+        self._plain = [None if output is None else self._block.spill.keep(output) for output in plain]
 
     def _told(self) -> list[tuple[Pass, Tensor | None]]:
         """Each call with its labels."""
-        return list(zip(self.block.passes, self.labels, strict=True))
+        return list(zip(self._block.passes, self._labels, strict=True))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._labels)
 
     def __call__(
         self,
@@ -57,11 +57,11 @@ class AnswerLoss:
         inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
         """Loss of one sample. Gradients flow if they are enabled; the other arguments are those of `Block.forward`."""
-        output = self.block.forward(self.block.passes[index], weights, inputs)
-        labels, plain = self.labels[index], self._plain[index]
-        if plain is not None or labels is None or self.head is None:
+        output = self._block.forward(self._block.passes[index], weights, inputs)
+        labels, plain = self._labels[index], self._plain[index]
+        if plain is not None or labels is None or self._head is None:
             wanted = output if plain is None else plain.to(output.device)
-            return self.block.off(index, output, wanted).mean() / wanted.float().square().mean()
+            return self._block.off(index, output, wanted).mean() / wanted.float().square().mean()
         following = labels[:, 1:].to(output.device)
         told = following != IGNORED_LABEL
-        return cross_entropy(self.head(output[:, :-1][told]).float(), following[told])
+        return cross_entropy(self._head(output[:, :-1][told]).float(), following[told])

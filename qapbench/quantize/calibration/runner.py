@@ -57,12 +57,14 @@ class BlockWork:
         find: computes the result for the linears of one block.
         install: makes a linear's plan from its result; None leaves the model in full precision.
         own: names of the linears whose result counts; None for all.
+        whole: whether the method needs the result of all linears, those that get other formats too.
     """
 
     linears: Mapping[str, nn.Linear]
     find: Callable[[Block], CalibrationResult]
     install: Callable[[dict[str, Tensor]], LinearPlan] | None = None
     own: Collection[str] | None = None
+    whole: bool = False
 
 
 class Calibration:
@@ -165,6 +167,7 @@ class Calibration:
         linears: Mapping[str, nn.Linear],
         find: Callable[[Block], CalibrationResult],
         install: Callable[[dict[str, Tensor]], LinearPlan] | None = None,
+        whole: bool = False,
     ) -> CalibrationResult:
         """Calibrate one block after another, in the order of a forward pass.
 
@@ -177,11 +180,12 @@ class Calibration:
             find: computes the result for the linears of one block.
             install: makes a linear's plan from its result. The plan is installed before the next block is calibrated,
                 so that it sees the errors of the quantized blocks before it. None leaves the model in full precision.
+            whole: whether the method needs the result of all linears, where others of them get other formats.
 
         Returns:
             The results of all blocks, with tensors in host memory or in temporary files.
         """
-        return self.together([BlockWork(linears, find, install)])[0]
+        return self.together([BlockWork(linears, find, install, whole=whole)])[0]
 
     def together(self, works: Sequence[BlockWork]) -> list[CalibrationResult]:
         """Do several works block by block, each on the outputs of what all of them have made of the blocks before.
@@ -316,9 +320,9 @@ class Calibration:
         handle = self.family.blocks("language")[-1].register_forward_hook(keep)
         try:
             for index, sample in enumerate(self.source.samples):
-                inputs, tokens, _ = self._inputs(sample)
+                inputs, tokens, _ = self.inputs(sample)
                 found.clear()
-                self._forward(inputs)
+                self.forward(inputs)
                 valid = None if tokens is None else tokens.valid.flatten().to(found[-1].device)
                 states.append((found[-1] if valid is None else found[-1][valid]).cpu())
                 self.source.report("measuring layers", index + 1, len(self))

@@ -43,9 +43,10 @@ class _Answering(Calibration):
         linears: Mapping[str, nn.Linear],
         find: Callable[[Block], CalibrationResult],
         install: Callable[[dict[str, Tensor]], LinearPlan] | None = None,
+        whole: bool = False,
     ) -> CalibrationResult:
         if (answer := next(self._answers, None)) is None:
-            raise _Asked(BlockWork(linears, find, install))
+            raise _Asked(BlockWork(linears, find, install, whole=whole))
         return answer
 
 
@@ -75,7 +76,7 @@ def calibrated_together(
                 whole = calibrate(_Answering(runner, iter(answers[pair])))
                 found[pair] = {name: whole[name] for name in own if name in whole}
             except _Asked as asked:
-                works[pair] = replace(asked.work, own=frozenset(own))
+                works[pair] = asked.work if asked.work.whole else replace(asked.work, own=frozenset(own))
         if works:
             for pair, result in zip(works, runner.together(list(works.values())), strict=True):
                 answers[pair].append(result)
