@@ -180,8 +180,8 @@ def _of_metric(kind: str, entry: Entry[Any]) -> list[str]:
         "works on every model family.",
         "fusion": "On the relevance and the sensitivity of one image's tokens, both normalised to (0, 1]; see "
         "[fusion](../../../concepts/fusion.md). It works on every model family.",
-        "allocation": "On the errors that each number of bits causes in each layer, or linear, of the calibration samples. "
-        "It works with every PTQ method and every model family with known decoder layers.",
+        "allocation": "On the errors that each number of bits causes in each layer, or linear, on the calibration "
+        "samples. It works with every PTQ method and every model family with known decoder layers.",
         "quantizer": "Inside metrics that simulate quantization of a token; it does not quantize the model.",
     }[kind]
     reads = "It also looks at the language model's first linears (`FirstReads`)." if needs else ""

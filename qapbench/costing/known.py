@@ -85,7 +85,11 @@ def costed_model(given: Any, dtype: str = "auto", named_tower: str | None = None
             return CostedModel(key, family, shape or _tower(family, named_tower, "", content["config"]))
     place = _folder(name, known)
     config = read_mapping(place / CONFIG)
-    family = without_weights(config, dtype)
+    layout = format_of(config)
+    if layout is None:
+        family = without_weights(config, dtype)
+    else:
+        family = family_of(layout(place, config).empty(_dtype(config, dtype)).eval())
     return CostedModel(name, family, _tower(family, named_tower, str(place), config))
 
 
@@ -126,11 +130,16 @@ def without_weights(config: Mapping[str, Any], dtype: str = "auto") -> Family:
         UserError: no family is registered for it, or the config is not complete.
     """
     if format_of(config):
-        what = "its layout is that of its authors, whose config lacks the vision tower; name the one for transformers"
+        what = "its layout is that of its authors, whose config lacks the vision tower; name the checkpoint's folder"
         raise UserError(Problem(what, ("model",)))
     family_class(str(config.get("model_type")))
-    named = config.get("dtype") or config.get("torch_dtype") or "float32" if dtype == "auto" else dtype
-    return _built(json.dumps(config, sort_keys=True, default=str), str(named).removeprefix("torch."))
+    return _built(json.dumps(config, sort_keys=True, default=str), _dtype(config, dtype))
+
+
+def _dtype(config: Mapping[str, Any], asked: str) -> str:
+    """Name of the dtype of the weights; the config's own for "auto", and float32 if it names none."""
+    named = config.get("dtype") or config.get("torch_dtype") or "float32" if asked == "auto" else asked
+    return str(named).removeprefix("torch.")
 
 
 @functools.lru_cache(maxsize=4)

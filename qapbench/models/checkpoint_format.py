@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qapbench.errors import Problem, UserError
 from qapbench.methods.registry import Entry, Registry
 
 
@@ -51,6 +52,18 @@ class CheckpointFormat(abc.ABC):
         Returns:
             A transformers model of a known family, and its processor.
         """
+
+    def empty(self, dtype: str) -> Any:
+        """The model without weights, on the "meta" device. Its cost is counted from it, and nothing is downloaded.
+
+        Args:
+            dtype: name of the dtype of the weights.
+
+        Raises:
+            UserError: the format cannot make it.
+        """
+        what = "its layout is that of its authors, which says too little of the model; name the one for transformers"
+        raise UserError(Problem(what, ("model",)))
 
     @staticmethod
     @abc.abstractmethod

@@ -18,7 +18,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from qapbench import RunSpec, UserError, compress, pruners
+from benchmarks.cost import PROMPTS
+from qapbench import RunSpec, UserError, compress, cost, pruners
 from qapbench.models.loading import load_model
 from qapbench.running.fingerprints import fingerprints
 from qapbench.tasking.tasks import find_outline
@@ -282,3 +283,18 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", command], cwd=folder, check=True, timeout=120)
     model, _ = load(folder)
     assert torch.equal(model.model.language_model.norm.weight, weights["model.norm.weight"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_its_cost_is_that_of_the_loaded_model(version: str, tmp_path: Path) -> None:
+    """Without its weights, which may be away."""
+    folder, _ = save_original(tmp_path, version)
+    spec = {"quantize": {"method": "rtn", "weights": {"bits": 4}}, "prune": {"method": "cdpruner", "keep": 3}}
+    model, _ = load_model(RunSpec.parse({"model": str(folder), "task": "scienceqa", "dtype": "bfloat16"}), CPU)
+    wanted = cost(model, spec, PROMPTS["llava"])
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    found = cost(folder, {**spec, "dtype": "bfloat16"}, PROMPTS["llava"])
+    assert found.work == wanted.work
+    assert found.weight_bytes_by_part == wanted.weight_bytes_by_part
+    assert found.tokens_per_layer == wanted.tokens_per_layer

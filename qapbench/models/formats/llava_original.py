@@ -117,6 +117,21 @@ class OriginalLlava(CheckpointFormat):
         model = self._model(vision.config, weights, image_token, precision)
         return model, self._processor(tower, vision.config, tokenizer)
 
+    def empty(self, dtype: str) -> Any:
+        """The model without weights, from the configs of the checkpoint and of its vision tower, and the tokenizer.
+
+        Raises:
+            UserError: this variant of LLaVA is not supported, or the vision tower is not on this machine.
+        """
+        self._check()
+        from transformers import AutoTokenizer, CLIPVisionConfig
+
+        image_token = self._image_token(AutoTokenizer.from_pretrained(self.folder, use_fast=True), {})
+        vision = CLIPVisionConfig.from_pretrained(self.companion(fetch=False))
+        words = max(int(self.config["vocab_size"]), image_token + 1)
+        with torch.device("meta"):
+            return self._unfilled(vision, words, image_token, getattr(torch, dtype))
+
     def _check(self) -> None:
         """Raise a UserError for variants that would load as something different from what they are."""
         config = self.config
@@ -161,14 +176,20 @@ class OriginalLlava(CheckpointFormat):
                 weights[name] = torch.cat([weights[name], weights[name].new_zeros(short, weights[name].shape[1])])
         return token
 
-    def _model(self, vision: Any, weights: dict[str, Tensor], image_token: int, precision: torch.dtype) -> Any:
-        """Build the model around the weights, without initialising or copying them."""
-        from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    def _unfilled(self, vision: Any, words: int, image_token: int, precision: torch.dtype) -> Any:
+        """Build the model, with weights that are not initialised.
+
+        Args:
+            vision: config of the vision tower.
+            words: rows of the embeddings.
+            image_token: id of the placeholder token.
+            precision: dtype of the weights.
+        """
+        from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
         from transformers.initialization import no_init_weights
 
         own = {k: v for k, v in self.config.items() if not k.startswith(("mm_", "model_type", "architectures"))}
-        embedded = weights["model.language_model.embed_tokens.weight"]
-        text = LlamaConfig.from_dict({**own, "vocab_size": len(embedded), "dtype": precision})
+        text = LlamaConfig.from_dict({**own, "vocab_size": words, "dtype": precision})
         config = LlavaConfig(
             vision_config=vision,
             text_config=text,
@@ -188,8 +209,16 @@ class OriginalLlava(CheckpointFormat):
                     model.model.multi_modal_projector = LinearProjector(vision.hidden_size, text.hidden_size)
         finally:
             torch.set_default_dtype(before)
+        return model
+
+    def _model(self, vision: Any, weights: dict[str, Tensor], image_token: int, precision: torch.dtype) -> Any:
+        """Build the model around the weights, without initialising or copying them."""
+        from transformers import GenerationConfig
+
+        words = len(weights["model.language_model.embed_tokens.weight"])
+        model = self._unfilled(vision, words, image_token, precision)
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-        if config.tie_word_embeddings:
+        if model.config.tie_word_embeddings:
             model.tie_weights()
             missing = [name for name in missing if name != "lm_head.weight"]
         if missing or unexpected:
