@@ -170,3 +170,22 @@ def test_without_samples_it_says_so(model: Any) -> None:
         compress(model, spec),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ([0], r"for each of 2 layers the index of its bits in \[2, 3, 4, 8\], got \[0\]"),
+        ([0, 4], r"got \[0, 4\]"),
+        ([0, -1], r"got \[0, -1\]"),
+        ([2.0, 0], r"got \[2.0, 0\]"),
+        ([3, 3], "takes 8 bits per weight, more than the mean of 3"),
+    ],
+)
+def test_what_a_method_may_not_return_is_said(
+    places: Any, said: str, model: Any, samples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocations, "create", lambda *_, **__: lambda *_: places)
+    asked = {"method": "rtn", "weights": {"bits": 3}, "allocate": "sensitivity"}
+    with pytest.raises(UserError, match=said), compress(model, {"quantize": asked}, calibration=samples):
+        pass

@@ -44,6 +44,15 @@ def test_every_example_of_the_page_runs(
         "calibrated ptq": {
             "quantize": {"method": "static_absmax", **eight, "activations": {"bits": 8}, "calibration": calibration}
         },
+        "allocation": {
+            "quantize": {
+                "method": "rtn",
+                **eight,
+                "weights": {"bits": 4},
+                "allocate": "ends_first",
+                "calibration": calibration,
+            }
+        },
     }
     assert len(cases) == len(examples)  # an example more is a case more
     asked = spec_of(prune={"method": "attention", "keep": 4}, task={"limit": 4}, cases=cases)

@@ -119,3 +119,11 @@ def test_notebooks_hold_no_outputs() -> None:
         cells = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
         assert cells
         assert [cell["id"] for cell in cells if cell["outputs"] or cell["execution_count"]] == []
+
+
+def test_every_page_of_the_docs_is_in_the_menu() -> None:
+    """The build refuses others too, and takes longer to say so."""
+    root = Path(__file__).parents[2]
+    menu = (root / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(root / "docs").as_posix() for page in (root / "docs").rglob("*.md")]
+    assert [page for page in pages if page not in menu] == []

@@ -64,6 +64,7 @@ def allocated(
     sizes = [sum(linears[name].weight.numel() for name in names) for names in units.values()]
     method = allocations.create(asked.method.name, **asked.method.params)
     places = method(errors, asked.choices, sizes, spec.mean_bits)
+    _check_places(str(asked.method), places, sizes, asked.choices, spec.mean_bits)
     bits = {unit: asked.choices[place] for unit, place in zip(units, places, strict=True)}
     use = AllocationUse(
         method=str(asked.method),
@@ -74,6 +75,25 @@ def allocated(
         overrides={unit: {"weights": {"bits": each}} for unit, each in bits.items()},
     )
     return spec.with_allocated(bits), use
+
+
+def _check_places(
+    method: str, places: Sequence[int], sizes: Sequence[int], choices: Sequence[int], mean: float
+) -> None:
+    """Check that a method chose for every unit, and within the mean.
+
+    Raises:
+        UserError: it did not.
+    """
+    listed = list(places)
+    if len(listed) != len(sizes) or any(type(one) is not int or not 0 <= one < len(choices) for one in listed):
+        what = f"for each of {len(sizes)} layers the index of its bits in {list(choices)}"
+        raise UserError(f"quantize.allocate: '{method}' has to return {what}, got {listed}")
+    reached = sum(size * choices[one] for size, one in zip(sizes, listed, strict=True)) / sum(sizes)
+    if reached > mean + 1e-6:
+        raise UserError(
+            f"quantize.allocate: '{method}' takes {reached:g} bits per weight, more than the mean of {mean:g}"
+        )
 
 
 def units_of(family: Family, linears: Sequence[str], per: str) -> Units:
