@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llava_checkpoints import THREE, batch_of, picture, save_llava
-from test_ptq_on_a_model import labelled, logits
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from llava_checkpoints import THREE
+from test_ptq_on_a_model import logits, samples_of
 
 from qapbench import CalibrationSamples, RunSpec, UserError, allocations, compress, cost
 
@@ -70,28 +69,8 @@ def test_sizes_of_real_models_keep_the_budget_too() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llava(tmp_path_factory.mktemp("allocation-llava"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(folder: Path) -> Any:
-    return AutoProcessor.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
 def samples(processor: Any) -> list[dict[str, Any]]:
-    return [labelled(batch_of(processor, [THREE[0]], [picture(0)] if "<image>" in THREE[0] else []))]
-
-
-@pytest.fixture(scope="module")
-def asked(processor: Any) -> dict[str, Any]:
-    return batch_of(processor, THREE, [picture(101), picture(102)])
+    return samples_of(processor, THREE[:1])
 
 
 @each_allocation

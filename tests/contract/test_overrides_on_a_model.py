@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from llava_checkpoints import THREE, batch_of, picture, save_llava
+from llava_checkpoints import THREE
 from test_ptq_contract import each_ptq, made_by
-from test_ptq_on_a_model import labelled, logits, quantize
+from test_ptq_on_a_model import logits, quantize, samples_of
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import CalibrationSamples, UserError, compress, ptqs
 from qapbench.methods.quantization import by_formats
@@ -20,32 +19,8 @@ SECOND = "layers.1.*"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llava(tmp_path_factory.mktemp("overrides-llava"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(folder: Path) -> Any:
-    return AutoProcessor.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
 def samples(processor: Any) -> list[dict[str, Any]]:
-    texts = THREE[:2]
-    return [
-        labelled(batch_of(processor, [text], [picture(index)] if "<image>" in text else []))
-        for index, text in enumerate(texts)
-    ]
-
-
-@pytest.fixture(scope="module")
-def asked(processor: Any) -> dict[str, Any]:
-    return batch_of(processor, THREE, [picture(101), picture(102)])
+    return samples_of(processor, THREE[:2])
 
 
 def linears(model: nn.Module) -> Mapping[str, nn.Linear]:

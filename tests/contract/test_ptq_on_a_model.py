@@ -1,16 +1,15 @@
 """What every PTQ method owes to a whole model that it is put on, and taken off, by `compress`."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llava_checkpoints import THREE, batch_of, picture, save_llava
+from llava_checkpoints import THREE, batch_of, picture
 from test_ptq_contract import FORMATS, QUICK, each_ptq, made_by, method
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import Block, CalibrationSamples, LinearPlan, RunSpec, Tokens, UserError, compress, ptqs
 from qapbench.models import family_of
@@ -22,21 +21,6 @@ SEVERAL = 3
 calibrating = pytest.mark.parametrize("name", [name for name in ptqs.names() if ptqs.create(name).calibrates])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llava(tmp_path_factory.mktemp("ptq-llava"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(folder: Path) -> Any:
-    return AutoProcessor.from_pretrained(folder)
-
-
 def labelled(inputs: dict[str, Any]) -> dict[str, Any]:
     """The last two tokens are the answer."""
     labels = inputs["input_ids"].clone()
@@ -44,9 +28,8 @@ def labelled(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "labels": labels}
 
 
-@pytest.fixture(scope="module")
-def samples(processor: Any) -> list[dict[str, Any]]:
-    texts = (THREE * SEVERAL)[:SEVERAL]
+def samples_of(processor: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """A calibration sample of each text, whose last two tokens are the answer."""
     return [
         labelled(batch_of(processor, [text], [picture(index)] if "<image>" in text else []))
         for index, text in enumerate(texts)
@@ -54,8 +37,8 @@ def samples(processor: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def asked(processor: Any) -> dict[str, Any]:
-    return batch_of(processor, THREE, [picture(101), picture(102)])
+def samples(processor: Any) -> list[dict[str, Any]]:
+    return samples_of(processor, (THREE * SEVERAL)[:SEVERAL])
 
 
 def quantize(name: str, **more: Any) -> dict[str, Any]:
