@@ -28,6 +28,7 @@ COPIED = {
 """Files outside of docs/ that are pages of the site, and where they stand there."""
 ELSEWHERE = {
     "specs/outliers.yaml": "specs.md#outliers",
+    "specs/budgets.yaml": "specs.md#budgets",
     "LICENSE": "licence.md",
     "NOTICE": "licence.md",
 }
