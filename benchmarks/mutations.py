@@ -72,7 +72,9 @@ GROUPS = {
         (
             "qapbench/quantize/**/*.py",
             "qapbench/methods/affine.py",
+            "qapbench/methods/formats.py",
             "qapbench/methods/normal_float.py",
+            "qapbench/methods/plans.py",
             "qapbench/methods/quantization.py",
             "qapbench/methods/rotation.py",
         ),

@@ -48,7 +48,9 @@ PUBLIC = {
     "methods.kronecker": ("Kronecker", "KroneckerHeads", "LearnedMatrix", "kronecker_by", "near_square"),
     "methods.normal_float": ("normal_float",),
     "methods.packed": ("NormalFloat", "PackedWeight", "kept_rounding", "packed_on", "packed_tensors"),
-    "methods.quantization": ("PTQ", "Format", "LinearPlan", "Scaling", "TokenActivation", "Tokens", "Transform"),
+    "methods.formats": ("Format",),
+    "methods.plans": ("LinearPlan", "Scaling", "TokenActivation", "Tokens", "Transform"),
+    "methods.quantization": ("PTQ",),
     "methods.reads": ("FirstReads",),
     "methods.rotation": ("Rotated", "RotatedBoth", "Rotation", "rotated_by", "rotation_flops"),
     "methods.stiefel": ("descend",),
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .methods.affine import Grid, Levels, Rounding, fake_quantize, grouped, round_through, straight_through
     from .methods.floating import FloatGrid, FloatLevels
+    from .methods.formats import Format
     from .methods.kinds import (
         Allocation,
         Bits,
@@ -128,7 +131,8 @@ if TYPE_CHECKING:
     from .methods.kronecker import Kronecker, KroneckerHeads, LearnedMatrix, kronecker_by, near_square
     from .methods.normal_float import normal_float
     from .methods.packed import NormalFloat, PackedWeight, kept_rounding, packed_on, packed_tensors
-    from .methods.quantization import PTQ, Format, LinearPlan, Scaling, TokenActivation, Tokens, Transform
+    from .methods.plans import LinearPlan, Scaling, TokenActivation, Tokens, Transform
+    from .methods.quantization import PTQ
     from .methods.rotation import Rotated, RotatedBoth, Rotation, rotated_by, rotation_flops
     from .methods.stiefel import descend
     from .methods.tokens import RelevanceSign, Selection, VisionTokens

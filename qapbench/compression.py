@@ -16,8 +16,9 @@ from .costing.budget import resolved
 from .costing.known import costed_model
 from .errors import UserError
 from .memory import check_device
+from .methods.formats import Format
 from .methods.kinds import ptqs
-from .methods.quantization import Format, LinearPlan, TokenActivation
+from .methods.plans import LinearPlan, TokenActivation
 from .models import Family, family_of
 from .models.compressed import described
 from .models.relevance import TextTower

@@ -13,8 +13,9 @@ import torch
 
 from qapbench.compression import compress
 from qapbench.errors import UserError, first_line
+from qapbench.methods.formats import Format
 from qapbench.methods.kinds import pruners, ptqs
-from qapbench.methods.quantization import PTQ, Format
+from qapbench.methods.quantization import PTQ
 from qapbench.models.family import families
 from qapbench.quantize.calibration import CalibrationSamples
 from qapbench.receipt import NotQuantizedError, Receipt

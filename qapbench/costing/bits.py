@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qapbench.methods.formats import Format, LinearFormats
 from qapbench.methods.kinds import ptqs
 from qapbench.methods.kv import KVFormat
-from qapbench.methods.quantization import PTQ, Format, LinearFormats
+from qapbench.methods.quantization import PTQ
 from qapbench.receipt import LinearReceipt
 from qapbench.spec.run_spec import QuantizeSpec
 

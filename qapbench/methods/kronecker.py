@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quantization import Transform
+from .plans import Transform
 
 
 def near_square(width: int) -> tuple[int, int]:

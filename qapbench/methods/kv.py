@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .affine import grouped
 from .floating import E4M3
-from .quantization import Format
+from .formats import Format
 
 
 class KVSide(BaseModel):

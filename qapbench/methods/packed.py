@@ -15,7 +15,7 @@ from .floating import E2M1, FloatGrid, FloatLevels
 from .normal_float import nf4_levels, normal_codes, normal_float
 
 if TYPE_CHECKING:
-    from .quantization import Format
+    from .formats import Format
 
 Numbers = Literal["int", "e2m1", "e4m3", "nf4"]
 """What codes stand for: integers, numbers of a small floating-point type, or quantiles of a normal distribution."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, where
 
 from .affine import straight_through
-from .quantization import Format, Transform
+from .formats import Format
+from .plans import Transform
 
 
 @dataclass(frozen=True)

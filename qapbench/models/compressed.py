@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qapbench.errors import Problem, UserError
 from qapbench.methods.affine import Grid
 from qapbench.methods.floating import E2M1, E4M3, FloatGrid, FloatLevels, fake_quantize_float
-from qapbench.methods.quantization import Format
+from qapbench.methods.formats import Format
 from qapbench.spec.run_spec import RunSpec
 
 METHOD = "compressed-tensors"

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from qapbench.errors import Problem, UserError
-from qapbench.methods.quantization import Format, LinearPlan
+from qapbench.methods.formats import Format
+from qapbench.methods.plans import LinearPlan
 from qapbench.spec.backend import Backend
 
 from .install import installed, replaced

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from qapbench.methods.quantization import Tokens
+from qapbench.methods.plans import Tokens
 
 TokenContext = Callable[[], Tokens | None]
 """Says what is known of the tokens of the call that is under way; None where nothing is."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from qapbench.errors import Problem, UserError
 from qapbench.methods.floating import MANTISSA, nvfp4_multiplier
+from qapbench.methods.formats import Format, LinearFormats
 from qapbench.methods.packed import TILE, PackedWeight, unpack
-from qapbench.methods.quantization import Format, LinearFormats, LinearPlan
+from qapbench.methods.plans import LinearPlan
 from qapbench.spec.run_spec import QuantizeSpec
 
 METHOD = "compressed-tensors"

@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qapbench.methods.quantization import Format, LinearPlan
+from qapbench.methods.formats import Format
+from qapbench.methods.plans import LinearPlan
 from qapbench.models.unread import values
 
 from .call_tokens import TokenContext

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qapbench.errors import Problem, UserError
 from qapbench.methods.packed import CannotPackError, PackedWeight
-from qapbench.methods.quantization import LinearPlan
+from qapbench.methods.plans import LinearPlan
 
 from .install import replaced
 from .originals import Originals

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qapbench.errors import RunFailedError
 from qapbench.methods.floating import Element, FloatLevels
+from qapbench.methods.formats import Format
 from qapbench.methods.kv import KVSide
-from qapbench.methods.quantization import Format
 
 ENOUGH = 32  # values whose gaps tell a step
 OFF_GRID = 0.15  # of a step, mean distance: see _off_grid

@@ -18,7 +18,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping
 from qapbench.compression import plans_of
 from qapbench.errors import Problem, UserError
-from qapbench.methods.quantization import by_formats
+from qapbench.methods.formats import by_formats
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.loading import precision, read_config
 from qapbench.models.unread import values

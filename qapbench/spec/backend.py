@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from qapbench.errors import Problem, UserError
-from qapbench.methods.quantization import Format
+from qapbench.methods.formats import Format
 
 Backend = Literal["simulate", "torchao"]
 

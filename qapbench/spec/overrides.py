@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from qapbench.errors import Problem, UserError, nearest
+from qapbench.methods.formats import Format, LinearFormats
 from qapbench.methods.parameters import problems_of
-from qapbench.methods.quantization import Format, LinearFormats
 
 from .strict import Strict
 from .text import NameOrPath

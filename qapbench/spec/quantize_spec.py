@@ -15,9 +15,9 @@ from pydantic import (
 )
 
 from qapbench.errors import Problem, UserError
+from qapbench.methods.formats import Format, LinearFormats
 from qapbench.methods.kinds import ptqs
 from qapbench.methods.kv import KVFormat
-from qapbench.methods.quantization import Format, LinearFormats
 
 from .allocate_spec import AllocateSpec, or_name
 from .backend import Backend, check_backend

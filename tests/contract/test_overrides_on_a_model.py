@@ -12,7 +12,7 @@ from test_ptq_on_a_model import logits, quantize, samples_of
 from torch import nn
 
 from qapbench import CalibrationSamples, UserError, compress, ptqs
-from qapbench.methods.quantization import by_formats
+from qapbench.methods.formats import by_formats
 
 WIDE = 4096  # channels, more than any linear here has: one group a row, as without groups
 SECOND = "layers.1.*"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qapbench.methods.quantization import Format, LinearPlan
+from qapbench.methods.formats import Format
+from qapbench.methods.plans import LinearPlan
 from qapbench.quantize.install import SharedInputs, full_weight, installed, replaced
 from qapbench.quantize.originals import Originals
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qapbench import Format, RunSpec, UserError
-from qapbench.methods.quantization import LinearFormats
+from qapbench.methods.formats import LinearFormats
 
 NAMES = [
     f"model.language_model.layers.{layer}.{name}"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from qapbench.methods.formats import Format
 from qapbench.methods.kinds import ptqs
-from qapbench.methods.quantization import Format
 from qapbench.models.family import families, family_of
 from qapbench.quantize.calibration import Calibration, CalibrationSamples, spill, store
 from qapbench.quantize.calibration.spill import Spill

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qapbench import Block, Calibration, Format, Gradient, LinearPlan, Rotation, Tokens, UserError, ptqs
-from qapbench.methods.quantization import TokenActivation
+from qapbench.methods.plans import TokenActivation
 from qapbench.quantize.calibration.blocks import Pass
 from qapbench.spec.run_spec import QuantizeSpec
 from qapbench.strategies.ptq import mbq, mquant, omniquant, quip, qvlm

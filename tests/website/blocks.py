@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from qapbench import RunSpec
 from qapbench.cli import app
-from qapbench.methods.quantization import Format
+from qapbench.methods.formats import Format
 from qapbench.spec.spec_file import load_spec, shipped_specs
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qapbench.errors import UserError
 from qapbench.hashing import digest_code
 from qapbench.methods.kinds import allocations
-from qapbench.methods.quantization import LinearPlan
+from qapbench.methods.plans import LinearPlan
 from qapbench.models import Family
 from qapbench.quantize.install import installed
 from qapbench.quantize.receipts import AllocationUse

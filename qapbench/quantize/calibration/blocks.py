@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from qapbench.errors import UserError
-from qapbench.methods.quantization import Tokens
+from qapbench.methods.plans import Tokens
 from qapbench.models.layers import attention_rows
 
 from .observers import Observer

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from qapbench.hashing import digest_code
+from qapbench.methods.formats import Format, LinearFormats, by_formats
 from qapbench.methods.kinds import metrics
-from qapbench.methods.quantization import PTQ, Format, LinearFormats, LinearPlan, by_formats
+from qapbench.methods.plans import LinearPlan
+from qapbench.methods.quantization import PTQ
 
 from .blocks import check_finite
 from .runner import Calibration

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qapbench.errors import UserError
 from qapbench.memory import peak_memory
-from qapbench.methods.quantization import LinearPlan, Tokens
+from qapbench.methods.plans import LinearPlan, Tokens
 from qapbench.models import Family
 from qapbench.models.unread import present
 from qapbench.quantize.calibration import store

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qapbench.methods.quantization import LinearPlan
+from qapbench.methods.plans import LinearPlan
 
 from .blocks import Block
 from .runner import BlockWork, Calibration
