@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qapbench.records.record import ColumnScore, Record, ScoreTable, Unparsed
+from qapbench.records.parts import ColumnScore, ScoreTable, Unparsed
+from qapbench.records.record import Record
 from qapbench.records.tally import Tally
 
 NONE = "none"

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from qapbench.analysis.paired import Scored
 from qapbench.analysis.ranking import rankings_by_task
 from qapbench.analysis.relative import parts_of, relative_averages, score_of
-from qapbench.records.record import Record, TaskPart
+from qapbench.records.parts import TaskPart
+from qapbench.records.record import Record
 
 from .paper import OVERALL
 from .ranking import moved, versus

@@ -24,6 +24,7 @@ GROUPS = {
     "running": "run",
     "records.load": "run",
     "records.record": "run",
+    "records.parts": "run",
     "spec.run_spec": "run",
     "spec.sweep_spec": "run",
     "costing.amounts": "run",

@@ -16,7 +16,8 @@ from qapbench.errors import Problem, UserError
 from qapbench.receipt import Receipt
 from qapbench.records.answer import Answer
 from qapbench.records.intact import damage, lines_in_words, read_scored_questions
-from qapbench.records.record import MOST, SCHEMA, SCORED, ColumnScore, Record, Unanswered, read_record
+from qapbench.records.parts import ColumnScore, Unanswered
+from qapbench.records.record import MOST, SCHEMA, SCORED, Record, read_record
 from qapbench.records.store import ANSWERS, answers_of
 from qapbench.records.tally import tally
 from qapbench.running.notes import labels

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qapbench.records.record import ColumnScore, Record, TaskPart
+from qapbench.records.parts import ColumnScore, TaskPart
+from qapbench.records.record import Record
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 from qapbench.errors import UserError
 from qapbench.records.intact import SPEC
-from qapbench.records.record import ColumnScore, Record, TaskPart, read_record
+from qapbench.records.parts import ColumnScore, TaskPart
+from qapbench.records.record import Record, read_record
 from qapbench.records.store import answers_of
 from qapbench.records.tally import tally
 

@@ -10,7 +10,8 @@ from pydantic import Field, FiniteFloat, ValidationError
 from qapbench.errors import UserError
 from qapbench.methods.parameters import problems_of
 
-from .record import Count, Part, read_json
+from .parts import Count, Part
+from .record import read_json
 from .store import write_json
 
 FOLDER = "profiles"

@@ -13,7 +13,7 @@ from qapbench.costing.prompt import Prompt
 from qapbench.costing.tokens import MeasuredTokens
 from qapbench.errors import UserError
 from qapbench.receipt import Receipt
-from qapbench.records.record import BudgetUse, CostRecord, StageCost
+from qapbench.records.parts import BudgetUse, CostRecord, StageCost
 from qapbench.spec.run_spec import RunSpec
 
 

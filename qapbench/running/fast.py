@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qapbench.records.record import Stopped
+from qapbench.records.parts import Stopped
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.questions import Question
 

@@ -9,7 +9,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.methods.kinds import fusions, metrics, pruners
 from qapbench.methods.registry import Registry
 from qapbench.receipt import Receipt
-from qapbench.records.record import ReceiptRecord, Unanswered
+from qapbench.records.parts import ReceiptRecord, Unanswered
 from qapbench.spec.items import Item
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.outline import TaskOutline

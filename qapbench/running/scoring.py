@@ -9,17 +9,8 @@ from typing import Any
 import torch
 
 from qapbench.records.intact import digests
-from qapbench.records.record import (
-    SCORED,
-    Environment,
-    Record,
-    ScoreTable,
-    Stopped,
-    TaskRecord,
-    Timing,
-    TokenCounts,
-    Unanswered,
-)
+from qapbench.records.parts import Environment, ScoreTable, Stopped, TaskRecord, Timing, TokenCounts, Unanswered
+from qapbench.records.record import SCORED, Record
 from qapbench.records.store import write_lines
 from qapbench.records.tally import tally
 from qapbench.tasking.questions import Question

@@ -8,10 +8,9 @@ from typing import Any
 
 from qapbench.hashing import digest_json
 from qapbench.receipt import Receipt, ReceiptFields
-from qapbench.records.record import (
+from qapbench.records.parts import (
     ColumnScore,
     CostRecord,
-    Record,
     ScoreTable,
     Stopped,
     TaskPart,
@@ -20,6 +19,7 @@ from qapbench.records.record import (
     TokenCounts,
     Unparsed,
 )
+from qapbench.records.record import Record
 from qapbench.spec.run_spec import RunSpec
 
 from .notes import receipt_record

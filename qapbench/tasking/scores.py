@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qapbench.records.answer import Answer, ScoredQuestion
-from qapbench.records.record import Confidence
+from qapbench.records.parts import Confidence
 from qapbench.records.tally import UNPARSED
 
 from .lm import AskingLM

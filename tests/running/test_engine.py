@@ -13,7 +13,8 @@ import qapbench
 from qapbench import RunSpec, UserError
 from qapbench.quantize.receipts import NotQuantizedError
 from qapbench.records.load import load_records
-from qapbench.records.record import ColumnScore, Record, TokenCounts, read_record
+from qapbench.records.parts import ColumnScore, TokenCounts
+from qapbench.records.record import Record, read_record
 from qapbench.records.store import answers_of
 from qapbench.running.planner import Planner
 from qapbench.running.settings import find_device

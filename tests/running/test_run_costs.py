@@ -8,7 +8,7 @@ import pytest
 
 import qapbench
 from qapbench import Prompt, Record, RunSpec, UserError, load_records
-from qapbench.records.record import BudgetUse, CostRecord
+from qapbench.records.parts import BudgetUse, CostRecord
 from qapbench.running.several import _cost
 
 Spec = Callable[..., dict[str, Any]]
