@@ -119,7 +119,7 @@ class Record(Part):
 
     def __getitem__(self, key: str) -> Any:
         """Deprecated. Records were dictionaries in version 0.1; this works for one more version, with a warning."""
-        warnings.warn("a record is typed now: read record.name, not record['name']", DeprecationWarning, stacklevel=2)
+        _warn_of_keys()
         return self._as_in_0_1()[key]
 
     def _as_in_0_1(self) -> dict[str, Any]:
@@ -132,7 +132,13 @@ class Record(Part):
 
     def get(self, key: str, default: Any = None) -> Any:
         """Deprecated like `record[key]`, but with a default for a missing key."""
-        return self[key] if key in self else default  # noqa: SIM401 (it is no dictionary)
+        _warn_of_keys()
+        return self._as_in_0_1().get(key, default)
+
+
+def _warn_of_keys() -> None:
+    """Tell the caller of a method of `Record` that records are no dictionaries any more."""
+    warnings.warn("a record is typed now: read record.name, not record['name']", DeprecationWarning, stacklevel=3)
 
 
 def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:

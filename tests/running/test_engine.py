@@ -103,20 +103,20 @@ def test_answers_of_packed_weights_are_the_same_bytes(
 def test_what_version_0_1_wrote_works_and_warns(spec_of: Spec, tmp_path: Path) -> None:
     """Records as dictionaries, and `report`: for one more version."""
     told: list[tuple[str, int, int]] = []
-    with pytest.warns(DeprecationWarning, match=r"run\(report=\.\.\.\) is now run\(progress=\.\.\.\)"):
+    with pytest.warns(DeprecationWarning, match=r"run\(report=\.\.\.\) is now run\(progress=\.\.\.\)") as caught:
         record = run(spec_of(), tmp_path, report=lambda *said: told.append(said))
     assert told[0] == ("t", 0, QUESTIONS)
     assert told[-1] == ("t", QUESTIONS, QUESTIONS)
-    with pytest.warns(DeprecationWarning, match=r"record\.name, not record\['name'\]"):
+    assert __file__ in [warning.filename for warning in caught]
+    with pytest.warns(DeprecationWarning, match=r"record\.name, not record\['name'\]") as caught:
         assert record["name"] == record.name == "t"
-    with pytest.warns(DeprecationWarning):
         assert record["scores"]["columns"][-1]["k"] == column(record, "Avg").k
-    with pytest.warns(DeprecationWarning):
         assert record.get("run_id") == record.run_id
+        assert record.get("stopped", "whole") == "whole"
+        with pytest.raises(KeyError):
+            record["stopped"]
+    assert [warning.filename for warning in caught] == [__file__] * 5, "each warning is of the caller's line"
     assert "stopped" not in record
-    assert record.get("stopped", "whole") == "whole"
-    with pytest.warns(DeprecationWarning), pytest.raises(KeyError):
-        record["stopped"]
 
 
 def test_progress_is_told_run_by_run(spec_of: Spec, tmp_path: Path) -> None:
