@@ -11,11 +11,12 @@ import torch
 from qapbench.checkpoints.find import HASHES, find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping, why_not_loaded
 from qapbench.errors import Problem, UserError
+from qapbench.memory import give_back_freed
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.compressed import check_not_twice, complete, loading_arguments, quantization_of
 from qapbench.models.family import family_class, family_of
 from qapbench.models.streaming import streaming
-from qapbench.models.unread import Postponed
+from qapbench.models.unread import Postponed, narrow
 from qapbench.spec.quantize_spec import Scope
 from qapbench.spec.run_spec import RunSpec
 
@@ -27,13 +28,13 @@ def load_model(
 
     The checkpoint is read tensor by tensor: beside the model no more than a few tensors are in memory. If the spec
     stores quantized weights packed, the linears that it quantizes have weights that stay in their files until something
-    computes with them (`models.unread`).
+    computes with them, and other matrices take no more memory than in a file of 16 bits (`models.unread`).
 
     Args:
         spec: names the model and its dtype, and says which linears are stored packed.
         device: device for the model.
         trust_remote_code: let the checkpoint run its own Python code.
-        offload: leave all linears of the decoder's layers in their files.
+        offload: leave all linears of the decoder's layers in their files, and hold other matrices likewise.
 
     Returns:
         (model, processor)
@@ -70,6 +71,9 @@ def load_model(
         if postponed is not None and not postponed.settle(model, family_of(model).linears(scope).values()):
             model, processor = load(None)
             model = model.eval().requires_grad_(False).to(device)
+        if scope:
+            narrow(model, family_of(model).linears(scope).values())
+            give_back_freed()
     except UserError:
         raise
     except Exception as error:  # OSError, SafetensorError, ImportError and others: no common base
