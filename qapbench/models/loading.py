@@ -94,14 +94,28 @@ def left_in_files(spec: RunSpec, device: torch.device, config: Mapping[str, Any]
         device: device of the model.
         config: content of the checkpoint's config.json.
         offload: whether the decoder stays in its files.
+
+    Raises:
+        UserError: the decoder is to stay in its files, and cannot.
     """
-    if device.type != "cpu" and (find_spec("accelerate") is None or format_of(config)):
-        return []
-    if quantization_of(config) is not None:  # the library dequantizes as it reads
+    if why := _why_all_is_read(device, config):
+        if offload:
+            raise UserError(Problem(f"--offload has no effect on this model, because {why}; leave it out", ("model",)))
         return []
     packed = spec.quantize.scope if spec.quantize is not None and spec.quantize.storage == "packed" else []
     decoder: list[Scope] = ["language"] if offload else []
     return sorted({*packed, *decoder}, key=get_args(Scope).index)
+
+
+def _why_all_is_read(device: torch.device, config: Mapping[str, Any]) -> str | None:
+    """Why all weights of a checkpoint are read when it is loaded; None if some may stay in their files."""
+    if quantization_of(config) is not None:
+        return "it is quantized already, and its weights are computed as they are read"
+    if device.type != "cpu" and format_of(config):
+        return f"a checkpoint in its authors' layout is put together in host memory before it goes to {device.type}"
+    if device.type != "cpu" and find_spec("accelerate") is None:
+        return f"without the package accelerate it is put together in host memory before it goes to {device.type}"
+    return None
 
 
 def load_processor(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> Any:

@@ -193,8 +193,9 @@ def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
         weights = estimate(smaller, settings).parts["weights"] // settings.workers
         ways.append(f"`storage: packed` under `quantize` (weights of {_size(weights)})")
     if not settings.offload and (spec.quantize is None or spec.quantize.weights is None):
-        weights = estimate(spec, replace(settings, offload=True)).parts["weights"] // settings.workers
-        ways.append(f"`--offload`, which is slow (weights of {_size(weights)})")
+        with contextlib.suppress(UserError):  # this model cannot be offloaded
+            weights = estimate(spec, replace(settings, offload=True)).parts["weights"] // settings.workers
+            ways.append(f"`--offload`, which is slow (weights of {_size(weights)})")
     ways.append("a machine with more memory" if settings.device.type == "cpu" else "a larger GPU, or `--device cpu`")
     return "what helps: " + ", or ".join(ways)
 

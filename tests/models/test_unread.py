@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, CLIPModel
 
 from qapbench import UserError, compress
 from qapbench.errors import RunFailedError
-from qapbench.models import family_of
-from qapbench.models.loading import load_model
+from qapbench.models import family_of, loading
+from qapbench.models.loading import left_in_files, load_model
 from qapbench.models.relevance import TextTower
 from qapbench.models.row_products import CACHED, SHORT, row_by_row
 from qapbench.models.unread import Postponed, UnreadWeight, any_unread, narrow, present, read_all, values
@@ -296,3 +296,36 @@ def test_a_text_tower_has_the_same_bits_whichever_way_it_is_held(tmp_path: Path)
     patches = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(plain.embed_patches(patches), other.embed_patches(patches))
     assert torch.equal(plain.visual_projection.weight, clip.visual_projection.weight)
+
+
+AUTHORS = {"model_type": "llava_llama", "mm_vision_tower": "x"}  # in the layout of LLaVA's authors
+COMPRESSED = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "accelerate", "why"),
+    [
+        ("cpu", COMPRESSED, True, "it is quantized already"),
+        ("cuda", COMPRESSED, True, "it is quantized already"),
+        (
+            "cuda",
+            {"model_type": "llava_llama", "mm_vision_tower": "x"},
+            True,
+            "a checkpoint in its authors' layout .* before it goes to cuda",
+        ),
+        ("cuda", {"model_type": "llava"}, False, "without the package accelerate .* before it goes to cuda"),
+        ("cuda", {"model_type": "llava"}, True, None),
+        ("cpu", AUTHORS, False, None),
+    ],
+)
+def test_a_model_that_cannot_be_offloaded_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, config: dict[str, Any], accelerate: bool, why: str | None
+) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: accelerate or None)
+    spec = RunSpec.parse({"model": "diagram-llava", "task": "none", "quantize": {**W4, "storage": "packed"}})
+    assert left_in_files(spec, torch.device(device), config, False) == ([] if why else ["language"])
+    if why is None:
+        assert left_in_files(spec, torch.device(device), config, True) == ["language"]
+    else:
+        with pytest.raises(UserError, match=f"^model: --offload has no effect on this model, because {why}"):
+            left_in_files(spec, torch.device(device), config, True)

@@ -14,6 +14,7 @@ from qapbench import UserError
 from qapbench.checkpoints.find import EMBEDDED
 from qapbench.checkpoints.headers import stored
 from qapbench.memory import Phases, free_bytes, peak_resident_bytes
+from qapbench.models import loading
 from qapbench.models.unread import UnreadWeight
 from qapbench.running import estimate as estimates
 from qapbench.running import session as sessions
@@ -163,7 +164,11 @@ def test_a_run_that_does_not_fit_is_told_of_packed_weights_and_one_that_packs_fi
     assert f"`storage: packed` under `quantize` (weights of {size})" in str(caught.value)
     with pytest.raises(UserError) as caught:
         refuse_unless_it_fits(spec_of(), settings)
-    assert "packed" not in str(caught.value)
+    assert "packed" not in str(caught.value) and "`--offload`" in str(caught.value)
+    monkeypatch.setattr(loading, "_why_all_is_read", lambda device, config: "of something")
+    with pytest.raises(UserError) as caught:
+        refuse_unless_it_fits(spec_of(), settings)
+    assert "offload" not in str(caught.value)
 
 
 def test_measurements_are_printed_and_kept_as_they_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
