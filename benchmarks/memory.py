@@ -1,6 +1,7 @@
 """How much memory runs need, measured in processes of their own: peak resident memory over the size of the weights.
 
     python -m benchmarks.memory [--like llava-1.3b] [--model DIR] [--dtype bfloat16] [--mode full w4a4 ...] [--limit 1]
+        [--results FILE]
 
 Without `--model` a checkpoint of random weights is made first, and deleted afterwards. `over` is the peak above what
 the process held before it loaded the model (Python, torch and transformers, some 400 MB), divided by the size of the
@@ -12,6 +13,9 @@ weights in the dtype that they are computed with; `whole` divides all of the pea
     kept      the same by `compress(keep_originals="memory")`, then restored, as a comparison
     packed    the same as w4a4 with `storage: packed`: weights are packed as they come from the files
     gptq      a run with packed weights of GPTQ, calibrated on two samples; takes long
+
+A mode's line is printed as soon as it is known. With `--results` it is kept in a file too, and a call that was stopped
+goes on where it was.
 
 The goal of `packed` is 0.45 for a LLaVA-1.5-7B in bfloat16, whose weights take 0.33 when they are packed. In other
 shapes it is as much above what the packed weights take.
@@ -25,11 +29,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from qapbench.files import replace_synced
 
 PRUNED = {"method": "random", "keep": 32}  # short prompts: what is measured is the weights, not the tokens
 W4A4 = {"method": "rtn", "weights": {"bits": 4, "group_size": 128}, "activations": {"bits": 4, "group_size": 128}}
@@ -44,7 +48,6 @@ KEPT: dict[str, Any] = {"spilled": "file", "kept": "memory"}  # mode -> keep_ori
 GOALS = {"full": 1.05, "w4a4": 1.15, "spilled": 1.15}  # largest `over`
 ABOVE_PACKED = 0.45 - 0.33  # what `packed` may have beside the weights themselves
 DEFAULT = ["full", "w4a4", "spilled", "packed"]
-out = Console(width=120, highlight=False)
 
 
 def measure(mode: str, model: str, dtype: str, limit: int) -> dict[str, float]:
@@ -113,26 +116,69 @@ def _import_all(spec: Any) -> None:
     family.load_processor(find_checkpoint(spec.model).folder)
 
 
-def report(found: dict[str, dict[str, float]]) -> bool:
-    """Print a table, and say whether every goal is met."""
-    table = Table("mode", "weights", "before", "peak", "whole", "over", "goal", "", "seconds")
-    met = True
-    for mode, one in found.items():
-        over = (one["peak"] - one["before"]) / one["weights"]
-        goal = one["held"] / one["weights"] + ABOVE_PACKED if mode == "packed" else GOALS.get(mode)
-        fits = goal is None or over <= goal
-        met = met and fits
-        table.add_row(
-            mode,
-            *(f"{one[name] / 1e9:.2f} GB" for name in ("weights", "before", "peak")),
-            f"{one['peak'] / one['weights']:.2f}",
-            f"{over:.3f}",
-            f"≤ {goal:.2f}" if goal else "",
-            ("ok" if fits else "MISSED") if goal else "",
-            f"{one['seconds']:.0f}",
-        )
-    out.print(table)
-    return met
+def line(mode: str, one: dict[str, float]) -> tuple[str, bool]:
+    """What a mode needed as a line of text, and whether its goal is met.
+
+    Args:
+        mode: the mode.
+        one: what `measure` found.
+    """
+    over = (one["peak"] - one["before"]) / one["weights"]
+    goal = one["held"] / one["weights"] + ABOVE_PACKED if mode == "packed" else GOALS.get(mode)
+    met = goal is None or over <= goal
+    sizes = ", ".join(f"{name} {one[name] / 1e9:.2f} GB" for name in ("weights", "before", "peak"))
+    wanted = "" if goal is None else f" (goal ≤ {goal:.2f}: {'ok' if met else 'MISSED'})"
+    whole = one["peak"] / one["weights"]
+    return f"{mode:8} {sizes}; whole {whole:.2f}, over {over:.3f}{wanted}; {one['seconds']:.0f} s", met
+
+
+class Results:
+    """What was measured so far, in a file that a later call goes on with.
+
+    Args:
+        path: the file; None keeps nothing.
+        what: the checkpoint, its dtype and the number of questions, in words: results of others are not taken.
+
+    Raises:
+        SystemExit: the file is there and holds no such results.
+    """
+
+    def __init__(self, path: Path | None, what: str) -> None:
+        self.path, self.what = path, what
+        self._all: dict[str, dict[str, dict[str, float]]] = {}
+        if path is not None and path.exists():
+            try:
+                self._all = json.loads(path.read_text(encoding="utf-8"))
+                for found in self._all.values():
+                    for mode, one in found.items():
+                        line(mode, one)
+            except (OSError, ValueError, TypeError, AttributeError, KeyError):
+                sys.exit(f"--results: {path} holds no results of this command")
+        self.found: dict[str, dict[str, float]] = dict(self._all.get(what, {}))
+
+    def add(self, mode: str, one: dict[str, float]) -> None:
+        """Add what a mode needed, and write the file."""
+        self.found[mode] = one
+        if self.path is not None:
+            replace_synced(self.path, json.dumps({**self._all, self.what: self.found}, indent=1) + "\n")
+
+
+def measure_all(modes: list[str], results: Results, one_of: Callable[[str], dict[str, float]]) -> bool:
+    """Measure modes, print the line of each when it is known, and say whether every goal is met.
+
+    Args:
+        modes: the modes.
+        results: those that it holds already are not measured again.
+        one_of: measures a mode.
+    """
+    fits = []
+    for mode in modes:
+        if mode not in results.found:
+            results.add(mode, one_of(mode))
+        text, met = line(mode, results.found[mode])
+        print(text, flush=True)
+        fits.append(met)
+    return all(fits)
 
 
 def main() -> None:
@@ -143,22 +189,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--mode", nargs="+", choices=[*RUNS, *KEPT], default=DEFAULT)
     parser.add_argument("--limit", type=int, default=1, help="number of questions")
+    parser.add_argument("--results", type=Path, help="file of what was measured, which a later call goes on with")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         print(json.dumps(child(asked.child, asked.model, asked.dtype, asked.limit)))
         return
+    results = Results(asked.results, f"{asked.model or asked.like} in {asked.dtype}, {asked.limit} questions")
     with tempfile.TemporaryDirectory() as folder:
         model = asked.model
-        if model is None:
+        if model is None and any(mode not in results.found for mode in asked.mode):
             model = str(Path(folder) / asked.like)
             make = [sys.executable, "-m", "benchmarks.random_llava", "--like", asked.like, "--out", model]
             subprocess.run([*make, "--dtype", asked.dtype, "--no-text-tower"], check=True)
-        found = {}
-        for mode in asked.mode:
-            out.print(f"{mode} ...")
-            found[mode] = measure(mode, model, asked.dtype, asked.limit)
-        sys.exit(0 if report(found) else 1)
+        met = measure_all(asked.mode, results, lambda mode: measure(mode, model, asked.dtype, asked.limit))
+        sys.exit(0 if met else 1)
 
 
 if __name__ == "__main__":

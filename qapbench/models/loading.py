@@ -11,11 +11,12 @@ import torch
 from qapbench.checkpoints.find import HASHES, find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping, why_not_loaded
 from qapbench.errors import Problem, UserError
+from qapbench.memory import give_back_freed
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.compressed import check_not_twice, complete, loading_arguments, quantization_of
 from qapbench.models.family import family_class, family_of
 from qapbench.models.streaming import streaming
-from qapbench.models.unread import Postponed
+from qapbench.models.unread import Postponed, narrow
 from qapbench.spec.quantize_spec import Scope
 from qapbench.spec.run_spec import RunSpec
 
@@ -27,13 +28,13 @@ def load_model(
 
     The checkpoint is read tensor by tensor: beside the model no more than a few tensors are in memory. If the spec
     stores quantized weights packed, the linears that it quantizes have weights that stay in their files until something
-    computes with them (`models.unread`).
+    computes with them, and other matrices take no more memory than in a file of 16 bits (`models.unread`).
 
     Args:
         spec: names the model and its dtype, and says which linears are stored packed.
         device: device for the model.
         trust_remote_code: let the checkpoint run its own Python code.
-        offload: leave all linears of the decoder's layers in their files.
+        offload: leave all linears of the decoder's layers in their files, and hold other matrices likewise.
 
     Returns:
         (model, processor)
@@ -70,6 +71,9 @@ def load_model(
         if postponed is not None and not postponed.settle(model, family_of(model).linears(scope).values()):
             model, processor = load(None)
             model = model.eval().requires_grad_(False).to(device)
+        if scope:
+            narrow(model, family_of(model).linears(scope).values())
+            give_back_freed()
     except UserError:
         raise
     except Exception as error:  # OSError, SafetensorError, ImportError and others: no common base
@@ -90,14 +94,28 @@ def left_in_files(spec: RunSpec, device: torch.device, config: Mapping[str, Any]
         device: device of the model.
         config: content of the checkpoint's config.json.
         offload: whether the decoder stays in its files.
+
+    Raises:
+        UserError: the decoder is to stay in its files, and cannot.
     """
-    if device.type != "cpu" and (find_spec("accelerate") is None or format_of(config)):
-        return []
-    if quantization_of(config) is not None:  # the library dequantizes as it reads
+    if why := _why_all_is_read(device, config):
+        if offload:
+            raise UserError(Problem(f"--offload has no effect on this model, because {why}; leave it out", ("model",)))
         return []
     packed = spec.quantize.scope if spec.quantize is not None and spec.quantize.storage == "packed" else []
     decoder: list[Scope] = ["language"] if offload else []
     return sorted({*packed, *decoder}, key=get_args(Scope).index)
+
+
+def _why_all_is_read(device: torch.device, config: Mapping[str, Any]) -> str | None:
+    """Why all weights of a checkpoint are read when it is loaded; None if some may stay in their files."""
+    if quantization_of(config) is not None:
+        return "it is quantized already, and its weights are computed as they are read"
+    if device.type != "cpu" and format_of(config):
+        return f"a checkpoint in its authors' layout is put together in host memory before it goes to {device.type}"
+    if device.type != "cpu" and find_spec("accelerate") is None:
+        return f"without the package accelerate it is put together in host memory before it goes to {device.type}"
+    return None
 
 
 def load_processor(spec: RunSpec, device: torch.device, trust_remote_code: bool = False) -> Any:

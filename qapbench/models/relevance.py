@@ -15,11 +15,13 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.checkpoints.json_files import why_not_loaded
 from qapbench.errors import UserError
 from qapbench.hashing import state_of_tree
+from qapbench.memory import give_back_freed
 from qapbench.methods.tokens import VisionTokens
 
 from .relevance_sign import WITHOUT_TOWER, TowerSign, tower_sign
 from .row_products import row_by_row
 from .streaming import streaming
+from .unread import Postponed, narrow, read_all
 
 BESIDE = "clip"  # folder of the companion CLIP inside a model's own folder
 PADDED = 8  # lengths to which texts are padded are multiples of this, so that many texts have the same length
@@ -47,6 +49,8 @@ class TextTower:
         folder: checkpoint folder that `CLIPModel.from_pretrained` can load (safetensors), with its tokenizer.
         vision_width: hidden size of the model's vision tower, which the joint space must fit.
         device: where to put the modules.
+        narrowly: on a CPU, hold matrices in 16 bits where the checkpoint does; they are computed with in float32 all
+            the same.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or its width is a different one.
@@ -56,12 +60,21 @@ class TextTower:
         known: texts that were embedded before -> their embeddings.
     """
 
-    def __init__(self, folder: str | Path, vision_width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, folder: str | Path, vision_width: int, device: torch.device | str = "cpu", narrowly: bool = False
+    ) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        try:
-            with streaming():
+        def load(postponed: Postponed | None) -> Any:
+            with streaming(postponed):
                 clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            return clip.eval().requires_grad_(False)
+
+        postponed = Postponed(torch.float32, torch.device("cpu"))
+        try:
+            clip = load(postponed)
+            if not postponed.settle(clip, (module for module in clip.modules() if isinstance(module, nn.Linear))):
+                clip = load(None)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError: no common base
             raise why_not_loaded(Path(folder), error, "text_tower", "a CLIP checkpoint") from error
@@ -70,13 +83,18 @@ class TextTower:
             raise UserError(
                 f"text_tower: '{folder}' belongs to a vision tower of width {width}, the model's has {vision_width}"
             )
-        clip = clip.eval().requires_grad_(False).to(device)
-        self.text: nn.Module = clip.text_model
-        self.text_projection: nn.Module = clip.text_projection
-        self.visual_norm: nn.Module = clip.vision_model.post_layernorm
-        self.visual_projection: nn.Module = clip.visual_projection
-        self.length: int = clip.config.text_config.max_position_embeddings
         self.device = torch.device(device)
+        self.text: nn.Module = clip.text_model  # the layers of the vision encoder are never read
+        if narrowly and self.device.type == "cpu":
+            narrow(self.text, in_files_too=True)
+            give_back_freed()
+        else:
+            read_all(self.text)
+            self.text.to(device)
+        self.text_projection: nn.Module = clip.text_projection.to(device)
+        self.visual_norm: nn.Module = clip.vision_model.post_layernorm.to(device)
+        self.visual_projection: nn.Module = clip.visual_projection.to(device)
+        self.length: int = clip.config.text_config.max_position_embeddings
         self.sign: TowerSign = tower_sign(Path(folder))
         self.known: dict[str, Tensor] = {}
 
@@ -185,18 +203,18 @@ def _default_tower(default: str, fetch: bool) -> tuple[Path | None, str]:
         return None, str(error)
 
 
-def load_tower(folder: Path, vision_width: int, device: torch.device) -> TextTower:
-    """Load a text tower.
+def load_tower(folder: Path, vision_width: int, device: torch.device, narrowly: bool = False) -> TextTower:
+    """Load a text tower; the arguments are those of `TextTower`.
 
     A process that asks for the same tower again gets the same object, unless its files changed (the latest two are
     kept).
     """
-    return _loaded_tower(folder, state_of_tree(folder), vision_width, device)
+    return _loaded_tower(folder, state_of_tree(folder), vision_width, device, narrowly)
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded_tower(folder: Path, state: object, vision_width: int, device: torch.device) -> TextTower:
-    return TextTower(folder, vision_width, device)
+def _loaded_tower(folder: Path, state: object, vision_width: int, device: torch.device, narrowly: bool) -> TextTower:
+    return TextTower(folder, vision_width, device, narrowly)
 
 
 class QuestionReader:

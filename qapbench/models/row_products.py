@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .unread import UnreadWeight, values
+from .unread import UnreadWeight, row_blocks
 
 CACHED = 2**20  # number of values of a tensor that stay in a CPU's cache until they are used again
 VECTORS = 64  # values by which vectorised loops advance at most (two vectors of 512 bits, of 16-bit values)
@@ -70,7 +70,7 @@ def _apart(module: Any, plain: bool, large: bool) -> Iterator[None]:
         if not walks and (x.ndim < 3 or len(x) == 1):
             return inner(x)
         if plain and x.ndim == 3:
-            return _products(x, values(module.weight), module.bias, walks)
+            return _products(x, module.weight, module.bias, walks)
         if not isinstance(module, nn.Linear) and _is_uniform(x):
             return inner(x)
         return torch.cat([inner(row) for row in x.split(1)])
@@ -114,9 +114,8 @@ def _products(x: Tensor, weight: Tensor, bias: Any, in_blocks: bool) -> Tensor:
     """
     out = x.new_empty(*x.shape[:2], len(weight))
     step = max(64, CACHED // weight.shape[1] // 64 * 64) if in_blocks else len(weight)
-    for at in range(0, len(weight), step):
-        block = slice(at, at + step)
-        part, added = weight[block].T, None if bias is None else bias[block]
+    for block, some in row_blocks(weight, step):
+        part, added = some.T, None if bias is None else bias[block]
         for row, target in zip(x, out[..., block], strict=True):
             if added is None:
                 torch.mm(row, part, out=target)

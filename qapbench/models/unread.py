@@ -1,4 +1,5 @@
-"""Weights that stay in the file of their checkpoint until something computes with them."""
+"""Weights whose values exist only while something computes with them: they are in the file of the checkpoint, or in
+memory in the 16 bits that they were stored in."""
 
 from __future__ import annotations
 
@@ -10,39 +11,46 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from torch.utils._pytree import tree_map_only
 
 from .streaming import HeldFile, Weights
 
 MATRICES = (".layers.", ".blocks.")  # parts of the names of weights that may stay unread: those of a stack of layers
 FLOATS = ("F16", "BF16", "F32")  # their dtypes, as a file spells them
+ROWS = 1024  # rows of a matrix that are looked at together
 
 
 class UnreadWeight(Tensor):
-    """A matrix in the file of a checkpoint, which takes no memory.
+    """A matrix in the file of a checkpoint, which takes no memory, or in memory in fewer bits than it computes with.
 
     It has shape, dtype and device of the weight. Whatever computes with it reads the values, uses them, and forgets
     them. It cannot be written to.
 
     Args:
-        read_file: reads the values, to host memory.
+        source: reads the values from a file, to host memory; or is the values in a narrower dtype, on the device.
         like: a tensor of this shape, dtype and device, whose values do not matter.
 
     Attributes:
-        read_file: as given.
+        source: as given.
     """
 
-    read_file: Callable[[], Tensor]
+    source: Callable[[], Tensor] | Tensor
 
-    def __new__(cls, read_file: Callable[[], Tensor], like: Tensor) -> UnreadWeight:
+    def __new__(cls, source: Callable[[], Tensor] | Tensor, like: Tensor) -> UnreadWeight:
         """Make one that is a parameter."""
         made: Any = stand_in(tuple(like.shape), like.dtype, like.device).as_subclass(cls)
-        made.read_file, made._is_param = read_file, True
+        made.source, made._is_param = source, True
         found: UnreadWeight = made
         return found
 
-    def __init__(self, read_file: Callable[[], Tensor], like: Tensor) -> None:
+    def __init__(self, source: Callable[[], Tensor] | Tensor, like: Tensor) -> None:
         super().__init__()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return self.source.nbytes if isinstance(self.source, Tensor) else 0
 
     def read(self) -> Tensor:
         """The values, in memory of their own on the weight's device.
@@ -50,7 +58,7 @@ class UnreadWeight(Tensor):
         Raises:
             RunFailedError: the file was changed since the model was loaded.
         """
-        return self.read_file().to(self.device)
+        return self.source.to(self.dtype) if isinstance(self.source, Tensor) else self.source().to(self.device)
 
     @classmethod
     def __torch_function__(
@@ -63,6 +71,8 @@ class UnreadWeight(Tensor):
                 return func(*args, **kwargs)
         if func is Tensor.detach:
             return args[0]
+        if func is embedding and isinstance(weight := args[1], UnreadWeight) and isinstance(weight.source, Tensor):
+            return embedding(args[0], weight.source, *args[2:], **kwargs).to(weight.dtype)
         target = args[0] if args else None
         if isinstance(target, UnreadWeight) and _writes(func):
             raise RuntimeError("a weight that is still in its file cannot be written to; take its values by `values`")
@@ -93,6 +103,15 @@ def values(weight: Tensor) -> Tensor:
     return weight.read() if isinstance(weight, UnreadWeight) else weight.detach()
 
 
+def row_blocks(weight: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a weight, `step` at a time: which they are, and their values. They are read as they are asked for."""
+    narrow = weight.source if isinstance(weight, UnreadWeight) and isinstance(weight.source, Tensor) else None
+    whole = values(weight) if narrow is None else narrow
+    for at in range(0, len(whole), step):
+        block = slice(at, at + step)
+        yield block, whole[block].to(weight.dtype)
+
+
 @contextlib.contextmanager
 def present(linears: Iterable[nn.Linear]) -> Iterator[None]:
     """While the context is open, the weights of some linears are in memory."""
@@ -107,16 +126,63 @@ def present(linears: Iterable[nn.Linear]) -> Iterator[None]:
 
 
 def any_unread(model: nn.Module) -> bool:
-    """Whether a model has weights that are still in files."""
+    """Whether a model has weights that are read when something computes with them."""
     return any(isinstance(weight, UnreadWeight) for weight in model.parameters())
 
 
 def read_all(model: nn.Module) -> None:
-    """Read all weights of a model that are still in files, for good."""
+    """Read all weights of a model that are not read yet, for good."""
+    _read(model, lambda weight: True)
+
+
+def _read(model: nn.Module, which: Callable[[UnreadWeight], bool]) -> None:
+    """Read weights of a model that are not read yet, for good."""
+    read: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if isinstance(weight, UnreadWeight):
-                setattr(module, name, nn.Parameter(weight.read(), requires_grad=False))
+            if isinstance(weight, UnreadWeight) and which(weight):
+                if id(weight) not in read:
+                    read[id(weight)] = nn.Parameter(weight.read(), requires_grad=False)
+                setattr(module, name, read[id(weight)])
+
+
+def narrow(model: nn.Module, without: Iterable[nn.Linear] = (), in_files_too: bool = False) -> None:
+    """Hold the float32 matrices of a model in 16 bits where their values fit into them, as those of a checkpoint do
+    that was stored in 16 bits. Whatever computes with one gets the same float32 values as before.
+
+    Args:
+        model: the model.
+        without: linears that are left as they are.
+        in_files_too: read those that are still in files, one after the other; they do not stay there.
+    """
+    left = {id(linear.weight) for linear in without}
+    found: dict[int, UnreadWeight] = {}
+    for module in model.modules():
+        if not isinstance(module, nn.Linear | nn.Embedding) or id(weight := module.weight) in left:
+            continue
+        if isinstance(weight, UnreadWeight) and not in_files_too:
+            continue
+        if id(weight) not in found and (fewer := _in_16_bits(values(weight))) is not None:
+            found[id(weight)] = UnreadWeight(fewer, weight)
+        if id(weight) in found:
+            module.weight = found[id(weight)]
+    if in_files_too:
+        _read(model, lambda weight: not isinstance(weight.source, Tensor))
+
+
+def _in_16_bits(weight: Tensor) -> Tensor | None:
+    """The values of a float32 matrix in 16 bits; None if they do not fit, or it is no such matrix in memory."""
+    if weight.dtype != torch.float32 or weight.is_meta:
+        return None
+    for dtype in (torch.bfloat16, torch.float16):
+        if _fits(weight[:1], dtype) and all(_fits(some, dtype) for some in weight.split(ROWS)):
+            return weight.detach().to(dtype)
+    return None
+
+
+def _fits(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether no bit is lost in another dtype."""
+    return torch.equal(matrix.to(dtype).float().view(torch.int32), matrix.detach().view(torch.int32))
 
 
 def stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -132,7 +198,12 @@ def may_wait(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
         dtype: its dtype, as the file spells it.
         shape: its shape.
     """
-    return len(shape) == 2 and name.endswith(".weight") and dtype in FLOATS and any(part in name for part in MATRICES)
+    return is_matrix(name, dtype, shape) and any(part in name for part in MATRICES)
+
+
+def is_matrix(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a file is the matrix of a linear or of embeddings. The arguments are those of `may_wait`."""
+    return len(shape) == 2 and name.endswith(".weight") and dtype in FLOATS
 
 
 class Postponed:

@@ -10,6 +10,7 @@ from qapbench.methods.kinds import DecoderPruner, Metric, Pruner, metrics, prune
 from qapbench.models import Family
 from qapbench.models.family import default_tower
 from qapbench.models.relevance import QuestionReader, TextTower, find_tower, load_tower
+from qapbench.models.unread import any_unread
 from qapbench.receipt import Receipt
 from qapbench.spec.run_spec import PruneSpec
 
@@ -106,7 +107,7 @@ def joint_space(family: Family, named: TextTower | str | None, receipt: Receipt)
     if folder is None:
         receipt.fall_back(f"relevance from the language model's embeddings: {reason}")
         return None
-    return load_tower(folder, family.clip_width, family.model.device)
+    return load_tower(folder, family.clip_width, family.model.device, any_unread(family.model))
 
 
 def _sign_in_words(pruner: Pruner, reader: QuestionReader, receipt: Receipt) -> str | None:

@@ -13,6 +13,7 @@ from torch import nn
 from qapbench.errors import Problem, UserError
 from qapbench.methods.formats import Format
 from qapbench.methods.plans import LinearPlan
+from qapbench.models.unread import values
 from qapbench.spec.backend import Backend
 
 from .install import installed, replaced
@@ -47,8 +48,8 @@ def int8_linear(
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
         raise _missing() from None
-    original = linear.weight
-    new = original.detach() if plan.transform is None else plan.transform.weight(original.detach()).to(original.dtype)
+    original = values(linear.weight)
+    new = original if plan.transform is None else plan.transform.weight(original).to(original.dtype)
     holder = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     holder.weight = nn.Parameter(new, requires_grad=False)
     quantize_(nn.Sequential(holder), Int8DynamicActivationInt8WeightConfig())

@@ -20,7 +20,7 @@ from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower
 from qapbench.models.loading import left_in_files, precision, read_config
 from qapbench.models.relevance import find_tower
-from qapbench.models.unread import may_wait
+from qapbench.models.unread import is_matrix, may_wait
 from qapbench.quantize.calibration import spill
 from qapbench.spec.items import created
 from qapbench.spec.run_spec import RunSpec
@@ -84,11 +84,13 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     if format := format_of(config):
         with contextlib.suppress(UserError):  # it is still to be downloaded
             tensors += stored(format(folder, config).companion(fetch=False))
-    weights = _weights(spec, tensors, width, left_in_files(spec, settings.device, config, settings.offload))
+    left = left_in_files(spec, settings.device, config, settings.offload)
+    weights = _weights(spec, tensors, width, left)
     parts = {"weights": weights}
     if needs_tower(spec):
         tower, _ = find_tower(spec.text_tower, str(folder), default_tower(config), False)
-        parts["text tower"] = sum(tensor.loaded(4) for tensor in stored(tower)) if tower else 0
+        texts = [one for one in stored(tower) if "vision_model.encoder" not in one.name] if tower else []
+        parts["text tower"] = sum(_narrowed(tensor, 4) if left else tensor.loaded(4) for tensor in texts)
     disk = questions * ANSWER
     linears = [tensor for tensor in tensors if len(tensor.shape) == 2 and ".layers." in tensor.name]
     largest = max((tensor.count for tensor in linears), default=0)
@@ -131,8 +133,14 @@ def _weights(spec: RunSpec, tensors: Sequence[Stored], width: int, left: Collect
         if stays and weights is not None and quantize is not None and quantize.storage == "packed":
             total += packed_bytes(weights, tensor.shape[0], tensor.shape[1])
         elif not stays or weights is not None:
-            total += tensor.loaded(width)
+            total += _narrowed(tensor, width) if left and not stays else tensor.loaded(width)
     return total
+
+
+def _narrowed(tensor: Stored, width: int) -> int:
+    """Bytes that a tensor takes where matrices are held in no more bits than they have in their file."""
+    loaded = tensor.loaded(width)
+    return min(loaded, tensor.size) if is_matrix(tensor.name, tensor.dtype, tensor.shape) else loaded
 
 
 def of_all(specs: Sequence[RunSpec], settings: Settings, totals: Sequence[int]) -> list[str]:
@@ -185,8 +193,9 @@ def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
         weights = estimate(smaller, settings).parts["weights"] // settings.workers
         ways.append(f"`storage: packed` under `quantize` (weights of {_size(weights)})")
     if not settings.offload and (spec.quantize is None or spec.quantize.weights is None):
-        weights = estimate(spec, replace(settings, offload=True)).parts["weights"] // settings.workers
-        ways.append(f"`--offload`, which is slow (weights of {_size(weights)})")
+        with contextlib.suppress(UserError):  # this model cannot be offloaded
+            weights = estimate(spec, replace(settings, offload=True)).parts["weights"] // settings.workers
+            ways.append(f"`--offload`, which is slow (weights of {_size(weights)})")
     ways.append("a machine with more memory" if settings.device.type == "cpu" else "a larger GPU, or `--device cpu`")
     return "what helps: " + ", or ".join(ways)
 

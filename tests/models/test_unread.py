@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from llava_checkpoints import save_llava
+from llava_checkpoints import save_clip, save_llava
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CLIPModel
 
 from qapbench import UserError, compress
 from qapbench.errors import RunFailedError
-from qapbench.models import family_of
-from qapbench.models.loading import load_model
-from qapbench.models.row_products import row_by_row
-from qapbench.models.unread import Postponed, UnreadWeight, any_unread, present, read_all, values
+from qapbench.models import family_of, loading
+from qapbench.models.loading import left_in_files, load_model
+from qapbench.models.relevance import TextTower
+from qapbench.models.row_products import CACHED, SHORT, row_by_row
+from qapbench.models.unread import Postponed, UnreadWeight, any_unread, narrow, present, read_all, values
 from qapbench.quantize.install import full_weight
 from qapbench.running.execute import make_runs
 from qapbench.running.session import Session
@@ -198,3 +200,132 @@ def test_a_model_that_accelerate_left_on_disk_is_refused_in_a_sentence(folder: P
         with torch.no_grad(), compress(one, {"quantize": W4}):
             logits.append(one(**x).logits)
     assert torch.equal(*logits)
+
+
+def stored_in(folder: Path, dtype: torch.dtype) -> Path:
+    """The checkpoint with its weights in another dtype."""
+    for path in folder.glob("*.safetensors"):
+        save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path, {"format": "pt"})
+    return folder
+
+
+def test_a_checkpoint_of_16_bits_is_held_in_16_bits_and_computed_with_in_float32(tmp_path: Path) -> None:
+    """Answers are those of a model that is all in memory in float32: packed and offloaded, with a text tower too."""
+    folder = stored_in(save_llava(tmp_path / "llava"), torch.bfloat16)
+    stored_in(save_clip(folder / "clip"), torch.bfloat16)
+    cases: list[tuple[str, bool, dict[str, Any]]] = [
+        ("unpacked", False, {"quantize": {**W4, "scope": ["language", "projector"]}}),
+        ("packed", False, {"quantize": {**W4, "scope": ["language", "projector"], "storage": "packed"}}),
+        ("whole", False, {}),
+        ("offloaded", True, {}),
+    ]
+    found: dict[str, list[bytes]] = {}
+    held: dict[str, set[str]] = {}
+    for name, offload, section in cases:
+        settings = Settings(tmp_path / name, CPU, offload=offload)
+        session, specs = Session(settings), []
+        for answers, prune in (("letter", {"method": "cdpruner", "keep": 4}), ("generate", None)):
+            task = {"name": "diagramqa", "limit": 2, "answers": answers}
+            fields = {"name": "t", "model": str(folder), "task": task, **section, **({"prune": prune} if prune else {})}
+            specs.append(RunSpec.parse(fields))
+        records = make_runs(specs, settings, session=session)
+        found[name] = [(settings.runs / one.run_id / "answers.jsonl").read_bytes() for one in records]
+        weights = dict(session.model(specs[0])[0].named_parameters())
+        held[name] = {
+            key for key, w in weights.items() if isinstance(w, UnreadWeight) and w.held_bytes == 2 * w.numel()
+        }
+    assert found["unpacked"] == found["packed"] and found["whole"] == found["offloaded"]
+    outside = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+    projector = {f"model.multi_modal_projector.linear_{n}.weight" for n in (1, 2)}
+    tower = {key for key in held["packed"] if ".vision_tower." in key}
+    assert len(tower) == 3 * 6 + 1 and held["packed"] == outside | tower
+    assert held["offloaded"] == outside | tower | projector
+    assert not held["unpacked"] and not held["whole"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_what_loses_no_bit_is_held_in_16_bits(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fits = torch.randn(40, 8, generator=generator).to(dtype).float()
+    late = fits.clone()
+    late[-1, -1] += 1e-7
+    odd = fits.clone()
+    odd[0, :3] = torch.tensor([-0.0, torch.inf, -torch.inf])
+    model = nn.ModuleList([nn.Linear(8, 40) for _ in range(4)] + [nn.Embedding(40, 8)])
+    for module, value in zip(model, (fits, late, odd, fits, fits), strict=True):
+        module.weight = nn.Parameter(value.clone(), requires_grad=False)
+    model[4].weight = model[0].weight  # tied
+    narrow(model, [model[3]])
+    kinds = [isinstance(module.weight, UnreadWeight) for module in model]
+    assert kinds == [True, False, True, False, True] and model[4].weight is model[0].weight
+    assert torch.equal(model[2].weight.read().view(torch.int32), odd.view(torch.int32))
+    ids = torch.tensor([[3, 39, 0]])
+    assert torch.equal(model[4](ids), fits[ids])
+    read_all(model)
+    assert not any_unread(model) and model[4].weight is model[0].weight
+    assert all(torch.equal(one.weight, value) for one, value in zip(model, (fits, late, odd, fits, fits), strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, SHORT + 1])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_with_a_weight_in_16_bits_have_the_same_bits(tokens: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    one, other = nn.Linear(520, CACHED // 512), nn.Linear(520, CACHED // 512)
+    value = torch.randn(one.weight.shape, generator=generator).bfloat16().float()
+    for linear in (one, other):
+        linear.weight = nn.Parameter(value.clone(), requires_grad=False)
+        linear.bias = one.bias
+    narrow(other)
+    assert isinstance(other.weight, UnreadWeight) and other.weight.numel() > CACHED
+    x = torch.randn(rows, tokens, 520, generator=generator)
+    with torch.no_grad():
+        assert torch.equal(one(x), other(x))
+        with row_by_row([one], rows), row_by_row([other], rows):
+            assert torch.equal(one(x), other(x))
+
+
+def test_a_text_tower_has_the_same_bits_whichever_way_it_is_held(tmp_path: Path) -> None:
+    folder = stored_in(save_clip(tmp_path / "clip"), torch.bfloat16)
+    plain, other = (TextTower(folder, 32, "cpu", narrowly) for narrowly in (False, True))
+    assert any_unread(other.text) and not any_unread(plain.text)
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    assert all(torch.equal(values(w), clip.text_model.get_parameter(n)) for n, w in plain.text.named_parameters())
+    texts = ["What is this?", "Where does the red fox live?", "cat"]
+    for one, same in zip(plain.embed_texts(texts), other.embed_texts(texts), strict=True):
+        assert torch.equal(one, same)
+    patches = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain.embed_patches(patches), other.embed_patches(patches))
+    assert torch.equal(plain.visual_projection.weight, clip.visual_projection.weight)
+
+
+AUTHORS = {"model_type": "llava_llama", "mm_vision_tower": "x"}  # in the layout of LLaVA's authors
+COMPRESSED = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "accelerate", "why"),
+    [
+        ("cpu", COMPRESSED, True, "it is quantized already"),
+        ("cuda", COMPRESSED, True, "it is quantized already"),
+        (
+            "cuda",
+            {"model_type": "llava_llama", "mm_vision_tower": "x"},
+            True,
+            "a checkpoint in its authors' layout .* before it goes to cuda",
+        ),
+        ("cuda", {"model_type": "llava"}, False, "without the package accelerate .* before it goes to cuda"),
+        ("cuda", {"model_type": "llava"}, True, None),
+        ("cpu", AUTHORS, False, None),
+    ],
+)
+def test_a_model_that_cannot_be_offloaded_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, config: dict[str, Any], accelerate: bool, why: str | None
+) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: accelerate or None)
+    spec = RunSpec.parse({"model": "diagram-llava", "task": "none", "quantize": {**W4, "storage": "packed"}})
+    assert left_in_files(spec, torch.device(device), config, False) == ([] if why else ["language"])
+    if why is None:
+        assert left_in_files(spec, torch.device(device), config, True) == ["language"]
+    else:
+        with pytest.raises(UserError, match=f"^model: --offload has no effect on this model, because {why}"):
+            left_in_files(spec, torch.device(device), config, True)

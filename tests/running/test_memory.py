@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.memory import Results, measure_all
 from qapbench import UserError
 from qapbench.checkpoints.find import EMBEDDED
 from qapbench.checkpoints.headers import stored
 from qapbench.memory import Phases, free_bytes, peak_resident_bytes
+from qapbench.models import loading
+from qapbench.models.unread import UnreadWeight
 from qapbench.running import estimate as estimates
 from qapbench.running import session as sessions
 from qapbench.running.estimate import estimate, of_all, refuse_unless_it_fits
@@ -140,7 +143,8 @@ def test_packed_weights_are_estimated_to_the_byte(dtype: str, tmp_path: Path) ->
     (record,) = make_runs([spec], settings, session=session)
     model, _ = session.model(spec)
     packed = {line.name: line.stored_bytes or 0 for line in record.receipt.linears}
-    plain = sum(w.nbytes for name, w in model.named_parameters() if name.removesuffix(".weight") not in packed)
+    others = (w for name, w in model.named_parameters() if name.removesuffix(".weight") not in packed)
+    plain = sum(w.held_bytes if isinstance(w, UnreadWeight) else w.nbytes for w in others)
     one = estimate(spec, settings)
     assert len(packed) > 10 and one.parts["weights"] == plain + sum(packed.values())
     assert one.total < estimate(spec_of(dtype=dtype, quantize=W4), settings).total
@@ -160,4 +164,38 @@ def test_a_run_that_does_not_fit_is_told_of_packed_weights_and_one_that_packs_fi
     assert f"`storage: packed` under `quantize` (weights of {size})" in str(caught.value)
     with pytest.raises(UserError) as caught:
         refuse_unless_it_fits(spec_of(), settings)
-    assert "packed" not in str(caught.value)
+    assert "packed" not in str(caught.value) and "`--offload`" in str(caught.value)
+    monkeypatch.setattr(loading, "_why_all_is_read", lambda device, config: "of something")
+    with pytest.raises(UserError) as caught:
+        refuse_unless_it_fits(spec_of(), settings)
+    assert "offload" not in str(caught.value)
+
+
+def test_measurements_are_printed_and_kept_as_they_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"before": 4e8, "peak": 3e9, "weights": 2.5e9, "held": 2.5e9, "seconds": 60.0}
+    path, asked = tmp_path / "results.json", []
+
+    def measured(mode: str) -> dict[str, float]:
+        asked.append(mode)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return one
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(["full", "w4a4"], Results(path, "a model"), measured)
+    printed = "full     weights 2.50 GB, before 0.40 GB, peak 3.00 GB; whole 1.20, over 1.040 (goal ≤ 1.05: ok); 60 s\n"
+    assert capsys.readouterr().out == printed
+    assert measure_all(["full", "w4a4"], Results(path, "a model"), measured)
+    assert asked == ["full", "w4a4", "w4a4"] and capsys.readouterr().out.startswith(printed)
+    other = {**one, "peak": 4e9}
+    assert not measure_all(["w4a4"], Results(path, "another"), lambda mode: other)
+    assert Results(path, "a model").found == {"full": one, "w4a4": one}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a model": {"full": {}}}', '{"a model": 3}'])
+def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"--results: .* holds no results"):
+        Results(path, "a model")
+    assert path.read_text(encoding="utf-8") == content
