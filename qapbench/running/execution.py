@@ -80,9 +80,11 @@ class Execution:
             torch.cuda.reset_peak_memory_stats(device)
         active_runs = [ActiveRun(plan) for plan in plans]
         self.status.watch(active_runs)
+        threads = threads_of(spec, self.settings)
+        if self.crew is not None and any(plan.answered < plan.total for plan in plans):
+            self.crew.prepare(threads)
         processor, task = self.session.processor(spec), self.session.task(spec)
         questions = self.session.questions(spec)
-        threads = threads_of(spec, self.settings)
         pool = WorkerPool(self.session, processor, threads, self.crew, self.status, self._unfinished)
         stopped: dict[str, Verdict] = {}
         some = fast.subset(questions) if fast_first else questions

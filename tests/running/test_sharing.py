@@ -54,6 +54,9 @@ class Here:
         self.events_due: deque[Event] = deque()
         self.started = self.died = 0
 
+    def prepare(self, threads: int) -> None:
+        pass
+
     def take(self, order: Order) -> None:
         self.order = order
         for worker in self.workers.values():
