@@ -59,8 +59,19 @@ def state_of_tree(folder: Path) -> tuple[tuple[str, int, int], ...]:
 def _digest_tree(folder: Path, states: tuple[tuple[str, int, int], ...]) -> str:
     total = hashlib.sha256()
     for name, _, _ in states:
-        total.update(f"{name}\0{digest_file(folder / name)}\0".encode())
+        total.update(f"{name}\0{digest_unchanged(folder / name)}\0".encode())
     return total.hexdigest()
+
+
+def digest_unchanged(file: Path) -> str:
+    """SHA-256 of a file's content. Computed once per process, as long as time of last change and size stay."""
+    state = file.stat()
+    return _digest_unchanged(file, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_unchanged(file: Path, modified: int, size: int) -> str:
+    return digest_file(file)
 
 
 def add_tensor(total: Any, value: Tensor) -> None:

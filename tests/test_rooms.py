@@ -66,6 +66,7 @@ UNSHARED = {
     "qapbench/analysis/pictures.py": "into memory",
     "qapbench/running/feature_cache.py": "into memory",
     "qapbench/running/saving.py": "into a new folder, which is put in its place when it is whole",
+    "qapbench/running/sent_files.py": "into the draft that files.py gives it",
     "tasks/diagramqa/make_sprites.py": "for whoever changes the task",
     "tasks/diagramqa/generate.py": "for whoever changes the task",
 }

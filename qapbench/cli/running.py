@@ -47,6 +47,9 @@ def run(
         str | None, typer.Option(help="Ray cluster (auto, or HOST:PORT); else Ray on this machine.")
     ] = None,
     gpus_per_worker: Annotated[float, typer.Option(help="Share of a GPU that each worker of a Ray cluster has.")] = 1.0,
+    send_files: Annotated[
+        bool, typer.Option("--send-files", help="Send checkpoints and data to the nodes of a Ray cluster without them.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of each process on a CPU; 1 for small models.")
     ] = None,
@@ -89,6 +92,7 @@ def run(
         threads=threads,
         address=address,
         gpus_per_worker=gpus_per_worker,
+        send_files=send_files,
     )
     planner = Planner(runs, settings.device)
     specs = load_spec(spec, changes or (), planner.check, lambda sentence: print_notes([sentence]))

@@ -47,6 +47,14 @@ class Crew(Protocol):
         """Name of the device that the workers compute on; None if it is that of this process."""
         ...
 
+    def prepare(self, threads: int) -> None:
+        """Begin to start workers, which takes seconds, and do not wait for them. An order comes soon.
+
+        Args:
+            threads: number of torch's threads that each is going to have.
+        """
+        ...
+
     def take(self, order: Order) -> None:
         """Give an order to every worker that there is or will be. None of them has a unit."""
         ...

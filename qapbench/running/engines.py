@@ -24,6 +24,7 @@ def make_settings(
     engine: EngineName = "local",
     address: str | None = None,
     gpus_per_worker: float = 1.0,
+    send_files: bool = False,
     **more: Any,
 ) -> Settings:
     """Settings from what a user says.
@@ -36,6 +37,7 @@ def make_settings(
         engine: where workers run.
         address: address of the Ray cluster.
         gpus_per_worker: share of a GPU that each worker of a Ray cluster has.
+        send_files: send checkpoints and data to nodes that do not have them.
         more: further fields of the settings.
 
     Raises:
@@ -50,6 +52,8 @@ def make_settings(
     else:
         if address is not None:
             raise UserError(f"--address {address}: it is the address of a Ray cluster; add --engine ray")
+        if send_files:
+            raise UserError("--send-files: it is for the nodes of a Ray cluster; add --engine ray")
         place = device if isinstance(device, torch.device) else find_device(device)
     number = (0 if engine == "ray" else 1) if workers is None else workers
     return Settings(
@@ -60,6 +64,7 @@ def make_settings(
         engine,
         address=address,
         gpus_per_worker=gpus_per_worker,
+        send_files=send_files,
         **more,
     )
 

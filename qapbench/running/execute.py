@@ -46,6 +46,7 @@ def run(
     engine: EngineName = "local",
     address: str | None = None,
     gpus_per_worker: float = 1.0,
+    send_files: bool = False,
     spill: bool = False,
     offload: bool = False,
     trust_remote_code: bool = False,
@@ -72,6 +73,7 @@ def run(
         engine: where workers run: "local" is processes of this machine, "ray" a Ray cluster (docs/cluster.md).
         address: address of the Ray cluster, or "auto"; None starts Ray on this machine.
         gpus_per_worker: share of a GPU that each worker of a Ray cluster has to itself.
+        send_files: send checkpoints and data to the nodes of a Ray cluster that do not have them.
         spill: keep image features for later quantizers in a memory-mapped file below `runs`.
         offload: leave the decoder's weights in the checkpoint's files, where every forward pass reads them: slower, and
             no answer depends on it.
@@ -114,6 +116,7 @@ def run(
             threads=threads,
             address=address,
             gpus_per_worker=gpus_per_worker,
+            send_files=send_files,
         )
         session = loaded.session(specs, settings, told) if loaded else None
         return make_runs(specs, settings, fresh, fast, told, session=session)

@@ -51,15 +51,8 @@ class Execution:
 
     def finish(self) -> None:
         """Score the runs that were answered and write their records, as far as it was not done meanwhile."""
-        while self._finish_one():
-            pass
-
-    def _finish_one(self) -> bool:
-        """Score one run that was answered. Whether there was one."""
-        if self._unfinished:
+        while self._unfinished:
             self._unfinished.popleft()()
-            return True
-        return False
 
     def close(self) -> None:
         """End the workers."""
@@ -87,10 +80,12 @@ class Execution:
             torch.cuda.reset_peak_memory_stats(device)
         active_runs = [ActiveRun(plan) for plan in plans]
         self.status.watch(active_runs)
+        threads = threads_of(spec, self.settings)
+        if self.crew is not None and any(plan.answered < plan.total for plan in plans):
+            self.crew.prepare(threads)
         processor, task = self.session.processor(spec), self.session.task(spec)
         questions = self.session.questions(spec)
-        threads = threads_of(spec, self.settings)
-        pool = WorkerPool(self.session, processor, threads, self.crew, self.status, self._finish_one)
+        pool = WorkerPool(self.session, processor, threads, self.crew, self.status, self._unfinished)
         stopped: dict[str, Verdict] = {}
         some = fast.subset(questions) if fast_first else questions
         if len(some) < len(questions):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -22,10 +23,8 @@ from qapbench.errors import RunFailedError
 
 from .crew import Event
 from .partition import Unit
-from .worker import Failure, Order, Part, Worker, failure_of
+from .worker import IMPORTED, Failure, Order, Part, Worker, failure_of
 
-IMPORTED = [__name__, "qapbench.tasking.lm", "qapbench.models.loading", "transformers.generation", "datasets"]
-"""What every worker needs. Importing it computes nothing and touches no GPU."""
 STOP = 5  # seconds in which a worker that is stopped may end by itself
 
 
@@ -57,6 +56,11 @@ class Processes:
         self.size = count
         self._on_cpu = on_cpu
         self._members: dict[str, _Member] = {}
+
+    def prepare(self, threads: int) -> None:
+        """Begin to import what workers need, where they are forked from one process."""
+        if not self._members and isinstance(_context(self._on_cpu), ForkServerContext):
+            ensure_running()
 
     def take(self, order: Order) -> None:
         """Start the processes if there are none, and give each the order."""
@@ -121,7 +125,7 @@ def _context(on_cpu: bool) -> SpawnContext | ForkServerContext:
     if not on_cpu or sys.platform != "linux":  # macOS' frameworks do not outlive a fork
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload([__name__, *IMPORTED])
     return context
 
 

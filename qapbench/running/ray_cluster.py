@@ -30,12 +30,13 @@ SOURCE = "qapbench's source"
 
 
 def import_ray() -> ModuleType:
-    """Ray, which reports nothing to anybody.
+    """Ray, which reports nothing to anybody. If it is started here, its workers compete for the cores like any process.
 
     Raises:
         UserError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default 15: a worker waits for minutes on a busy machine
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do soon; else it warns
     try:
         return importlib.import_module("ray")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,9 @@ from qapbench.visible import visible_logger
 from .crew import Event
 from .partition import Unit
 from .ray_cluster import check_versions, connect, disconnect, import_ray, versions
-from .ray_worker import Hello, RayWorker, Sent, sources_of
+from .ray_files import SentTrees
+from .ray_worker import Begun, Hello, RayWorker, Sent, sources_of
+from .sent_files import trees_of
 from .settings import Settings
 from .worker import Failure, Order
 
@@ -57,11 +60,13 @@ class RayCrew:
     There are as many as asked for, or as the nodes have room for, which is looked at again every second: a node that
     comes gets workers, and those of a node that goes are started elsewhere, if there is room.
 
+    A Ray that is started here, and its first workers, take seconds in which this process goes on.
+
     Args:
         settings: where and how runs are made.
 
     Raises:
-        UserError: Ray or the cluster is not there.
+        UserError: Ray is not there.
     """
 
     again = True
@@ -69,13 +74,15 @@ class RayCrew:
     def __init__(self, settings: Settings) -> None:
         self.ray: Any = import_ray()
         self.settings = settings
-        self._ours = connect(settings.address, settings.workers * (settings.threads or 1))
-        self._here = self.ray.get_runtime_context().get_node_id()
+        self._ours = False
+        self._starting = ThreadPoolExecutor(1, "start Ray")
+        self._started = self._starting.submit(self._connect)
         self._actors: dict[str, _Actor] = {}
         self._nodes: dict[str, str] = {}
         self._devices: set[str] = set()
         self._needs: dict[str, float] = {}
         self._order: Any = None
+        self._sent_trees = SentTrees()
         self._number = self._failed = 0
         self._looked = 0.0
         self._alone_since, self._said_alone = time.monotonic(), False
@@ -93,24 +100,50 @@ class RayCrew:
 
     # -- orders and units --
 
-    def take(self, order: Order) -> None:
-        """Give an order to every worker that there is or will be."""
-        cpus = order.threads if order.settings.device.type == "cpu" else 1
+    def _connect(self) -> None:
+        self._ours = connect(self.settings.address, self.settings.workers * (self.settings.threads or 1))
+
+    def prepare(self, threads: int) -> None:
+        """Begin to start workers as soon as Ray is there. They import what they need, and say hello."""
+        before = self._started
+
+        def start() -> None:
+            before.result()
+            self._start(threads)
+
+        self._started = self._starting.submit(start)
+
+    def _start(self, threads: int) -> None:
+        """Start workers, unless there are some of this size."""
+        cpus = threads if self.settings.device.type == "cpu" else 1
         smallest = min((int(node["CPU"]) for node in self._alive().values() if node.get("CPU", 0) >= 1), default=cpus)
         needs: dict[str, float] = {"CPU": max(1, min(cpus, smallest))}
-        if order.settings.device.type == "cuda":
-            needs["GPU"] = order.settings.gpus_per_worker
+        if self.settings.device.type == "cuda":
+            needs["GPU"] = self.settings.gpus_per_worker
         if needs != self._needs:
             self._needs = needs
             self._dismiss(self._actors)
+        self._look()
+
+    def take(self, order: Order) -> None:
+        """Give an order to every worker that there is or will be.
+
+        Raises:
+            UserError: the cluster is not there.
+        """
+        self._started.result()
+        self._start(order.threads)
         if order.settings.device.type == "cpu":
-            order = replace(order, threads=int(needs["CPU"]))
-        sent = Sent(order, str(Path.cwd()), self._here, sources_of(order.plugins))
+            order = replace(order, threads=int(self._needs["CPU"]))
+        trees = trees_of(plan.spec for plan in order.plans) if order.settings.send_files else {}
+        server = self._sent_trees.offer(trees)
+        here = self.ray.get_runtime_context().get_node_id()
+        sent = Sent(order, str(Path.cwd()), here, sources_of(order.plugins), trees, server)
         self._order = self.ray.put(sent)
         for actor in self._actors.values():
             if actor.hello is not None:
                 self._begin(actor)
-        self._look()
+        self._alone_since = time.monotonic()
 
     def idle(self) -> Sequence[str]:
         """The workers that wait for a unit."""
@@ -128,8 +161,10 @@ class RayCrew:
 
     def close(self) -> None:
         """End all workers, and a Ray that was started for them."""
+        self._starting.shutdown()
         if self.ray.is_initialized():
             self._dismiss(self._actors)
+            self._sent_trees.offer({})
             if self._ours:
                 disconnect()
 
@@ -174,8 +209,10 @@ class RayCrew:
             actor.hello = said
             self._begin(actor)
             return []
-        if isinstance(said, str):
-            self._ready(actor, said)
+        if isinstance(said, Begun):
+            if said.sent:
+                LOG.warning("%s got files of %.2f GB, which it keeps for later runs", actor.where, said.sent / 1e9)
+            self._ready(actor, said.device)
             return []
         if isinstance(said, Failure) and said.kind == "told" and isinstance(said.error, UserError):
             said = replace(said, error=_named(said.error, actor))

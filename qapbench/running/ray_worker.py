@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from qapbench.errors import Problem, UserError
 from qapbench.files import cache_folder, replace_synced
@@ -18,8 +20,12 @@ from qapbench.methods.plugins import load_plugin_file
 from .environment import environment
 from .planner import Planner
 from .ray_cluster import versions
-from .worker import Failure, Order, Worker, failure_of
+from .ray_files import asking
+from .sent_files import Tree, lacks, received, with_places
+from .worker import IMPORTED, Failure, Order, Worker, failure_of
 
+SENDS = "; --send-files sends checkpoints and data"
+"""What helps a node that lacks some."""
 Sources = dict[str, dict[str, bytes]]
 """Plugin file -> the name of each file that it is made of, beside itself -> content."""
 
@@ -50,12 +56,29 @@ class Sent:
         folder: the working directory, which relative paths in specs start from.
         node: id of the node that sends it.
         sources: the plugins that the order names.
+        trees: what the specs name and a node may ask for if it lacks it, by name.
+        server: Ray's handle of the `FileServer` that has them; None if nothing is sent.
     """
 
     order: Order
     folder: str
     node: str
     sources: Sources = field(default_factory=dict)
+    trees: dict[str, Tree] = field(default_factory=dict)
+    server: Any = None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a worker says when it has loaded what an order needs.
+
+    Attributes:
+        device: name of its device.
+        sent: bytes of files that were sent to it.
+    """
+
+    device: str
+    sent: int = 0
 
 
 class RayWorker(Worker):
@@ -68,27 +91,30 @@ class RayWorker(Worker):
     node = ""
 
     def hello(self) -> Hello:
-        """Where this worker is, and with which versions."""
+        """Where this worker is, and with which versions. What it will need is imported then."""
         import ray
 
+        for module in IMPORTED:
+            importlib.import_module(module)
         self.node = ray.get_runtime_context().get_node_id()
         return Hello(self.node, ray.util.get_node_ip_address(), os.getpid(), versions())
 
-    def begin(self, sent: Sent) -> Failure | str:
+    def begin(self, sent: Sent) -> Failure | Begun:
         """Load what an order needs.
 
         Returns:
-            The name of the device, or what is wrong on this node.
+            That it is there, or what is wrong on this node.
         """
         try:
             with contextlib.suppress(OSError):
                 os.chdir(sent.folder)
-            order = sent.order
+            order, count = sent.order, 0
             if self.node != sent.node:
-                order = _on_this_node(sent)
-                _check_content(order)
+                places, count = _places(sent)
+                order = _on_this_node(sent, places)
+                _check_content(order, hint="" if sent.server else SENDS)
             self.take(order)
-            return str(environment(order.settings.device)["device"])
+            return Begun(str(environment(order.settings.device)["device"]), count)
         except Exception as error:
             return failure_of(error)
 
@@ -103,18 +129,35 @@ def sources_of(plugins: list[str]) -> Sources:
     return found
 
 
-def _on_this_node(sent: Sent) -> Order:
-    """The order with plugins that were sent along, and with a folder that this node has."""
-    places = {plugin: _written(plugin, files) for plugin, files in sent.sources.items()}
+def _places(sent: Sent) -> tuple[dict[str, str], int]:
+    """Where on this node the files are that it lacked, by the names in the specs, and how many bytes of them were sent.
+
+    Raises:
+        UserError: there is no room for them, or they arrived with another content.
+    """
+    import ray
+
+    places, total = dict[str, str](), 0
+    for name, tree in sent.trees.items():
+        if lacks(name, tree):
+            place, size = received(tree, asking(sent.server, tree), ray.get)
+            places[name], total = str(place), total + size
+    return places, total
+
+
+def _on_this_node(sent: Sent, places: Mapping[str, str]) -> Order:
+    """The order with plugins and files that were sent along, and with a folder that this node has."""
+    written = {plugin: _written(plugin, files) for plugin, files in sent.sources.items()}
     plans = []
     for plan in sent.order.plans:
-        plugins = [places.get(plugin, plugin) for plugin in plan.spec.plugins]
-        plans.append(replace(plan, spec=plan.spec.model_copy(update={"plugins": plugins})))
+        plugins = [written.get(plugin, plugin) for plugin in plan.spec.plugins]
+        spec = with_places(plan.spec, places).model_copy(update={"plugins": plugins})
+        plans.append(replace(plan, spec=spec))
     runs = sent.order.settings.runs
     if not runs.is_dir():  # calibrations and features are kept here then
         runs = cache_folder() / "runs"
     settings = replace(sent.order.settings, runs=runs)
-    return replace(sent.order, settings=settings, plans=plans, plugins=list(places.values()))
+    return replace(sent.order, settings=settings, plans=plans, plugins=list(written.values()))
 
 
 def _written(plugin: str, files: Mapping[str, bytes]) -> str:
@@ -128,8 +171,12 @@ def _written(plugin: str, files: Mapping[str, bytes]) -> str:
     return str(folder / Path(plugin).name)
 
 
-def _check_content(order: Order) -> None:
+def _check_content(order: Order, hint: str) -> None:
     """Check that the runs read here what they read where they were planned.
+
+    Args:
+        order: the order.
+        hint: what may help, behind each message.
 
     Raises:
         UserError: a checkpoint, data or a library is missing, or is another one.
@@ -138,10 +185,14 @@ def _check_content(order: Order) -> None:
         load_plugin_file(plugin)
     planner = Planner(order.settings.runs, order.settings.device)
     for plan in order.plans:
-        mine = planner.plan(plan.spec)
+        try:
+            mine = planner.plan(plan.spec)
+        except UserError as error:
+            told = [replace(problem, message=f"{problem.message}{hint}") for problem in error.problems]
+            raise UserError(told) from None
         if mine.id == plan.id:
             continue
         theirs = plan.fingerprints
         names = sorted({*theirs, *mine.fingerprints})
         other = [name for name in names if theirs.get(name) != mine.fingerprints.get(name)]
-        raise UserError([Problem(f"'{plan.spec.name}' reads another {name} here") for name in other])
+        raise UserError([Problem(f"'{plan.spec.name}' reads another {name} here{hint}") for name in other])

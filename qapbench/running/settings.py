@@ -32,6 +32,7 @@ class Settings:
         threads: threads of each process on a CPU; None chooses them by the model's size.
         address: address of the Ray cluster; None starts Ray on this machine.
         gpus_per_worker: share of a GPU that each worker of a Ray cluster has to itself.
+        send_files: send checkpoints and data to nodes of a Ray cluster that do not have them.
     """
 
     runs: Path
@@ -46,6 +47,7 @@ class Settings:
 
     address: str | None = None
     gpus_per_worker: float = 1.0
+    send_files: bool = False
 
     @property
     def in_process(self) -> bool:

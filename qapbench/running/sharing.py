@@ -6,8 +6,11 @@ counts once, and what has not is given out again.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from qapbench.errors import RunFailedError
@@ -56,14 +59,14 @@ class Sharing:
         self.peak: dict[str, int] = {}
         self.batch_size = settings.batch_size
         self._halved = False
-        self._flushed, self._pause = time.monotonic(), 0.0
+        self._flushed, self._pause, self._waiting = time.monotonic(), 0.0, False
 
     def share(
         self,
         order: Order,
         wanted: Sequence[Question],
         status: Status,
-        meanwhile: Callable[[], bool] = lambda: False,
+        others: deque[Callable[[], None]],
     ) -> None:
         """Let the workers answer questions that some run has not answered.
 
@@ -71,8 +74,7 @@ class Sharing:
             order: the runs.
             wanted: the questions, in the order of the work.
             status: is told what fails.
-            meanwhile: does a piece of other work, if there is one, and says whether there was. It is called when no
-                worker waits for a unit.
+            others: pieces of other work. Those that are done meanwhile, one after the other, are taken out.
 
         Raises:
             RunFailedError: the workers cannot go on, or a question fails whoever tries it.
@@ -87,15 +89,51 @@ class Sharing:
         schedule = self._schedule(wanted, missing)
         try:
             while schedule.left:
-                for worker in self.crew.idle():
-                    if (unit := schedule.next(worker)) is not None:
-                        self.crew.give(worker, replace(unit, batch_size=self.batch_size))
-                for event in self.crew.events(0 if meanwhile() else FLUSH):
-                    self._heard(event, schedule, status)
-                status.workers = self.crew.size
-                self._flush()
+                self._go_on(schedule, status)
+                if others:
+                    with self._going_on(schedule, status):
+                        others.popleft()()
         finally:
             self._flush(force=True)
+
+    def _go_on(self, schedule: Schedule, status: Status) -> None:
+        """Give units to the workers that wait for one, and take in and store what is heard within `FLUSH` seconds."""
+        for worker in self.crew.idle():
+            if (unit := schedule.next(worker)) is not None:
+                self.crew.give(worker, replace(unit, batch_size=self.batch_size))
+        due = max(0.0, self._flushed + self._pause - time.monotonic()) if self._waiting else FLUSH
+        for event in self.crew.events(min(due, FLUSH)):
+            self._heard(event, schedule, status)
+        status.workers = self.crew.size
+        self._flush()
+
+    @contextlib.contextmanager
+    def _going_on(self, schedule: Schedule, status: Status) -> Iterator[None]:
+        """While the context is open, another thread goes on, so that answers are stored as soon as ever.
+
+        The other work stays in the thread that called: some tasks limit the time of their metrics by signals, which
+        only the main thread of a process can do.
+        """
+        ended = threading.Event()
+        failed: list[BaseException] = []
+
+        def go_on() -> None:
+            try:
+                while schedule.left and not ended.is_set():
+                    self._go_on(schedule, status)
+                self._flush(force=True)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=go_on, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+        for error in failed:
+            raise error
 
     def _missing(self, wanted: Sequence[Question]) -> dict[str, dict[str, set[int]]]:
         """Group -> run id -> documents without an answer; a group or a run that lacks nothing is left out."""
@@ -147,6 +185,7 @@ class Sharing:
             for answer in answers:
                 if answer.place not in active.have:
                     active.add(answer)
+                    self._waiting = True
         for run_id, cost in part.costs.items():
             active = self.active_runs[run_id]
             active.computed += cost.computed
@@ -243,7 +282,7 @@ class Sharing:
             for active in self.active_runs.values():
                 active.flush()
             self._report()
-            self._flushed = time.monotonic()
+            self._flushed, self._waiting = time.monotonic(), False
             self._pause = SHARE * (self._flushed - started)
 
     def _report(self) -> None:

@@ -31,6 +31,8 @@ from .session import Session
 from .settings import Settings
 from .sweep import MEMORY, Sweep
 
+IMPORTED = ["qapbench.tasking.lm", "qapbench.models.loading", "transformers.generation", "datasets"]
+"""What every worker needs, besides this module. Importing it computes nothing and touches no GPU."""
 Refused = dict[tuple[str, int], str]
 """Task and document of a question that the model's processor refuses -> why."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +29,7 @@ class WorkerPool:
         threads: threads of each process that answers.
         crew: the workers; None lets this process answer.
         status: is told what fails.
-        meanwhile: does a piece of other work while all workers have something to do, if there is one, and says
-            whether there was.
+        others: pieces of other work, which are done while workers answer, as far as there is time.
 
     Attributes:
         peak: largest peak memory of the processes that answered.
@@ -42,14 +42,14 @@ class WorkerPool:
         threads: int,
         crew: Crew | None,
         status: Status,
-        meanwhile: Callable[[], bool],
+        others: deque[Callable[[], None]],
     ) -> None:
         self.session = session
         self.processor = processor
         self.threads = threads
         self.crew = crew
         self.status = status
-        self.meanwhile = meanwhile
+        self.others = others
         self.peak: dict[str, int] = {}
 
     def answer(self, active_runs: Sequence[ActiveRun], asked: Sequence[Question] | None) -> None:
@@ -80,7 +80,7 @@ class WorkerPool:
             wanted = [one for one in questions if docs is None or one.place[1] in docs or one is first]
             sharing = Sharing(self.crew, active_runs, questions, self.session.settings, self.session.progress)
             try:
-                sharing.share(self._order(active_runs), wanted, self.status, self.meanwhile)
+                sharing.share(self._order(active_runs), wanted, self.status, self.others)
             finally:
                 self._note_peak(sharing.peak)
         refusals.left_out(questions)  # all workers together

@@ -1,5 +1,6 @@
 """Runs on a Ray cluster of two nodes on this machine, whose workers and nodes are killed meanwhile."""
 
+import contextlib
 import json
 import logging
 import os
@@ -82,19 +83,44 @@ def alone(sweep: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory)
     return made(sweep, tmp_path_factory.mktemp("alone"))
 
 
+SMALL: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home folder on the second node, where paths that begin with ~ lead nowhere."""
+    return tmp_path_factory.mktemp("elsewhere") / "home"
+
+
+@pytest.fixture(scope="module")
+def cluster(elsewhere: Path) -> Iterator[Any]:
     """Two nodes with one core each; this process is on the first."""
     pytest.importorskip("ray")
     ray_cluster.import_ray()
     from ray.cluster_utils import Cluster
 
-    small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    found = Cluster(initialize_head=True, head_node_args=small)
-    found.add_node(**small)
+    found = Cluster(initialize_head=True, head_node_args=SMALL)
+    found.add_node(**SMALL, env_vars={"HOME": str(elsewhere), "XDG_CACHE_HOME": str(elsewhere / "cache")})
     yield found
     ray_cluster.disconnect()
     found.shutdown()
+
+
+@contextlib.contextmanager
+def holding_this_node(cluster: Any) -> Iterator[None]:
+    """While the context is open, the core of the first node is taken, so that workers are on the second."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Idle:
+        """Does nothing."""
+
+    ray_cluster.connect(cluster.address)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    idle = ray.remote(num_cpus=1, scheduling_strategy=here)(Idle).remote()
+    ray.get(idle.__ray_ready__.remote())
+    yield
+    ray.kill(idle)
 
 
 def answered(runs: Path) -> int:
@@ -113,6 +139,29 @@ def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     thread = threading.Thread(target=wait)
     thread.start()
     return thread
+
+
+def test_a_node_without_the_files_gets_them(
+    sweep: Any, alone: Any, cluster: Any, elsewhere: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the second node has a core for a worker then."""
+
+    def from_home(path: str) -> str:
+        return f"~/{os.path.relpath(path, Path.home().resolve())}"
+
+    task = {"name": "scienceqa", "data": from_home(sweep[0]["task"]["data"])}
+    spec = {**sweep[0], "model": from_home(sweep[0]["model"]), "task": task}
+    more = {"engine": "ray", "address": cluster.address, "workers": 1, "send_files": True}
+    with holding_this_node(cluster), caplog.at_level(logging.WARNING):
+        assert made([spec], tmp_path / "one", **more) == alone[:1]
+    assert "got files of" in caplog.text
+    kept = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*") if path.is_file() and "sent" in path.parts}
+    assert {path.name for path in kept} >= {"config.json", "model.safetensors", "test.parquet"}
+    caplog.clear()
+    with holding_this_node(cluster), caplog.at_level(logging.WARNING):
+        assert made([spec], tmp_path / "two", **more) == alone[:1]
+    assert "got files of" not in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_an_actor_and_a_node_that_are_killed_change_no_byte(
@@ -144,7 +193,7 @@ def test_an_actor_and_a_node_that_are_killed_change_no_byte(
     assert "the worker died" in caplog.text
     assert "another worker goes on" in caplog.text  # of each that was answering: one that waited has nothing to hand on
     assert "the worker died" in (tmp_path / LOG_FILE).read_text()
-    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    cluster.add_node(**SMALL)
 
 
 def test_a_driver_that_is_killed_is_started_again(sweep: Any, alone: Any, cluster: Any, tmp_path: Path) -> None:
@@ -187,12 +236,13 @@ def test_a_node_without_the_checkpoint_or_with_another_says_so(sweep: Any, tmp_p
     order = sent({**sweep[0], "model": str(folder)}, tmp_path)
     worker = ray_worker.RayWorker()
     worker.node = "there"
-    assert isinstance(worker.begin(order), str)
+    assert isinstance(worker.begin(order), ray_worker.Begun)
     config = folder / "config.json"
     config.write_text(config.read_text() + "\n")
     found = worker.begin(order)
     assert isinstance(found, Failure)
-    assert (found.kind, str(found.error)) == ("told", "'row 0' reads another model here")
+    hint = "; --send-files sends checkpoints and data"
+    assert (found.kind, str(found.error)) == ("told", f"'row 0' reads another model here{hint}")
     shutil.rmtree(folder)
     found = worker.begin(order)
     assert isinstance(found, Failure)
@@ -201,7 +251,7 @@ def test_a_node_without_the_checkpoint_or_with_another_says_so(sweep: Any, tmp_p
     hello = ray_worker.Hello("there", "10.0.0.7", 5, {})
     named = ray_crew._named(found.error, ray_crew._Actor(None, "loading", None, hello))
     assert "\n" not in str(named)
-    assert str(named).endswith("(on node 10.0.0.7)")
+    assert str(named).endswith(f"{hint} (on node 10.0.0.7)")
 
 
 def test_a_plugin_is_sent_with_the_files_beside_it(sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +266,7 @@ def test_a_plugin_is_sent_with_the_files_beside_it(sweep: Any, tmp_path: Path, m
         "plugin.py": ["beside_plugin.py", "plugin.py"],
         "slow_metric.py": ["slow_metric.py"],
     }
-    there = ray_worker._on_this_node(replace(sent(sweep[1], tmp_path), sources=sources))
+    there = ray_worker._on_this_node(replace(sent(sweep[1], tmp_path), sources=sources), {})
     copy, slow_copy = map(Path, there.plugins)
     assert there.plans[0].spec.plugins == [str(slow_copy)] != [slow]
     assert slow_copy.read_text() == Path(slow).read_text()
@@ -237,6 +287,7 @@ def test_without_ray_the_command_that_installs_it_is_told(
     [
         ({"engine": "ray", "address": "ray://head:10001"}, "start the command on a node of the cluster"),
         ({"address": "auto"}, "add --engine ray"),
+        ({"send_files": True}, "add --engine ray"),
         ({"engine": "ray", "gpus_per_worker": 2.0}, "a model is loaded on one GPU, so at most 1"),
     ],
 )

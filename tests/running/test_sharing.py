@@ -2,6 +2,8 @@
 
 import logging
 import random
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +53,9 @@ class Here:
         self.units: dict[str, Unit] = {}
         self.events_due: deque[Event] = deque()
         self.started = self.died = 0
+
+    def prepare(self, threads: int) -> None:
+        pass
 
     def take(self, order: Order) -> None:
         self.order = order
@@ -118,27 +123,52 @@ def crew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Here]:
     return use
 
 
-def test_a_task_is_scored_while_workers_answer_the_next(
+def test_answers_are_stored_while_a_task_is_scored(
     specs: Any, alone: Any, crew: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs that were answered get their records also if the next task fails."""
-    here = crew(2)
-    busy: list[tuple[str, int]] = []
-    finish = scoring.finish
-    monkeypatch.setattr(
-        scoring,
-        "finish",
-        lambda active, *rest: busy.append((active.spec.name, len(here.units))) or finish(active, *rest),
-    )
-    other = [{**spec, "name": f"short {spec['name']}", "task": {**spec["task"], "limit": 6}} for spec in specs[:2]]
-    assert made([*specs[:2], *other], tmp_path / "runs", workers=2)[:2] == alone[:2]
-    assert {name for name, units in busy if units == 2} == {"row 0", "row 1"}
-    assert [name for name, units in busy if not units] == ["short row 0", "short row 1"]
+    """Scoring takes seconds where a task has thousands of questions. Here it ends when all answers are on disk."""
+    begun, waited, threads = threading.Event(), dict[str, tuple[int, int]](), set[threading.Thread]()
+    finish, wanted = scoring.finish, 2 * (QUESTIONS + 6)
 
-    here = crew(2, lambda worker, unit: "die" if here.order.plans[0].spec.task.limit else "")
+    def stored() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/answers.jsonl"))
+
+    def slow(active: Any, *rest: Any) -> Any:
+        threads.add(threading.current_thread())
+        before, until = stored(), time.monotonic() + 10
+        begun.set()
+        while stored() < wanted and time.monotonic() < until:
+            time.sleep(0.01)
+        waited[active.spec.name] = before, stored()
+        return finish(active, *rest)
+
+    def fault(worker: str, unit: Unit) -> str:
+        if threading.current_thread() is not threading.main_thread():  # so that the workers have not finished before
+            begun.wait(10)
+        return ""
+
+    monkeypatch.setattr(scoring, "finish", slow)
+    crew(2, fault)
+    other = [{**spec, "name": f"short {spec['name']}", "task": {**spec["task"], "limit": 6}} for spec in specs[:2]]
+    assert made([*specs[:2], *other], tmp_path, workers=2, batch_size=1)[:2] == alone[:2]
+    before, after = waited["row 0"]
+    assert 2 * QUESTIONS <= before < after == wanted
+    assert threads == {threading.main_thread()}  # metrics may set alarms, which no other thread can
+
+
+def test_runs_that_were_answered_get_their_records_also_if_the_next_task_fails(
+    specs: Any, crew: Any, tmp_path: Path
+) -> None:
+    """It fails while they are scored."""
+
+    def fault(worker: str, unit: Unit) -> str:
+        return "die" if here.died or threading.current_thread() is not threading.main_thread() else ""
+
+    other = [{**spec, "name": f"short {spec['name']}", "task": {**spec["task"], "limit": 6}} for spec in specs[:2]]
+    here = crew(2, fault)
     with pytest.raises(RunFailedError, match="the worker died"):
-        made([*specs[:2], *other], tmp_path / "failed", workers=2)
-    assert {record.name for record in qapbench.load_records(tmp_path / "failed")} == {"row 0", "row 1"}
+        made([*specs[:2], *other], tmp_path, workers=2)
+    assert {record.name for record in qapbench.load_records(tmp_path)} == {"row 0", "row 1"}
 
 
 @pytest.mark.parametrize("seed", range(2))
