@@ -32,6 +32,7 @@ class Settings:
         threads: threads of each process on a CPU; None chooses them by the model's size.
         address: address of the Ray cluster; None starts Ray on this machine.
         gpus_per_worker: share of a GPU that each worker of a Ray cluster has to itself.
+        may_share: whether more local workers may be started where that pays, because nobody said how many.
     """
 
     runs: Path
@@ -46,6 +47,7 @@ class Settings:
 
     address: str | None = None
     gpus_per_worker: float = 1.0
+    may_share: bool = False
 
     @property
     def in_process(self) -> bool:
@@ -54,7 +56,7 @@ class Settings:
 
     def of_a_worker(self) -> Settings:
         """The settings of one worker, which answers by itself."""
-        return replace(self, workers=1, engine="local")
+        return replace(self, workers=1, may_share=False, engine="local")
 
 
 def find_device(name: str | None) -> torch.device:
