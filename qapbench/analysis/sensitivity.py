@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_code
-from qapbench.methods.kinds import Metric, metrics
+from qapbench.methods.kinds import Measure, metrics
 from qapbench.models import Family, family_of
 from qapbench.prune.first_reads import on_model
 from qapbench.prune.prompt import PruningView
@@ -177,7 +177,7 @@ class Study:
                 yield _row(question, scores, effect, units, list(dict.fromkeys(fallbacks)))
 
 
-def _measures(family: Family) -> dict[str, Metric]:
+def _measures(family: Family) -> dict[str, Measure]:
     """All metrics that can be had on a model, by name."""
     found = {}
     for name in metrics.names():

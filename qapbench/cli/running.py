@@ -27,6 +27,7 @@ from .console import (
 if TYPE_CHECKING:
     from qapbench.running.plan import Planned
     from qapbench.running.planner import Planner
+    from qapbench.running.settings import Settings
     from qapbench.spec.run_spec import RunSpec
 
 
@@ -38,7 +39,7 @@ def run(
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="A subset first; rows out of reach there stop, marked.")] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share the questions; one per GPU. With Ray, all that fit.")
+        int | None, typer.Option(min=1, help="Processes that share the questions; by default as many as pay.")
     ] = None,
     engine: Annotated[
         Literal["local", "ray"], typer.Option(help="Where workers run: here, or on a Ray cluster.")
@@ -85,6 +86,7 @@ def run(
         device,
         batch_size=batch_size or BATCH,
         workers=workers,
+        may_share=workers is None and engine == "local",
         engine=engine,
         spill=spill,
         offload=offload,
@@ -109,10 +111,12 @@ def run(
     from qapbench.analysis.table import ablation_table
     from qapbench.running.threads import in_words
 
-    out.print(escape(in_words(specs, settings)), highlight=False)
+    def header(used: Settings) -> None:
+        out.print(escape(in_words(specs, used)), highlight=False)
+
     collect_as_usual()
     with progress() as report:
-        records = make_runs(specs, settings, fresh, fast, report, planner)
+        records = make_runs(specs, settings, fresh, fast, report, planner, tell=header)
     out.print(ablation_table(Strata(runs).records(records, runs), out.width))
     spent = [record.timing for record in records]
     out.print(

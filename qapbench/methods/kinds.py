@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -37,6 +37,20 @@ Metric = Callable[[Tensor], Tensor]
 """Sensitivity of tokens to quantization: [B, N, D] -> [B, N], higher means more sensitive."""
 Fusion = Callable[[Tensor, Tensor], Tensor]
 """Combination of relevance and sensitivity, each [B, N] in [0, 1], into one score [B, N] that is not negative."""
+
+
+Scoring = TypeVar("Scoring", bound=Callable[..., Tensor])
+TOGETHER = 2**20  # values of several images that a metric scores in one call, at most: no more calls are saved by more
+
+
+def batched(metric: Scoring) -> Scoring:
+    """Decorator of a metric whose scores of an image keep their bits if other images are scored in the same call.
+
+    That is so if it only computes with single values, sums and extremes of a token's channels, and extremes of an
+    image's tokens. It is not if it multiplies matrices. Small images then cost fewer calls.
+    """
+    metric.batched = True  # type: ignore[attr-defined]
+    return metric
 
 
 class Quantizer(Protocol):
@@ -79,6 +93,28 @@ def _check_scores(scores: Tensor, tokens: VisionTokens, owner: str) -> None:
     if scores.shape != tokens.projected.shape[:2]:
         raise UserError(f"{owner}: expected [{tokens.batch}, {tokens.count}], got {tuple(scores.shape)}")
     _check_finite(scores, owner)
+
+
+def _normalised(name: str, choices: Sequence[Choice], values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The scores of several choices, each checked and normalised per image; those of one size in one call.
+
+    Args:
+        name: what the scores are, for messages.
+        choices: the choices.
+        values: for each of them its scores [B, N]; None where there are none.
+    """
+    given = [value for value in values if value is not None]
+    alike = {(value.shape, value.dtype, value.device) for value in given} if len(given) == len(values) else set()
+    together = torch.cat(given) if len(alike) == 1 and len(given) > 1 else None
+    sized = all(one.tokens.projected.shape[:2] == value.shape for one, value in zip(choices, given, strict=False))
+    if together is not None and sized and together.is_floating_point() and all_finite(together):
+        return list(min_max(together.float()).split(len(given[0])))
+    found: list[Tensor | None] = []
+    for one, value in zip(choices, values, strict=True):
+        if value is not None:
+            _check_scores(value, one.tokens, name)
+        found.append(None if value is None else min_max(value.float()))
+    return found
 
 
 class Choice(NamedTuple):
@@ -198,13 +234,13 @@ class Pruner(abc.ABC):
             UserError: as `select`.
             RuntimeError: as `select`.
         """
-        scored: list[tuple[VisionTokens, Tensor]] = []
-        for tokens, sensitivity, relevance in choices:
-            check_budget(keep, tokens.count)
-            for name in sorted(self.needs - self.optional):
-                tokens.require(name, type(self).__name__)
-            if keep < tokens.count:
-                scored.append((tokens, self.scores(tokens, sensitivity, fusion, relevance)))
+        required = sorted(self.needs - self.optional)
+        for one in choices:
+            check_budget(keep, one.tokens.count)
+            for name in required:
+                one.tokens.require(name, type(self).__name__)
+        fewer = [one for one in choices if keep < one.tokens.count]
+        scored = list(zip((one.tokens for one in fewer), self._scores_each(fewer, fusion), strict=True))
         chosen = iter(self.choose_each(scored, keep) if scored else [])
         return [
             Selection.everything(one.tokens)
@@ -221,24 +257,27 @@ class Pruner(abc.ABC):
         Both are normalised to (0, 1] per image first. If only one of them is given, it is the score; if neither is, all
         scores are 1. The arguments are those of `select`.
         """
-        semantic = self.relevance(tokens) if relevance is None else relevance
-        given = {"relevance": semantic, "sensitivity": sensitivity}
-        ready = {}
-        for name, values in given.items():
-            if values is None:
+        return self._scores_each([Choice(tokens, sensitivity, relevance)], fusion)[0]
+
+    def _scores_each(self, choices: Sequence[Choice], fusion: Fusion | None) -> list[Tensor]:
+        """What `scores` gives for each of several choices."""
+        relevances = [self.relevance(one.tokens) if one.relevance is None else one.relevance for one in choices]
+        semantic = _normalised("relevance", choices, relevances)
+        sensitive = _normalised("sensitivity", choices, [one.sensitivity for one in choices])
+        fuse = fusion or fusions.create(fusions.default)
+        found: list[Tensor] = []
+        for one, relevance, sensitivity in zip(choices, semantic, sensitive, strict=True):
+            if relevance is None or sensitivity is None:
+                only, shown = sensitivity if relevance is None else relevance, one.tokens.projected
+                every = shown.new_ones(shown.shape[:2], dtype=torch.float32) if only is None else only
+                found.append(every)
                 continue
-            _check_scores(values, tokens, name)
-            ready[name] = min_max(values.float())
-        if len(ready) == 2:
-            fuse = fusion or fusions.create(fusions.default)
-            fused = fuse(ready["relevance"], ready["sensitivity"])
-            _check_scores(fused, tokens, "fusion: scores")
-            if (fused < 0).any():
+            fused = fuse(relevance, sensitivity)
+            _check_scores(fused, one.tokens, "fusion: scores")
+            if float(fused.amin()) < 0:
                 raise UserError("fusion: scores must not be negative")
-            return fused
-        if ready:
-            return next(iter(ready.values()))
-        return torch.ones(tokens.projected.shape[:2], device=tokens.projected.device, dtype=torch.float32)
+            found.append(fused)
+        return found
 
     def _checked(self, chosen: Selection, tokens: VisionTokens, keep: int) -> Selection:
         """Sort the indices of a selection, or raise a RuntimeError that names the method and its mistake."""
@@ -375,11 +414,15 @@ class Measure:
         name: name of the metric.
         target: what scores tokens in float32.
         needs: what it looks at apart from the tokens; empty for most.
+        batched: whether several images may be scored in one call, as the decorator `batched` says.
+        reads: how the language model first reads a token, where no call says it.
     """
 
     name: str
     target: Callable[..., Tensor]
     needs: frozenset[str] = frozenset()
+    batched: bool = False
+    reads: FirstReads | None = None
 
     def __call__(self, tokens: Tensor, reads: FirstReads | None = None) -> Tensor:
         """Scores [B, N] of tokens [B, N, D].
@@ -394,6 +437,7 @@ class Measure:
         if tokens.ndim != 3:
             raise UserError(f"metric '{self.name}': expected tokens [B, N, D], got {tuple(tokens.shape)}")
         _check_finite(tokens, f"metric '{self.name}': tokens")
+        reads = reads or self.reads
         if self.needs and reads is None:
             raise UserError(f"metric '{self.name}' looks at the language model, and none is given to it here")
         given = (tokens.float(), reads) if self.needs else (tokens.float(),)
@@ -404,12 +448,27 @@ class Measure:
         _check_finite(scores, f"metric '{self.name}': scores")
         return scores
 
+    def each(self, several: Sequence[Tensor]) -> list[Tensor]:
+        """The scores of several batches of images, to the bits of a call for each.
+
+        Args:
+            several: batches of images, as a call gets one.
+        """
+        alike = {(one.shape, one.dtype, one.device) for one in several}
+        size = max(1, TOGETHER // max(1, several[0].numel())) if self.batched and len(alike) == 1 else 1
+        found: list[Tensor] = []
+        for at in range(0, len(several), size):
+            some = list(several[at : at + size])
+            found += self(torch.cat(some)).split(len(some[0])) if len(some) > 1 else [self(some[0])]
+        return found
+
 
 def _build_metric(entry: Entry[Measure], params: dict[str, Any]) -> Measure:
     if isinstance(entry.target, type):
         metric: Any = entry.target(**params)
         return Measure(entry.name, metric.scores, metric.needs)
-    return Measure(entry.name, functools.partial(entry.target, **params))
+    together = getattr(entry.target, "batched", False)
+    return Measure(entry.name, functools.partial(entry.target, **params), batched=together)
 
 
 def _check_metric(target: Any) -> None:

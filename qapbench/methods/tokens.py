@@ -173,6 +173,28 @@ class VisionTokens:
         counted = self.relevance_sign if sign == "auto" else sign
         return similarity if counted == "positive" else -similarity
 
+    def adding(self, sign: Sign, **values: Tensor) -> VisionTokens:
+        """A copy with further tensor fields, which are checked; those that are there already were.
+
+        Args:
+            sign: value of `relevance_sign`.
+            values: the fields.
+
+        Raises:
+            UserError: a field has another shape, or values that are not finite.
+        """
+        sizes: dict[str, int] = {}
+        made = copy.copy(self)
+        for name, shape in _SHAPES.items():
+            held = getattr(self, name)
+            if held is not None and name not in values:
+                sizes |= zip(shape.split(), held.shape, strict=True)
+        for name, value in values.items():
+            _check_tensor(name, value, _SHAPES[name], sizes)
+            object.__setattr__(made, name, value)
+        object.__setattr__(made, "relevance_sign", sign)
+        return made
+
     def only(self, names: Iterable[str]) -> VisionTokens:
         """A copy with the optional tensor fields and `image_ids` set to None, except those in `names`."""
         kept = copy.copy(self)

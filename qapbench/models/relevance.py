@@ -260,7 +260,7 @@ class QuestionReader:
         self,
         image: VisionTokens,
         text: str | None,
-        prompt: Tensor,
+        prompt: Callable[[], Tensor],
         given: Tensor | None = None,
         of_image: dict[Hashable, Any] | None = None,
         of_question: dict[Hashable, Any] | None = None,
@@ -270,7 +270,7 @@ class QuestionReader:
         Args:
             image: the image's tokens, one row for each of its B views.
             text: the question, for the text tower.
-            prompt: [L] token ids of the prompt without placeholders, padding and answer.
+            prompt: makes [L] token ids of the prompt without placeholders, padding and answer.
             given: [L] token ids of a question that is to take the place of the prompt; None takes the prompt.
             of_image: earlier results for this image, to which new ones are added.
             of_question: earlier results for this image and question, to which new ones are added.
@@ -279,14 +279,18 @@ class QuestionReader:
             UserError: the text tower needs the question and `text` is None.
         """
         of_image, of_question = {} if of_image is None else of_image, {} if of_question is None else of_question
-        if given is None:
-            words = memoized(of_question, "prompt_embeds", lambda: self.embed(prompt).unsqueeze(0))
-        else:
-            words = self.embed(given).unsqueeze(0)
-        tower, found = self.tower, {"prompt_embeds": words}
-        if tower is None:
-            found |= {"image_embeds": image.projected, "text_embeds": words.mean(dim=1, keepdim=True)}
-        else:
+        tower, found = self.tower, dict[str, Tensor]()
+        if self.needs_words:
+            if given is None:
+                words = memoized(of_question, "prompt_embeds", lambda: self.embed(prompt()).unsqueeze(0))
+            else:
+                words = self.embed(given).unsqueeze(0)
+            found["prompt_embeds"] = words
+            if tower is None:
+                found |= {"image_embeds": image.projected, "text_embeds": words.mean(dim=1, keepdim=True)}
+        elif tower is None:
+            found["image_embeds"] = image.projected
+        if tower is not None:
             if "image_embeds" in self.needs:
                 patches = image.require("patches", "the text tower")
                 key = ("image_embeds", id(tower))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import DecoderPruner, Metric, Pruner, metrics, pruners
+from qapbench.methods.kinds import DecoderPruner, Measure, Pruner, metrics, pruners
 from qapbench.models import Family
 from qapbench.models.family import default_tower
 from qapbench.models.relevance import QuestionReader, TextTower, find_tower, load_tower
@@ -60,7 +60,7 @@ def build_pruning(
     joint = joint_space(family, tower or owner, receipt) if needs & {"image_embeds", "text_embeds"} else None
     reader = QuestionReader(needs, joint, family.model.get_input_embeddings())
     receipt.relevance_sign = _sign_in_words(pruner, reader, receipt)
-    sensitivity: Metric | None = None
+    sensitivity: Measure | None = None
     if spec.sensitivity:
         measure = metrics.create(spec.sensitivity.name, **spec.sensitivity.params)
         if inside and measure.needs:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qapbench.methods.kinds import Measure, Metric
+from qapbench.methods.kinds import Measure
 from qapbench.methods.reads import FirstReads
 from qapbench.models import Family
 from qapbench.models.layers import DecoderLayers
 from qapbench.quantize.install import full_weight
 
 
-def on_model(measure: Measure, family: Family) -> Metric:
+def on_model(measure: Measure, family: Family) -> Measure:
     """The metric as it is called with nothing but tokens on one model.
 
     Args:
@@ -25,7 +25,7 @@ def on_model(measure: Measure, family: Family) -> Metric:
     Raises:
         UserError: the metric looks at linears that this model's decoder does not have.
     """
-    return functools.partial(measure, reads=first_reads(family.decoder)) if measure.needs else measure
+    return dataclasses.replace(measure, reads=first_reads(family.decoder)) if measure.needs else measure
 
 
 def first_reads(decoder: DecoderLayers) -> FirstReads:

@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import Choice, DecoderPruner, Metric, Pruner, fusions
+from qapbench.methods.kinds import Choice, DecoderPruner, Measure, Pruner, fusions
 from qapbench.methods.tokens import Selection, VisionTokens
 from qapbench.models import Family
 from qapbench.models.encoded import EncodedImages, Views
@@ -44,8 +44,25 @@ PER_TOKEN = {"labels": UNLABELLED, **dict.fromkeys(TYPES, 0)}
 """Inputs with one value per token, besides ids, mask and positions -> their padding. The loss skips labels of -100."""
 
 
-Steps = Generator[tuple[Choice, int], Selection, Any]
-"""What one prompt is pruned in: yields choices with their budgets, and goes on with the selections that it is sent."""
+class Wanted(NamedTuple):
+    """A selection that a prompt waits for.
+
+    Attributes:
+        tokens: views of one image, or of several.
+        relevance: their relevance, if it was computed already.
+        keep: the budget of each view.
+        of_images: results that depend on the images alone.
+    """
+
+    tokens: VisionTokens
+    relevance: Tensor | None
+    keep: int
+    of_images: dict[Hashable, Any]
+
+
+Steps = Generator[Wanted, tuple[Selection, Tensor | None], Any]
+"""What one prompt is pruned in: yields what it wants, and goes on with the selection and the sensitivity that it is
+sent."""
 
 
 class Ask(NamedTuple):
@@ -87,7 +104,7 @@ class Pruning:
     family: Family
     spec: PruneSpec
     pruner: Pruner
-    sensitivity: Metric | None
+    sensitivity: Measure | None
     reader: QuestionReader
     receipt: Receipt
     processor: Any = None
@@ -109,10 +126,23 @@ class Pruning:
                 self.on_view,
             )
 
-    @property
+    @functools.cached_property
     def needs(self) -> frozenset[str]:
         """Fields that the model must record when it encodes an image."""
         return (self.pruner.front_needs & self.family.available_fields) | self.reader.visual
+
+    # Configs of transformers look every name up in several places, which takes longer than a small tensor operation.
+    @functools.cached_property
+    def _view_tokens(self) -> int | None:
+        return self.family.view_tokens
+
+    @functools.cached_property
+    def _image_token(self) -> int:
+        return self.family.image_token
+
+    @functools.cached_property
+    def _pad_token(self) -> int:
+        return self.family.model.config.get_text_config().pad_token_id or 0
 
     def shorten(self, kwargs: dict[str, Any], relevance_text: list[str] | None = None) -> dict[str, Any]:
         """The keyword arguments of a call, shortened for calibration.
@@ -208,33 +238,53 @@ class Pruning:
         """
         steps = [self._pruned(*ask) for ask in asks]
         found: dict[int, PrunedPrompt] = {}
-        sent: dict[int, Selection | None] = dict.fromkeys(range(len(steps)))
+        sent: dict[int, tuple[Selection, Tensor | None] | None] = dict.fromkeys(range(len(steps)))
         while sent:
-            waiting: dict[int, list[tuple[int, Choice]]] = {}
-            for index, selection in sent.items():
+            waiting: dict[int, Wanted] = {}
+            for index, made in sent.items():
                 try:
-                    choice, keep = steps[index].send(selection)  # type: ignore[arg-type]  # None starts a generator
-                    waiting.setdefault(keep, []).append((index, choice))
+                    waiting[index] = steps[index].send(made)  # type: ignore[arg-type]  # None starts a generator
                 except StopIteration as end:
                     found[index] = end.value
-            sent = {}
-            for keep, asked in waiting.items():
-                front = self.pruner.front or self.pruner  # nothing is asked without a front
-                selections = front.select_each([choice for _, choice in asked], keep, self.fusion)
-                sent |= {index: one for (index, _), one in zip(asked, selections, strict=True)}
+            sent = dict(zip(waiting, self._chosen(list(waiting.values())), strict=True))
         return [found[index] for index in range(len(steps))]
+
+    def _chosen(self, wanted: Sequence[Wanted]) -> list[tuple[Selection, Tensor | None]]:
+        """The selections that prompts wait for, and the sensitivities that they followed."""
+        front = self.pruner.front or self.pruner  # nothing is wanted without a front
+        sensitivities = self._sensitivities(wanted)
+        found: dict[int, Selection] = {}
+        for keep in dict.fromkeys(one.keep for one in wanted):
+            places = [place for place, one in enumerate(wanted) if one.keep == keep]
+            choices = [Choice(wanted[at].tokens, sensitivities[at], wanted[at].relevance) for at in places]
+            found |= zip(places, front.select_each(choices, keep, self.fusion), strict=True)
+        return [(found[place], sensitivity) for place, sensitivity in enumerate(sensitivities)]
+
+    def _sensitivities(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
+        """The sensitivity of each prompt's tokens. It depends on their images alone."""
+        if self.sensitivity is None:
+            return [None] * len(wanted)
+        key = ("sensitivity", self.spec.sensitivity)
+        lacking = {id(one.of_images): one for one in wanted if key not in one.of_images}
+        made = self.sensitivity.each([one.tokens.projected for one in lacking.values()])
+        for one, scores in zip(lacking.values(), made, strict=True):
+            one.of_images[key] = scores
+        return [one.of_images[key] for one in wanted]
 
     def _pruned(
         self, prompt: dict[str, Any], encoded: EncodedImages, relevance_text: list[str] | None, memo: Memo
     ) -> Steps:
         """The steps in which one prompt is pruned. They return a `PrunedPrompt`."""
         ids, mask = prompt["input_ids"], prompt["attention_mask"]
-        placeholders = ids == self.family.image_token
+        placeholders = ids == self._image_token
         spans = image_columns(placeholders, [len(image.features) for image in encoded.images])
-        asked = asked_text(mask.bool() & ~placeholders, prompt.get("labels"), spans)
-        questions = [ids[row, text] for (row, _), text in zip(spans, asked, strict=True)]
-        keeps = budgets(encoded, self.spec, self.family.view_tokens)
-        parts = yield from self._select(prompt, encoded, keeps, questions, relevance_text, memo)
+
+        def question(image: int) -> Tensor:
+            (text,) = asked_text(mask.bool() & ~placeholders, prompt.get("labels"), [spans[image]])
+            return ids[spans[image][0], text]
+
+        keeps = budgets(encoded, self.spec, self._view_tokens)
+        parts = yield from self._select(prompt, encoded, keeps, question, relevance_text, memo)
         images = [splice(image, own) for image, own in zip(encoded.images, parts, strict=True)]
         if self.spec.positions == "keep" and any(part.between for own in parts for part in own):
             raise UserError(
@@ -247,7 +297,7 @@ class Pruning:
             said, chosen = [image.stored() for image in images], [detached(image) for image in images]
             return PrunedPrompt(inputs, features, said, chosen, removed=removed)
         grids = [views.tokens.grid for views in encoded.views]
-        drops = schedules(encoded, self.spec, self.family.view_tokens)
+        drops = schedules(encoded, self.spec, self._view_tokens)
         views = [[Entering.of(part, keeps, grids, drops) for part in own] for own in parts]
         inside = self._inside(self.decoder, inputs, images, views)
         said = [ImageTokens(available=image.available) for image in images]
@@ -269,7 +319,7 @@ class Pruning:
             views: for each image its views.
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        placeholders = ids == self.family.image_token
+        placeholders = ids == self._image_token
         spans = image_columns(placeholders, [len(image.features) for image in images])
         asked = asked_text(mask.bool() & ~placeholders, inputs.get("labels"), spans)
 
@@ -299,7 +349,7 @@ class Pruning:
         prompt: dict[str, Any],
         encoded: EncodedImages,
         keeps: list[list[int]],
-        questions: list[Tensor],
+        question: Callable[[int], Tensor],
         relevance_text: list[str] | None,
         memo: Memo,
     ) -> Steps:
@@ -311,13 +361,14 @@ class Pruning:
             prompt: the model's keyword arguments.
             encoded: the images.
             keeps: the budget of each view, listed like `encoded.views`.
-            questions: for each image, token ids [L] of the text that the pruner may read.
-            relevance_text: one question per image; None reads `questions`.
+            question: makes, for an image, token ids [L] of the text that the pruner may read.
+            relevance_text: one question per image; None reads `question`.
             memo: results that several selections share.
         """
-        if relevance_text is not None and len(relevance_text) != len(questions):
-            raise UserError(f"relevance_text: {len(relevance_text)} texts for {len(questions)} images")
-        parts: list[list[Part]] = [[] for _ in questions]
+        count = len(encoded.images)
+        if relevance_text is not None and len(relevance_text) != count:
+            raise UserError(f"relevance_text: {len(relevance_text)} texts for {count} images")
+        parts: list[list[Part]] = [[] for _ in range(count)]
         for index, (views, own) in enumerate(zip(encoded.views, keeps, strict=True)):
             entering = [self.pruner.entering(views.tokens.count, keep) for keep in own]
             # Neighbouring views with one budget form a batch; if the pruner reads the question, of one image only.
@@ -337,7 +388,8 @@ class Pruning:
                     tokens = views.tokens[batch]
                     selection = Selection.everything(tokens)
                 else:
-                    make = functools.partial(self._tokens, prompt, views, batch, budget, questions[image], text, mine)
+                    own_question = functools.partial(question, image)
+                    make = functools.partial(self._tokens, prompt, views, batch, budget, own_question, text, mine)
                     tokens = memoized(mine.question, key, make)
                     owners = [views.owners[view] for view in span]
                     selection = yield from self._choose(self.pruner.front, tokens, keep, mine, owners)
@@ -355,7 +407,7 @@ class Pruning:
         views: Views,
         span: slice,
         budget: int | None,
-        question: Tensor,
+        question: Callable[[], Tensor],
         text: str | None,
         memo: Memo,
     ) -> VisionTokens:
@@ -366,7 +418,7 @@ class Pruning:
             views: views of equal size.
             span: which of them.
             budget: number of tokens to read the image at; None if the pruner does not read it at a lower size.
-            question: [L] token ids of the text that the pruner may read.
+            question: makes [L] token ids of the text that the pruner may read.
             text: the question in words that the caller gave; None reads `question`.
             memo: results for these views.
 
@@ -380,18 +432,18 @@ class Pruning:
             tokens = dataclasses.replace(tokens, downsampled=small[span])
         if not self.reader.needs:
             return tokens
-        if text is None and not len(question):
+        if text is None and not len(question()):
             raise UserError(
                 f"{self.spec.method} compares an image with the question, and the prompt has none: leave the "
                 "question's `labels` at -100, or pass `relevance_text=`"
             )
         given = None
         if text is None and self.reader.needs_text:
-            text = self._decode(question)
+            text = self._decode(question())
         elif text is not None and self.reader.needs_words:
             given = self._spelled(text)
-        asked: dict[str, Any] = self.reader.fields(tokens, text, question, given, memo.image, memo.question)
-        return dataclasses.replace(tokens, relevance_sign=self.reader.sign.value, **asked)
+        asked = self.reader.fields(tokens, text, question, given, memo.image, memo.question)
+        return tokens.adding(self.reader.sign.value, **asked)
 
     def _choose(self, pruner: Pruner, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Steps:
         """Choose the tokens of a batch of views in front of the decoder. Returns the selection.
@@ -403,14 +455,11 @@ class Pruning:
             memo: results for these views.
             owners: index of the image that each view belongs to.
         """
-        sensitivity, metric = None, self.sensitivity
-        if metric is not None:
-            sensitivity = memoized(memo.image, self.spec.sensitivity, lambda: metric(tokens.projected))
         relevance = None
         if keep < tokens.count or self.on_view:  # relevance depends on neither budget nor metric
             method = (self.spec.method, id(self.reader.tower))
             relevance = memoized(memo.question, method, lambda: pruner.relevance(tokens))
-        selection = yield Choice(tokens, sensitivity, relevance), keep
+        selection, sensitivity = yield Wanted(tokens, relevance, keep, memo.image)
         if self.on_view is not None:
             every = torch.arange(tokens.count)
             for row, owner in enumerate(owners):
@@ -454,11 +503,11 @@ class Pruning:
 
         The M merged tokens are in front of the K kept ones or after them.
         """
-        width = tokens.projected.shape[-1]
         if selection.updated is not None:
             chosen = self._in_language_space(tokens, selection, selection.updated)
         else:
-            chosen = tokens.projected.gather(1, selection.indices.unsqueeze(-1).expand(-1, -1, width))
+            rows = zip(tokens.projected, selection.indices, strict=True)
+            chosen = torch.stack([features.index_select(0, indices) for features, indices in rows])
         if selection.merged is not None:
             merged = self._in_language_space(tokens, selection, selection.merged)
             front, back = merged[:, : selection.front], merged[:, selection.front :]
@@ -484,8 +533,7 @@ class Pruning:
             positions = gather_columns(counted, columns, 0, left)
         else:
             positions = (short.cumsum(dim=-1) - 1).clamp(min=0)
-        pad = self.family.model.config.get_text_config().pad_token_id or 0
-        fills = {"input_ids": pad, **PER_TOKEN}
+        fills = {"input_ids": self._pad_token, **PER_TOKEN}
         cut = {
             name: gather_columns(kwargs[name], columns, fill, left)
             for name, fill in fills.items()

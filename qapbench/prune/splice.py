@@ -202,15 +202,18 @@ def image_columns(placeholders: Tensor, lengths: Sequence[int]) -> list[tuple[in
     Raises:
         UserError: the number of placeholders does not match, or the placeholders of an image are spread over two rows.
     """
+    alone = len(placeholders) == 1
     rows, columns = placeholders.nonzero().unbind(1)
     if len(rows) != sum(lengths):
         tokens = f"{lengths[0]}" if len(set(lengths)) == 1 else " + ".join(map(str, lengths))
         raise UserError(
             f"input_ids hold {len(rows)} image placeholders, but {len(lengths)} image(s) of {tokens} tokens were given"
         )
+    if alone:
+        return [(0, column) for column in (columns.split(list(lengths)) if len(lengths) > 1 else [columns])]
     found = []
     for index, (row, column) in enumerate(zip(rows.split(list(lengths)), columns.split(list(lengths)), strict=True)):
-        if len(row) and len(placeholders) > 1 and bool((row != row[0]).any()):
+        if len(row) and bool((row != row[0]).any()):
             raise UserError(f"input_ids: the placeholders of image {index} are spread over two prompts")
         found.append((int(row[0]), column))
     return found
@@ -226,7 +229,7 @@ def kept_columns(placeholders: Tensor, spans: list[tuple[int, Tensor]], images: 
     """
     rows = [[(~row).nonzero()[:, 0]] for row in placeholders]
     for (row, columns), image in zip(spans, images, strict=True):
-        rows[row].append(columns[image.places])
+        rows[row].append(columns.index_select(0, image.places))
     return [torch.cat(parts).sort(stable=True).values for parts in rows]
 
 
@@ -240,7 +243,7 @@ def gather_columns(values: Tensor, columns: list[Tensor], fill: int, left: bool)
         left: whether to pad on the left.
     """
     if len(columns) == 1:
-        return values[..., columns[0]]
+        return values.index_select(-1, columns[0])
     longest = max(len(row) for row in columns)
     out = values.new_full((*values.shape[:-1], longest), fill)
     for index, row in enumerate(columns):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,7 @@ def make_runs(
     progress: ProgressCallback = silent,
     planner: Planner | None = None,
     session: Session | None = None,
+    tell: Callable[[Settings], None] = lambda settings: None,
 ) -> list[Record]:
     """The records of the runs in order, made now or read from disk. No model is loaded if nothing is missing.
 
@@ -171,6 +172,7 @@ def make_runs(
         progress: called with (run name, questions answered, questions in all).
         planner: a planner that has read the tasks already; a new one if None.
         session: a session that has loaded the model already; it takes over these settings. A new one if None.
+        tell: called with the settings as runs are made, before the first one is.
 
     Raises:
         UserError: the model or the data are wrong, or another process makes one of the runs.
@@ -183,6 +185,11 @@ def make_runs(
     plans = [planner.plan(part, fresh=fresh) for _, parts in rows for part in parts]
     plans += _blank_plans([part for spec, parts in rows if spec.strata for part in parts], planner, fresh)
     todo = {plan.id: plan for plan in plans if fresh or not (plan.done or (fast and plan.stopped))}
+    if settings.may_share:
+        from .threads import shared_out
+
+        settings = shared_out(settings, list(todo.values()))
+    tell(settings)
     for plan in plans:
         if plan.id not in todo:
             progress(plan.spec.name, plan.answered, plan.total)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -25,6 +26,7 @@ from .crew import Event
 from .partition import Unit
 from .worker import IMPORTED, Failure, Order, Part, Worker, failure_of
 
+LEAVE = 2  # seconds in which a worker that nobody gives work may end by itself
 STOP = 5  # seconds in which a worker that is stopped may end by itself
 
 
@@ -104,15 +106,21 @@ class Processes:
         return found
 
     def close(self) -> None:
-        """End the processes."""
-        running = [member.process for member in self._members.values() if member.process.pid is not None]
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.join(STOP)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        """End the processes. One that waits for a unit ends by itself, and takes what it shares with it."""
+        running = [member for member in self._members.values() if member.process.pid is not None]
+        for member in running:
+            if member.unit is None:
+                member.pipe.close()
+        until = time.monotonic() + LEAVE
+        for member in running:
+            if member.unit is None:
+                member.process.join(max(0.0, until - time.monotonic()))
+            member.process.terminate()
+        for member in running:
+            member.process.join(STOP)
+            if member.process.is_alive():
+                member.process.kill()
+                member.process.join()
         self._members = {}
 
     def _send(self, member: _Member, what: Order | Unit) -> None:

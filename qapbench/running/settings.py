@@ -33,6 +33,7 @@ class Settings:
         address: address of the Ray cluster; None starts Ray on this machine.
         gpus_per_worker: share of a GPU that each worker of a Ray cluster has to itself.
         send_files: send checkpoints and data to nodes of a Ray cluster that do not have them.
+        may_share: whether more local workers may be started where that pays, because nobody said how many.
     """
 
     runs: Path
@@ -48,6 +49,7 @@ class Settings:
     address: str | None = None
     gpus_per_worker: float = 1.0
     send_files: bool = False
+    may_share: bool = False
 
     @property
     def in_process(self) -> bool:
@@ -56,7 +58,7 @@ class Settings:
 
     def of_a_worker(self) -> Settings:
         """The settings of one worker, which answers by itself."""
-        return replace(self, workers=1, engine="local")
+        return replace(self, workers=1, may_share=False, engine="local")
 
 
 def find_device(name: str | None) -> torch.device:

@@ -1,8 +1,9 @@
-"""How many threads a process that answers questions computes with. No stored byte depends on it."""
+"""How many processes answer questions, and how many threads each computes with. No stored byte depends on it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,49 @@ from typing import Any
 
 import torch
 
+from qapbench.memory import free_bytes
 from qapbench.models.loading import read_config
 from qapbench.spec.run_spec import RunSpec
 
+from .plan import Planned
 from .settings import Settings
 
 SMALL = 2**18  # weights of the largest linear of a layer up to which a second thread costs more than it computes
+ANSWERS = 1000
+"""Answers of a small model for which another process is started.
+
+While processes start, nobody answers: about 8 s of a processor. An answer of the embedded model takes 15 to 60 ms, so
+two processes are through before one is from 250 to 1,000 answers on (docs/running.md)."""
+
+
+def shared_out(settings: Settings, plans: Sequence[Planned]) -> Settings:
+    """The settings with as many processes as pay, if nobody said how many.
+
+    More than one pays where every model is small, so that one process cannot make use of all cores, where enough
+    answers are missing, and where memory holds the models.
+
+    Args:
+        settings: where and how runs are made.
+        plans: the runs that are not done.
+    """
+    if not settings.may_share or settings.threads not in (None, 1) or settings.device.type != "cpu":
+        return settings
+    alone = {plan.spec.model: plan.spec for plan in plans}.values()
+    if any(threads_of(spec, settings) > 1 for spec in alone):
+        return settings
+    missing = sum(plan.total - (0 if plan.fresh else plan.answered) for plan in plans)
+    count = min(torch.get_num_threads(), missing // ANSWERS)
+    while count > 1 and not _fit(plans, dataclasses.replace(settings, workers=count)):
+        count -= 1
+    return dataclasses.replace(settings, workers=max(1, count))
+
+
+def _fit(plans: Sequence[Planned], settings: Settings) -> bool:
+    """Whether what the processes need is at most half of the memory that is free."""
+    from .estimate import estimate
+
+    free = free_bytes(settings.device)
+    return free is not None and 2 * max(estimate(plan.spec, settings).total for plan in plans) <= free
 
 
 def threads_of(spec: RunSpec, settings: Settings) -> int:

@@ -2,13 +2,14 @@
 
 from torch import Tensor
 
-from qapbench import Bits, GroupSize, metric, min_max
+from qapbench import Bits, GroupSize, batched, metric, min_max
 
 from .quantization_error import group_error
 from .spread import outlier_intensity
 
 
 @metric("combined")
+@batched
 def combined(tokens: Tensor, bits: Bits = 4, group_size: GroupSize = 128) -> Tensor:
     """Add the group-wise quantization error and the outlier intensity of each token: [B, N, D] -> [B, N].
 

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from qapbench import metric
+from qapbench import batched, metric
 
 
 @metric("l1")
+@batched
 def l1(tokens: Tensor) -> Tensor:
     """Compute the L1 norm of each token, s_i = sum_d |x_id|: [B, N, D] -> [B, N].
 
@@ -19,6 +20,7 @@ def l1(tokens: Tensor) -> Tensor:
 
 
 @metric("l2")
+@batched
 def l2(tokens: Tensor) -> Tensor:
     """Compute the L2 norm of each token, s_i = sqrt(sum_d x_id^2): [B, N, D] -> [B, N].
 
@@ -33,6 +35,7 @@ def l2(tokens: Tensor) -> Tensor:
 
 
 @metric("linf")
+@batched
 def linf(tokens: Tensor) -> Tensor:
     """Compute the largest absolute value of each token, s_i = max_d |x_id|: [B, N, D] -> [B, N].
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from qapbench import Bits, GroupSize, metric
+from qapbench import Bits, GroupSize, batched, metric
 
 # The classes are imported, not looked up by name: a run's identity follows imports, so an edit of a quantizer makes the
 # results of these metrics stale.
@@ -26,6 +26,7 @@ def quantization_error(tokens: Tensor, quantizer: Callable[[Tensor], Tensor]) ->
 
 
 @metric("absmax_error")
+@batched
 def absmax_error(tokens: Tensor, bits: Bits = 4) -> Tensor:
     """Compute the L2 error of token-wise AbsMax quantization: [B, N, D] -> [B, N].
 
@@ -57,6 +58,7 @@ def clip_error(tokens: Tensor, bits: Bits = 4, percentile: Annotated[float, Fiel
 
 
 @metric("group_error")
+@batched
 def group_error(tokens: Tensor, bits: Bits = 4, group_size: GroupSize = 128, symmetric: bool = True) -> Tensor:
     """Compute the L2 error of group-wise quantization: [B, N, D] -> [B, N].
 

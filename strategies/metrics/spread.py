@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from qapbench import metric
+from qapbench import batched, metric
 
 
 @metric("variance")
+@batched
 def variance(tokens: Tensor) -> Tensor:
     """Compute the variance of each token, s_i = mean_d (x_id - mean_d x_id)^2: [B, N, D] -> [B, N].
 
@@ -21,6 +22,7 @@ def variance(tokens: Tensor) -> Tensor:
 
 
 @metric("outlier_intensity")
+@batched
 def outlier_intensity(tokens: Tensor) -> Tensor:
     """Compute the range of each token's channels, s_i = max_d x_id - min_d x_id: [B, N, D] -> [B, N].
 

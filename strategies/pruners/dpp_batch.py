@@ -1,9 +1,9 @@
 """Greedy MAP inference of a determinantal point process for small images, many at the same time, on a CPU.
 
 With few tokens, calls cost more than arithmetic: about twenty per step, on a few hundred numbers each. Here each call
-works for all images of a batch. The rules are those of `dpp`, and so is the answer. Every operation is elementwise, or
-adds the numbers of one image one after the other (numpy's einsum does, a BLAS does not), so no bit of an image depends
-on its neighbours.
+works for all images of a batch, and what is chosen for several questions from one image shares its cosines. The rules
+are those of `dpp`, and so is the answer. Every operation is elementwise, or adds the numbers of one image one after the
+other (numpy's einsum does, a BLAS does not), so no bit of an image depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dpp import FEATURES, ROUNDING
+from .dpp import FEATURES, ROUNDING, unit
 
 
 def greedy_map_batch(features: list[Tensor], quality: list[Tensor], keep: int) -> Tensor:
     """Choose tokens of images with the same number of tokens.
 
     Args:
-        features: for each image [N, D] feature vectors of any length, on the CPU.
+        features: for each image [N, D] feature vectors of any length, on the CPU. An image may be there several times.
         quality: for each image [N], not negative.
         keep: number of tokens to choose per image.
 
@@ -40,21 +40,27 @@ class BatchGreedy:
 
     def __init__(self, features: list[Tensor], quality: np.ndarray, keep: int) -> None:
         batch, count = quality.shape
-        self.quality, self.keep = quality, keep
+        self.quality, self.keep, self.count = quality, keep, count
         self.weight = np.square(quality)
         self.slack = 3 * ROUNDING * self.weight.max(axis=1)  # more than the errors of any two gains, for a growth of 1
-        self.cosine = np.empty((batch, count, count))
-        self.residual = np.empty((batch, count))
-        for index, one in enumerate(features):  # a product of several images might choose another kernel
-            vectors = one.double()
-            norm = torch.linalg.vector_norm(vectors, dim=1)
-            vectors /= torch.where(norm > 0, norm, 1).unsqueeze(1)
-            torch.mm(vectors, vectors.T, out=torch.from_numpy(self.cosine[index]))
-            self.residual[index] = norm > 0  # exactly one, so that rounding does not decide between equal tokens
-        self.basis = np.empty((batch, keep, count))
+        distinct, owner = _distinct(features)
+        vectors = unit(torch.stack(distinct))
+        cosine = torch.empty(len(distinct), count, count, dtype=torch.float64)
+        for own, out in zip(vectors, cosine, strict=True):  # a product of several images might choose another kernel
+            torch.mm(own, own.T, out=out)
+        self.cosine = cosine.view(-1, count).numpy()
+        self.place = np.array(owner) * count  # first row of an image in `cosine`
+        self.residual = vectors.any(dim=-1).double()[owner].numpy()  # exactly one, so that equal tokens stay equal
+        self.basis = np.empty((keep, batch, count))
         self.order = np.empty((batch, keep), dtype=np.int64)
         self.growth, self.least = np.ones(batch), np.ones(batch)
         self.active = np.arange(batch)  # images of which a token has a residual left
+        self._resize()
+
+    def _resize(self) -> None:
+        """Make what has the size of the active images: where each begins among the tokens of all, and scratch."""
+        self.start = np.arange(len(self.active)) * self.count
+        self.gain, self.product = np.empty_like(self.weight), np.empty_like(self.weight)
 
     def run(self) -> np.ndarray:
         """Choose the tokens. Returns [B, keep] distinct indices, in the order of choice."""
@@ -70,13 +76,15 @@ class BatchGreedy:
 
         An image without residual gets all tokens that it lacks, and is active no longer.
         """
-        gain = self.weight * self.residual
-        rows = np.arange(len(gain))
+        gain = np.multiply(self.weight, self.residual, out=self.gain)
         chosen = gain.argmax(axis=1)
-        least = gain[rows, chosen] - self.slack * self.growth
-        clear = (gain >= least[:, None]).sum(axis=1) == 1
-        clear &= self.residual[rows, chosen] > FEATURES * self.growth
+        token = self.start + chosen  # among those of all images
+        most = gain.take(token)
+        gain.put(token, -np.inf)
+        clear = gain.max(axis=1) < most - self.slack * self.growth
+        clear &= self.residual.take(token) > FEATURES * self.growth
         if not clear.all():
+            gain.put(token, most)
             ended = [row for row in (~clear).nonzero()[0] if not self._settle(row, gain[row], step, chosen)]
             if ended:
                 chosen = np.delete(chosen, ended)
@@ -97,18 +105,35 @@ class BatchGreedy:
 
     def _leave(self, rows: list[int]) -> None:
         """Drop images that are done."""
-        for name in ("weight", "slack", "cosine", "residual", "basis", "growth", "least", "active"):
+        for name in ("weight", "slack", "place", "residual", "growth", "least", "active"):
             setattr(self, name, np.delete(getattr(self, name), rows, axis=0))
+        self.basis = np.delete(self.basis, rows, axis=1)
+        self._resize()
 
     def _choose(self, step: int, chosen: np.ndarray) -> None:
         """Add a token to those of each active image, and take its direction out of all residuals."""
-        rows = np.arange(len(chosen))
-        left = self.residual[rows, chosen]
+        token = self.start + chosen
+        left = self.residual.take(token)
         self.order[self.active, step] = chosen
-        past, added = self.basis[:, :step], self.basis[:, step]
-        np.subtract(self.cosine[rows, chosen], np.einsum("bi,bij->bj", past[rows, :, chosen], past), out=added)
+        past, added = self.basis[:step], self.basis[step]
+        np.einsum("sb,sbn->bn", past.reshape(step, token.size * self.count).take(token, axis=1), past, out=added)
+        np.subtract(self.cosine.take(self.place + chosen, axis=0), added, out=added)
         added *= left[:, None] ** -0.5
-        self.residual -= added * added
-        self.residual[rows, chosen] = -1  # chosen
+        self.residual -= np.multiply(added, added, out=self.product)
+        self.residual.put(token, -1)  # chosen
         self.least = np.minimum(self.least, left)
         self.growth = 1 + (step + 1) / self.least
+
+
+def _distinct(features: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The tensors without those that are views of the same numbers, and for each given one its place among them."""
+    distinct: list[Tensor] = []
+    places: dict[object, int] = {}
+    owner = []
+    for one in features:
+        key = one.data_ptr(), one.shape, one.stride(), one.dtype
+        if key not in places:
+            places[key] = len(distinct)
+            distinct.append(one)
+        owner.append(places[key])
+    return distinct, owner

@@ -29,6 +29,17 @@ def test_a_batch_changes_nothing(name: str, tokens: VisionTokens) -> None:
     torch.testing.assert_close(measure(tokens.projected), alone, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", [name for name in metrics.names() if metrics.create(name).batched])
+@pytest.mark.parametrize("shape", [(144, 192), (49, 40), (16, 7), (7, 640)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_keeps_the_bits(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    measure, images = metrics.create(name), torch.randn(9, *shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    alone = [measure(images[index : index + 1]) for index in range(len(images))]
+    for count in range(1, len(images) + 1):
+        together = measure.each([images[index : index + 1] for index in range(count)])
+        assert all(map(torch.equal, together, alone[:count]))
+
+
 @each_metric
 def test_permuting_tokens_permutes_scores(name: str, tokens: VisionTokens) -> None:
     measure = create(name, tokens.projected.shape[-1])

@@ -301,8 +301,11 @@ def test_vision_tokens_check_shapes_once(tokens: VisionTokens) -> None:
         "prompt_embeds": "text",
     }
     for field, value in wrong.items():
-        with pytest.raises(UserError, match=r"tokens\.\w+: "):
+        with pytest.raises(UserError, match=r"tokens\.\w+: ") as whole:
             dataclasses.replace(tokens, **{field: value})
+        with pytest.raises(UserError) as added:
+            dataclasses.replace(tokens, **{field: None}).adding("positive", **{field: value})
+        assert str(added.value).split(":")[0] == str(whole.value).split(":")[0]
     for field, value in {"grid": (7, 8), "heads": 5, "image_ids": ("a",)}.items():
         with pytest.raises(UserError, match=r"tokens\.(grid|keys|image_ids): "):
             dataclasses.replace(tokens, **{field: value})

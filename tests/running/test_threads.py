@@ -11,8 +11,12 @@ import torch
 import qapbench
 from qapbench import RunSpec
 from qapbench.running import threads
+from qapbench.running.engines import make_settings
+from qapbench.running.estimate import estimate
+from qapbench.running.plan import Planned
+from qapbench.running.planner import Planner
 from qapbench.running.settings import Settings
-from qapbench.running.threads import in_words, threads_of, using_threads
+from qapbench.running.threads import in_words, shared_out, threads_of, using_threads
 
 Spec = Callable[..., dict[str, Any]]
 SEVEN_B = {
@@ -66,6 +70,37 @@ def test_a_command_says_how_it_shares_its_work(spec_of: Spec, tmp_path: Path, mo
     )
     assert in_words([one], dataclasses.replace(two, device=torch.device("cuda"))) == "cuda: 2 processes, batches of 3"
     assert in_words([one], dataclasses.replace(settings, engine="ray")) == "ray: batches of 8"
+
+
+def test_processes_are_started_where_they_pay(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 192, "intermediate_size": 512}
+    monkeypatch.setattr(threads, "read_config", lambda spec: SEVEN_B if spec.name == "seven" else small)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    free = {"bytes": 10**12}
+    monkeypatch.setattr(threads, "free_bytes", lambda device: free["bytes"])
+    planner, cpu = Planner(tmp_path, torch.device("cpu")), torch.device("cpu")
+    plan = planner.plan(RunSpec.parse(spec_of()))
+
+    def lacking(*counts: int, **more: Any) -> list[Planned]:
+        spec = plan.spec.model_copy(update=more)
+        return [dataclasses.replace(plan, spec=spec, total=count + 7, answered=7) for count in counts]
+
+    unsaid = make_settings(tmp_path, cpu, may_share=True)
+    for counts, processes in {(): 1, (1999,): 1, (2000,): 2, (1200, 900): 2, (3500,): 3, (10**6,): 4}.items():
+        assert shared_out(unsaid, lacking(*counts)).workers == processes
+    many = lacking(10**6)
+    assert shared_out(make_settings(tmp_path, cpu), many).workers == 1
+    assert shared_out(make_settings(tmp_path, cpu, workers=3), many).workers == 3
+    assert shared_out(dataclasses.replace(unsaid, threads=1), many).workers == 4
+    assert shared_out(dataclasses.replace(unsaid, threads=2), many).workers == 1
+    assert shared_out(dataclasses.replace(unsaid, device=torch.device("cuda")), many).workers == 1
+    assert shared_out(unsaid, [*many, *lacking(10**6, name="seven", model="seven")]).workers == 1
+    one = estimate(plan.spec, unsaid).total
+    for free["bytes"], processes in {7 * one: 3, 3 * one: 1, one: 1}.items():
+        assert shared_out(unsaid, many).workers == processes
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert shared_out(unsaid, many).workers == 1
 
 
 def test_threads_are_put_back_and_recorded(spec_of: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
