@@ -18,11 +18,13 @@ from unittest import mock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qapbench import Prompt, compress, cost, pruners
+from qapbench import DecoderPruner, Prompt, Pruner, UserError, compress, cost, pruners
 from qapbench.costing.tokens import MeasuredTokens
 from qapbench.models import family_of
 from qapbench.models.family import Family, families
 from qapbench.prune.build import missing_fields
+from qapbench.prune.decoder_fields import check_drops
+from qapbench.prune.stages import stage_budgets
 from qapbench.receipt import Receipt
 
 PROMPTS = {
@@ -33,11 +35,17 @@ PROMPTS = {
     "llava_next": Prompt(before=3, after=3, images=((32, 64),)),
     "llava_onevision": Prompt(before=3, after=3, images=((32, 64),)),
     "qwen2_5_vl": Prompt(before=3, after=3, images=((32, 40),)),
+    "qwen3_5": Prompt(before=3, after=3, images=((32, 40),)),
     "qwen3_vl": Prompt(before=3, after=3, images=((32, 40),)),
     "smolvlm": Prompt(before=4, after=8, images=((32, 64),)),
 }
 """The prompts of `Family.tiny`."""
-SMALL = {"qwen3_vl": {"least_tokens": 1}, "idefics3": {"longest_edge": 2}, "smolvlm": {"longest_edge": 2}}
+SMALL = {
+    "qwen3_5": {"least_tokens": 1},
+    "qwen3_vl": {"least_tokens": 1},
+    "idefics3": {"longest_edge": 2},
+    "smolvlm": {"longest_edge": 2},
+}
 """What the processor would do with images as small as those of `Family.tiny`, where it enlarges others."""
 WIDE = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 10}
 TOLERANCE = 0.01
@@ -79,9 +87,12 @@ def tiny_model(family: type, wide: bool = False) -> tuple[Any, dict[str, Any]]:
             for name, value in WIDE.items():
                 setattr(config.get_text_config(), name, value)
             text = config.get_text_config()
-            text.num_key_value_heads, text.head_dim, text.vocab_size, text.layer_types = 5, 64, 32000, None
+            text.num_key_value_heads, text.head_dim, text.vocab_size = 5, 64, 32000
+            if kinds := getattr(text, "layer_types", None):
+                text.layer_types = (kinds * 3)[: text.num_hidden_layers]
             if "mrope_section" in (text.rope_parameters or {}):
-                text.rope_parameters["mrope_section"] = [8, 12, 12]
+                turned = 0.5 * text.head_dim * text.rope_parameters.get("partial_rotary_factor", 1)
+                text.rope_parameters["mrope_section"] = [int(turned * part) for part in (0.25, 0.375, 0.375)]
             if hasattr(config.vision_config, "out_hidden_size"):
                 config.vision_config.out_hidden_size = text.hidden_size
             model = type(model)(type(config)(**config.to_dict())).eval()
@@ -111,8 +122,9 @@ def agreement(model: Any, inputs: dict[str, Any], spec: dict[str, Any], prompt: 
             stack.enter_context(mock.patch.object(type(family_of(model)), name, value))
         measured = _separated(receipt, model, spec, prompt)
         said = cost(model, spec, replace(prompt, new_tokens=decoded), tokens=measured)
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    held = sum(value.numel() * value.element_size() for pair in layers for value in pair)
+    layers = [(layer.keys, layer.values) for layer in cache.layers if hasattr(layer, "keys")]
+    states = [state for layer in cache.layers if not hasattr(layer, "keys") for state in _states(layer)]
+    held = sum(value.numel() * value.element_size() for pair in (*layers, states) for value in pair)
     fed = sum(value[:, :, :decoded].numel() * value.element_size() for pair in layers for value in pair)
     weights = {value.data_ptr(): value.numel() * value.element_size() for value in model.state_dict().values()}
     return Agreement(
@@ -121,6 +133,11 @@ def agreement(model: Any, inputs: dict[str, Any], spec: dict[str, Any], prompt: 
         (said.kv_bytes + fed, held),
         (said.weight_bytes, sum(weights.values())),
     )
+
+
+def _states(layer: Any) -> list[torch.Tensor]:
+    """What a KV cache holds of a layer with linear attention."""
+    return [*layer.conv_states.values(), *layer.recurrent_states.values()]
 
 
 def _separated(receipt: Receipt, model: Any, spec: dict[str, Any], prompt: Prompt) -> MeasuredTokens | None:
@@ -142,8 +159,27 @@ def specs_of(model: Any, names: list[str], keep: int = 6) -> Iterator[dict[str, 
     outlined = type(family).outline_downsampled is not Family.outline_downsampled
     for name in names:
         pruner = pruners.create(name)
-        if not missing_fields(pruner, family) and (outlined or "downsampled" not in pruner.needs):
+        known = outlined or "downsampled" not in pruner.needs
+        if known and not missing_fields(pruner, family) and drops_fit(family, pruner, keep):
             yield {"prune": {"method": name, "keep": keep}}
+
+
+def drops_fit(family: Family, pruner: Pruner, keep: int) -> bool:
+    """Whether the decoder of a tiny model allows the drops of a pruner; linear attention does not allow all.
+
+    Args:
+        family: the model.
+        pruner: the pruner.
+        keep: its budget.
+    """
+    if not isinstance(pruner, DecoderPruner):
+        return True
+    layers, count = family.decoder, family.view_tokens or 20
+    try:
+        check_drops(layers, pruner, stage_budgets(pruner, pruner.entering(count, keep), keep, len(layers)))
+    except UserError:
+        return False
+    return True
 
 
 def sampled(family: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qapbench.errors import UserError
 from qapbench.models import family_of
+from qapbench.models.layers import has_linear_attention
 from qapbench.prune.prompt import unpruned
 
 if TYPE_CHECKING:
@@ -65,6 +66,12 @@ class Spliced:
             inputs: the model's keyword arguments for the prompt.
         """
         ids = inputs["input_ids"]
+        if has_linear_attention(self.model.config):
+            kind = self.model.config.model_type
+            raise UserError(
+                f"model: tokens of a {kind} cannot be left out one by one: its layers with linear attention keep no "
+                "keys of single tokens"
+            )
         encoded = self.family.encode_images(inputs, frozenset())
         prompt = unpruned(inputs, encoded, self.family)
         placeholders = (ids[0] == self.family.image_token).nonzero()[:, 0]

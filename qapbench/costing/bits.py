@@ -135,7 +135,7 @@ def stored_bytes(format: Format, rows: int, columns: int, value_bytes: int) -> i
 
 
 def kv_bytes(shape: ModelShape, bits: Bits, columns: Sequence[float]) -> float:
-    """Bytes of the KV cache of one sequence.
+    """Bytes of the KV cache of one sequence, states of linear attention among them.
 
     Args:
         shape: the model.
@@ -145,7 +145,10 @@ def kv_bytes(shape: ModelShape, bits: Bits, columns: Sequence[float]) -> float:
     full = 8 * shape.value_bytes
     sides = (None, None) if bits.kv is None else (bits.kv.keys, bits.kv.values)
     total = 0.0
-    for count in columns:
+    for count, linear in zip(columns, shape.linear, strict=True):
+        if linear is not None:
+            total += linear.held(shape.value_bytes)
+            continue
         for side in sides:
             quantized = 0 if side is None or bits.kv is None else bits.kv.stored(side, int(count))
             each = full if side is None else side.stored_bits(shape.key_heads, quantized, shape.head_width, full)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qapbench.methods.kinds import pruners
+from qapbench.methods.kinds import DecoderPruner, pruners
 from qapbench.models.encoded import EncodedImages
 from qapbench.models.outline import ImageOutline
+from qapbench.prune.decoder_fields import check_drops
 from qapbench.receipt import LinearReceipt
 from qapbench.spec.overrides import check_fitting
 from qapbench.spec.run_spec import PruneSpec, QuantizeSpec
@@ -40,6 +41,9 @@ def counted(
         prompt: the prompt.
         receipt: the linears of a run's receipt, as `cost` takes them.
         measured: visual tokens as they were measured; None follows them from the spec.
+
+    Raises:
+        UserError: tokens cannot be dropped where the spec drops them.
     """
     family = model.family
     shape = shape_of(family)
@@ -50,6 +54,8 @@ def counted(
     none = ImageOutline(EncodedImages([], []), ((),) * len(shape.tower), 0, 0)
     outline = family.outline(prompt.images) if prompt.images else none
     planned = token_flow(outline, prune, pruner, shape.depth, family.view_tokens)
+    if isinstance(pruner, DecoderPruner):
+        check_drops(family.decoder, pruner, {index for view in planned.views for index in view.stages})
     tokens = measured or MeasuredTokens(planned.available, planned.layers, planned.separators)
     if len(tokens.layers) == 1:
         tokens = replace(tokens, layers=tokens.layers * shape.depth)

@@ -44,7 +44,8 @@ def decoder_work(shape: ModelShape, new: Sequence[float], held: Sequence[float],
     """The language model on new tokens, and the logits of the last one of them.
 
     In layer l, each of new[l] tokens takes 2 in out FLOPs in each linear, and 2 heads width held[l] in each of the two
-    products of attention. Nothing is saved for what a causal mask hides, as in `torch.utils.flop_counter`.
+    products of attention. Nothing is saved for what a causal mask hides, as in `torch.utils.flop_counter`. Linear
+    attention takes what `LinearAttention` says.
 
     Args:
         shape: the model.
@@ -55,8 +56,11 @@ def decoder_work(shape: ModelShape, new: Sequence[float], held: Sequence[float],
     """
     parts = [work(shape.head.flops)]
     keys, values = bits.attention(prefill)
-    for linears, passing, seen in zip(shape.decoder, new, held, strict=True):
+    for linears, linear, passing, seen in zip(shape.decoder, shape.linear, new, held, strict=True):
         parts.append(products_work(linears, passing, bits))
+        if linear is not None:
+            parts.append(work(linear.prefill_flops(passing) if prefill else linear.step_flops * passing))
+            continue
         attended = 2 * shape.heads * shape.head_width * passing * seen
         parts += [work(attended, keys), work(attended, values)]
     return Work.total(parts)

@@ -11,6 +11,8 @@ from torch import nn
 
 from qapbench.models import Family
 
+from .linear_attention import LinearAttention
+
 
 @dataclass(frozen=True)
 class Product:
@@ -48,6 +50,7 @@ class ModelShape:
         tower_heads: number of the tower's heads.
         projector: linears of the projector.
         decoder: linears of each layer of the language model.
+        linear: for each layer of the language model, its linear attention; None for one with keys and values.
         head: the linear that makes logits.
         width: width of the decoder's hidden states.
         heads: number of heads of the decoder's queries.
@@ -64,6 +67,7 @@ class ModelShape:
     tower_heads: int
     projector: tuple[Product, ...]
     decoder: tuple[tuple[Product, ...], ...]
+    linear: tuple[LinearAttention | None, ...]
     head: Product
     width: int
     heads: int
@@ -99,7 +103,11 @@ def shape_of(family: Family) -> ModelShape:
 
     def linears(root: nn.Module, part: str) -> tuple[Product, ...]:
         found = {names[id(module)]: module for module in root.modules() if isinstance(module, nn.Linear)}
-        last = {name.rpartition(".")[0]: name for name in found}  # of each module that holds some
+        last: dict[str, str] = {}  # of each module that holds some; linear attention does not list it last
+        for name in found:
+            module = name.rpartition(".")[0]
+            if not last.get(module, "").endswith(".out_proj"):
+                last[module] = name
         layers = part != "projector"
         return tuple(
             _product(module, name, part, layers and name not in last.values()) for name, module in found.items()
@@ -116,6 +124,7 @@ def shape_of(family: Family) -> ModelShape:
             one for root in family.roots("projector") for one in (*linears(root, "projector"), *_matrices(root, names))
         ),
         decoder=tuple(linears(block, "language") for block in family.blocks("language")),
+        linear=tuple(LinearAttention.of(text, index) for index in range(text.num_hidden_layers)),
         head=_product(output, names[id(output)], "head"),
         width=text.hidden_size,
         heads=heads,

@@ -17,7 +17,7 @@ from qapbench.methods.registry import Entry, Registry
 
 from .checkpoint_format import format_of
 from .encoded import EncodedImages, Views
-from .layers import DecoderLayers
+from .layers import DecoderLayers, has_linear_attention
 from .outline import ImageOutline, Size
 
 # Sizes of the random models that `Family.tiny` makes, as keywords of their configs.
@@ -200,6 +200,15 @@ class Family(abc.ABC):
             UserError: the decoder is not built as such pruners need it; the message says why.
         """
         return DecoderLayers(self.parts["language"])
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the decoder answers one prompt at a time, because a row's last bits follow from the rows beside it.
+
+        They do in linear attention: its gates (sigmoid, softplus) and products are functions that no module holds, so
+        `row_by_row` does not reach them.
+        """
+        return has_linear_attention(self.model.config)
 
     @classmethod
     def default_text_tower(cls, config: Mapping[str, Any]) -> str | None:

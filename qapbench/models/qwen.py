@@ -14,9 +14,9 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 
 from .encoded import EncodedImage, EncodedImages, Views
-from .family import Family
+from .family import TINY_TEXT, Family
 from .outline import ImageOutline, Size, blank_tokens, each_alone
-from .tower import OF_CLS, RECEIVED, digest, received, recorded, scaled, smaller_grid
+from .tower import MIDDLE, OF_CLS, RECEIVED, SHALLOW, at_depth, digest, received, recorded, scaled, smaller_grid
 
 MOST_TOKENS = 16384  # of an image, unless the processor's config says otherwise
 QUERIES = 512  # rows of an attention map held in memory at once: an image has up to 16,384 patches
@@ -28,6 +28,17 @@ ATTENTION: Mapping[str, str] = {
     "shallow_cls_attention": "shallow",
 }
 """Fields of attention -> which block's attention they hold, of those in `attending`."""
+TINY_VISION: Mapping[str, Any] = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "out_hidden_size": 48,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+}
 
 
 class QwenFamily(Family):
@@ -182,6 +193,37 @@ class QwenFamily(Family):
         """
         return list(output.pooler_output)
 
+    @classmethod
+    def made(
+        cls, config: Any, model: Any, vision: Mapping[str, Any], text: Mapping[str, Any], rope: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """A random model of a class, and one prompt with an image of 8 x 10 patches, which are 4 x 5 tokens.
+
+        Args:
+            config: class of the model's config.
+            model: class of the model.
+            vision: keywords of the tower's config beside the common ones.
+            text: keywords of the decoder's config beside the common ones.
+            rope: keywords of its rotary embedding beside the common ones.
+        """
+        turning = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2], **rope}
+        made = config(
+            vision_config={**TINY_VISION, **vision},
+            text_config={**TINY_TEXT, **text, "rope_parameters": turning},
+            image_token_id=3,
+            video_token_id=4,
+            vision_start_token_id=5,
+            vision_end_token_id=6,
+        )
+        ids = torch.tensor([[1, 9, 5, *[3] * 20, 6, 8, 7]])
+        return model(made).eval(), {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == 3).long(),
+            "pixel_values": torch.rand(80, 3 * 2 * 4 * 4),
+            "image_grid_thw": torch.tensor([[1, 8, 10]]),
+        }
+
     @contextlib.contextmanager
     def _recording(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
         """Capture the tensors that the fields in `needs` are made from, while the context is open.
@@ -225,6 +267,29 @@ class QwenFamily(Family):
         for name in ATTENTION.keys() & needs:
             found[name] = attention(ATTENTION[name], 1 if name == "last_cls_attention" else heads)
         return found
+
+
+class Qwen3Family(QwenFamily):
+    """Qwen's families since Qwen3-VL: every block of the tower sees the whole image."""
+
+    processor_class = "Qwen3VLProcessor"
+    least_tokens = 64
+
+    @property
+    def attending(self) -> Mapping[str, int]:
+        """The last block, and those at the relative depths at which CLIP's layers are read."""
+        every = range(len(self.model.model.visual.blocks))
+        return {"full": every[-1], "middle": at_depth(every, MIDDLE), "shallow": at_depth(every, SHALLOW)}
+
+    @property
+    def merging(self) -> nn.Module:
+        """The merger's first linear."""
+        return self.model.model.visual.merger.linear_fc1
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Apply the merger's MLP to normalised patches side by side [B, M, C]: [B, M, D]."""
+        merger = self.model.model.visual.merger
+        return merger.linear_fc2(merger.act_fn(merger.linear_fc1(patches)))
 
 
 def unpatched(patches: Tensor, grid: tuple[int, int], channels: int, merge: int, patch: int) -> Tensor:

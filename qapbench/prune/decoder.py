@@ -24,7 +24,7 @@ from qapbench.models.layers import DecoderLayers
 from qapbench.quantize.call_tokens import watch_of
 from qapbench.receipt import Receipt
 
-from .decoder_fields import EMBEDDED, DecoderFields
+from .decoder_fields import EMBEDDED, DecoderFields, check_drops
 from .prompt import PruningView
 from .splice import PrunedImage
 from .stages import scheduled, stage_budgets
@@ -117,6 +117,7 @@ class DecoderPruning:
             count, depth = len(view.entered), len(self.layers)
             own = scheduled(view.steps, count, depth) if view.steps else None
             view.budgets = stage_budgets(self.pruner, count, view.keep, depth) if own is None else own
+            check_drops(self.layers, self.pruner, view.budgets)
             if view.budgets and not len(view.text) and self.pruner.needs & self.pruner.TEXT_FIELDS:
                 raise UserError(
                     f"{self._name} reads the text behind an image, and a prompt has none (labelled text is an answer)"
@@ -160,7 +161,7 @@ class DecoderPruning:
                 view.counts.append(len(view.left))
             if state.whole(index):
                 return None
-            return (hidden, *args[1:]), {**kwargs, **cut(kwargs, state.layouts[index], self._flash)}
+            return (hidden, *args[1:]), {**kwargs, **cut(kwargs, state.layouts[index], self._flat(index))}
 
         return hook
 
@@ -196,7 +197,7 @@ class DecoderPruning:
         """Arguments of a layer for new tokens after a prompt, with a mask that fits the keys in the layer's cache."""
         past: Any = kwargs.get("past_key_values")
         state = self._passed.get(past) if past is not None else None
-        if state is None or state.whole(index):
+        if state is None or state.whole(index) or index not in self.layers.attending:
             return None
         batch, fresh = args[0].shape[:2]
         # Candidates that came with the prompt may have been taken back since: what follows it is counted anew.
@@ -208,7 +209,7 @@ class DecoderPruning:
         if mask is not None and mask.ndim == 4 and mask.shape[-1] != prompt + new:
             # Made for the keys of another layer of the same kind, the first one, which is cut already.
             return args, {**kwargs, "attention_mask": causal(keys, fresh, mask.dtype)}
-        return args, {**kwargs, "attention_mask": cut_mask(mask, keys, fresh, self._flash)}
+        return args, {**kwargs, "attention_mask": cut_mask(mask, keys, fresh, self._flat(index))}
 
     def _check_window(self, length: int) -> None:
         """Check that a prompt and its answer fit into the layers' sliding window, which then never slides.
@@ -225,10 +226,9 @@ class DecoderPruning:
                 "model's layers with a sliding window see; pruners in front of the decoder have no such limit"
             )
 
-    @property
-    def _flash(self) -> bool:
-        """Whether the model uses flash attention, which takes another kind of mask."""
-        return "flash" in str(self.layers.config._attn_implementation)
+    def _flat(self, index: int) -> bool:
+        """Whether a layer takes two-dimensional masks, which only tell padding: flash and linear attention do."""
+        return index not in self.layers.attending or "flash" in str(self.layers.config._attn_implementation)
 
     def _record(self, index: int) -> Any:
         """The hook after a projection: it keeps queries and keys that the next layer's drop will need."""

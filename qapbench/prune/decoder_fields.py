@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,8 +18,25 @@ from .state import DecoderState, ViewState
 
 OF_TEXT = frozenset({"query_attention", "text_attention"})
 KEYS = frozenset({"rotated_keys", "text_keys"})
+OF_ATTENTION = OF_TEXT | KEYS | {"context_attention"}
 STATES = frozenset({"final_states", "text_states"})
 EMBEDDED = frozenset({"embedded", "prompt_embeds"})
+
+
+def check_drops(layers: DecoderLayers, pruner: DecoderPruner, drops: Iterable[int]) -> None:
+    """Check that a decoder allows the drops of a pruner.
+
+    Args:
+        layers: the decoder's layers.
+        pruner: the pruner.
+        drops: for each drop, the index of the first layer after it.
+
+    Raises:
+        UserError: it does not; the message says why.
+    """
+    for index in sorted(drops):
+        read = index if pruner.ahead else index - 1
+        layers.check_drop(type(pruner).__name__, index, read if pruner.needs & OF_ATTENTION else None)
 
 
 class DecoderFields:
@@ -49,7 +67,7 @@ class DecoderFields:
     @property
     def projections(self) -> bool:
         """Whether queries and keys are read, of the layer before the drop and as it computed them."""
-        return not self.ahead and bool(self.needs & (OF_TEXT | KEYS | {"context_attention"}))
+        return not self.ahead and bool(self.needs & OF_ATTENTION)
 
     def tokens(
         self, state: DecoderState, index: int, view: ViewState, hidden: Tensor, rotary: tuple[Tensor, Tensor]

@@ -65,19 +65,19 @@ class TokenLayout:
         return TokenLayout(columns, torch.cat([self.valid, torch.ones_like(fresh, dtype=torch.bool)], dim=1), self.full)
 
 
-def cut(kwargs: dict[str, Any], layout: TokenLayout, flash: bool) -> dict[str, Any]:
+def cut(kwargs: dict[str, Any], layout: TokenLayout, flat: bool) -> dict[str, Any]:
     """Cut a layer's arguments for a whole prompt (mask, rotary embedding, positions) to the columns of a layout.
 
     Args:
         kwargs: the layer's keyword arguments.
         layout: the columns that the layer holds.
-        flash: whether the model uses flash attention, which takes two-dimensional masks only.
+        flat: whether the layer takes two-dimensional masks only, as flash and linear attention do.
 
     Returns:
         The arguments to replace.
     """
     columns = layout.columns
-    short: dict[str, Any] = {"attention_mask": cut_mask(kwargs.get("attention_mask"), layout, columns.shape[1], flash)}
+    short: dict[str, Any] = {"attention_mask": cut_mask(kwargs.get("attention_mask"), layout, columns.shape[1], flat)}
     rotary = kwargs["position_embeddings"]
     width = rotary[0].shape[-1]
     place = columns.unsqueeze(-1).expand(-1, -1, width)
@@ -104,14 +104,14 @@ def causal(keys: TokenLayout, queries: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def cut_mask(mask: Tensor | None, keys: TokenLayout, queries: int, flash: bool) -> Tensor | None:
+def cut_mask(mask: Tensor | None, keys: TokenLayout, queries: int, flat: bool) -> Tensor | None:
     """Cut an attention mask over the prompt to the columns that a layer's keys hold.
 
     Args:
-        mask: None, [B, L] (flash attention), or [B, 1, Q, L], either boolean or added to the logits.
+        mask: None, [B, L] (flash and linear attention), or [B, 1, Q, L], either boolean or added to the logits.
         keys: layout of the layer's keys.
         queries: number of queries, which are the last of these columns.
-        flash: whether the model uses flash attention, which takes two-dimensional masks only.
+        flat: whether the layer takes two-dimensional masks only, as flash and linear attention do.
 
     Returns:
         A mask of one of these shapes; None if none is needed.
@@ -120,7 +120,7 @@ def cut_mask(mask: Tensor | None, keys: TokenLayout, queries: int, flash: bool) 
     if mask is None:
         if keys.full:
             return None
-        if flash:
+        if flat:
             return keys.valid
         mask = torch.ones(queries, length, dtype=torch.bool, device=keys.columns.device).tril(length - queries)
         mask = mask.expand(batch, 1, -1, -1)

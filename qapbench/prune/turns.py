@@ -52,7 +52,8 @@ class CachedPrompt:
         """
         if self.decoder is not None and self.decoder is not decoder:
             raise UserError("past_key_values: the cache was pruned between layers in another context, so start anew")
-        held = cache.layers[0].keys.shape[0]
+        # Layers with linear attention hold no keys.
+        held = len(next(keys for layer in cache.layers if (keys := getattr(layer, "keys", None)) is not None))
         if not held == rows == len(self.ids):
             raise UserError(f"past_key_values: the cache holds {held} rows of {len(self.ids)} prompts, the call {rows}")
         if cache.get_seq_length() < self.short.shape[1]:

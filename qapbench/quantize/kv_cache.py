@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from qapbench.errors import UserError
 from qapbench.methods.kv import KVFormat, KVSide
@@ -227,6 +227,8 @@ def _convert(cache: Any, depth: int, format: KVFormat, tokens: TokenContext, use
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layers += [DynamicLayer() for _ in range(depth - len(cache.layers))]
     for index, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is LinearAttentionLayer:
+            continue  # a state that every token changes, with no keys and values of single tokens
         if isinstance(layer, QuantizedLayer) and layer.format == format:
             layer.tokens = tokens
             continue

@@ -119,7 +119,8 @@ class BatchRunner:
         order = sorted(range(len(rows)), key=kinds.__getitem__)
         for kind, group in itertools.groupby(order, key=kinds.__getitem__):
             members = list(group)
-            size = 1 if rows[members[0]].alone else max(1, self._room(rows[members[0]], longest) // kind[0])
+            apart = self.family.one_by_one or rows[members[0]].alone
+            size = 1 if apart else max(1, self._room(rows[members[0]], longest) // kind[0])
             for at in range(0, len(members), size):
                 chunk = members[at : at + size]
                 for index, result in zip(chunk, self._results([rows[index] for index in chunk]), strict=True):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.cost import drops_fit
 from qapbench import DecoderPruner, UserError, compress, pruners
 from qapbench.models.family import families, family_of
 from qapbench.models.relevance import QuestionReader
@@ -28,10 +29,14 @@ def made(family: str) -> tuple[Any, dict[str, Any]]:
 
 
 def offered(model: Any, names: list[str]) -> list[str]:
-    """Those of the pruners that read no field which the model's family does not offer."""
+    """Those of the pruners that read no field which the model's family does not offer, and drop tokens where it can."""
     fields = family_of(model).available_fields | QuestionReader.FIELDS | DecoderPruner.DECODER_FIELDS
     created = {name: pruners.create(name) for name in names}
-    return [name for name, pruner in created.items() if pruner.needs - pruner.optional <= fields]
+    return [
+        name
+        for name, pruner in created.items()
+        if pruner.needs - pruner.optional <= fields and drops_fit(family_of(model), pruner, KEEP)
+    ]
 
 
 def answered(prompt: dict[str, Any], *parts: tuple[bool, list[int]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ PICTURE = {
     "gemma3": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 SIZES = [(64, 32), (30, 60), (50, 34), (32, 32)]  # width, height: two tiles, padding, four tiles, ...
@@ -153,6 +154,7 @@ PROCESSORS: dict[str, Callable[[Any], Any]] = {
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "qwen2_5_vl": _qwen,
+    "qwen3_5": functools.partial(_qwen, processor="Qwen3VLProcessor"),
     "qwen3_vl": functools.partial(_qwen, processor="Qwen3VLProcessor"),
     "internvl": _internvl,
 }

