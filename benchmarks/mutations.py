@@ -6,7 +6,8 @@ Draws one-line mistakes (`benchmarks.mutants`) in the strategies and in the modu
 results and statistics, equally many from each of these groups. Each is made in a copy of the working tree, and the test
 files that concern its module run there: first those that import the module or name what it defines, then the other
 tests of its group. A mutant that no test notices has survived; its diff is shown, and it needs a test, or a reason in
-`mutations.yaml` why it is equivalent to the original. The result is 1 if there is a survivor without a reason.
+`mutations.yaml` why it is equivalent to the original; with a reason it is not tried again. The result is 1 if there is
+a survivor.
 
 The draw depends on the seed and on the source. `--start 30 --count 70` goes on behind the first thirty. Mutants that
 the file of `--results` has already are not tried again, so the same command goes on where it was stopped. With `--list`
@@ -139,7 +140,7 @@ class Outcome:
 
     Attributes:
         mutant: the mutant.
-        status: "killed", "survived", "equivalent" (survived, with a reason), or "too slow" (killed by its time limit).
+        status: "killed", "survived", "equivalent" (for a written reason), or "too slow" (killed by its time limit).
         by: the test that noticed it, or the reason why it is equivalent.
         seconds: time that its tests took.
         diff: the lines that differ.
@@ -297,7 +298,7 @@ class Campaign:
         return self.sound[test]
 
     def outcome(self, mutant: Mutant) -> Outcome:
-        """Try a mutant: its close tests, then the others.
+        """Try a mutant: its close tests, then the others. One that is equivalent for a written reason is not tried.
 
         Raises:
             RuntimeError: the test that fails also fails without the mutant.
@@ -306,6 +307,10 @@ class Campaign:
         target = copy.root / mutant.file
         begun = time.monotonic()
         source = target.read_text(encoding="utf-8")
+        diff = mutant.diff(source)
+        if reason := self.reasons.get((mutant.file, *(line[:1] + line[1:].strip() for line in diff))):
+            self.copies.put(copy)
+            return Outcome(mutant, "equivalent", reason, 0.0, diff)
         try:
             target.write_text(mutant.applied(source), encoding="utf-8")
             failed = None
@@ -318,11 +323,9 @@ class Campaign:
         finally:
             target.write_text(source, encoding="utf-8")
             self.copies.put(copy)
-        diff = mutant.diff(source)
         if failed:
             return Outcome(mutant, "too slow" if failed == TOO_SLOW else "killed", failed, seconds, diff)
-        reason = self.reasons.get((mutant.file, *(line[:1] + line[1:].strip() for line in diff)))
-        return Outcome(mutant, "equivalent" if reason else "survived", reason or "", seconds, diff)
+        return Outcome(mutant, "survived", "", seconds, diff)
 
 
 def read_reasons(file: Path) -> dict[tuple[str, ...], str]:
