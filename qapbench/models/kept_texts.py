@@ -17,7 +17,7 @@ from qapbench.hashing import code_files, digest_files, digest_json, library_vers
 
 SCHEMA = 1
 ABOUT = "qapbench"  # key of the one entry in a file's metadata
-CODE = "relevance", "row_products"  # modules that the bits of an embedding follow from
+CODE = "relevance", "row_products", "unread"  # modules that the bits of an embedding follow from
 
 
 class KeptTexts:

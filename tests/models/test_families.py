@@ -1,5 +1,6 @@
 """Every family from a checkpoint folder: what compression must not change, budgets, positions, what is recorded."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qapbench.models import family_of
 from qapbench.models.family import families
 from qapbench.models.loading import load_model
 from qapbench.models.relevance import QuestionReader
+from qapbench.models.unread import UnreadWeight, narrow
 from qapbench.prune.splice import PrunedImage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,6 +129,22 @@ def test_an_empty_spec_is_the_hugging_face_path(loaded: Loaded) -> None:
         assert torch.equal(logits(loaded.model, inputs), plain)
         assert torch.equal(written(loaded.model, inputs), text)
     assert torch.equal(logits(loaded.model, inputs), plain)
+
+
+@each_family
+def test_matrices_in_16_bits_compute_the_same_bits(loaded: Loaded) -> None:
+    model = copy.deepcopy(loaded.model)
+    for weight in model.parameters():
+        weight.copy_(weight.bfloat16())
+    inputs = loaded.mixed
+    plain, text = logits(model, inputs), written(model, inputs)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    narrow(model)
+    held = [weight for weight in model.parameters() if isinstance(weight, UnreadWeight)]
+    assert len(held) > 10 and all(weight.held_bytes == 2 * weight.numel() for weight in held)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert torch.equal(logits(model, inputs), plain)
+    assert torch.equal(written(model, inputs), text)
 
 
 @each_method_on_two
