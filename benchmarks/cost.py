@@ -34,6 +34,7 @@ PROMPTS = {
     "llava": Prompt(before=3, after=3, images=((32, 32),)),
     "llava_next": Prompt(before=3, after=3, images=((32, 64),)),
     "llava_onevision": Prompt(before=3, after=3, images=((32, 64),)),
+    "minicpmv4_6": Prompt(before=3, after=7, images=((32, 64),)),
     "qwen2_5_vl": Prompt(before=3, after=3, images=((32, 40),)),
     "qwen3_5": Prompt(before=3, after=3, images=((32, 40),)),
     "qwen3_vl": Prompt(before=3, after=3, images=((32, 40),)),
@@ -41,6 +42,7 @@ PROMPTS = {
 }
 """The prompts of `Family.tiny`."""
 SMALL = {
+    "minicpmv4_6": {"longest": 32},
     "qwen3_5": {"least_tokens": 1},
     "qwen3_vl": {"least_tokens": 1},
     "idefics3": {"longest_edge": 2},

@@ -45,6 +45,8 @@ def find() -> dict[str, Any]:
             "kv": round(cost.kv_bytes / 1e6, 1),
         }
     for cell in run_ptq_matrix(sample=True):
+        if cell.outcome == "refused" and (cell.reason or "").startswith("prune."):
+            continue  # by the pruner that it was tried with
         before = found["ptq"].setdefault(cell.ptq, {}).get(cell.family, "runs")
         if before == "runs" or cell.outcome == "failed":
             found["ptq"][cell.ptq][cell.family] = _outcome(cell)

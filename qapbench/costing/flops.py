@@ -14,7 +14,7 @@ from .work import Work, work
 def products_work(products: Iterable[Product], tokens: float, bits: Bits) -> Work:
     """The work of some linears on so many tokens, with a method's own transforms at them, in 16 bits."""
     listed = list(products)
-    own = sum(bits.online_flops(product) for product in listed)
+    own = sum(bits.online_flops(product) * product.rows for product in listed)
     parts = (work(product.flops * tokens, bits.of(product)) for product in listed)
     return Work.total([*parts, work(own * tokens)])
 

@@ -139,9 +139,11 @@ class Selecting:
         It is one query for attention of a CLS token. Where the tower has none, attention received from all tokens
         stands in, and all tokens are queries.
         """
-        lengths = max(self.outline.attended, key=lambda layer: sum(length**2 for length in layer), default=())
+        longest = max(self.outline.attended, key=lambda layer: sum(length**2 for length in layer), default=())
         total = 0.0
         for name in self._needs & OF_ATTENTION:
+            at = self.shape.family.attention_layer(name)
+            lengths = longest if at is None else self.outline.attended[at]
             single = name in OF_CLS and name not in self.shape.family.substitutes
             total += sum(2 * (1 if single else length) * length * self.shape.tower_width for length in lengths)
         return work(total)

@@ -24,6 +24,7 @@ class Product:
         inward: width of x.
         outward: width of y.
         of_norm: whether x is what a norm gives, as in all linears of a layer's attention and MLP but their last.
+        rows: rows of x for each token that passes its layer.
     """
 
     name: str
@@ -31,11 +32,12 @@ class Product:
     inward: int
     outward: int
     of_norm: bool = False
+    rows: float = 1.0
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> float:
         """FLOPs per token."""
-        return 2 * self.inward * self.outward
+        return 2 * self.inward * self.outward * self.rows
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def shape_of(family: Family) -> ModelShape:
                 last[module] = name
         layers = part != "projector"
         return tuple(
-            _product(module, name, part, layers and name not in last.values()) for name, module in found.items()
+            _product(module, name, part, layers and name not in last.values(), family.rows_per_token(name))
+            for name, module in found.items()
         )
 
     convolutions = [m for m in family.tower.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
@@ -142,8 +145,8 @@ def _matrices(root: nn.Module, names: Mapping[int, str]) -> Iterator[Product]:
             yield Product(f"{names[id(root)]}.{name}", "projector", *value.shape)
 
 
-def _product(linear: Any, name: str, part: str, of_norm: bool = False) -> Product:
-    return Product(name, part, linear.in_features, linear.out_features, of_norm)
+def _product(linear: Any, name: str, part: str, of_norm: bool = False, rows: float = 1.0) -> Product:
+    return Product(name, part, linear.in_features, linear.out_features, of_norm, rows)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -156,6 +159,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
                 yield name, (buffer.numel(), buffer.element_size())
 
 
-def flops_of(products: Iterable[Product]) -> int:
+def flops_of(products: Iterable[Product]) -> float:
     """FLOPs of some linears per token."""
     return sum(product.flops for product in products)

@@ -160,6 +160,24 @@ class Family(abc.ABC):
         """Number of layers of the vision tower that run when `encode_images` records the fields in `needs`."""
         return len(self.blocks("vision"))
 
+    def attention_layer(self, field: str) -> int | None:
+        """Index, among the tower's layers, of the one whose attention a field holds; its cost follows from it.
+
+        None stands for one that attends within the longest sequences of all.
+
+        Args:
+            field: a field of `VisionTokens`.
+        """
+        return None
+
+    def rows_per_token(self, name: str) -> float:
+        """Number of rows that a linear gets for each token that passes its layer; its cost follows from it.
+
+        Args:
+            name: name of the linear in the model.
+        """
+        return 1.0
+
     @property
     def tower(self) -> nn.Module:
         """The vision tower with the embedding of its patches."""

@@ -160,7 +160,8 @@ class BatchRunner:
             return self._generate(rows, inputs)
         count = len(rows[0].tail)
         with separately(self.model, self.family, len(rows)):
-            logits = self.model(**inputs, logits_to_keep=count + 1 if count else 1).logits
+            logits = self.model(**inputs, logits_to_keep=count + 1).logits
+        logits = logits[:, -count - 1 :]  # some models give those of the whole prompt all the same
         if count:
             return [[_scored(at[:-1].float().log_softmax(-1), row.tail)] for row, at in zip(rows, logits, strict=True)]
         scores = [at[-1:].float().log_softmax(dim=-1) for at in logits]

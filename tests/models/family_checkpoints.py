@@ -15,7 +15,9 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
+from qapbench.models.families.minicpmv4_6 import processor_class
 from qapbench.models.family import families, images_only
 
 TILE = {"height": 32, "width": 32}
@@ -23,6 +25,7 @@ PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 PICTURE = {
     "gemma3": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>",
+    "minicpmv4_6": "<|image_pad|>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -147,11 +150,22 @@ def _gemma3(config: Any) -> Any:
     )
 
 
+def _minicpmv(config: Any) -> Any:
+    marks = {f"{name}_start_token": f"<{name}>" for name in ("image", "slice", "image_id")}
+    marks |= {f"{name}_end_token": f"</{name}>" for name in ("image", "slice", "image_id")}
+    tokenizer = tokenizer_with(image_token="<|image_pad|>", video_token="<|video_pad|>", **marks)
+    images = MiniCPMV4_6ImageProcessorPil(scale_resolution=32, patch_size=2, max_slice_nums=4)
+    return processor_class()(
+        image_processor=images, tokenizer=tokenizer, chat_template=template(PICTURE["minicpmv4_6"])
+    )
+
+
 PROCESSORS: dict[str, Callable[[Any], Any]] = {
     "gemma3": _gemma3,
     "idefics3": _idefics3,
     "smolvlm": _idefics3,
     "llava_next": _llava_next,
+    "minicpmv4_6": _minicpmv,
     "llava_onevision": _llava_onevision,
     "qwen2_5_vl": _qwen,
     "qwen3_5": functools.partial(_qwen, processor="Qwen3VLProcessor"),
