@@ -2,10 +2,11 @@
 
     python -m benchmarks.ray_faults kill --repeat 10        a worker and a node, at random moments
     python -m benchmarks.ray_faults driver --repeat 10      the command itself, which is then called again
-    python -m benchmarks.ray_faults overhead                the time of `--engine ray` against `--workers 2`
+    python -m benchmarks.ray_faults overhead --repeat 3     the time of `--engine ray` against `--workers 2`
 
 The first two compare the stored answers, scores and receipts with those of an undisturbed local sweep, and end with
-exit code 1 if any trial differs. The cluster has two nodes, each with one core.
+exit code 1 if any trial differs. The cluster has two nodes, each with one core. `overhead` asks as many questions as
+`quickstart` itself, unless `--limit` says otherwise: what starting Ray takes does not grow with them.
 """
 
 from __future__ import annotations
@@ -35,17 +36,23 @@ from qapbench.spec.spec_file import load_spec
 from .trials import arguments, repeated
 
 context = multiprocessing.get_context("spawn")  # a forked process would share its connection to Ray
-NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+NODE: dict[str, Any] = {
+    "num_cpus": 1,
+    "object_store_memory": 80 << 20,
+    "include_dashboard": False,
+    "include_log_monitor": False,
+    "no_monitor": True,
+}
 ACTOR = "RayWorker"  # how the processes of workers are called
 out = Console(width=120, highlight=False)
 
 
-def sweep(runs: Path, limit: int, more: dict[str, Any]) -> None:
+def sweep(runs: Path, limit: int | None, more: dict[str, Any]) -> None:
     """Make the runs of `quickstart`."""
     import torch
 
     torch.set_num_threads(1)
-    run(load_spec("quickstart", [f"task.limit={limit}"]), runs, **more)
+    run(load_spec("quickstart", [f"task.limit={limit}"] if limit else []), runs, **more)
 
 
 @contextlib.contextmanager
@@ -55,13 +62,23 @@ def cluster() -> Iterator[Any]:
     ray_cluster.import_ray()
     from ray.cluster_utils import Cluster
 
-    found = Cluster(initialize_head=True, head_node_args=NODE)
+    found = started(lambda: Cluster(initialize_head=True, head_node_args=NODE))
     try:
-        found.add_node(**NODE)
+        started(lambda: found.add_node(**NODE))
         yield found
     finally:
         ray_cluster.disconnect()
         found.shutdown()
+
+
+def started(start: Callable[[], Any]) -> Any:
+    """Start a node. Ray waits for it for 30 s, which may not be enough on a machine that does other things too."""
+    for _ in range(9):
+        try:
+            return start()
+        except Exception as error:  # it has no class of its own
+            out.print(f"a node is started again: {error}")
+    return start()
 
 
 def stored(runs: Path) -> dict[str, bytes]:
@@ -139,7 +156,7 @@ def driver(left: Path, runs: Path, limit: int, draw: random.Random) -> bool:
     return stored(runs) == stored(left)
 
 
-def overhead(folder: Path, limit: int, repeat: int) -> None:
+def overhead(folder: Path, limit: int | None, repeat: int) -> None:
     """Time `quickstart` with two processes and with two workers of a Ray that is started for it, in turn."""
     seconds: dict[str, list[float]] = {"local": [], "ray": []}
     for number in range(repeat):
@@ -156,22 +173,26 @@ def overhead(folder: Path, limit: int, repeat: int) -> None:
         if stored(folder / f"ray-{number}") != stored(folder / f"local-{number}"):
             sys.exit("the two differ")
     local, ray = (min(times) for times in seconds.values())
+    asked = load_spec("quickstart")[0].task.limit if limit is None else limit
     out.print(
-        f"quickstart with {limit} questions per row: ray {ray:.1f} s / --workers 2 {local:.1f} s = {ray / local:.2f}"
+        f"quickstart with {asked} questions per row: ray {ray:.1f} s / --workers 2 {local:.1f} s = {ray / local:.2f}"
     )
 
 
 def main() -> None:
     """Run the command line."""
-    given = arguments(__doc__, ("kill", "driver", "overhead"), repeat=10).parse_args()
+    parser = arguments(__doc__, ("kill", "driver", "overhead"), repeat=10)
+    parser.set_defaults(limit=None)
+    given = parser.parse_args()
+    limit = given.limit or 24
     with tempfile.TemporaryDirectory() as temporary:
         if given.campaign == "overhead":
             overhead(Path(temporary), given.limit, given.repeat)
             return
         trial = {"kill": kill, "driver": driver}[given.campaign]
         left = Path(temporary) / "left"
-        sweep(left, given.limit, {})
-        repeated(given, lambda runs, draw: trial(left, runs, given.limit, draw), "equal to the byte")
+        sweep(left, limit, {})
+        repeated(given, lambda runs, draw: trial(left, runs, limit, draw), "equal to the byte")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qapbench.errors import Problem, UserError, first_line
+from qapbench.errors import Problem, RunFailedError, UserError, first_line
 from qapbench.hashing import digest_files
 from qapbench.memory import check_device
 
@@ -56,6 +56,7 @@ def connect(address: str | None, cpus: int = 1) -> bool:
 
     Raises:
         UserError: there is no such cluster, or it runs another version of Ray or Python.
+        RunFailedError: Ray did not start on this machine.
     """
     ray = import_ray()
     if address is not None and address.startswith("ray://"):
@@ -75,6 +76,12 @@ def connect(address: str | None, cpus: int = 1) -> bool:
         if "ersion mismatch" not in str(error):
             raise
         raise UserError(f"--address {address}: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        if address is not None or type(error) is not Exception:
+            raise
+        raise RunFailedError(  # Ray waits for 30 s, and what it raises then has no class of its own
+            f"Ray did not start on this machine ({first_line(error)}); it may be too busy: run the same command again"
+        ) from None
     return True
 
 

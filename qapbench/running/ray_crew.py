@@ -104,7 +104,7 @@ class RayCrew:
         self._ours = connect(self.settings.address, self.settings.workers * (self.settings.threads or 1))
 
     def prepare(self, threads: int) -> None:
-        """Begin to start workers as soon as Ray is there. They import what they need, and say hello."""
+        """Begin to start workers as soon as Ray is there. They say hello, and import what they need."""
         before = self._started
 
         def start() -> None:
@@ -130,6 +130,7 @@ class RayCrew:
 
         Raises:
             UserError: the cluster is not there.
+            RunFailedError: Ray did not start on this machine.
         """
         self._started.result()
         self._start(order.threads)
@@ -300,6 +301,7 @@ class RayCrew:
             handle = actor_class.remote()
             self._number += 1
             self._actors[str(self._number)] = _Actor(handle, "coming", handle.hello.remote())
+            handle.get_ready.remote()
         self._check_patience()
         return found
 

@@ -91,13 +91,16 @@ class RayWorker(Worker):
     node = ""
 
     def hello(self) -> Hello:
-        """Where this worker is, and with which versions. What it will need is imported then."""
+        """Where this worker is, and with which versions."""
         import ray
 
-        for module in IMPORTED:
-            importlib.import_module(module)
         self.node = ray.get_runtime_context().get_node_id()
         return Hello(self.node, ray.util.get_node_ip_address(), os.getpid(), versions())
+
+    def get_ready(self) -> None:
+        """Import what orders will need, which takes seconds."""
+        for module in IMPORTED:
+            importlib.import_module(module)
 
     def begin(self, sent: Sent) -> Failure | Begun:
         """Load what an order needs.

@@ -53,9 +53,10 @@ class Here:
         self.units: dict[str, Unit] = {}
         self.events_due: deque[Event] = deque()
         self.started = self.died = 0
+        self.prepared: list[int] = []
 
     def prepare(self, threads: int) -> None:
-        pass
+        self.prepared.append(threads)
 
     def take(self, order: Order) -> None:
         self.order = order
@@ -194,17 +195,27 @@ def test_workers_that_die_and_say_things_twice_end_with_the_same_bytes(
 def test_only_the_one_that_gives_the_work_writes(
     specs: Any, alone: Any, crew: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers of a run reach its store once each, though two workers said every one of them twice."""
+    """Answers of a run reach its store once each, though two workers said every one of them twice.
+
+    Where only the records are missing, no worker is started.
+    """
     lines: list[Answer] = []
     append = Store.append
     monkeypatch.setattr(Store, "append", lambda self, some: lines.extend(some) or append(self, some))
-    crew(2, lambda worker, unit: "twice")
+    here = crew(2, lambda worker, unit: "twice")
     told: list[tuple[str, int, int]] = []
     assert made(specs[:3], tmp_path, workers=2, progress=lambda *said: told.append(said)) == alone[:3]
     assert len(lines) == 3 * QUESTIONS
     together = [(done, total) for name, done, total in told if name == "all 3 runs"]
     assert (together[0], together[-1]) == ((0, 3 * QUESTIONS), (3 * QUESTIONS, 3 * QUESTIONS))
     assert together == sorted(together)
+    assert here.prepared == [1]
+
+    for record in tmp_path.glob("*/record.json"):
+        record.unlink()
+    here = crew(2)
+    assert made(specs[:3], tmp_path, workers=2) == alone[:3]
+    assert (here.prepared, here.started) == ([], 0)
 
 
 def test_a_question_that_always_fails_is_named_and_its_traceback_kept(
