@@ -86,6 +86,9 @@ def test_a_saved_checkpoint_answers_as_its_run(
     config = json.loads((saved.folder / "config.json").read_text())
     assert config["quantization_config"]["format"] == saved.layout
     assert "lm_head" in config["quantization_config"]["ignore"]
+    tensors = load_file(saved.folder / "model.safetensors")
+    scales = [tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("weight_global_scale")]
+    assert scales == [(1,)] * (14 if saved.layout.startswith("nvfp4") else 0), "the library makes them so"
 
     wanted, _ = answered(spec, tmp_path / "runs")
     got, record = answered({**spec, "model": str(saved.folder), "quantize": None}, tmp_path / "runs")
