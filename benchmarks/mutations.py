@@ -84,6 +84,8 @@ GROUPS = {
             "tests/strategies/test_*format*.py",
             "tests/strategies/test_*ptq*.py",
             "tests/strategies/test_rotations.py",
+            "tests/contract/test_allocation*.py",
+            "tests/contract/test_overrides*.py",
             "tests/contract/test_ptq*.py",
             "tests/models/test_backends.py",
             "tests/models/test_calibration*.py",

@@ -295,7 +295,7 @@ class Reached(Exception):
 
 @contextlib.contextmanager
 def catching(
-    chain: Sequence[nn.Module], stop: nn.Module | None, spill: Spill, emptied: bool = False
+    chain: Sequence[nn.Module], stop: nn.Module, spill: Spill, emptied: bool = False
 ) -> Iterator[list[list[Pass]]]:
     """Capture the calls of modules during one forward pass, in host memory.
 
@@ -345,7 +345,7 @@ def catching(
 
     handles = [module.register_forward_pre_hook(catch(index), with_kwargs=True) for index, module in enumerate(chain)]
     handles += [module.register_forward_hook(empty) for module in chain if emptied]
-    if stop is not None and not any(stop is module for module in chain):
+    if not any(stop is module for module in chain):
         handles.append(stop.register_forward_pre_hook(end))
     try:
         yield caught

@@ -410,15 +410,14 @@ class Calibration:
         Those after the first lack hidden states, which the block before supplies later.
         """
         language = self._is_language(chain[0])
-        stop = chain[-1] if language else self._first_of_language()
+        # Capture of the other parts ends where the language model begins.
+        stop = chain[-1] if language or self.family is None else self.family.blocks("language")[0]
         passes: list[list[Pass]] = [[] for _ in chain]
         for index, sample in enumerate(self.source.samples):
             tokens: Tokens | None = None
             labels: Tensor | None = None
             with contextlib.suppress(Reached), catching(chain, stop, self._activations, language) as caught:
-                inputs, tokens, labels = self.inputs(
-                    sample
-                )  # pruning runs the vision tower here, so its calls are caught too
+                inputs, tokens, labels = self.inputs(sample)  # pruning runs the vision tower: its calls are caught too
                 self.forward(inputs)
             labelled = labels != IGNORED_LABEL if labels is not None and language else None
             for one, calls in zip(passes, caught, strict=True):
@@ -427,10 +426,6 @@ class Calibration:
                     one.append(replace(call, tokens=told, all_vision=not language, labelled=labelled))
             self.source.report("calibrating, inputs", index + 1, len(self))
         return passes
-
-    def _first_of_language(self) -> nn.Module | None:
-        """First block of the language model, where capture of the other parts may stop."""
-        return self.family.blocks("language")[0] if self.family else None
 
     def _is_language(self, module: nn.Module) -> bool:
         """Whether the module's tokens are those of the prompt. Without a family all of them count as text."""
