@@ -28,13 +28,15 @@ from rich.table import Table
 from qapbench import UserError, compress, pruners
 from qapbench.models import family_of
 from qapbench.models.loading import load_model
-from qapbench.prune.build import missing_fields
 from qapbench.spec.run_spec import RunSpec
 from qapbench.tasking.lm import AskingLM
 from qapbench.tasking.questions import RefusedPictureError, processor_inputs
 
 Shape = tuple[int, int]
 SIZES: list[Shape] = [(1, 1), (1, 2), (3, 50), (50, 1), (1, 199), (1, 2000), (2000, 4)]  # width, height in pixels
+UNFIT = "not for this model"
+"""Outcome of a pruner that the model refuses by name, whatever the picture is."""
+RIGHT = ("answered", "refused", UNFIT)
 EVERYTHING = 1 << 20  # a budget that no image of a family with views of any size exceeds
 
 
@@ -57,11 +59,9 @@ class Case(NamedTuple):
 
 
 def cases(model: Any) -> list[Case]:
-    """Every size with every pruner that the family offers, at one token and at all, with and without a metric."""
-    family = family_of(model)
-    budgets = ((1, False), (family.view_tokens or EVERYTHING, True))
-    offered = [name for name in pruners.names() if not missing_fields(pruners.create(name), family)]
-    product = itertools.product(SIZES, offered, budgets, (None, "combined"))
+    """Every size with every pruner, at one token and at all, with and without a metric."""
+    budgets = ((1, False), (family_of(model).view_tokens or EVERYTHING, True))
+    product = itertools.product(SIZES, pruners.names(), budgets, (None, "combined"))
     return [Case(size, pruner, keep, metric, whole) for size, pruner, (keep, whole), metric in product]
 
 
@@ -72,7 +72,7 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 
 
 def outcome(model: Any, processor: Any, case: Case) -> str:
-    """What becomes of a case: "answered", "refused" by the processor, or what is wrong."""
+    """What becomes of a case: "answered", "refused" by the processor, UNFIT, or what is wrong."""
     width, height = case.size
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     prompt = AskingLM(processor).apply_chat_template([{"role": "user", "content": "<image>\nWhat is this?"}])
@@ -86,7 +86,9 @@ def outcome(model: Any, processor: Any, case: Case) -> str:
             dense = model(**inputs).logits[:, -1]
             with compress(model, {"prune": prune}, processor):
                 logits = model(**inputs).logits[:, -1]
-    except (UserError, RuntimeError, ValueError, ArithmeticError, LookupError) as error:
+    except UserError as error:
+        return UNFIT if str(error).startswith("prune.method: ") else f"refused by compress: {error}"
+    except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
         return f"{type(error).__name__}: {error}"
     if not bool(logits.isfinite().all()):
         return "not finite"
@@ -108,7 +110,7 @@ def _tiny(folder: Path) -> Iterator[Path]:
 def main(checkpoints: Annotated[list[Path] | None, typer.Argument(help="Folders of checkpoints.")] = None) -> None:
     """Try every shape with every pruner, and print a table."""
     torch.set_num_threads(1)
-    table = Table("model", "answered", "refused by the processor", "wrong")
+    table = Table("model", "answered", "refused by the processor", UNFIT, "wrong")
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for path in checkpoints or _tiny(Path(folder)):
@@ -116,10 +118,10 @@ def main(checkpoints: Annotated[list[Path] | None, typer.Argument(help="Folders 
             counts: Counter[str] = Counter()
             for case in cases(model):
                 what = outcome(model, processor, case)
-                counts[what if what in ("answered", "refused") else "wrong"] += 1
-                if what not in ("answered", "refused"):
+                counts[what if what in RIGHT else "wrong"] += 1
+                if what not in RIGHT:
                     wrong.append(f"{path.name} {case}: {what}")
-            table.add_row(path.name, *(str(counts[name]) for name in ("answered", "refused", "wrong")))
+            table.add_row(path.name, *(str(counts[name]) for name in (*RIGHT, "wrong")))
     console = Console()
     console.print(table)
     for line in wrong:

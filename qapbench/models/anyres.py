@@ -13,9 +13,9 @@ from torch import Tensor
 from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens, per_token
 
-from .encoded import EncodedImage, EncodedImages, Views
+from .encoded import EncodedImage, EncodedImages, Views, Window
 from .outline import ImageOutline, Size, blank_tokens
-from .tower import TowerFamily
+from .tower import TowerFamily, scaled, smaller_grid
 
 WHOLE = -1  # in `EncodedImage.rows`: places of the scaled-down whole image, which counts as one line
 
@@ -68,11 +68,43 @@ class AnyResFamily(TowerFamily):
         images, views = [], []
         for index, (features, tiling) in enumerate(zip(outputs.pooler_output, self.tiling(inputs), strict=True)):
             stop = start + 1 + math.prod(tiling)
-            image, own = self._image(tiles[start:stop], features, inputs["image_sizes"][index], tiling, index)
+            image, own = self._image(tiles[start:stop], features, inputs["image_sizes"][index], tiling, (index, start))
             images.append(image)
             views += own
             start = stop
         return EncodedImages(images, Views.grouped(views))
+
+    @property
+    def available_fields(self) -> frozenset[str]:
+        """All fields of the vision tower, and whole images and tiles at a lower size."""
+        return super().available_fields | {"downsampled"}
+
+    @torch.no_grad()
+    def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
+        """What the views show at a lower size, without the padding of their tiles; see `Family.downsampled`.
+
+        Position embeddings are interpolated. Patches that the model shrinks when it packs them are not shrunk here,
+        since what the tower makes has the size that is asked for.
+        """
+        pixels, patch, tower = self._tiles(inputs), self.vision.patch_size, self.model.model.vision_tower
+        rows, columns = smaller_grid(views.tokens.grid or (1, views.tokens.count), count)
+        small = [
+            scaled(
+                pixels[one.row, None, :, one.top * patch : one.bottom * patch, one.left * patch : one.right * patch],
+                (rows * patch, columns * patch),
+            )
+            for one in views.windows
+        ]
+        made = tower(torch.cat(small), output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        layers = [made[index + 1][:, self.skip :] for index in self._feature_layers(len(tower.encoder.layers))]
+        return self.project(torch.cat(layers, dim=-1)).mT.unflatten(-1, (rows, columns))
+
+    def _tiles(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The images and tiles that the tower gets [T, 3, H, W], without the padding of the batch."""
+        pixels = inputs["pixel_values"]
+        if pixels.ndim == 4:
+            return pixels
+        return torch.cat([own[: 1 + math.prod(n)] for own, n in zip(pixels, self.tiling(inputs), strict=True)])
 
     def outline(self, sizes: Sequence[Size]) -> ImageOutline:
         """The whole image and its tiles, packed as the model packs them; see `Family.outline`."""
@@ -83,14 +115,14 @@ class AnyResFamily(TowerFamily):
         for index, (size, tiling) in enumerate(zip(given["image_sizes"], self.tiling(given), strict=True)):
             tiles = blank_tokens(1 + math.prod(tiling), count, (side, side))
             features = self.pack(tiles.projected, size, torch.zeros(1))
-            image, own = self._image(tiles, features, size, tiling, index)
+            image, own = self._image(tiles, features, size, tiling, (index, total))
             images.append(image)
             views += own
             total += tiles.batch
         return self._outlined(EncodedImages(images, Views.grouped(views)), total)
 
     def _image(
-        self, tiles: VisionTokens, features: Tensor, size: Tensor, tiling: tuple[int, int], owner: int
+        self, tiles: VisionTokens, features: Tensor, size: Tensor, tiling: tuple[int, int], place: tuple[int, int]
     ) -> tuple[EncodedImage, list[Views]]:
         """Assemble one image and its views.
 
@@ -99,17 +131,17 @@ class AnyResFamily(TowerFamily):
             features: [L, D] the model's packed features.
             size: height and width of the image in pixels.
             tiling: rows and columns of tiles.
-            owner: index of the image in the call.
+            place: index of the image in the call, and of the first of `tiles` among those of all images.
         """
+        owner, first = place
         blank = tiles.projected.new_zeros(tiles.batch, tiles.count, 1)
         separators = self.pack(blank, size, blank.new_ones(1))[:, 0] > 0.5
         rows = torch.full_like(separators, WHOLE, dtype=torch.long)
-        whole = torch.arange(tiles.count, device=features.device)
-        views = [Views(tiles[0], [owner], whole[None])]
+        whole, side = torch.arange(tiles.count, device=features.device), math.isqrt(tiles.count)
+        views = [Views(tiles[0], [owner], whole[None], (Window(first, 0, side, 0, side),))]
         lines = int(separators.sum())
         if not math.prod(tiling) or not lines:  # the padding of a very slim image leaves no line of its tiles
             return EncodedImage(features, separators, rows), views
-        side = math.isqrt(tiles.count)
         width = (len(features) - tiles.count) // lines
         canvas = torch.arange(tiles.count, len(features), device=features.device).view(lines, width)
         rows[tiles.count :] = torch.arange(lines, device=features.device).repeat_interleave(width)
@@ -134,7 +166,13 @@ class AnyResFamily(TowerFamily):
             own = {name: getattr(tiles, name) for name in ("cls_token", "image_ids")}
             own = {name: value[index + 1 : index + 2] for name, value in own.items() if value is not None}
             tokens = VisionTokens(**packed, **own, heads=tiles.heads).take(places, (len(down), len(along)))
-            views.append(Views(tokens, [owner], places[None]))
+            above, beside = top - index // tiling[1] * side, left - index % tiling[1] * side
+            window = Window(
+                first + 1 + index,
+                *(max(above, 0), min(above + shape[0], side)),
+                *(max(beside, 0), min(beside + shape[1] - 1, side)),
+            )
+            views.append(Views(tokens, [owner], places[None], (window,)))
         return EncodedImage(features, separators, rows), views
 
     def _packed(

@@ -13,6 +13,23 @@ from qapbench.methods.tokens import VisionTokens
 
 
 @dataclass(frozen=True)
+class Window:
+    """The part of what the vision tower gets that a view shows, in patches.
+
+    Attributes:
+        row: which of the images and tiles that the tower gets.
+        top: first line of patches; `bottom` is the one behind the last.
+        left: first column of patches; `right` is the one behind the last.
+    """
+
+    row: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+@dataclass(frozen=True)
 class Views:
     """Views with the same number of tokens. A view is a whole image or a tile of one, and each is pruned by itself.
 
@@ -20,11 +37,13 @@ class Views:
         tokens: the tokens of B views, N each.
         owners: for each view, the index of its image.
         places: [B, N] position of each token among its image's placeholders, ascending.
+        windows: for each view, what it shows of the tower's input; empty where the family has no use for it.
     """
 
     tokens: VisionTokens
     owners: list[int]
     places: Tensor
+    windows: tuple[Window, ...] = ()
 
     @staticmethod
     def grouped(views: Iterable[Views]) -> list[Views]:
@@ -40,6 +59,7 @@ class Views:
                 VisionTokens.cat([view.tokens for view in group]),
                 [owner for view in group for owner in view.owners],
                 torch.cat([view.places for view in group]),
+                tuple(window for view in group for window in view.windows),
             )
             for group in groups.values()
         ]

@@ -1,9 +1,11 @@
 """MiniCPM-V 4.6: slices of their own shapes, fields that are means over patches, and the image at a lower size."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from family_checkpoints import PICTURE, save_family, template
 from torch import nn
 
 from qapbench import UserError, compress
@@ -22,6 +24,11 @@ def made() -> tuple[Any, dict[str, Any]]:
         if weight.ndim == 2:
             nn.init.normal_(weight, std=0.1)
     return model, inputs
+
+
+def test_the_processor_of_a_folder_has_its_chat_template(tmp_path: Path) -> None:
+    processor = MiniCPMV46.load_processor(save_family("minicpmv4_6", tmp_path / "model"))
+    assert processor.chat_template == template(PICTURE["minicpmv4_6"])
 
 
 def test_fields_are_means_over_the_patches_of_a_token(made: tuple[Any, dict[str, Any]]) -> None:

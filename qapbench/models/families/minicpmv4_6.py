@@ -279,8 +279,9 @@ def processor_class() -> Any:
     base = images_only("MiniCPMV4_6Processor")
     unread = SimpleNamespace(slice_mode=False, downsample_mode="16x")
 
-    def __init__(self: Any, image_processor: Any = None, tokenizer: Any = None, **options: Any) -> None:
-        MiniCPMV4_6Processor.__init__(self, image_processor, None, tokenizer, **options)
+    # transformers reads the names of the arguments to know what of a processor's files it may hand on.
+    def __init__(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        MiniCPMV4_6Processor.__init__(self, image_processor, None, tokenizer, chat_template)
 
     return type("MiniCPMV4_6Processor", (base, Parts), {"__init__": __init__, "video_processor": unread})
 
