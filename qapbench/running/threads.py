@@ -22,8 +22,8 @@ SMALL = 2**18  # weights of the largest linear of a layer up to which a second t
 ANSWERS = 1000
 """Answers of a small model for which another process is started.
 
-While processes start, nobody answers: about 8 s of a processor. An answer of the embedded model takes 15 to 60 ms, so
-two processes are through before one is from 250 to 1,000 answers on (docs/running.md)."""
+Nobody answers while processes start, which takes seconds, as long as some hundred answers of the embedded model. The
+number is set so high that a second process pays on a slow start too; it was not measured on an idle machine."""
 
 
 def shared_out(settings: Settings, plans: Sequence[Planned]) -> Settings:
