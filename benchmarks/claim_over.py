@@ -126,14 +126,10 @@ def main() -> None:
         parser.exit(2, f"error: {error}\n")
     print(f"| {given.row} against {given.against} | questions | points | 95 % | p |\n|---|--:|--:|--:|--:|")
     for name, found in sorted(single.items()):
-        right = [100 * float(np.mean([s[str(r.score)] for s in r.rows.values()])) for r in _both(cells[name], given)]
-        print(line(f"{name} ({right[0]:.1f} against {right[1]:.1f})", found))
+        right, before = (100 * side / found.n for side in (found.second, found.first))
+        print(line(f"{name} ({right:.1f} against {before:.1f})", found))
     minus = f", less the mean of {len(less)}" if less else ""
     print(line(f"mean of {len(cells)} cells{minus}", together))
-
-
-def _both(cell: Mapping[str, Scored], given: argparse.Namespace) -> list[Scored]:
-    return [cell[given.row], cell[given.against]]
 
 
 if __name__ == "__main__":

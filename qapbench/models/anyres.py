@@ -57,14 +57,9 @@ class AnyResFamily(TowerFamily):
         """Run vision tower and projector on all tiles of the call at once; see `Family.encode_images`."""
         if inputs.get("image_sizes") is None:
             raise UserError("image_sizes: needed beside pixel_values; the processor gives both")
-        pixels: list[Tensor] = []
-        handle = self.model.model.vision_tower.register_forward_pre_hook(lambda _, args: pixels.append(args[0]))
-        try:
-            with self.recording(needs) as captured:
-                outputs = self.model.model.get_image_features(**self.arguments(inputs), return_dict=True)
-        finally:
-            handle.remove()
-        tiles, start = VisionTokens(**self.fields(captured, needs, pixels[0])), 0
+        with self.recording(needs) as captured:
+            outputs = self.model.model.get_image_features(**self.arguments(inputs), return_dict=True)
+        tiles, start = VisionTokens(**self.fields(captured, needs, self._tiles(inputs))), 0
         images, views = [], []
         for index, (features, tiling) in enumerate(zip(outputs.pooler_output, self.tiling(inputs), strict=True)):
             stop = start + 1 + math.prod(tiling)

@@ -31,12 +31,26 @@ ATTENTION: Mapping[str, str] = {
 """Fields of attention -> prefix of the queries and keys that they are made from."""
 
 
-class MergedFamily(Family):
-    """Families with a SigLIP tower, whose last layer is read, and several of its patches in a token.
+class PatchesFamily(Family):
+    """Families with several patches in a token, whose tower has no CLS token.
 
-    The tower has no CLS token, so attention received from all patches takes its place. Attention and keys of a token
-    are the means over its patches.
+    Attention received from all patches takes the place of CLS attention. Attention and keys of a token are the means
+    over its patches.
     """
+
+    @property
+    def available_fields(self) -> frozenset[str]:
+        """All fields of the vision tower except `cls_token`, and the image at a lower size."""
+        return frozenset({"patches", "image_ids", "grid", "keys", "last_keys", "downsampled", *ATTENTION})
+
+    @property
+    def substitutes(self) -> Mapping[str, str]:
+        """Attention received from all patches takes the place of CLS attention."""
+        return dict.fromkeys(OF_CLS, RECEIVED)
+
+
+class MergedFamily(PatchesFamily):
+    """Families with a SigLIP tower, whose last layer is read, and several of its patches in a token."""
 
     @property
     @abc.abstractmethod
@@ -51,16 +65,6 @@ class MergedFamily(Family):
     @abc.abstractmethod
     def merged(self, values: Tensor) -> Tensor:
         """The mean over the patches of each token: [T, P, C] -> [T, N, C]."""
-
-    @property
-    def available_fields(self) -> frozenset[str]:
-        """All fields of the vision tower except `cls_token`, and the image at a lower size."""
-        return frozenset({"patches", "image_ids", "grid", "keys", "last_keys", "downsampled", *ATTENTION})
-
-    @property
-    def substitutes(self) -> Mapping[str, str]:
-        """Attention received from all patches takes the place of CLS attention."""
-        return dict.fromkeys(OF_CLS, RECEIVED)
 
     def views_of(self, size: Size) -> int:
         """Number of views that the processor makes of an image, unless its config says otherwise.

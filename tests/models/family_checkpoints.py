@@ -54,6 +54,16 @@ def tokenizer_with(**special: str) -> Any:
     )
 
 
+def spread(name: str, std: float) -> tuple[Any, dict[str, Any]]:
+    """The family's tiny model with matrices of this spread, whose tokens differ more, and its prompt."""
+    torch.manual_seed(0)
+    model, inputs = families.create(name).tiny()
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=std)
+    return model, inputs
+
+
 def save_family(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
     """The family's tiny model with a vocabulary of its own, and its processor."""
     torch.manual_seed(seed)

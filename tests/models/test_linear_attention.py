@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from family_checkpoints import spread
 
 from qapbench import UserError, compress, cost
 from qapbench.models import family_of
-from qapbench.models.family import families
 from qapbench.models.layers import attention_rows
 from qapbench.prune.splice import PrunedImage
 
@@ -18,12 +17,7 @@ FASTV = {"prune": {"method": "fastv", "keep": 5}}
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    model, inputs = families.create("qwen3_5").tiny()
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            nn.init.normal_(weight, std=0.15)
-    return model, inputs
+    return spread("qwen3_5", 0.15)
 
 
 @torch.no_grad()

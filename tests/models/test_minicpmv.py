@@ -5,25 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from family_checkpoints import PICTURE, save_family, template
-from torch import nn
+from family_checkpoints import PICTURE, save_family, spread, template
 
 from qapbench import UserError, compress
 from qapbench.models import family_of
 from qapbench.models.families.minicpmv4_6 import MiniCPMV46
-from qapbench.models.family import families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    model, inputs = families.create("minicpmv4_6").tiny()
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            nn.init.normal_(weight, std=0.1)
-    return model, inputs
+    return spread("minicpmv4_6", 0.1)
 
 
 def test_the_processor_of_a_folder_has_its_chat_template(tmp_path: Path) -> None:

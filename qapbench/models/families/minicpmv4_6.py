@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.encoded import EncodedImage, EncodedImages, Views
-from qapbench.models.family import TINY_TEXT, TINY_TOWER, Family, family, images_only
-from qapbench.models.merged_patches import ATTENTION, runs
+from qapbench.models.family import TINY_TEXT, TINY_TOWER, family, images_only
+from qapbench.models.merged_patches import ATTENTION, PatchesFamily, runs
 from qapbench.models.outline import ImageOutline, Size, blank_tokens
 from qapbench.models.tower import (
     MIDDLE,
-    OF_CLS,
-    RECEIVED,
     SHALLOW,
     at_depth,
     digest,
@@ -35,12 +33,11 @@ Grid = tuple[int, int]
 
 
 @family("minicpmv4_6")
-class MiniCPMV46(Family):
+class MiniCPMV46(PatchesFamily):
     """The image scaled down is a view, and so is each of its slices, which follow it. Grids may differ.
 
     Within the tower a merger makes one of 2 x 2 patches, behind the tower another one of 2 x 2 of these, side by side,
-    which is what `patches` holds. Attention and keys of a token are the means over its patches in the layer that is
-    read. The tower has no CLS token, so attention received from all patches takes its place.
+    which is what `patches` holds. The patches of a token are those in the layer that is read.
 
     Raises:
         UserError: there is more than one merger behind the tower.
@@ -60,16 +57,6 @@ class MiniCPMV46(Family):
         """The language model, the merger behind the tower (as projector) and the tower with the merger inside it."""
         core = self.model.model
         return {"language": core.language_model, "projector": core.merger, "vision": core.vision_tower}
-
-    @property
-    def available_fields(self) -> frozenset[str]:
-        """All fields of the vision tower except `cls_token`, and the image at a lower size."""
-        return frozenset({"patches", "image_ids", "grid", "keys", "last_keys", "downsampled", *ATTENTION})
-
-    @property
-    def substitutes(self) -> Mapping[str, str]:
-        """Attention received from all patches takes the place of CLS attention."""
-        return dict.fromkeys(OF_CLS, RECEIVED)
 
     @property
     def inner(self) -> int:
