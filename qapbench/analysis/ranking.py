@@ -128,13 +128,11 @@ def paired_ranks(right: np.ndarray) -> list[int]:
         right: [rows, questions] bool, whether each row answered each question right; or its score.
     """
     if right.dtype != bool:
-        n, total = right.shape[1], right.sum(axis=1)
-        product = right @ right.T
-        square = np.diag(product)
-        change = (total[None, :] - total[:, None]) / n  # [i, j]: by how much j is better
-        spread = np.maximum((square[None, :] + square[:, None] - 2 * product) / n - change**2, 0)
-        spread[spread < np.finfo(np.float64).eps * (square[None, :] + square[:, None])] = 0  # rounding alone
-        return _ranks(t_test(change, np.sqrt(spread / max(n - 1, 1)), n), change > 0)
+        n = right.shape[1]
+        ahead = [right - row for row in right]  # [i][j, question]: by how much j is better than i
+        change = np.array([difference.mean(axis=1) for difference in ahead])
+        spread = np.array([difference.std(axis=1, ddof=min(1, n - 1)) for difference in ahead])
+        return _ranks(t_test(change, spread / np.sqrt(n), n), change > 0)
     hit = right.astype(np.float64)
     gained = np.rint((1 - hit) @ hit.T)  # [i, j]: questions that j answers right and i does not
     return _ranks(mcnemar(gained, gained.T), gained > gained.T)

@@ -122,13 +122,12 @@ def cut_mask(mask: Tensor | None, keys: TokenLayout, queries: int, flat: bool) -
             return None
         if flat:
             return keys.valid
-        mask = torch.ones(queries, length, dtype=torch.bool, device=keys.columns.device).tril(length - queries)
-        mask = mask.expand(batch, 1, -1, -1)
+        mask = causal(keys, queries, torch.bool)
     elif mask.ndim == 2:
         return mask.gather(1, keys.columns) * keys.valid
     else:
         mask = mask.expand(batch, -1, -1, -1)
-        if mask.shape[2] != queries:
+        if mask.shape[2] == mask.shape[3]:  # a row for each column of the prompt, which may be in another place now
             rows = keys.columns[:, None, -queries:, None]
             mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
         mask = mask.gather(3, keys.columns[:, None, None, :].expand(-1, mask.shape[1], queries, -1))

@@ -177,6 +177,19 @@ def test_a_padded_batch_decodes_as_each_row_by_hand(
 
 
 @each_method
+def test_a_row_beside_a_longer_one_that_loses_nothing(method: str, deep: tuple[Any, Any]) -> None:
+    """The longest row keeps its length, and the others their places behind other padding than the prompt's."""
+    model, processor = deep
+    longer = "USER: Where does the red fox live, and what does it eat when the days are short? " * 3
+    inputs = batch_of(processor, [THREE[0], longer], [picture(1)])
+    assert not (inputs["input_ids"][1] == model.config.image_token_id).any() and inputs["attention_mask"][1].all()
+    assert not inputs["attention_mask"][0].all()
+    with torch.no_grad(), compress(model, spec(method)):
+        logits = model(**inputs).logits[0, -1]
+    torch.testing.assert_close(logits, by_hand(model, method, alone(processor, 0), None)[0], rtol=1e-4, atol=1e-4)
+
+
+@each_method
 def test_right_padding_equals_left(method: str, deep: tuple[Any, Any]) -> None:
     model, processor = deep
     left = batch_of(processor, THREE, [picture(1), picture(2)])
