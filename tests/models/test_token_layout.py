@@ -12,7 +12,7 @@ from qapbench.prune.token_layout import TokenLayout, causal, cut_mask
 
 @st.composite
 def layouts(draw) -> tuple[TokenLayout, TokenLayout]:
-    """(a prompt without padding, what is left of it: rows may lose different numbers of tokens, none loses the last)."""
+    """(a prompt without padding, what is left of it). Rows may lose different numbers of tokens, but none its last."""
     batch, length = draw(st.integers(1, 3)), draw(st.integers(2, 6))
     prompt = TokenLayout.of(torch.arange(length).expand(batch, -1), torch.ones(batch, length, dtype=torch.bool))
     gone = torch.tensor([[draw(st.booleans()) for _ in range(length - 1)] + [False] for _ in range(batch)])
