@@ -61,6 +61,8 @@ def test_pruners(name: str, fused: bool, other_default: Under, tokens: VisionTok
     plain, other = select(), other_default(select)
     for field in ("indices", "merged", "updated"):
         assert same(getattr(other, field), getattr(plain, field)), field
+    relevance = pruners.create(name).relevance
+    assert same(other_default(lambda: relevance(tokens)), relevance(tokens))
 
 
 @pytest.mark.parametrize("name", ptqs.names())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qapbench import Pruner, Selection, UserError, VisionTokens, fusions, metrics, pruners
+from qapbench.methods.kinds import Choice, min_max
 
 each_pruner = pytest.mark.parametrize("name", pruners.names())
 each_pair = pytest.mark.parametrize("name, fusion", list(itertools.product(pruners.names(), fusions.names())))
@@ -250,6 +251,26 @@ def test_half_precision(name: str, dtype: torch.dtype, tokens: VisionTokens) -> 
     sensitivity = metrics.create("combined")(half.projected).to(dtype)
     for keep in (1, 2, 24, 48):
         check(pruners.create(name).select(half, keep, sensitivity), 3, 49, keep)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_scores_in_half_precision_are_normalised_in_float32(together: bool, tokens: VisionTokens) -> None:
+    scores = metrics.create("l2")(tokens.projected).bfloat16()
+    choices = (
+        [Choice(tokens, relevance=scores)] * 2 if together else [Choice(tokens, relevance=scores, sensitivity=scores)]
+    )
+    seen: list[Tensor] = []
+
+    class Seeing(Pruner):
+        def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
+            seen.append(scores)
+            return Selection(torch.arange(keep).expand(tokens.batch, -1))
+
+    Seeing().select_each(choices, 12)
+    wide = min_max(scores.float())
+    expected = wide if together else fusions.create(fusions.default)(wide, wide)
+    assert [one.dtype for one in seen] == [torch.float32] * len(choices)
+    assert all(torch.equal(one, expected) for one in seen)
 
 
 @each_pruner

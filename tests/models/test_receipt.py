@@ -56,6 +56,7 @@ def test_measured_bits_are_those_asked_for(
     assert {line.activation_bits for line in receipt.linears} == {activation or 32}
     assert {line.calls for line in receipt.linears} == {1}
     assert {line.part for line in receipt.linears} == {"language"}
+    assert {line.activation_exact for line in receipt.linears} == {0}
 
 
 def test_scope_is_what_is_quantized(model: Any, one: dict[str, Any]) -> None:

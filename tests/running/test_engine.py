@@ -112,10 +112,11 @@ def test_what_version_0_1_wrote_works_and_warns(spec_of: Spec, tmp_path: Path) -
         assert record["name"] == record.name == "t"
         assert record["scores"]["columns"][-1]["k"] == column(record, "Avg").k
         assert record.get("run_id") == record.run_id
+        assert record["schema"] == record.schema_version
         assert record.get("stopped", "whole") == "whole"
         with pytest.raises(KeyError):
             record["stopped"]
-    assert [warning.filename for warning in caught] == [__file__] * 5, "each warning is of the caller's line"
+    assert [warning.filename for warning in caught] == [__file__] * 6, "each warning is of the caller's line"
     assert "stopped" not in record
 
 
