@@ -14,7 +14,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.checkpoints.headers import Stored, stored
 from qapbench.errors import Problem, UserError
 from qapbench.memory import free_bytes
-from qapbench.methods.kinds import ptqs
+from qapbench.methods.kinds import pruners, ptqs
 from qapbench.methods.packed import packed_bytes
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower
@@ -23,6 +23,7 @@ from qapbench.models.relevance import find_tower
 from qapbench.models.unread import is_matrix, may_wait
 from qapbench.quantize.calibration import spill
 from qapbench.spec.items import created
+from qapbench.spec.prune_spec import PruneSpec
 from qapbench.spec.run_spec import RunSpec
 
 from .fingerprints import needs_tower
@@ -106,7 +107,7 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
             kept = min(found, spill.LIMIT) + min(samples, spill.LIMIT)  # the rest waits in temporary files
             parts["calibration"] = kept + 8 * max(_of(config, "intermediate_size"), 1) ** 2
             disk += found
-    parts["activations"] = _activations(config, settings, width)
+    parts["activations"] = _activations(config, spec, settings, width)
     everywhere = {name: size * settings.workers for name, size in parts.items()}
     process = PROCESS * settings.workers
     if settings.device.type == "cpu":
@@ -208,19 +209,27 @@ def _packed(spec: RunSpec) -> RunSpec | None:
     return spec.model_copy(update={"quantize": quantize.model_copy(update={"storage": "packed"})})
 
 
-def _activations(config: Mapping[str, Any], settings: Settings, width: int) -> int:
+def _activations(config: Mapping[str, Any], spec: RunSpec, settings: Settings, width: int) -> int:
     """Bytes of the activations and the KV cache of a forward pass, roughly."""
-    tokens = settings.batch_size * _tokens(config)
+    tokens = settings.batch_size * _tokens(config, spec.prune)
     hidden, inner, layers = (_of(config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = max(_of(config, "num_attention_heads"), 1)
     shared = _of(config, "num_key_value_heads") or heads
     return tokens * width * (8 * hidden + 3 * inner + 2 * layers * hidden * shared // heads)
 
 
-def _tokens(config: Mapping[str, Any]) -> int:
-    """Tokens of a prompt with an image, roughly."""
-    of_image = config.get("image_seq_length")
-    return WORDS + (of_image if isinstance(of_image, int) else IMAGE)
+def _tokens(config: Mapping[str, Any], prune: PruneSpec | None = None) -> int:
+    """Tokens of a prompt with an image that enter the decoder, roughly.
+
+    Args:
+        config: the model's config.
+        prune: how its images are pruned. A budget that follows from a cost is not known yet.
+    """
+    said = config.get("image_seq_length")
+    of_image = said if isinstance(said, int) else IMAGE
+    if prune is not None and prune.budget is None:
+        of_image = created(pruners, prune.method).entering(of_image, min(prune.keep, of_image))
+    return WORDS + of_image
 
 
 def _of(config: Mapping[str, Any], name: str) -> int:

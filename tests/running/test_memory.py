@@ -74,6 +74,10 @@ def test_quantizing_calibrating_and_pruning_add_what_they_need() -> None:
     assert calibrated.disk > quantized.disk == dense.disk
     towered = estimate(spec_of(prune={"method": "cdpruner", "keep": 4}), settings)
     assert towered.parts["text tower"] > 0
+    inside = estimate(spec_of(prune={"method": "fastv", "keep": 4}), settings)
+    assert inside.parts["activations"] == dense.parts["activations"]  # the first layers see all tokens
+    tokens = {keep: estimates.WORDS + keep for keep in (4, 144)}
+    assert towered.parts["activations"] * tokens[144] == dense.parts["activations"] * tokens[4]
 
 
 def test_the_sentence_of_a_plan_has_the_largest_run_and_the_disk_of_all() -> None:
