@@ -55,6 +55,12 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+def test_records_come_oldest_first_whatever_their_folders_are_called(runs: Path) -> None:
+    record = read_record(runs / ("a" * 16))
+    write_json(runs / ("a" * 16) / "record.json", {**record.to_json(), "created": "2026-12-03T00:00:00+00:00"})
+    assert [one.run_id[0] for one in load_records(runs)] == ["1", "b", "a"]
+
+
 # -- versions --
 
 
