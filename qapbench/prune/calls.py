@@ -141,7 +141,9 @@ class PrunedCalls:
     def _cached(self, kwargs: dict[str, Any]) -> tuple[CachedPrompt | None, Any]:
         """(what is known of the pruned prompt in a call's KV cache, the cache); None if it holds no such prompt."""
         cache = kwargs.get("past_key_values")
-        cached = CACHES.get(cache) if filled(cache) else None
+        if cache is not None and not filled(cache):
+            CACHES.pop(cache, None)  # it was emptied since, and holds what comes now
+        cached = None if cache is None else CACHES.get(cache)
         if cached is not None:
             cached.check(cache, len(kwargs["input_ids"]), self.pruning.decoder)
         return cached, cache

@@ -1,9 +1,11 @@
 """`generate` and `forward` of a pruned model take every argument as they do without pruning, or refuse it."""
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
+from llava_checkpoints import TOKENS, batch_of, picture
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
@@ -242,6 +244,33 @@ def test_new_tokens_alone_and_an_empty_cache(model: Any, three: dict[str, Any]) 
         alone = told(model, fresh, past_key_values=other.past_key_values)
         assert torch.equal(alone.sequences[:, -NEW:], whole.sequences[:, -NEW:])
         torch.testing.assert_close(torch.stack(alone.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pictured", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_cache_that_was_emptied_forgets_its_pruned_prompt(
+    pictured: bool, alone: bool, model: Any, processor: Any, one: dict[str, Any]
+) -> None:
+    """Then it is filled by a text, or by a prompt whose image is within the budget, and a second turn follows."""
+    text = batch_of(processor, ["USER: Where do the red fox and its young live? ASSISTANT:"], [])
+    inputs, spec = (one, {"prune": {"method": "attention", "keep": TOKENS}}) if pictured else (text, prune("attention"))
+
+    def turns(cache: DynamicCache, first: Any, then: Any) -> Tensor:
+        with first:
+            ids = told(model, inputs, past_key_values=cache).sequences
+        whole = torch.cat([ids, torch.tensor([[50, 60, 70]])], dim=1)
+        fresh = whole[:, cache.get_seq_length() :] if alone else whole
+        with then:
+            second = told(model, {"input_ids": fresh, "attention_mask": torch.ones_like(whole)}, past_key_values=cache)
+        return torch.stack(second.logits)
+
+    used = DynamicCache()
+    with compress(model, prune("attention")):
+        told(model, batch_of(processor, ["USER: <image>\nWho? ASSISTANT:"], [picture(1)]), past_key_values=used)
+    used.reset()
+    found = turns(used, compress(model, spec), compress(model, prune("attention")))
+    expected = turns(DynamicCache(), contextlib.nullcontext(), contextlib.nullcontext())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_right_is_refused(model: Any, one: dict[str, Any], three: dict[str, Any]) -> None:
