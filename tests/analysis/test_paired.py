@@ -9,6 +9,7 @@ import pytest
 from small_records import small_record
 
 from qapbench import UserError
+from qapbench.analysis import paired
 from qapbench.analysis.paired import Scored, bootstrap_interval, compare
 
 
@@ -101,3 +102,8 @@ def test_a_figure_over_all_questions_has_no_paired_test() -> None:
     assert [difference.column for difference in found.differences] == ["acc"]
     assert found.untested == ["f1: 0.5 and 0.75, one figure over all questions each, so there is no paired test"]
     assert found.to_json()["untested"] == found.untested
+
+
+def test_each_task_is_asked_for_its_own_questions() -> None:
+    assert paired._inside("a", ["a/1", "b/2", "a/b/2"]) == ["1", "b/2"]
+    assert paired._inside("a", None) is None

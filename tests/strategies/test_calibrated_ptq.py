@@ -11,7 +11,7 @@ from qapbench import CalibrationSamples, Format, Scaling, Tokens, ptqs
 from qapbench.quantize.calibration import Calibration
 from qapbench.strategies.ptq.awq import best_clip
 from qapbench.strategies.ptq.gptq import GPTQ, inverse_root
-from qapbench.strategies.ptq.llm_int8 import Mixed, int8_rows
+from qapbench.strategies.ptq.llm_int8 import Int8Rows, Mixed, int8_rows
 
 WIDTH, OUT, TOKENS = 24, 10, 60
 
@@ -191,6 +191,14 @@ def test_awq_leaves_query_and_key_unclipped() -> None:
     found = ptqs.create("awq").calibrate(calibration, dict(model.named_children()), W4, None)
     assert {name for name in names if "clip" in found[name]} == {"v_proj"}
     assert torch.equal(found["q_proj"]["scale"], found["v_proj"]["scale"])
+
+
+def test_llm_int8_packs_a_row_of_zeros() -> None:
+    w = torch.randn(3, 16, generator=torch.Generator().manual_seed(8))
+    w[1] = 0
+    packed = Int8Rows().packed(w)
+    assert torch.equal(packed.dequantized(torch.float32), int8_rows(w))
+    assert packed.nbytes < w.numel() * 2, "a row was kept as it is"
 
 
 def test_llm_int8_is_its_formula() -> None:

@@ -99,3 +99,23 @@ def test_learning_lowers_the_error() -> None:
     assert learned < 0.8 * start
     assert learned < 0.5 * nearest
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_scale_starts_from_the_largest_weights_and_inputs() -> None:
+    torch.manual_seed(0)
+    model, inputs = families.create("llava").tiny()
+    owner = family_of(model)
+    linears = owner.linears(["language"])
+    name = next(iter(linears))  # the first block reads what it reads in full precision
+    read: list[torch.Tensor] = []
+    handle = linears[name].register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+        handle.remove()
+        calibration = Calibration(model, CalibrationSamples([inputs]), owner)
+        method = ptqs.create("flatquant", epochs=0, alpha=0.25)
+        found = method.calibrate(calibration, linears, W4, A4)[name]["scale"]
+    same = [one for key, one in linears.items() if key.rpartition(".")[0] == name.rpartition(".")[0]][:3]  # q, k and v
+    weight = torch.stack([one.weight.detach().double().abs().amax(dim=0) for one in same]).amax(dim=0)
+    largest = read[0].double().abs().amax(dim=(0, 1))
+    torch.testing.assert_close(found.double(), weight**0.75 / largest**0.25, rtol=1e-5, atol=0)
