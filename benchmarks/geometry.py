@@ -9,6 +9,7 @@ keeps every token has to give the logits of the model alone, to the bit. tests/c
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import sys
@@ -71,21 +72,30 @@ def loaded(folder: Path) -> tuple[Any, Any]:
     return load_model(spec, torch.device("cpu"), False)
 
 
-def outcome(model: Any, processor: Any, case: Case) -> str:
-    """What becomes of a case: "answered", "refused" by the processor, UNFIT, or what is wrong."""
-    width, height = case.size
+@functools.lru_cache(maxsize=1)  # the cases of a size stand together
+def asked(model: Any, processor: Any, size: Shape) -> tuple[Any, torch.Tensor]:
+    """A question on a picture of this size: the model's inputs, and what it answers alone, [1, V].
+
+    Raises:
+        RefusedPictureError: the processor refuses the picture.
+    """
+    width, height = size
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     prompt = AskingLM(processor).apply_chat_template([{"role": "user", "content": "<image>\nWhat is this?"}])
-    try:
-        inputs = processor_inputs(processor, prompt, [Image.fromarray(pixels)])
-    except RefusedPictureError:
-        return "refused"
+    inputs = processor_inputs(processor, prompt, [Image.fromarray(pixels)])
+    with torch.inference_mode():
+        return inputs, model(**inputs).logits[:, -1]
+
+
+def outcome(model: Any, processor: Any, case: Case) -> str:
+    """What becomes of a case: "answered", "refused" by the processor, UNFIT, or what is wrong."""
     prune = {"method": case.pruner, "keep": case.keep, "sensitivity": case.sensitivity}
     try:
-        with torch.inference_mode():
-            dense = model(**inputs).logits[:, -1]
-            with compress(model, {"prune": prune}, processor):
-                logits = model(**inputs).logits[:, -1]
+        inputs, dense = asked(model, processor, case.size)
+        with torch.inference_mode(), compress(model, {"prune": prune}, processor):
+            logits = model(**inputs).logits[:, -1]
+    except RefusedPictureError:
+        return "refused"
     except UserError as error:
         return UNFIT if str(error).startswith("prune.method: ") else f"refused by compress: {error}"
     except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:

@@ -42,9 +42,10 @@ def test_the_quickstart_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None
     """The dependencies come from this environment by path; its own qapbench does not, because a `.pth` inside a
     folder that a `.pth` names is not read."""
     environment = tmp_path / "venv"
-    venv.create(environment, with_pip=True, symlinks=True)
+    venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, timeout=120)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-compile"]
+    subprocess.run([*install, wheel], check=True, timeout=120)
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}

@@ -25,7 +25,7 @@ FAMILIES = 3  # number of families, about, that a sample tries each quantization
 Outcome = Literal["runs", "refused", "failed"]
 # Formats that are tried for a method that has none of its own, on both sides; the first that it makes is taken.
 FORMATS = (Format(bits=4, group_size=16), Format(bits=8, symmetric=True))
-FEW = {"iters": 3, "epochs": 1}  # steps of methods that learn: whether they run does not depend on how long
+FEW = {"iters": 3, "epochs": 1, "steps": 2}  # steps of methods that learn: whether they run does not depend on how long
 TENSOR = Format(bits=8, symmetric=True, granularity="tensor")
 
 

@@ -1,10 +1,9 @@
 """`qapbench new`: what it writes works as it is, and nothing of the user's is overwritten."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
+import cli_process
 import pytest
 from typer.testing import CliRunner
 
@@ -21,8 +20,7 @@ def test_every_kind_is_written_with_a_spec_and_a_test_that_passes(tmp_path: Path
         assert f"my_{kind}" in str(read_yaml(tmp_path / f"my_{kind}.yaml")[0])
     assert len(list(tmp_path.iterdir())) == 3 * len(get_args(Kind))
     # In a process of its own, so that what the plugins register stays out of this one.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = cli_process.pytest("-q", "-p", "no:cacheprovider", "-p", "no:xdist", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert f"{len(get_args(Kind))} passed" in done.stdout
 

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -5,10 +6,24 @@ import pytest
 from llava_checkpoints import THREE, batch_of, picture, save_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from qapbench.strategies.ptq import awq, mquant
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _fast(one_thread: None) -> None:
     """Every test of this folder runs on one thread."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_searches() -> Iterator[None]:
+    """Methods that search a grid try a few of its points. What the contract says holds for whichever is best.
+
+    The whole grids are those of tests/strategies and tests/parity.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(awq, "STEPS", 4)
+        patch.setattr(mquant, "SHARES", mquant.SHARES[::20])
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_ptq_contract import made_by
+from test_ptq_contract import made_by, method
 from typer.testing import CliRunner
 
 from qapbench import Format, LinearPlan, Tokens, UserError, compress, fusions, pruners, ptqs
@@ -91,7 +91,7 @@ def test_what_every_forward_pass_reads_lives_where_the_weight_lives(name: str) -
     model = torch.nn.Sequential(torch.nn.Linear(48, 40), torch.nn.GELU(), torch.nn.Linear(40, 24))
     linears = {key: linear for key, linear in model.named_modules() if isinstance(linear, torch.nn.Linear)}
     samples = [torch.randn(5, 48) for _ in range(2)]
-    plans = ptqs.create(name).prepare(model, linears, *made_by(name), samples)
+    plans = method(name).prepare(model, linears, *made_by(name), samples)
     for key, plan in plans.items():
         assert plan.to(torch.device("cpu")) == plan, "what is in place already is not copied"
         placed: LinearPlan = plan.to(torch.device("meta"))

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,15 @@ def open_row(page: Any, index: int) -> Any:
     """Open the details of the record with that index, and return the dialog."""
     page.locator(f'#table tr[data-row="{index}"] .open').click()
     return page.locator("dialog[open]")
+
+
+def scripts_of(path: Path) -> int:
+    """How many scripts a page has when it has started Plotly, which adds one."""
+    found: list[str] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, _: found.append(tag)  # type: ignore[method-assign,assignment]
+    parser.feed(path.read_text("utf-8"))
+    return found.count("script") + 1
 
 
 def fits_sideways(page: Any) -> bool:
@@ -229,7 +239,7 @@ def test_hostile_records_stay_text(show: Show, pages: dict[str, Path]) -> None:
     drawn = page.locator("#chart .legendtext").all_text_contents()
     assert any(text.startswith("cdpruner</script>") for text in drawn)
     assert page.locator("img").count() == 0
-    assert page.locator("script").count() == len(show(pages["plain"]).locator("script").all())
+    assert page.locator("script").count() == scripts_of(pages["plain"])
 
 
 def test_banner_only_for_stand_ins(show: Show, pages: dict[str, Path], tmp_path: Path) -> None:
@@ -309,7 +319,7 @@ def traces(page: Any, chart: str) -> dict[str, Any]:
     return {trace["name"]: trace for trace in found}
 
 
-@pytest.mark.parametrize(("width", "height", "touch"), [(1280, 800, False), (390, 844, True)])
+@pytest.mark.parametrize(("width", "height", "touch"), [(1280, 900, False), (390, 844, True)])
 def test_no_button_and_no_link_reaches_a_host(
     show: Show, pages: dict[str, Path], width: int, height: int, touch: bool
 ) -> None:
@@ -535,7 +545,8 @@ def test_the_study_has_a_figure_and_a_table(show: Show, pages: dict[str, Path]) 
     drawn = traces(page, "study-chart")
     assert drawn["answer, quantized"]["x"] == [None, 0.25]
     assert "12 questions" in page.locator("#study-text").text_content()
-    assert show(pages["plain"]).locator("#studies").count() == 0
+    assert 'id="studies"' in pages["whole"].read_text("utf-8")
+    assert 'id="studies"' not in pages["plain"].read_text("utf-8")
 
 
 def test_hostile_questions_answers_and_studies_stay_text(show: Show, pages: dict[str, Path]) -> None:
@@ -550,7 +561,7 @@ def test_hostile_questions_answers_and_studies_stay_text(show: Show, pages: dict
     assert any("</script>" in text for text in page.locator("#study-chart text").all_text_contents())
     open_row(page, row_named(page, "l2"))
     assert page.locator("img").count() == 0
-    assert page.locator("script").count() == show(pages["plain"]).locator("script").count()
+    assert page.locator("script").count() == scripts_of(pages["plain"])
 
 
 def rows_of(page: Path) -> dict[str, dict[str, Any]]:

@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from cli_process import qapbench
 from run_questions import QUESTIONS, row
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-strategy.md"
@@ -57,8 +56,7 @@ def test_every_example_of_the_page_runs(
     assert len(cases) == len(examples)  # an example more is a case more
     asked = spec_of(prune={"method": "attention", "keep": 4}, task={"limit": 4}, cases=cases)
     spec = write_spec({**asked, "plugins": [f"mine_{place}.py" for place in range(len(examples) + 1)]})
-    command = [sys.executable, "-m", "qapbench.cli", "run", str(spec), "--runs", str(tmp_path / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = qapbench("run", spec, "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     records = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/record.json")]
     assert sorted(record["name"] for record in records) == sorted(cases)

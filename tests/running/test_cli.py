@@ -1,17 +1,13 @@
 """The real command, in a process of its own."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_process import qapbench
+from cli_process import qapbench, started
 from run_questions import QUESTIONS
 
 import qapbench as package
@@ -19,7 +15,6 @@ from qapbench.spec.spec_file import load_spec
 
 Spec = Callable[..., dict[str, Any]]
 Write = Callable[[dict[str, Any]], Path]
-COMMAND = [sys.executable, "-m", "qapbench.cli"]
 METRIC = '''from qapbench import metric
 
 @metric("median_magnitude")
@@ -150,14 +145,12 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
 def test_kill_9_in_a_sweep_and_go_on(tmp_path: Path) -> None:
     """Killed in the middle, started again: the same bytes, cell by cell, as a sweep that was left alone."""
     arguments = ["run", "quickstart", "--set", "task.limit=8"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, *arguments, "--runs", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started(*arguments, "--runs", tmp_path / "killed")
     deadline = time.monotonic() + 120
-    while _lines(tmp_path / "killed") < 14 and process.poll() is None and time.monotonic() < deadline:
+    while _lines(tmp_path / "killed") < 14 and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     whole = 8 * len(load_spec("quickstart"))
     assert 14 <= _lines(tmp_path / "killed") < whole
     assert not list((tmp_path / "killed").glob("*/record.json"))

@@ -142,14 +142,21 @@ def test_a_done_run_is_read_and_a_fresh_one_sets_it_aside(spec_of: Spec, tmp_pat
     assert len(load_records(tmp_path)) == 1
 
 
+@pytest.fixture(scope="module", params=[1, 3])
+def undisturbed(
+    request: pytest.FixtureRequest, tiny_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, dict[str, Any], Record, bytes]:
+    """A batch size, and a run with it: its spec, record and answers."""
+    task = {"name": "scienceqa", "data": str(questions)}
+    spec = {"name": "t", "model": str(tiny_model), "task": task, "quantize": W4A4, "prune": PRUNE}
+    runs = tmp_path_factory.mktemp("undisturbed")
+    record = run(spec, runs, batch_size=request.param)
+    return request.param, spec, record, answers(runs, record)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 100, 999, -1, -37])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_torn_store_is_taken_up_and_ends_with_the_same_bytes(
-    cut: int, batch_size: int, spec_of: Spec, tmp_path: Path
-) -> None:
-    spec = spec_of(quantize=W4A4, prune=PRUNE)
-    record = run(spec, tmp_path / "whole", batch_size=batch_size)
-    whole = answers(tmp_path / "whole", record)
+def test_a_torn_store_is_taken_up_and_ends_with_the_same_bytes(cut: int, undisturbed: Any, tmp_path: Path) -> None:
+    batch_size, spec, record, whole = undisturbed
     torn = tmp_path / "torn" / record.run_id
     torn.mkdir(parents=True)
     (torn / "answers.jsonl").write_bytes(whole[:cut])

@@ -59,14 +59,20 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def assert_as_run(fused: RunSpec, folder: Path, sample: str = "q4") -> Explanation:
-    """Explain one question, and compare both sides with what two runs store of it."""
+def both(fused: RunSpec) -> list[RunSpec]:
+    """The run without its sensitivity, and the run."""
     assert fused.prune is not None
-    semantic = fused.model_copy(update={"prune": fused.prune.model_copy(update={"sensitivity": None, "fusion": None})})
+    prune = fused.prune.model_copy(update={"sensitivity": None, "fusion": None})
+    return [fused.model_copy(update={"prune": prune}), fused]
+
+
+def assert_as_run(fused: RunSpec, folder: Path, runs: Path | None = None, sample: str = "q4") -> Explanation:
+    """Explain one question, and compare both sides with what two runs store of it, which may be in `runs` already."""
+    runs = runs or folder / "runs"
     explanation = explain(fused, sample, Session(Settings(folder / "explained", CPU)))
-    records = package.run([semantic, fused], folder / "runs", device="cpu")
+    records = package.run(both(fused), runs, device="cpu")
     for side, record in zip(explanation.sides, records, strict=True):
-        stored = next(answer for answer in answers_of(folder / "runs" / record.run_id).read() if answer.id == sample)
+        stored = next(answer for answer in answers_of(runs / record.run_id).read() if answer.id == sample)
         assert stored.images is not None
         assert (side.kept, side.merged) == (stored.images[0].kept, stored.images[0].merged)
         assert side.answer == stored.answer
@@ -74,10 +80,26 @@ def assert_as_run(fused: RunSpec, folder: Path, sample: str = "q4") -> Explanati
     return explanation
 
 
+@pytest.fixture(scope="module")
+def every_pruner(
+    tiny_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, RunSpec], Path]:
+    """A spec of every pruner with a sensitivity, and the folder of their runs and of those without: one sweep."""
+    base = {"name": "t", "model": str(tiny_model), "task": {"name": "scienceqa", "data": str(questions)}}
+    specs = {
+        method: RunSpec.parse({**base, "quantize": W4A4, "prune": {**FUSED, "method": method}})
+        for method in pruners.names()
+    }
+    runs = tmp_path_factory.mktemp("pruners")
+    package.run([spec for fused in specs.values() for spec in both(fused)], runs, device="cpu")
+    return specs, runs
+
+
 @pytest.mark.parametrize("method", pruners.names())
-def test_selections_and_answers_are_those_of_the_runs(method: str, spec_of: Spec, tmp_path: Path) -> None:
+def test_selections_and_answers_are_those_of_the_runs(method: str, every_pruner: Any, tmp_path: Path) -> None:
     """Of every pruner, those inside the decoder too."""
-    explanation = assert_as_run(RunSpec.parse(spec_of(quantize=W4A4, prune={**FUSED, "method": method})), tmp_path)
+    specs, runs = every_pruner
+    explanation = assert_as_run(specs[method], tmp_path, runs)
     semantic, fused = explanation.sides
     assert semantic.sensitivity is None
     assert fused.sensitivity is not None

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import qapbench
 from qapbench import RunSpec
 
@@ -17,41 +15,43 @@ HEAVY = ("torch", "pandas", "transformers", "lm_eval", "lmms_eval", "ray")
 PROGRAM = f"""
 import json, sys
 from qapbench.cli import main
-code = 0
-try:
-    main()
-except SystemExit as exit:
-    code = exit.code or 0
-print(json.dumps([code, [name for name in {HEAVY!r} if name in sys.modules]]))
+for words in json.loads(sys.argv[1]):
+    sys.argv, code = ["qapbench", *words], 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code or 0
+    print(json.dumps([code, [name for name in {HEAVY!r} if name in sys.modules]]), file=sys.stderr)
 """
 
 
-def imported(*arguments: object, folder: Path) -> list[str]:
-    """Run a command in a process of its own and return which heavy packages it imported."""
-    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+def imported(*commands: list[object], folder: Path) -> list[list[str]]:
+    """Run commands in a new process, one after the other, and return which heavy packages there are after each.
+
+    What one imported stays for the next, so a package that is not there in the end was imported by none.
+    """
+    words = json.dumps([list(map(str, command)) for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, words], capture_output=True, text=True, cwd=folder, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    code, found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert code == 0, done.stderr
-    return found
+    said = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
+    assert [code for code, _ in said] == [0] * len(commands), done.stderr
+    return [found for _, found in said]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
-def test_help_needs_no_torch(arguments: list[str], tmp_path: Path) -> None:
-    assert imported(*arguments, folder=tmp_path) == []
+def test_help_needs_no_torch(tmp_path: Path) -> None:
+    assert imported(["--help"], ["--version"], ["run", "--help"], folder=tmp_path) == [[]] * 3
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_commands_without_a_model_start_without_transformers_and_lm_eval(tmp_path: Path) -> None:
+    commands: list[list[object]] = [
         ["list"],
         ["show", "pruner", "cdpruner"],
         ["validate", "quickstart"],
         ["run", "quickstart", "--dry-run"],
-    ],
-)
-def test_commands_without_a_model_start_without_transformers_and_lm_eval(arguments: list[str], tmp_path: Path) -> None:
-    assert imported(*arguments, folder=tmp_path) == ["torch"]
+    ]
+    assert imported(*commands, folder=tmp_path) == [["torch"]] * 4
 
 
 def test_a_finished_run_and_what_reads_it_need_neither(
@@ -65,7 +65,10 @@ def test_a_finished_run_and_what_reads_it_need_neither(
     qapbench.run([RunSpec.parse(spec) for spec in specs], runs)
     cases = {"dense": {}, "random": {"prune": {"method": "random", "keep": 5}}}
     spec = write_spec({**spec_of(), "cases": cases})
-    assert imported("run", spec, "--runs", runs, folder=tmp_path) == ["torch"]
-    assert imported("leaderboard", "--runs", runs, "--out", tmp_path / "board.html", folder=tmp_path) == ["torch"]
-    assert imported("status", "--runs", runs, folder=tmp_path) == ["torch"]
-    assert imported("compare", "dense", "random", "--runs", runs, folder=tmp_path) == ["torch"]
+    commands: list[list[object]] = [
+        ["run", spec, "--runs", runs],
+        ["leaderboard", "--runs", runs, "--out", tmp_path / "board.html"],
+        ["status", "--runs", runs],
+        ["compare", "dense", "random", "--runs", runs],
+    ]
+    assert imported(*commands, folder=tmp_path) == [["torch"]] * 4

@@ -3,12 +3,11 @@
 import copy
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_process import qapbench
 from jsonschema import Draft202012Validator
 
 from benchmarks.fuzz_specs import _mutated
@@ -41,7 +40,7 @@ def test_shipped_specs_are_valid_and_name_the_schema(name: str, validator: Draft
 
 def test_the_schema_beside_the_shipped_specs_is_what_the_command_prints() -> None:
     # In a process of its own, since other tests register items of theirs in this one.
-    printed = subprocess.run([sys.executable, "-m", "qapbench.cli", "schema"], capture_output=True, text=True).stdout
+    printed = qapbench("schema").stdout
     assert printed == SCHEMA.read_text(encoding="utf-8"), "run: qapbench schema > specs/qapbench.schema.json"
 
 

@@ -121,7 +121,7 @@ def test_relevant_boxes_hold_something_that_was_drawn(scenes: list[Scene]) -> No
         pixels = np.asarray(scene.image)
         for q in scene.questions:
             for x0, y0, x1, y1 in q.relevant:
-                assert len(np.unique(pixels[y0:y1, x0:x1].reshape(-1, 3), axis=0)) > 1
+                assert (pixels[y0:y1, x0:x1] != pixels[y0, x0]).any(), "the box has one colour"
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
