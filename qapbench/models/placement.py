@@ -118,6 +118,6 @@ def enter_at(model: Any, device: torch.device) -> None:
         hook.execution_device = device
 
 
-def is_spread(model: nn.Module) -> bool:
-    """Whether a model's weights are on several devices."""
-    return len({weight.device for weight in model.parameters()}) > 1
+def is_spread(model: Any) -> bool:
+    """Whether accelerate has put a model on several devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1

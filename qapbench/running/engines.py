@@ -43,8 +43,12 @@ def make_settings(
         more: further fields of the settings.
 
     Raises:
-        UserError: the device, the address or Ray is not there.
+        UserError: the device, the address or Ray is not there, or the settings exclude each other.
     """
+    if device_map is not None and engine == "ray":
+        raise UserError("--device-map: workers of a Ray cluster have one GPU each; leave out --engine ray")
+    if device_map is not None and workers is not None and workers > 1:
+        raise UserError(f"--device-map: one model takes all GPUs, so --workers {workers} cannot have one each")
     if engine == "ray":
         from .ray_cluster import find_cluster_device
 
@@ -58,10 +62,6 @@ def make_settings(
             raise UserError("--send-files: it is for the nodes of a Ray cluster; add --engine ray")
         place = device if isinstance(device, torch.device) else find_device(device)
     if device_map is not None:
-        if engine == "ray":
-            raise UserError("--device-map: workers of a Ray cluster have one GPU each; leave out --engine ray")
-        if workers is not None and workers > 1:
-            raise UserError(f"--device-map: one model takes all GPUs, so --workers {workers} cannot have one each")
         if devices := find_devices(device_map, place):
             place = devices[0]
         more = {**more, "devices": devices, "may_share": False}
