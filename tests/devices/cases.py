@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.devices.far import Mixed, devices, spread
+
+# isort: split
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import compress
 from qapbench.methods.kinds import DecoderPruner, pruners
-from tests.models.llava_checkpoints import THREE, batch_of, picture, save_llava
-
-from .far import Mixed, devices, spread
+from qapbench.running.execute import make_runs
+from qapbench.running.settings import Settings
+from qapbench.spec.run_spec import RunSpec
+from tests.models.llava_checkpoints import THREE, batch_of, picture, save_clip, save_llava
 
 LAYERS = 4
 BITS: dict[str, Any] = {"weights": {"bits": 4}, "activations": {"bits": 4}}
@@ -33,8 +38,8 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "dense", {}
     yield "rtn", {"quantize": {"method": "rtn", "scope": EVERYWHERE, **BITS}}
     yield "rtn packed", {"quantize": {"method": "rtn", "storage": "packed", **BITS}}
-    yield "quarot", {"quantize": {"method": "quarot", **BITS}}
-    yield "gptq", {"quantize": {"method": "gptq", "scope": EVERYWHERE, "calibration": {"samples": 1}, **BITS}}
+    yield "quarot", {"quantize": {"method": {"name": "quarot", "rounding": "rtn"}, **BITS}}
+    yield "smoothquant", {"quantize": {"method": "smoothquant", "calibration": {"samples": 1}, **BITS}}
     yield "kv", {"quantize": {"method": "rtn", "kv": {"keys": {"bits": 4}, "values": {"bits": 4}}, **BITS}}
     for name in pruners.names():
         if name in FRONT or isinstance(pruners.create(name), DecoderPruner):
@@ -61,6 +66,25 @@ def answers(model: Any, spec: dict[str, Any], processor: Any, where: torch.devic
         if not spec or "kv" in spec.get("quantize", {}):
             found.append(model.generate(**prompts, max_new_tokens=2, do_sample=False))
     return [one.cpu() for one in found]
+
+
+def runs(folder: Path, places: tuple[torch.device, ...]) -> list[tuple[str, bytes]]:
+    """Ids and stored answers of runs of a model that is on these devices, where it was put when it was loaded."""
+    sections: list[dict[str, Any]] = [
+        {"prune": {"method": "cdpruner", "keep": 4}},  # with a text tower
+        {
+            "prune": {"method": "fastv", "keep": 4},
+            "quantize": {"method": "smoothquant", "calibration": {"samples": 1}, **BITS},
+        },
+    ]
+    task = {"name": "diagramqa", "limit": 2, "answers": "letter"}
+    specs = [
+        RunSpec.parse({"name": str(at), "model": str(folder), "task": task, **one}) for at, one in enumerate(sections)
+    ]
+    several = places if len(places) > 1 else ()
+    settings = Settings(folder.parent / f"on {len(places)}", places[0], devices=several)
+    records = make_runs(specs, settings)
+    return [(one.run_id, (settings.runs / one.run_id / "answers.jsonl").read_bytes()) for one in records]
 
 
 def main(folder: Path, asked: list[str]) -> None:
@@ -93,6 +117,10 @@ def main(folder: Path, asked: list[str]) -> None:
             except Exception:  # reported to the test, which fails
                 equal, why = False, traceback.format_exc()
             print(json.dumps({"case": name, "equal": equal, "why": why}), flush=True)
+        if not asked or "runs" in asked:
+            save_clip(folder / "clip")
+            one, two = (runs(folder, (first, second)[:count]) for count in (1, 2))
+            print(json.dumps({"case": "runs", "equal": one == two, "why": f"{one} {two}"}))
 
 
 if __name__ == "__main__":

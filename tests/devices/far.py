@@ -4,13 +4,14 @@ A `Far` tensor says that it is on "far:0", "far:1" and so on. It holds a tensor 
 are those of a CPU to the bit. As on GPUs, an operation raises an error if its tensors are on several devices, unless it
 copies between them or one is a number on the CPU. What this does not show: kernels, streams and memory of real devices.
 
-Registering the device type changes what torch says of this process for good, so only a process of its own does it.
+Importing this module and registering the device type change what torch does in this process for good, so only a process
+of its own does it, and before it imports what uses `torch.inference_mode`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 KIND = "far"
 CPU = torch.device("cpu")
+# A wrapper made in inference mode has views that torch refuses; without gradients, everything else is the same.
+torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()
 COPIES = ("copy_", "_to_copy", "set_")
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
 

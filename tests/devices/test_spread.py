@@ -16,8 +16,8 @@ from qapbench.methods.kinds import DecoderPruner, pruners
 
 ROOT = Path(__file__).parents[2]
 INSIDE = [name for name in pruners.names() if isinstance(pruners.create(name), DecoderPruner)]
-METHODS = ["dense", "rtn", "rtn packed", "quarot", "gptq", "kv", "fastv of rtn"]
-CASES = [*METHODS, "cdpruner", "visionzip", "mmtok", *INSIDE]
+METHODS = ["dense", "rtn", "rtn packed", "quarot", "smoothquant", "kv", "fastv of rtn"]
+CASES = [*METHODS, "runs", "cdpruner", "visionzip", "mmtok", *INSIDE]
 
 
 @pytest.fixture(scope="module")
