@@ -38,7 +38,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "dense", {}
     yield "rtn", {"quantize": {"method": "rtn", "scope": EVERYWHERE, **BITS}}
     yield "rtn packed", {"quantize": {"method": "rtn", "storage": "packed", **BITS}}
-    yield "quarot", {"quantize": {"method": {"name": "quarot", "rounding": "rtn"}, **BITS}}
+    yield "quarot", {"quantize": {"method": {"quarot": {"rounding": "rtn"}}, "activations": {"bits": 4}}}
     yield "smoothquant", {"quantize": {"method": "smoothquant", "calibration": {"samples": 1}, **BITS}}
     yield "kv", {"quantize": {"method": "rtn", "kv": {"keys": {"bits": 4}, "values": {"bits": 4}}, **BITS}}
     for name in pruners.names():
