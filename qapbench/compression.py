@@ -111,7 +111,7 @@ def _check_in_memory(model: nn.Module) -> None:
     """
     absent = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
     if absent is not None:
-        helps = "load the model without a `device_map`, on one device, or let `qapbench run` load it (`--offload`)"
+        helps = "load it where GPUs hold all of it (one or several), or let `qapbench run` load it (`--offload`)"
         raise UserError(f"model: {absent} is not in memory: accelerate puts it there while its layer runs; {helps}")
 
 

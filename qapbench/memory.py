@@ -7,6 +7,7 @@ import ctypes
 import functools
 import mmap
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,21 @@ def check_device(kind: str) -> None:
         raise UserError("device: mps has no float64, in which qapbench computes where last bits decide; use cpu")
 
 
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak memory in MB: resident, of the process so far; on a GPU also allocated there, since its last reset."""
+def peak_memory(*devices: torch.device) -> dict[str, int]:
+    """Peak memory in MB: resident, of the process so far; on GPUs also allocated there, since their last reset.
+
+    Args:
+        devices: the devices that hold a model; peaks of several GPUs are added up.
+    """
     found = {"peak_memory_mb": round(peak_resident_bytes() / 2**20)}
-    if device.type == "cuda":
-        found["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    if devices[0].type == "cuda":
+        found["peak_gpu_memory_mb"] = round(_allocated(devices) / 2**20)
     return found
+
+
+def _allocated(devices: Sequence[torch.device]) -> int:
+    """Most bytes that were allocated on each of several GPUs since its last reset, added up."""
+    return sum(torch.cuda.max_memory_allocated(device) for device in devices)
 
 
 def peak_resident_bytes() -> int:
@@ -67,15 +77,15 @@ class Phases:
     Where the system cannot set its mark back (all but Linux), the peak of a phase is that of the process so far.
 
     Args:
-        device: device whose memory is measured too, if it is a GPU.
+        devices: devices whose memory is measured too, if they are GPUs.
 
     Attributes:
         resident: phase -> largest resident set in it, in MB.
-        gpu: phase -> most memory allocated on the GPU in it, in MB.
+        gpu: phase -> most memory allocated on the GPUs in it, in MB.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self.devices = devices
         self.resident: dict[str, int] = {}
         self.gpu: dict[str, int] = {}
         self._now: str | None = None
@@ -87,16 +97,17 @@ class Phases:
         _Highest.resident = peak_resident_bytes()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self.devices[0].type == "cuda":
+            for device in self.devices:
+                torch.cuda.reset_peak_memory_stats(device)
 
     def end(self) -> None:
         """End the phase under way, if there is one."""
         if self._now is None:
             return
         found = {"resident": _peak_since_reset()}
-        if self.device.type == "cuda":
-            found["gpu"] = torch.cuda.max_memory_allocated(self.device)
+        if self.devices[0].type == "cuda":
+            found["gpu"] = _allocated(self.devices)
         for kind, peak in found.items():
             peaks = getattr(self, kind)
             peaks[self._now] = max(peaks.get(self._now, 0), round(peak / 2**20))
@@ -105,7 +116,7 @@ class Phases:
     @property
     def peaks(self) -> dict[str, int]:
         """Peak memory in MB, as `peak_memory` has it, and that of each phase, as "memory of NAME"."""
-        found = {**peak_memory(self.device)}
+        found = {**peak_memory(*self.devices)}
         found |= {f"memory of {name}": peak for name, peak in self.resident.items()}
         if self.gpu:
             found["peak_gpu_memory_mb"] = max(found["peak_gpu_memory_mb"], *self.gpu.values())

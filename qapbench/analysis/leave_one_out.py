@@ -72,7 +72,7 @@ class Spliced:
                 f"model: tokens of a {kind} cannot be left out one by one: its layers with linear attention keep no "
                 "keys of single tokens"
             )
-        encoded = self.family.encode_images(inputs, frozenset())
+        encoded = self.family.seen_images(inputs, frozenset())
         prompt = unpruned(inputs, encoded, self.family)
         placeholders = (ids[0] == self.family.image_token).nonzero()[:, 0]
         self.view = encoded.single

@@ -60,6 +60,9 @@ def run(
     ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together, 8 by default.")] = None,
     device: DeviceOption = None,
+    device_map: Annotated[
+        str | None, typer.Option("--device-map", help="auto: spread the model over all GPUs, whole layers on each.")
+    ] = None,
     trust_remote_code: RemoteOption = False,
     page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,
 ) -> None:
@@ -90,6 +93,7 @@ def run(
         engine=engine,
         spill=spill,
         offload=offload,
+        device_map=device_map,
         trust_remote_code=trust_remote_code,
         threads=threads,
         address=address,

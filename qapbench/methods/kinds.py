@@ -440,13 +440,15 @@ class Measure:
         reads = reads or self.reads
         if self.needs and reads is None:
             raise UserError(f"metric '{self.name}' looks at the language model, and none is given to it here")
-        given = (tokens.float(), reads) if self.needs else (tokens.float(),)
-        scores = self.target(*given)
+        if self.needs and reads is not None:  # the language model may be on another device than the tokens
+            scores = self.target(tokens.to(reads.weights[0].device).float(), reads)
+        else:
+            scores = self.target(tokens.float())
         if not isinstance(scores, Tensor) or scores.shape != tokens.shape[:2]:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(f"metric '{self.name}': must return [B, N] = {tuple(tokens.shape[:2])}, got {got}")
         _check_finite(scores, f"metric '{self.name}': scores")
-        return scores
+        return scores.to(tokens.device)
 
     def each(self, several: Sequence[Tensor]) -> list[Tensor]:
         """The scores of several batches of images, to the bits of a call for each.

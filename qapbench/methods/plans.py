@@ -30,6 +30,12 @@ class Tokens:
     valid: Tensor
     prefill: bool = True
 
+    def to(self, device: torch.device) -> Tokens:
+        """The same on a device; the same object if it is there."""
+        if self.vision.device == device:
+            return self
+        return Tokens(self.vision.to(device), self.valid.to(device), self.prefill)
+
 
 class TokenActivation(abc.ABC):
     """Fake quantization of a linear's input that needs more than each token by itself.
@@ -138,6 +144,7 @@ class LinearPlan:
             tokens: what is known of the tokens of x; needed if `needs_tokens`.
         """
         new = x if self.transform is None else self.transform.input(x)
+        tokens = tokens.to(x.device) if tokens is not None and self.needs_tokens else tokens
         if isinstance(self.activation, TokenActivation):
             new = self.activation(new, tokens)
         elif isinstance(self.activation, Format):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -172,6 +172,14 @@ class VisionTokens:
         """
         counted = self.relevance_sign if sign == "auto" else sign
         return similarity if counted == "positive" else -similarity
+
+    def to(self, device: torch.device) -> VisionTokens:
+        """The same tokens with every field on a device; the same object if all are there."""
+        held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if all(value.device == device for value in held.values()):
+            return self
+        moved: dict[str, Any] = {name: value.to(device) for name, value in held.items()}
+        return replace(self, **moved)
 
     def adding(self, sign: Sign, **values: Tensor) -> VisionTokens:
         """A copy with further tensor fields, which are checked; those that are there already were.

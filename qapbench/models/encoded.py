@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,24 @@ class EncodedImages:
 
     images: list[EncodedImage]
     views: list[Views]
+
+    def to(self, device: torch.device) -> EncodedImages:
+        """The same images with every tensor on a device; the same object if tokens and features are there."""
+        moved = [one.tokens.to(device) for one in self.views]
+        there = all(new is one.tokens for new, one in zip(moved, self.views, strict=True))
+        if there and all(one.features.device == device for one in self.images):
+            return self
+
+        def placed(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        images = [
+            EncodedImage(one.features.to(device), placed(one.separators), placed(one.rows)) for one in self.images
+        ]
+        views = [
+            replace(one, tokens=new, places=one.places.to(device)) for one, new in zip(self.views, moved, strict=True)
+        ]
+        return EncodedImages(images, views)
 
     @property
     def single(self) -> VisionTokens:

@@ -121,6 +121,10 @@ class Family(abc.ABC):
             UserError: this model cannot record a field, or an input is missing.
         """
 
+    def seen_images(self, inputs: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
+        """What `encode_images` makes of a call, on the model's first device, wherever tower and projector are."""
+        return self.encode_images(inputs, needs).to(self.model.device)
+
     def downsampled(self, inputs: Mapping[str, Any], count: int, views: Views) -> Tensor:
         """Views at a lower size, through tower and projector: [B, D, Y, X] with Y * X >= count.
 

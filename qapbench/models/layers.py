@@ -13,6 +13,11 @@ from qapbench.errors import UserError
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Device of a module's first parameter."""
+    return next(iter(module.parameters())).device
+
+
 def has_linear_attention(config: Any) -> bool:
     """Whether some layers of a model's decoder have linear attention.
 

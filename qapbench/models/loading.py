@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ from qapbench.memory import give_back_freed
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.compressed import check_not_twice, complete, loading_arguments, quantization_of
 from qapbench.models.family import family_class, family_of
+from qapbench.models.placement import device_map, enter_at, is_spread, shrunk, skeleton, spread
 from qapbench.models.streaming import streaming
 from qapbench.models.unread import Postponed, narrow
 from qapbench.spec.quantize_spec import Scope
@@ -22,9 +23,13 @@ from qapbench.spec.run_spec import RunSpec
 
 
 def load_model(
-    spec: RunSpec, device: torch.device, trust_remote_code: bool = False, offload: bool = False
+    spec: RunSpec,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    offload: bool = False,
+    devices: Sequence[torch.device] = (),
 ) -> tuple[Any, Any]:
-    """Load the model of a spec, in eval mode on a device, and its processor.
+    """Load the model of a spec, in eval mode on a device or spread over several, and its processor.
 
     The checkpoint is read tensor by tensor: beside the model no more than a few tensors are in memory. If the spec
     stores quantized weights packed, the linears that it quantizes have weights that stay in their files until something
@@ -35,12 +40,13 @@ def load_model(
         device: device for the model.
         trust_remote_code: let the checkpoint run its own Python code.
         offload: leave all linears of the decoder's layers in their files, and hold other matrices likewise.
+        devices: devices that share the model, `device` the first of them; if empty, it has all of it.
 
     Returns:
         (model, processor)
 
     Raises:
-        UserError: the checkpoint cannot be loaded as an image-text-to-text model.
+        UserError: the checkpoint cannot be loaded as an image-text-to-text model, or does not fit on the devices.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -49,6 +55,16 @@ def load_model(
         what = f"{folder} stands for a model that was loaded in Python, and holds no weights: use run(model=...) again"
         raise UserError(Problem(what, ("model",)))
     check_not_twice(spec, config)
+    scope = left_in_files(spec, device, config, offload)
+    several = len(devices) > 1
+    if several and quantization_of(config) is not None:
+        what = "--device-map spreads the weights of a checkpoint, and this one is quantized already; leave it out"
+        raise UserError(Problem(what, ("model",)))
+
+    def places() -> dict[str, torch.device]:
+        outline = skeleton(folder, getattr(torch, dtype), trust_remote_code)
+        shrunk(outline, scope, spec.quantize)
+        return device_map(outline, devices)
 
     def load(postponed: Postponed | None) -> tuple[Any, Any]:
         placed = loading_arguments(folder, config, trust_remote_code)
@@ -56,21 +72,31 @@ def load_model(
             if layout := format_of(config):
                 return layout(folder, config).load(dtype)
             family = family_class(str(config.get("model_type")))
-            if device.type != "cpu" and find_spec("accelerate"):
+            if several:
+                placed["device_map"] = places()
+            elif device.type != "cpu" and find_spec("accelerate"):
                 placed["device_map"] = {"": device}
             model = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placed
             )
             return model, family.load_processor(folder, trust_remote_code)
 
-    scope = left_in_files(spec, device, config, offload)
-    postponed = Postponed(getattr(torch, dtype), device) if scope else None
+    def put(model: Any) -> Any:
+        model = model.eval().requires_grad_(False)
+        if not several:
+            return model.to(device)
+        if not is_spread(model):  # one that was put together in host memory
+            spread(model, device_map(family_of(model), devices))
+        enter_at(model, device)
+        return model
+
+    postponed = Postponed(getattr(torch, dtype), None if several else device) if scope else None
     try:
         model, processor = load(postponed)
-        model = model.eval().requires_grad_(False).to(device)
+        model = put(model)
         if postponed is not None and not postponed.settle(model, family_of(model).linears(scope).values()):
             model, processor = load(None)
-            model = model.eval().requires_grad_(False).to(device)
+            model = put(model)
         if scope:
             narrow(model, family_of(model).linears(scope).values())
             give_back_freed()

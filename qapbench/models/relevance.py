@@ -285,6 +285,7 @@ class QuestionReader:
                 words = memoized(of_question, "prompt_embeds", lambda: self.embed(prompt()).unsqueeze(0))
             else:
                 words = self.embed(given).unsqueeze(0)
+            words = words.to(image.projected.device)
             found["prompt_embeds"] = words
             if tower is None:
                 found |= {"image_embeds": image.projected, "text_embeds": words.mean(dim=1, keepdim=True)}

@@ -45,7 +45,9 @@ def row_by_row(modules: Iterable[nn.Module], rows: int) -> Iterator[None]:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether the linear computes x @ weight.T + bias. A weight of integers, for example, has a product of its own."""
-    own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
+    own = type(linear).forward is nn.Linear.forward
+    if "forward" in linear.__dict__:  # that of a hook of accelerate's, which moves the input and calls the linear's own
+        own &= hasattr(linear, "_hf_hook") and getattr(linear._old_forward, "__func__", None) is nn.Linear.forward
     return own and type(linear.weight) in (nn.Parameter, UnreadWeight)
 
 
@@ -70,7 +72,7 @@ def _apart(module: Any, plain: bool, large: bool) -> Iterator[None]:
         if not walks and (x.ndim < 3 or len(x) == 1):
             return inner(x)
         if plain and x.ndim == 3:
-            return _products(x, module.weight, module.bias, walks)
+            return _products(x.to(module.weight.device), module.weight, module.bias, walks)
         if not isinstance(module, nn.Linear) and _is_uniform(x):
             return inner(x)
         return torch.cat([inner(row) for row in x.split(1)])

@@ -109,6 +109,7 @@ class TowerFamily(Family):
             Keyword arguments of `VisionTokens`. `grid` is among them if the number of tokens is a square.
         """
         heads, skip = self.vision.num_attention_heads, self.skip
+        seen = {name: value.to(seen["projected"].device) for name, value in seen.items()}
         found: dict[str, Any] = {"projected": seen["projected"], "heads": heads}
         side = math.isqrt(found["projected"].shape[1])
         if side * side == found["projected"].shape[1]:

@@ -206,15 +206,32 @@ def is_matrix(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(".weight") and dtype in FLOATS
 
 
+class _Unplaced(Tensor):
+    """A stand-in whose device is not known yet: it is the one that it is moved to."""
+
+    place: Callable[[torch.device], Tensor]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Stand on a device, without taking more memory there than one value."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.to and kwargs.get("device") is not None and kwargs.get("dtype") in (None, args[0].dtype):
+                return args[0].place(torch.device(kwargs["device"]))
+            return func(*args, **kwargs)
+
+
 class Postponed:
     """Leaves the matrices of layers in their files while a model is loaded; see `streaming`.
 
     Args:
         dtype: dtype of the model.
-        device: device of the model.
+        device: device of the model; None where several share it, and the loader moves each tensor to its own.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device | None) -> None:
         self.dtype, self.device = dtype, device
         self._files: dict[Path, HeldFile] = {}
         self._given: dict[int, tuple[Tensor, HeldFile, str]] = {}
@@ -226,9 +243,21 @@ class Postponed:
         if not may_wait(name, str(part.get_dtype()), shape):
             return None
         file = self._files.get(weights.path) or self._files.setdefault(weights.path, HeldFile(weights.path))
-        given = stand_in(shape, self.dtype, self.device)
+        given = stand_in(shape, self.dtype, self.device or torch.device("cpu"))
         self._given[given.untyped_storage().data_ptr()] = given, file, name
-        return given
+        if self.device is not None:
+            return given
+        unplaced: Any = given.as_subclass(_Unplaced)
+        unplaced.place = functools.partial(self._place, given)
+        found: Tensor = unplaced
+        return found
+
+    def _place(self, given: Tensor, device: torch.device) -> Tensor:
+        """A stand-in on a device in place of another one."""
+        _, file, name = self._given.pop(given.untyped_storage().data_ptr())
+        placed = stand_in(tuple(given.shape), self.dtype, device)
+        self._given[placed.untyped_storage().data_ptr()] = placed, file, name
+        return placed
 
     def settle(self, model: nn.Module, linears: Iterable[nn.Linear]) -> bool:
         """Give a loaded model its weights: unread ones to some linears, and values to all others.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qapbench.errors import UserError
 from qapbench.methods.kinds import DecoderPruner, Fusion, Metric
 from qapbench.methods.tokens import Selection
-from qapbench.models.layers import DecoderLayers
+from qapbench.models.layers import DecoderLayers, device_of
 from qapbench.quantize.call_tokens import watch_of
 from qapbench.receipt import Receipt
 
@@ -150,6 +150,8 @@ class DecoderPruning:
             if state is None:
                 return self._decode(index, args, kwargs)
             hidden = args[0]
+            if index in state.stages:  # accelerate moves it to the layer's device only behind this hook
+                hidden = hidden.to(device_of(layer))
             if 1 <= index <= self.layers.added_behind and not state.whole(index - 1):
                 hidden = gathered(hidden, state.layouts[index - 1].columns)
             if index in state.stages:
@@ -272,7 +274,7 @@ class DecoderPruning:
         Returns:
             Hidden states of the columns that stay.
         """
-        layout, entering = state.layouts[index], hidden
+        layout, entering, home = state.layouts[index], hidden, state.layouts[index].columns.device
         gone = torch.zeros_like(layout.valid)
         chosen: list[tuple[ViewState, Selection]] = []
         for view in state.view_states:  # one by one, so that no result depends on the batch
@@ -282,10 +284,11 @@ class DecoderPruning:
             own = places[torch.searchsorted(columns, view.columns)]
             gone[view.row, own] = True
             selection = self._select(state, index, view, entering, rotary)
-            gone[view.row, own[selection.indices[0]]] = False
+            stays = own[selection.indices[0].to(home)]
+            gone[view.row, stays] = False
             if selection.updated is not None:
                 hidden = hidden.clone() if hidden is entering else hidden
-                hidden[view.row, own[selection.indices[0]]] = selection.updated[0].to(hidden.dtype)
+                hidden[view.row, stays.to(hidden.device)] = selection.updated[0].to(hidden.dtype)
             chosen.append((view, selection))
         for view, selection in chosen:
             view.narrow(selection)
@@ -337,7 +340,7 @@ class DecoderPruning:
 
 def gathered(hidden: Tensor, places: Tensor) -> Tensor:
     """Hidden states [B, S, D] at places [B, S] of [B, L, D]."""
-    return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    return hidden.gather(1, places.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def on_columns(output: Any, state: DecoderState, index: int) -> Any:
@@ -349,7 +352,7 @@ def on_columns(output: Any, state: DecoderState, index: int) -> Any:
         index: index of the layer.
     """
     hidden = output[0] if isinstance(output, tuple) else output
-    layout = state.layouts[index]
+    layout = state.layouts[index].to(hidden.device)
     whole = hidden.new_zeros(*state.layouts[0].columns.shape, hidden.shape[-1])
     rows, places = layout.valid.nonzero(as_tuple=True)
     whole[rows, layout.columns[rows, places]] = hidden[rows, places]

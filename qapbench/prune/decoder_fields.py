@@ -82,9 +82,11 @@ class DecoderFields:
             rotary: cosine and sine of the prompt's columns.
         """
         needs, row = self.needs, view.row
+        home = hidden.device  # the prompt's columns, its angles and its first states may be on other ones
         places, columns = state.layouts[index].row(row)
-        own, text = (torch.searchsorted(columns, wanted) for wanted in (view.columns, view.text))
-        cos, sin = (x[row if len(x) > 1 else 0, columns] for x in rotary)
+        own, text = (torch.searchsorted(columns, wanted).to(home) for wanted in (view.columns, view.text))
+        cos, sin = (x[row if len(x) > 1 else 0, columns.to(x.device)].to(home) for x in rotary)
+        places, columns = places.to(home), columns.to(home)
         layer = index if self.ahead else index - 1
         fields: dict[str, Tensor] = {}
         if needs & OF_TEXT:
@@ -101,11 +103,12 @@ class DecoderFields:
             keys = self.layers.rotated_keys(layer, keys, from_zero(cos, sin))
             fields |= {"rotated_keys": keys[own], "text_keys": keys[text]}
         if needs & STATES and self.layers.norm is not None:
-            fields |= {"final_states": self.layers.norm(hidden[row, places[own]])}
-            fields |= {"text_states": self.layers.norm(hidden[row, places[text]])}
+            fields |= {"final_states": self.layers.norm(hidden[row, places[own]]).to(home)}
+            fields |= {"text_states": self.layers.norm(hidden[row, places[text]]).to(home)}
         if state.embedded is not None:
             embedded = state.embedded[row]
-            fields |= {"prompt_embeds": embedded[view.text], "embedded": embedded[view.entered]}
+            read, entered = (embedded[at.to(embedded.device)].to(home) for at in (view.text, view.entered))
+            fields |= {"prompt_embeds": read, "embedded": entered}
         wanted: dict[str, Any] = {name: value.unsqueeze(0) for name, value in fields.items() if name in needs}
         return VisionTokens(hidden[row, places[own]].unsqueeze(0), **wanted)
 
@@ -124,7 +127,8 @@ class DecoderFields:
         """
         queries, keys = self.layers.projections(layer)
         if not self.ahead:
-            return self.projected[queries][row, places[at]], self.projected[keys][row, places]
+            asked, held = (self.projected[one].to(hidden.device) for one in (queries, keys))
+            return asked[row, places[at]], held[row, places]
         normed = self.layers.normed(layer, hidden[places].unsqueeze(0))
         watch = watch_of(self.core)
         if watch is None:

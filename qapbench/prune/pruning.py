@@ -184,7 +184,7 @@ class Pruning:
             kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
         if kwargs["attention_mask"].ndim != 2:
             raise UserError("attention_mask: pruning needs one value for each token, [batch, length]")
-        pruned = self.prune(kwargs, self.family.encode_images(kwargs, self.needs), relevance_text)
+        pruned = self.prune(kwargs, self.family.seen_images(kwargs, self.needs), relevance_text)
         ready = {**pruned.inputs, **self.family.encoded(pruned.features)}
         same = all(torch.equal(ready[name], kwargs[name]) for name in ("input_ids", "attention_mask"))
         if same and self.family.positions(kwargs) is None:  # nothing was removed: the model counts as it would alone
@@ -429,7 +429,7 @@ class Pruning:
         if budget is not None:
             make = functools.partial(self.family.downsampled, prompt, budget, views)
             small = memoized(memo.image, ("downsampled", budget), make)
-            tokens = dataclasses.replace(tokens, downsampled=small[span])
+            tokens = dataclasses.replace(tokens, downsampled=small[span].to(tokens.projected.device))
         if not self.reader.needs:
             return tokens
         if text is None and not len(question()):
@@ -518,7 +518,7 @@ class Pruning:
         """Tokens that a pruner made, in the language model's space and dtype."""
         if selection.space == "patches":
             made = self.family.project(made.to(tokens.require("patches", "merging").dtype))
-        return made.to(tokens.projected.dtype)
+        return made.to(tokens.projected)
 
     def _cut(self, kwargs: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
         """The keyword arguments with every per-token input cut to some columns, padded on the side that was padded."""

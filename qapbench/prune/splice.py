@@ -229,7 +229,7 @@ def kept_columns(placeholders: Tensor, spans: list[tuple[int, Tensor]], images: 
     """
     rows = [[(~row).nonzero()[:, 0]] for row in placeholders]
     for (row, columns), image in zip(spans, images, strict=True):
-        rows[row].append(columns.index_select(0, image.places))
+        rows[row].append(columns.index_select(0, image.places.to(columns.device)))
     return [torch.cat(parts).sort(stable=True).values for parts in rows]
 
 

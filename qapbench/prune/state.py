@@ -95,10 +95,10 @@ class ViewState:
         Args:
             selection: a selection from the tokens that are left, as a batch of one.
         """
-        kept = selection.indices[0]
+        kept = selection.indices[0].to(self.left.device)
         self.left, self.made = self.left[kept], self.made[kept]
         if selection.made is not None:
-            self.made = self.made | selection.made[0]
+            self.made = self.made | selection.made[0].to(self.made.device)
 
 
 def view_states(
@@ -126,11 +126,12 @@ def view_states(
         for part, keep, grid, steps in own:
             if part.between:
                 raise RuntimeError("what is merged in front of the decoder needs a place there: use `updated`")
-            entered = columns[torch.searchsorted(image.places, part.kept)]
-            among = torch.searchsorted(part.view, part.kept)
-            made = torch.zeros_like(among, dtype=torch.bool) if part.made is None else part.made
-            count = len(part.view)
-            found.append(ViewState(index, row, keep, text, entered, part.kept, among, count, made, grid, steps))
+            home = columns.device  # images may be on another one than the prompt
+            entered = columns[torch.searchsorted(image.places, part.kept).to(home)]
+            among = torch.searchsorted(part.view, part.kept).to(home)
+            made = torch.zeros_like(among, dtype=torch.bool) if part.made is None else part.made.to(home)
+            count, kept = len(part.view), part.kept.to(home)
+            found.append(ViewState(index, row, keep, text, entered, kept, among, count, made, grid, steps))
     return found
 
 

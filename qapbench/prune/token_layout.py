@@ -28,6 +28,12 @@ class TokenLayout:
         """A layout of these columns; `full` is computed from `valid`."""
         return TokenLayout(columns, valid, bool(valid.all()))
 
+    def to(self, device: torch.device) -> TokenLayout:
+        """The same layout on a device; the same object if it is there."""
+        if self.columns.device == device:
+            return self
+        return TokenLayout(self.columns.to(device), self.valid.to(device), self.full)
+
     def row(self, index: int) -> tuple[Tensor, Tensor]:
         """(places in the row, columns of the prompt) of the valid tokens of one row."""
         places = self.valid[index].nonzero()[:, 0]
@@ -76,15 +82,17 @@ def cut(kwargs: dict[str, Any], layout: TokenLayout, flat: bool) -> dict[str, An
     Returns:
         The arguments to replace.
     """
-    columns = layout.columns
+    columns = layout.columns  # layers, masks and angles may be on several devices
     short: dict[str, Any] = {"attention_mask": cut_mask(kwargs.get("attention_mask"), layout, columns.shape[1], flat)}
     rotary = kwargs["position_embeddings"]
     width = rotary[0].shape[-1]
     place = columns.unsqueeze(-1).expand(-1, -1, width)
+    place = place.to(rotary[0].device)
     short["position_embeddings"] = tuple(x.expand(len(columns), -1, -1).gather(1, place) for x in rotary)
     positions = kwargs.get("position_ids")
     if positions is not None:
-        short["position_ids"] = positions.expand(*positions.shape[:-2], len(columns), -1).gather(-1, columns)
+        own = columns.to(positions.device)
+        short["position_ids"] = positions.expand(*positions.shape[:-2], len(columns), -1).gather(-1, own)
     return short
 
 
@@ -116,6 +124,7 @@ def cut_mask(mask: Tensor | None, keys: TokenLayout, queries: int, flat: bool) -
     Returns:
         A mask of one of these shapes; None if none is needed.
     """
+    keys = keys if mask is None else keys.to(mask.device)
     batch, length = keys.columns.shape
     if mask is None:
         if keys.full:

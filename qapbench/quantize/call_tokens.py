@@ -77,6 +77,7 @@ class CallTokens:
         if self._whole is None:
             return None
         vision = self._whole.vision if row is None else self._whole.vision[row : row + 1]
+        columns, valid = columns.to(vision.device), valid.to(vision.device)
         return Tokens(vision.gather(1, columns) & valid, valid, self._whole.prefill)
 
 
@@ -123,7 +124,8 @@ def tokens_of(inputs: Mapping[str, Any], image_token: int) -> Tokens | None:
         return None
     past = inputs.get("past_key_values")
     before = 0 if past is None else int(past.get_seq_length())
-    return Tokens(ids == image_token, _valid(inputs.get("attention_mask"), ids, before), prefill=not before)
+    valid = _valid(inputs.get("attention_mask"), ids, before)
+    return Tokens(ids == image_token, valid.to(ids.device), prefill=not before)
 
 
 def _valid(mask: Any, ids: Tensor, before: int) -> Tensor:

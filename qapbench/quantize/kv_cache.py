@@ -64,7 +64,7 @@ class QuantizedLayer(DynamicLayer):
         if past == 0:
             self.valid = None
         told = self.tokens() if past == 0 or count > 1 else None
-        fresh = told.valid if told is not None and told.valid.shape == (batch, count) else None
+        fresh = told.valid.to(new.device) if told is not None and told.valid.shape == (batch, count) else None
         if self.valid is None and (fresh is None or bool(fresh.all())):
             return
         whole = torch.ones(batch, past, dtype=torch.bool, device=new.device) if self.valid is None else self.valid

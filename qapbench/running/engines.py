@@ -9,7 +9,7 @@ import torch
 
 from qapbench.errors import UserError
 
-from .settings import BATCH, EngineName, Settings, find_device
+from .settings import BATCH, EngineName, Settings, find_device, find_devices
 
 if TYPE_CHECKING:
     from .crew import Crew
@@ -25,6 +25,7 @@ def make_settings(
     address: str | None = None,
     gpus_per_worker: float = 1.0,
     send_files: bool = False,
+    device_map: str | None = None,
     **more: Any,
 ) -> Settings:
     """Settings from what a user says.
@@ -38,11 +39,16 @@ def make_settings(
         address: address of the Ray cluster.
         gpus_per_worker: share of a GPU that each worker of a Ray cluster has.
         send_files: send checkpoints and data to nodes that do not have them.
+        device_map: how a model is spread over several devices; None puts it on one.
         more: further fields of the settings.
 
     Raises:
-        UserError: the device, the address or Ray is not there.
+        UserError: the device, the address or Ray is not there, or the settings exclude each other.
     """
+    if device_map is not None and engine == "ray":
+        raise UserError("--device-map: workers of a Ray cluster have one GPU each; leave out --engine ray")
+    if device_map is not None and workers is not None and workers > 1:
+        raise UserError(f"--device-map: one model takes all GPUs, so --workers {workers} cannot have one each")
     if engine == "ray":
         from .ray_cluster import find_cluster_device
 
@@ -55,6 +61,10 @@ def make_settings(
         if send_files:
             raise UserError("--send-files: it is for the nodes of a Ray cluster; add --engine ray")
         place = device if isinstance(device, torch.device) else find_device(device)
+    if device_map is not None:
+        if devices := find_devices(device_map, place):
+            place = devices[0]
+        more = {**more, "devices": devices, "may_share": False}
     number = (0 if engine == "ray" else 1) if workers is None else workers
     return Settings(
         runs,

@@ -6,6 +6,8 @@ import functools
 import os
 import platform
 import subprocess
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,23 @@ from qapbench.hashing import installed_version
 PACKAGES = ("qapbench", "torch", "transformers", "lm-eval", "tokenizers", "numpy", "pillow")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(*devices: torch.device) -> dict[str, Any]:
     """Versions, machine and settings that a result may depend on.
 
     Args:
-        device: the device that holds the model.
+        devices: the device that holds the model, or those that share it.
     """
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
     found |= {package: installed_version(package) for package in PACKAGES}
-    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    found["device"] = _gpus(devices) if devices[0].type == "cuda" else _cpu()
     found["threads"] = torch.get_num_threads()
     found["git"] = _git()
     return found
+
+
+def _gpus(devices: Sequence[torch.device]) -> str:
+    names = Counter(torch.cuda.get_device_name(device) for device in devices)
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
 
 
 def _cpu() -> str:

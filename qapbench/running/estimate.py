@@ -42,7 +42,7 @@ class Estimate:
     """What a run will need.
 
     Attributes:
-        device: the device that holds the model.
+        device: the device that holds the model, or the devices that share it, in words.
         parts: what takes memory there -> bytes, of all processes together.
         host: bytes in host memory, where the device is another one.
         disk: bytes of what is stored.
@@ -114,7 +114,9 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
         everywhere["processes"] = process
     host = 0 if settings.device.type == "cpu" else process + max((t.loaded(width) for t in tensors), default=0)
     certain = (weights + (PROCESS if settings.device.type == "cpu" else 0)) * settings.workers
-    return Estimate(settings.device.type, everywhere, host, disk, certain)
+    shared = len(settings.devices)
+    device = f"{shared} {settings.device.type} devices together" if shared else settings.device.type
+    return Estimate(device, everywhere, host, disk, certain)
 
 
 def _weights(spec: RunSpec, tensors: Sequence[Stored], width: int, left: Collection[str]) -> int:
@@ -157,7 +159,7 @@ def of_all(specs: Sequence[RunSpec], settings: Settings, totals: Sequence[int]) 
         one = estimate(spec, settings, total)
         best, disk = found.get(spec.model, (one, 0))
         found[spec.model] = (one if one.total > best.total else best, disk + one.disk)
-    free = free_bytes(settings.device)
+    free = _free(settings)
     known = "" if free is None else f"; {_size(free)} are free"
     return [
         f"{Path(model).name} needs {Estimate(best.device, best.parts, best.host, disk, best.certain)}{known}"
@@ -173,7 +175,7 @@ def refuse_unless_it_fits(spec: RunSpec, settings: Settings) -> None:
     Raises:
         UserError: the weights alone do not fit. It says what would help.
     """
-    free = free_bytes(settings.device)
+    free = _free(settings)
     if free is None:
         return
     needs = estimate(spec, settings)
@@ -181,6 +183,12 @@ def refuse_unless_it_fits(spec: RunSpec, settings: Settings) -> None:
         return
     what = f"the run needs {needs}, and {_size(free)} are free; {_what_helps(spec, settings, needs)}"
     raise UserError(Problem(what, ("model",)))
+
+
+def _free(settings: Settings) -> int | None:
+    """Bytes that are free on the device of a run, or on all that share its model; None where nobody says."""
+    known = [free_bytes(device) for device in settings.held_on]
+    return None if None in known else sum(size for size in known if size is not None)
 
 
 def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
@@ -197,6 +205,8 @@ def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
         with contextlib.suppress(UserError):  # this model cannot be offloaded
             weights = estimate(spec, replace(settings, offload=True)).parts["weights"] // settings.workers
             ways.append(f"`--offload`, which is slow (weights of {_size(weights)})")
+    if settings.device.type == "cuda" and not settings.devices and torch.cuda.device_count() > 1:
+        ways.append("`--device-map auto`, which uses all GPUs")
     ways.append("a machine with more memory" if settings.device.type == "cpu" else "a larger GPU, or `--device cpu`")
     return "what helps: " + ", or ".join(ways)
 

@@ -49,6 +49,7 @@ def run(
     send_files: bool = False,
     spill: bool = False,
     offload: bool = False,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | bool | None = True,
@@ -77,6 +78,7 @@ def run(
         spill: keep image features for later quantizers in a memory-mapped file below `runs`.
         offload: leave the decoder's weights in the checkpoint's files, where every forward pass reads them: slower, and
             no answer depends on it.
+        device_map: "auto" spreads the model over all GPUs; None puts it on one.
         trust_remote_code: let a checkpoint run its own Python code.
         threads: threads of each process on a CPU. None gives a small model one, and others all cores, shared among the
             workers. No answer depends on it.
@@ -92,8 +94,10 @@ def run(
         import warnings
 
         warnings.warn("run(report=...) is now run(progress=...); report goes in 0.3", DeprecationWarning, stacklevel=2)
-    if model is not None and (workers not in (None, 1) or device is not None or engine != "local" or offload):
-        raise UserError("run(model=...) uses the model where it is: leave `workers`, `device` and `offload` out")
+    placed = workers not in (None, 1) or device is not None or engine != "local" or offload or device_map is not None
+    if model is not None and placed:
+        what = "leave `workers`, `device`, `device_map` and `offload` out"
+        raise UserError(f"run(model=...) uses the model where it is: {what}")
     specs = as_specs(spec, {"model": "?"} if model is not None else {}, tasks)
     asked = report or progress
     with no_foreign_bars(), contextlib.ExitStack() as stack:
@@ -112,6 +116,7 @@ def run(
             engine=engine,
             spill=spill,
             offload=offload,
+            device_map=device_map,
             trust_remote_code=trust_remote_code,
             threads=threads,
             address=address,

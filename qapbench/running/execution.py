@@ -75,9 +75,10 @@ class Execution:
         from .threads import threads_of
         from .workers import WorkerPool
 
-        spec, device = plans[0].spec, self.settings.device
-        if device.type == "cuda" and self.crew is None:
-            torch.cuda.reset_peak_memory_stats(device)
+        spec, devices = plans[0].spec, self.settings.held_on
+        if devices[0].type == "cuda" and self.crew is None:
+            for device in devices:
+                torch.cuda.reset_peak_memory_stats(device)
         active_runs = [ActiveRun(plan) for plan in plans]
         self.status.watch(active_runs)
         threads = threads_of(spec, self.settings)
@@ -98,7 +99,7 @@ class Execution:
             "workers": self.crew.size if self.crew else 1,
             "threads": threads,
             "engine": self.settings.engine,
-            "dtype": precision(spec, device),
+            "dtype": precision(spec, devices[0]),
             "image_processor": type(processor.image_processor).__name__,
         }
         if self.crew is not None and self.crew.device is not None:
@@ -111,7 +112,7 @@ class Execution:
             asked = [q for q in questions if q.refused is None and (q.place in had or not verdict)]
             refused = [q for q in (some if verdict else questions) if q.refused is not None]
             why = verdict.record(len(asked), len(questions)) if verdict else None
-            record = scoring.finish(active, task, asked, refused, processor, machine, device, why, pool.peak)
+            record = scoring.finish(active, task, asked, refused, processor, machine, devices, why, pool.peak)
             write_unless_kept(active.planned.folder, record.named(active.spec.name))
 
         self._unfinished += [functools.partial(score, active) for active in active_runs]

@@ -170,7 +170,7 @@ class PromptEncoder:
         if self._latest is None or self._latest[0] != question.pictures:
             with self.stage("vision"):
                 self._latest = None
-                self._latest = question.pictures, self.family.encode_images(inputs, self.needs), {}
+                self._latest = question.pictures, self.family.seen_images(inputs, self.needs), {}
         return _Encoded(question, inputs, self._latest[1], Memo(image=self._latest[2]))
 
     @property

@@ -30,7 +30,7 @@ def finish(
     refused: Sequence[Question],
     processor: Any,
     machine: Mapping[str, Any],
-    device: torch.device,
+    devices: Sequence[torch.device],
     stopped: Stopped | None,
     peak: Mapping[str, int],
 ) -> Record:
@@ -43,7 +43,7 @@ def finish(
         refused: those that it could not be asked, because the model's processor refuses their pictures.
         processor: the model's processor.
         machine: entries of the record's environment besides versions and device.
-        device: the device that holds the model.
+        devices: the device that holds the model, or those that share it.
         stopped: why the run answered only a part of the questions; None if it answered all.
         peak: peak memory of the processes that answered, in MB, and of their phases, as `Phases.peaks` has it.
     """
@@ -74,7 +74,7 @@ def finish(
         scores=ScoreTable.model_validate(scores),
         tokens=TokenCounts.model_validate(receipt.tokens) if receipt.tokens else None,
         receipt=receipt_record(receipt),
-        environment=Environment.model_validate({**environment(device), **machine}),
+        environment=Environment.model_validate({**environment(*devices), **machine}),
         fingerprints=planned.fingerprints,
         files=digests(planned.folder),
         timing=Timing(

@@ -68,7 +68,7 @@ class Session:
     def __init__(self, settings: Settings, progress: ProgressCallback = silent) -> None:
         self.settings = settings
         self.progress = progress
-        self.phases = Phases(settings.device)
+        self.phases = Phases(*settings.held_on)
         self.keep_originals: Keep = "checkpoint"
         self._loaded: tuple[Hashable, Any, Any] | None = None
         self._tasks: dict[Hashable, LoadedTask] = {}
@@ -90,7 +90,7 @@ class Session:
             refuse_unless_it_fits(spec, self.settings)
             self.phases.begin("load")
             settings = self.settings
-            loaded = load_model(spec, settings.device, settings.trust_remote_code, settings.offload)
+            loaded = load_model(spec, settings.device, settings.trust_remote_code, settings.offload, settings.devices)
             self._loaded = (key, *loaded)
             self.phases.end()
         elif not (_packed(spec) or self.settings.offload):

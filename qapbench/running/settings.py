@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from qapbench.errors import UserError
+from qapbench.errors import UserError, nearest
 from qapbench.memory import check_device
 
 EngineName = Literal["local", "ray"]
 BATCH = 8  # questions answered together by default
 DEVICES = ("cpu", "cuda", "xpu")
+DEVICE_MAPS = ("auto",)  # ways to spread a model over several devices
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Settings:
 
     Attributes:
         runs: folder of the results.
-        device: the device that holds the model.
+        device: the device that holds the model, or the first of those that share it.
+        devices: the devices that share the model; empty if one has all of it.
         batch_size: number of questions answered together; no answer depends on it.
         workers: number of workers that share the questions. 0, with Ray: as many as the cluster has room for.
         engine: where workers run: "local" is processes of this machine, "ray" a Ray cluster.
@@ -50,6 +53,12 @@ class Settings:
     gpus_per_worker: float = 1.0
     send_files: bool = False
     may_share: bool = False
+    devices: tuple[torch.device, ...] = ()
+
+    @property
+    def held_on(self) -> tuple[torch.device, ...]:
+        """The devices that hold a model."""
+        return self.devices or (self.device,)
 
     @property
     def in_process(self) -> bool:
@@ -76,3 +85,28 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError):  # torch without CUDA raises an AssertionError
         raise UserError(f"device: this machine has no '{name}'; try cpu or cuda") from None
     return device
+
+
+def find_devices(device_map: str, first: torch.device) -> tuple[torch.device, ...]:
+    """The devices that share a model.
+
+    Args:
+        device_map: how it is spread over them, "auto".
+        first: a device of their kind.
+
+    Returns:
+        All devices of that kind; none if there is only one, which has all of the model.
+
+    Raises:
+        UserError: there is no such way, the device is a CPU or a certain one, or accelerate is not installed.
+    """
+    if device_map not in DEVICE_MAPS:
+        raise UserError(f"--device-map: no way '{device_map}'; {nearest(device_map, DEVICE_MAPS)}")
+    if first.type == "cpu":
+        raise UserError("--device-map: it spreads a model over GPUs, and the device is the CPU; leave it out")
+    if first.index is not None:
+        raise UserError(f"--device-map: it uses every {first.type}, and --device {first} is a certain one; name one")
+    if find_spec("accelerate") is None:
+        raise UserError("--device-map: it needs the package accelerate; pip install accelerate")
+    count = getattr(torch, first.type).device_count()
+    return tuple(torch.device(first.type, index) for index in range(count)) if count > 1 else ()

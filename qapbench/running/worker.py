@@ -239,7 +239,7 @@ class Worker:
             receipts={run_id: receipt for run_id, (_, receipt, _) in found.items() if receipt is not None},
             refused=fresh,
             costs={run_id: cost for run_id, (_, _, cost) in found.items() if cost.seconds},
-            peak=peak_memory(self._session.settings.device),
+            peak=peak_memory(*self._session.settings.held_on),
         )
 
 

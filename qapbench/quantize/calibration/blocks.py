@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from qapbench.errors import UserError
 from qapbench.methods.plans import Tokens
-from qapbench.models.layers import attention_rows
+from qapbench.models.layers import attention_rows, device_of
 
 from .observers import Observer
 from .spill import Spill
@@ -424,8 +424,3 @@ def first(output: Any) -> Tensor:
     if isinstance(output, Mapping):  # the output of a whole model
         return next(iter(output.values()))
     return output[0] if isinstance(output, tuple) else output
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Device of a module's first parameter."""
-    return next(iter(module.parameters())).device

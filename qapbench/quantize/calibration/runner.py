@@ -15,6 +15,7 @@ from qapbench.errors import UserError
 from qapbench.memory import peak_memory
 from qapbench.methods.plans import LinearPlan, Tokens
 from qapbench.models import Family
+from qapbench.models.layers import device_of
 from qapbench.models.unread import present
 from qapbench.quantize.calibration import store
 from qapbench.quantize.call_tokens import tokens_of
@@ -22,7 +23,7 @@ from qapbench.quantize.install import SharedInputs, installed
 from qapbench.quantize.originals import Originals
 from qapbench.quantize.receipts import CalibrationUse
 
-from .blocks import Block, Pass, Reached, catching, device_of, first, observed
+from .blocks import Block, Pass, Reached, catching, first, observed
 from .observers import Observer
 from .samples import CalibrationResult, CalibrationSamples
 from .spill import Spill
@@ -269,7 +270,7 @@ class Calibration:
                 size = gradient.detach().float().abs().mean(dim=-1).flatten()
                 for values, mask in zip(sums[name], masks, strict=True):
                     if mask.any():
-                        values.append(float(size[mask].mean()))
+                        values.append(float(size[mask.to(size.device)].mean()))
 
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 first(output).register_hook(note)

@@ -1,0 +1,123 @@
+"""Spreads a model over several devices, by accelerate: which part of it is where, and the hooks that move its inputs.
+
+A decoder block or a layer of the vision tower is never split: what is behind it is on the same device, or on a later
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qapbench.errors import Problem, UserError
+from qapbench.memory import free_bytes
+from qapbench.methods.packed import packed_bytes
+from qapbench.spec.quantize_spec import QuantizeSpec, Scope
+
+from .family import Family, family_of
+
+USABLE = 0.9  # share of a device's free memory that weights may take; the rest is for what a forward pass makes
+STEPS = 12  # halvings in which the smallest share of memory is found that is enough
+HELPS = "what helps: `storage: packed` under `quantize`, `dtype: bfloat16`, `--offload`, or more GPUs"
+
+
+def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Family:
+    """The model of a checkpoint without values.
+
+    Args:
+        folder: the checkpoint.
+        dtype: dtype of its weights.
+        trust_remote_code: let the checkpoint run its own Python code.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return family_of(model)
+
+
+def shrunk(family: Family, left: Collection[Scope], quantize: QuantizeSpec | None) -> None:
+    """Give the linears of a model without values the size that a run holds of them.
+
+    Args:
+        family: the model.
+        left: parts of it whose linears stay in their files until they are packed, or for good.
+        quantize: how the run quantizes; None if it does not.
+    """
+    for part in left:
+        for linear in family.linears([part]).values():
+            weights = quantize.weights if quantize is not None and part in quantize.scope else None
+            if weights is not None and quantize is not None and quantize.storage != "packed":
+                continue  # they are quantized in memory
+            size = 1 if weights is None else packed_bytes(weights, *linear.weight.shape)
+            held = torch.empty(size, dtype=torch.uint8, device="meta")
+            linear.weight = nn.Parameter(held, requires_grad=False)
+
+
+def device_map(family: Family, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+    """Which device each part of a model is put on: as evenly as whole layers allow, as parts of the free memory.
+
+    Args:
+        family: the model; it may be without values.
+        devices: the devices, in the order in which a forward pass meets them.
+
+    Returns:
+        Names of modules, or of weights -> devices.
+
+    Raises:
+        UserError: the model does not fit on all of them together.
+    """
+    from accelerate import infer_auto_device_map
+
+    model: Any = family.model
+    whole = {type(block).__name__ for part in family.parts for block in family.blocks(part)}
+    total = sum(weight.nbytes for weight in model.parameters())
+    free = [(free_bytes(device) or 2 * total) for device in devices]
+
+    def placed(share: float) -> dict[str, Any] | None:
+        limits = {index: int(size * USABLE * share) for index, size in enumerate(free)}
+        found: dict[str, Any] = infer_auto_device_map(model, limits, no_split_module_classes=sorted(whole))
+        return None if {"disk", "cpu"} & set(map(str, found.values())) else found
+
+    best = placed(1.0)
+    if best is None:
+        gigabytes = f"{total / 1e9:.1f} GB of weights do not fit on {len(devices)} devices"
+        free_now = " + ".join(f"{size / 1e9:.1f}" for size in free)
+        raise UserError(
+            Problem(f"{gigabytes} with {free_now} GB free, and none is kept elsewhere; {HELPS}", ("model",))
+        )
+    low, high = 0.0, 1.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        if (found := placed(middle)) is None:
+            low = middle
+        else:
+            best, high = found, middle
+    return {name: devices[index] for name, index in best.items()}
+
+
+def spread(model: Any, places: Mapping[str, torch.device]) -> None:
+    """Put a loaded model on its devices, with accelerate's hooks, which move inputs to where a module is."""
+    from accelerate import dispatch_model
+
+    if len(set(places.values())) == 1:
+        model.to(next(iter(places.values())))
+        return
+    skip = getattr(model, "_skip_keys_device_placement", None)
+    dispatch_model(model, dict(places), main_device=next(iter(places.values())), skip_keys=skip)
+
+
+def enter_at(model: Any, device: torch.device) -> None:
+    """Let the inputs of a model that transformers spread go to a device first: accelerate takes any of its devices."""
+    if (hook := getattr(model, "_hf_hook", None)) is not None:
+        hook.execution_device = device
+
+
+def is_spread(model: Any) -> bool:
+    """Whether accelerate has put a model on several devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
