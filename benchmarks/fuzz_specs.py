@@ -104,7 +104,6 @@ VALUES: list[Any] = [
         "combined",
         "convex",
         "diagram-llava",
-        "smol-llava",
         "diagramqa",
         "scienceqa",
         "diagramqa_letter",

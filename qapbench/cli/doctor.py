@@ -26,7 +26,7 @@ EXTRAS = {
     "compressed-tensors": "quantized checkpoints as the `model` (W4A16, W8A8, FP8, NVFP4), also those of `quantize`",
     "lmms-eval": "tasks of lmms-eval's (`from: lmms-eval`), and qapbench as a model there",
     "ray": "runs on many machines (`--engine ray`)",
-    "smollm2": "the language model of smol-llava, for training it",
+    "smollm2": "the language model that training/smol trains to see",
     "docs": "the site and the notebooks (`make docs`, `make notebooks`)",
     "test": "`make test`",
 }

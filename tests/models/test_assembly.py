@@ -232,9 +232,9 @@ def test_names_offer_what_is_assembled(embedded: Path) -> None:
         find.find_checkpoint("tiny-lava")
 
 
-def test_smol_llava_says_that_it_is_not_trained() -> None:
-    recipe = find.EMBEDDED / "smol-llava"
-    if all((recipe / part).is_file() for part in assembly.PARTS):
-        pytest.skip("its trained parts are here")
-    with pytest.raises(UserError, match=r"model: 'smol-llava' has no trained parts yet .* training\.smol\.train"):
+def test_what_is_not_trained_is_no_model() -> None:
+    """A name that could only be refused is not offered; its recipe is kept beside its training."""
+    with pytest.raises(UserError, match=r"no embedded model or folder 'smol-llava'; did you mean 'diagram-llava'"):
         find.find_checkpoint("smol-llava")
+    for recipe in find.EMBEDDED.glob(f"*/{assembly.RECIPE}"):
+        assert all((recipe.parent / part).is_file() for part in assembly.PARTS)

@@ -30,7 +30,7 @@ from training.labels import Labeller
 from training.model import build_models, build_tokenizers
 from training.smol import packs as packing
 from training.smol import sizing, subset
-from training.smol.model import add_lora, halve, start
+from training.smol.model import BEGUN, add_lora, halve, start
 from training.smol.packs import LETTER, Feed, Packs, Wording, collate
 from training.smol.stages import FedCompanion, Seeing
 from training.smol.train import parser, train
@@ -243,6 +243,9 @@ def test_one_command_trains_resumes_and_exports_what_is_assembled(
     assert ends["joint"] > 3
     assert json.loads(capsys.readouterr().out)["megabytes"] < 40
     assert all((recipe / part).is_file() for part in assembly.PARTS)
+    assert (recipe / "README.md").read_text() == (BEGUN / "README.md").read_text()
+    assert assembly.Recipe.model_validate_json((BEGUN / "assembly.json").read_text()).base.extra == "smollm2"
+    assert json.loads((recipe / "assembly.json").read_text())["base"]["extra"] == "tiny", "its own recipe stays"
 
     folder = find.find_checkpoint("tiny-smol").folder
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()

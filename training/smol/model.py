@@ -23,6 +23,8 @@ from qapbench.checkpoints.find import EMBEDDED
 from qapbench.checkpoints.gguf import read_llama
 
 NAME = "smol-llava"
+BEGUN = Path(__file__).parent / "recipe"
+"""The recipe and the card, which become an embedded model once the trained parts are beside them."""
 TOWER = EMBEDDED / "diagram-llava" / "clip"
 RANK, ALPHA = 16, 32
 """Defaults for LoRA on all linear layers of the decoder. A rank of 1 has 305 thousand weights (see sizing.py)."""
@@ -30,7 +32,7 @@ RANK, ALPHA = 16, 32
 
 def find_base() -> Path:
     """Locate SmolLM2's GGUF file inside the installed package."""
-    recipe = Recipe.model_validate_json((EMBEDDED / NAME / RECIPE).read_text(encoding="utf-8"))
+    recipe = Recipe.model_validate_json((BEGUN / RECIPE).read_text(encoding="utf-8"))
     return base_file(recipe.base, NAME, "gguf")
 
 
@@ -92,7 +94,9 @@ def lora_weights(adapted: nn.Module) -> nn.ParameterDict:
 
 
 def export(llava: Any, clip: Any, adapted: Any, tower: Path, out: Path, status: str) -> int:
-    """Write the trained parts in bfloat16, as the files that `qapbench.checkpoints.assembly` expects.
+    """Write the trained parts in bfloat16, with the recipe and the card, as `qapbench.checkpoints.assembly` expects.
+
+    A recipe and a card that the folder has already stay as they are.
 
     Args:
         llava: the LLaVA model.
@@ -124,6 +128,9 @@ def export(llava: Any, clip: Any, adapted: Any, tower: Path, out: Path, status: 
     adapted.save_pretrained(made / "lora", state_dict=state, save_embedding_layers=False)
     (made / "lora" / "README.md").unlink(missing_ok=True)
     (made / "status.txt").write_text(status + "\n", encoding="utf-8")
+    for file in BEGUN.iterdir():
+        if not (out / file.name).exists():
+            shutil.copyfile(file, made / file.name)
     size = 0
     for path in sorted(file for file in made.rglob("*") if file.is_file()):
         size += path.stat().st_size
