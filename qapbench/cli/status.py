@@ -70,7 +70,7 @@ def status(
         known = [word for one in _standings(runs, notes, None) for word in (one.name, one.run_id)]
         raise UserError(f"{runs} has no run '{run}'; {nearest(run, known)}")
     ids = {one.run_id for one in standings}
-    mine = [note for note in notes if note.runs.keys() & ids]
+    mine = [note for note in _current(notes) if note.runs.keys() & ids]
     if as_json:
         commands = [
             {**note.model_dump(mode="json"), "alive": _alive(note), "seconds_left": note.seconds_left} for note in mine
@@ -90,6 +90,17 @@ def status(
             out.print(escape(f"last failures, with tracebacks in {runs / LOG_FILE}:"), highlight=False, soft_wrap=True)
         for error in note.errors:
             out.print(escape(f"  {error}"), highlight=False, soft_wrap=True)
+
+
+def _current(notes: list[ProgressNote]) -> list[ProgressNote]:
+    """The notes, latest first, without those of commands that ended and whose runs later commands have taken up."""
+    found: list[ProgressNote] = []
+    taken: set[str] = set()
+    for note in notes:
+        if _alive(note) or note.runs.keys() - taken:
+            found.append(note)
+        taken |= note.runs.keys()
+    return found
 
 
 def _standings(runs: Path, notes: list[ProgressNote], wanted: str | None) -> list[Standing]:

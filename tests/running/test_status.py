@@ -78,12 +78,11 @@ def test_a_run_is_followed_while_it_is_made(spec_of: Spec, tmp_path: Path, monke
 def noted(runs: Path, **more: Any) -> ProgressNote:
     note = ProgressNote(
         host="far",
-        pid=7,
         engine="ray",
         workers=64,
         started="2026-01-01T00:00:00+00:00",
         runs={f"{at}" * 16: RunProgress(name=f"row {at}", answered=100 * at, total=400) for at in range(3)},
-        **{"updated": time.time(), **more},
+        **{"pid": 7, "updated": time.time(), **more},
     )
     write_json(note_path(runs, note.host, note.pid), note)
     return note
@@ -102,6 +101,18 @@ def test_the_command_as_a_whole_says_speed_time_left_and_failures(tmp_path: Path
     assert "not heard of for 100 s: the same command goes on from there" in shown
     assert "begun" in shown
     assert "row 1" in shown
+
+
+def test_a_command_whose_runs_were_taken_up_again_is_not_told_of(tmp_path: Path) -> None:
+    noted(tmp_path, pid=1, ended="KeyboardInterrupt", updated=time.time() - 50)
+    noted(tmp_path, pid=2)
+    assert [one["pid"] for one in told("--runs", tmp_path)["commands"]] == [2]
+    noted(tmp_path, pid=3, updated=time.time() - 1)  # two at work on the same runs are both told of
+    assert [one["pid"] for one in told("--runs", tmp_path)["commands"]] == [2, 3]
+    only = {"a" * 16: RunProgress(name="another row", answered=1, total=400)}
+    other = noted(tmp_path, pid=4, ended="KeyboardInterrupt").model_copy(update={"runs": only})
+    write_json(note_path(tmp_path, other.host, other.pid), other)
+    assert [one["pid"] for one in told("--runs", tmp_path)["commands"]] == [4, 2, 3]
 
 
 def test_an_unknown_run_is_one_sentence(tmp_path: Path) -> None:
