@@ -63,7 +63,9 @@ def test_what_a_loaded_model_cannot_do_is_said(loaded: tuple[Any, Any], tmp_path
     model, processor = loaded
     with pytest.raises(UserError, match="needs the model's processor too"):
         qapbench.run(SPEC, tmp_path, tasks="diagramqa", model=model)
-    with pytest.raises(UserError, match="uses the model where it is: leave `workers`, `device` and `offload` out"):
+    with pytest.raises(
+        UserError, match="uses the model where it is: leave `workers`, `device`, `device_map` and `offload` out"
+    ):
         qapbench.run(SPEC, tmp_path, tasks="diagramqa", model=model, processor=processor, workers=2)
     with pytest.raises(UserError, match="dtype: the model is loaded in float32, the spec asks for bfloat16"):
         qapbench.run({**SPEC, "dtype": "bfloat16"}, tmp_path, tasks="diagramqa", model=model, processor=processor)
