@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(GOALS), default=list(GOALS))
     here = Path(".venv-lmms/bin/python").absolute()
     default = str(here) if here.exists() and importlib.util.find_spec("lmms_eval") is None else sys.executable
-    parser.add_argument("--python", default=default, help="the interpreter that has lmms-eval")
+    parser.add_argument("--python", type=os.path.abspath, default=default, help="the interpreter that has lmms-eval")
     given = parser.parse_args()
     if given.limit < 2:
         parser.error("--limit: at least 2 questions are needed")
