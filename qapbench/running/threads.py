@@ -19,11 +19,11 @@ from .plan import Planned
 from .settings import Settings
 
 SMALL = 2**18  # weights of the largest linear of a layer up to which a second thread costs more than it computes
-ANSWERS = 1000
+ANSWERS = 300
 """Answers of a small model for which another process is started.
 
-Nobody answers while processes start, which takes seconds, as long as some hundred answers of the embedded model. The
-number is set so high that a second process pays on a slow start too; it was not measured on an idle machine."""
+Nobody answers while processes start. On two idle cores a second process cost 6 s of start and saved 27 ms per answer
+of the embedded model (W4A4, pruned), so it paid from some 230 answers on; 2 x 300 are on the safe side."""
 
 
 def shared_out(settings: Settings, plans: Sequence[Planned]) -> Settings:

@@ -87,7 +87,7 @@ def test_processes_are_started_where_they_pay(spec_of: Spec, tmp_path: Path, mon
         return [dataclasses.replace(plan, spec=spec, total=count + 7, answered=7) for count in counts]
 
     unsaid = make_settings(tmp_path, cpu, may_share=True)
-    for counts, processes in {(): 1, (1999,): 1, (2000,): 2, (1200, 900): 2, (3500,): 3, (10**6,): 4}.items():
+    for counts, processes in {(): 1, (599,): 1, (600,): 2, (350, 280): 2, (1100,): 3, (10**6,): 4}.items():
         assert shared_out(unsaid, lacking(*counts)).workers == processes
     many = lacking(10**6)
     assert shared_out(make_settings(tmp_path, cpu), many).workers == 1
