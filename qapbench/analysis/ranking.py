@@ -129,9 +129,10 @@ def paired_ranks(right: np.ndarray) -> list[int]:
     """
     if right.dtype != bool:
         n = right.shape[1]
-        ahead = [right - row for row in right]  # [i][j, question]: by how much j is better than i
-        change = np.array([difference.mean(axis=1) for difference in ahead])
-        spread = np.array([difference.std(axis=1, ddof=min(1, n - 1)) for difference in ahead])
+        change, spread = np.empty((2, len(right), len(right)))
+        for i, row in enumerate(right):  # one by one: all differences together are rows times as large as the answers
+            ahead = right - row  # [j, question]: by how much j is better than i
+            change[i], spread[i] = ahead.mean(axis=1), ahead.std(axis=1, ddof=min(1, n - 1))
         return _ranks(t_test(change, spread / np.sqrt(n), n), change > 0)
     hit = right.astype(np.float64)
     gained = np.rint((1 - hit) @ hit.T)  # [i, j]: questions that j answers right and i does not
