@@ -20,10 +20,14 @@ from training.vision import MEAN, STD, Vision, see
 from .model import lora_weights
 from .packs import END, LETTER, WORDS, Feed, Packs, collate, visible
 
-WEIGHTS = {"projector": {LETTER: 1.0, END: 0.1, WORDS: 0.2}, "joint": {LETTER: 1.0, END: 0.1, WORDS: 0.05}}
+WEIGHTS = {
+    "projector": {LETTER: 1.0, END: 0.1, WORDS: 0.2},
+    "joint": {LETTER: 1.0, END: 0.1, WORDS: 0.05},
+    "fitted": {LETTER: 1.0, END: 0.1, WORDS: 0.05},
+}
 """Weight of a target token, by stage and by kind.
 
-A caption has dozens of tokens. In the stage `projector`, captions dominate the loss. In the stage `joint`, questions
+A caption has dozens of tokens. In the stage `projector`, captions dominate the loss. In `joint` and `fitted`, questions
 do, and captions make sure that the visual tokens still describe the whole image.
 """
 LABELS = 0.2
@@ -33,15 +37,18 @@ some pruners rely."""
 RATES = {
     "projector": {"projector": 2e-3, "heads": 2e-3},
     "joint": {"projector": 5e-4, "tower": 3e-4, "heads": 1e-3, "lora": 5e-4},
+    # The weights of a projector in closed form are so small that 5e-4 would undo it within a few steps.
+    "fitted": {"projector": 3e-5, "tower": 5e-5, "heads": 1e-3, "lora": 1e-3},
 }
+CHECKS = 384  # packs of the validation split
 
 
 class Seeing:
-    """The stages `projector` and `joint`: questions, free answers and captions about images, and text-only questions.
+    """The stages `projector`, `joint` and `fitted`: questions and captions of images, and text-only questions.
 
     Args:
         name: "projector" trains the projector alone, as LLaVA's first stage does; "joint" trains the vision tower and
-            LoRA, too. Both also train the heads of `vision`.
+            LoRA, too; "fitted" is "joint" after a projector in closed form. All train the heads of `vision`, too.
         llava: the LLaVA model.
         adapted: the decoder with LoRA, from `add_lora`; its other weights stay fixed.
         vision: compares what patches and CLS tokens predict to labels.
@@ -50,6 +57,7 @@ class Seeing:
         batch: number of packs per step.
         workers: number of processes that draw packs.
         bf16: whether to compute in bfloat16; the model must have been converted by `halve`.
+        count: number of validation packs.
     """
 
     def __init__(
@@ -63,9 +71,10 @@ class Seeing:
         batch: int,
         workers: int,
         bf16: bool = False,
+        count: int = CHECKS,
     ) -> None:
         self.name, self.llava, self.checks, self.batch = name, llava, checks, batch
-        self.bf16, self.device = bf16, llava.device
+        self.bf16, self.count, self.device = bf16, count, llava.device
         self.feed = Feed(data, batch, workers, pin=self.device.type == "cuda")
         self.letters = torch.tensor(data.wording.letters, device=self.device)
         self.image = data.wording.image
@@ -153,11 +162,11 @@ class Seeing:
         return self.llava.lm_head(hidden[batch["kind"] > 0]), patches, cls
 
     @torch.no_grad()
-    def validate(self, count: int = 384) -> dict[str, Any]:
+    def validate(self) -> dict[str, Any]:
         """Accuracy of letters on the validation split: with images, with grey ones in their place, and text-only."""
         sums: dict[str, float] = {}
-        for first in range(0, count, self.batch):
-            packs = collate([self.checks[i] for i in range(first, min(first + self.batch, count))])
+        for first in range(0, self.count, self.batch):
+            packs = collate([self.checks[i] for i in range(first, min(first + self.batch, self.count))])
             batch = {key: value.to(self.device) for key, value in packs.items()}
             for prefix, blank in (("", False), ("blank_", True)):
                 _, found = self.score(batch, blank)

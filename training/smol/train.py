@@ -3,9 +3,10 @@
     python -m training.smol.train --out runs/smol-llava --export qapbench/models/embedded/smol-llava
 
 It runs three stages, each for its share of --minutes: `projector`; `joint` (projector, vision tower, and LoRA on the
-decoder); and `companion` (the CLIP text tower). If it was stopped, the same command continues. On machines that limit
-the time of a command, --call-minutes ends a call early, with a checkpoint. After the last stage, the trained parts are
-written to --export.
+decoder); and `companion` (the CLIP text tower). With --fit, the projector starts in closed form, and a stage `fitted`
+takes the place of the first two, for machines on which every step counts. If it was stopped, the same command
+continues. On machines that limit the time of a command, --call-minutes ends a call early, with a checkpoint. After the
+last stage, the trained parts are written to --export.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from training.loop import Loop, keep_heap
 from training.rows import Speller
 from training.vision import Vision
 
+from .closed_form import fit_projector
 from .model import ALPHA, RANK, TOWER, add_lora, export, find_base, halve, start
 from .packs import Wording
-from .stages import FedCompanion, Seeing, packs_for
+from .stages import CHECKS, FedCompanion, Seeing, packs_for
 
 SHARES = {"projector": 0.15, "joint": 0.73, "companion": 0.12}
+FITTED = {"fitted": 0.88, "companion": 0.12}
 STATUS = "trained on diagramqa's training stream; see README.md for what it reaches"
 
 
@@ -37,16 +40,19 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     """Build what all stages share: the models, on the device, the data, the labels and the tokenizer."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     llava, processor, clip = start(args.gguf or find_base(), args.tower, args.seed)
+    slots = args.out / "slots.json"
+    if not slots.exists():
+        slots.write_text(json.dumps(find_slots(args.seed, args.slots)))
+    labeller = Labeller(json.loads(slots.read_text()))
+    wording = Wording(processor.tokenizer, processor.chat_template, llava.config.image_seq_length)
+    if args.fit and not (args.out / "fitted.pt").exists():
+        explained = fit_projector(llava, wording, labeller, args.seed, args.fit)
+        print(json.dumps({"explained": round(explained, 4)}), flush=True)
     adapted = add_lora(llava, args.rank, args.alpha)
     if args.bf16:
         halve(llava)
     llava.to(device)
     clip.to(device)
-    slots = args.out / "slots.json"
-    if not slots.exists():
-        slots.write_text(json.dumps(find_slots(args.seed, args.slots)))
-    wording = Wording(processor.tokenizer, processor.chat_template, llava.config.image_seq_length)
-    labeller = Labeller(json.loads(slots.read_text()))
     data, checks = packs_for(wording, labeller, args.seed + 1)
     vision = Vision(llava, labeller, args.seed)
     vision.heads.to(device)
@@ -73,7 +79,7 @@ def stage_of(name: str, built: dict[str, Any], args: argparse.Namespace) -> Any:
     if name == "companion":
         return FedCompanion(built["llava"], built["clip"], built["speller"], args.seed, args.workers)
     given = {key: built[key] for key in ("llava", "adapted", "vision", "data", "checks")}
-    return Seeing(name, **given, batch=args.batch, workers=args.workers, bf16=args.bf16)
+    return Seeing(name, **given, batch=args.batch, workers=args.workers, bf16=args.bf16, count=args.checks)
 
 
 def train(args: argparse.Namespace) -> bool:
@@ -84,12 +90,12 @@ def train(args: argparse.Namespace) -> bool:
     args.out.mkdir(parents=True, exist_ok=True)
     built = build(args)
     until = began + args.call_minutes * 60
-    for name, share in SHARES.items():
+    for name, share in (FITTED if args.fit else SHARES).items():
         stage = stage_of(name, built, args)
         loop = Loop(stage, args.out, args.minutes * share, 0.0, optimizer=stage.optimizer())
         loop.resume()
         if not loop.done:
-            loop.train(log_every=args.log_every, val_every=1.5, save_every=1.5, until=until)
+            loop.train(log_every=args.log_every, val_every=args.val_every, save_every=1.5, until=until)
         if not loop.done:
             return False
     if args.export:
@@ -110,10 +116,15 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--workers", type=int, default=12, help="number of processes that draw data ahead")
     out.add_argument("--gguf", type=Path, help="file of the language model, if its package is not installed")
     out.add_argument("--tower", type=Path, default=TOWER, help="CLIP folder to start from")
+    out.add_argument("--fit", type=int, default=0, help="number of scenes to fit the projector to in closed form")
     out.add_argument("--rank", type=int, default=RANK, help="rank of LoRA")
     out.add_argument("--alpha", type=int, default=ALPHA, help="alpha of LoRA")
     out.add_argument("--slots", type=int, default=6000, help="number of scenes to collect the labels of patches from")
     out.add_argument("--log-every", type=int, default=20, help="number of steps between two lines of log.jsonl")
+    out.add_argument(
+        "--val-every", type=float, default=1.5, help="minutes between two evaluations on the validation split"
+    )
+    out.add_argument("--checks", type=int, default=CHECKS, help="number of packs of the validation split")
     out.add_argument("--status", default=STATUS, help="one line on the model, which its runs repeat")
     out.add_argument(
         "--bf16",
