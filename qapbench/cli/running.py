@@ -61,7 +61,7 @@ def run(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions taken up together, 8 by default.")] = None,
     device: DeviceOption = None,
     device_map: Annotated[
-        str | None, typer.Option("--device-map", help="auto: spread the model over all GPUs, whole layers on each.")
+        str | None, typer.Option("--device-map", help="auto: over all GPUs; what they have no room for stays on disk.")
     ] = None,
     trust_remote_code: RemoteOption = False,
     page: Annotated[Path | None, typer.Option("--out", help="Leaderboard page; RUNS/leaderboard.html.")] = None,

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from qapbench.checkpoints.find import HASHES, find_checkpoint
 from qapbench.checkpoints.json_files import read_mapping, why_not_loaded
@@ -15,9 +16,9 @@ from qapbench.memory import give_back_freed
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.compressed import check_not_twice, complete, loading_arguments, quantization_of
 from qapbench.models.family import family_class, family_of
-from qapbench.models.placement import device_map, enter_at, is_spread, shrunk, skeleton, spread
+from qapbench.models.placement import Placement, enter_at, is_spread, place, shrunk, skeleton, spread
 from qapbench.models.streaming import streaming
-from qapbench.models.unread import Postponed, narrow
+from qapbench.models.unread import Postponed, in_a_layer, narrow
 from qapbench.spec.quantize_spec import Scope
 from qapbench.spec.run_spec import RunSpec
 
@@ -40,7 +41,8 @@ def load_model(
         device: device for the model.
         trust_remote_code: let the checkpoint run its own Python code.
         offload: leave all linears of the decoder's layers in their files, and hold other matrices likewise.
-        devices: devices that share the model, `device` the first of them; if empty, it has all of it.
+        devices: devices that share the model, `device` the first of them, and that leave what they have no room for in
+            its files; if empty, `device` has all of it.
 
     Returns:
         (model, processor)
@@ -61,10 +63,12 @@ def load_model(
         what = "--device-map spreads the weights of a checkpoint, and this one is quantized already; leave it out"
         raise UserError(Problem(what, ("model",)))
 
-    def places() -> dict[str, torch.device]:
+    placement = Placement({})
+    if devices and not format_of(config) and quantization_of(config) is None:
         outline = skeleton(folder, getattr(torch, dtype), trust_remote_code)
         shrunk(outline, scope, spec.quantize)
-        return device_map(outline, devices)
+        may = "language" not in scope and may_leave(spec, device, config)
+        placement = place(outline, devices, [*filter(in_a_layer, outline.linears(["language"]))] if may else [])
 
     def load(postponed: Postponed | None) -> tuple[Any, Any]:
         placed = loading_arguments(folder, config, trust_remote_code)
@@ -73,7 +77,7 @@ def load_model(
                 return layout(folder, config).load(dtype)
             family = family_class(str(config.get("model_type")))
             if several:
-                placed["device_map"] = places()
+                placed["device_map"] = dict(placement.devices)
             elif device.type != "cpu" and find_spec("accelerate"):
                 placed["device_map"] = {"": device}
             model = AutoModelForImageTextToText.from_pretrained(
@@ -86,15 +90,21 @@ def load_model(
         if not several:
             return model.to(device)
         if not is_spread(model):  # one that was put together in host memory
-            spread(model, device_map(family_of(model), devices))
+            spread(model, place(family_of(model), devices).devices)
         enter_at(model, device)
         return model
 
-    postponed = Postponed(getattr(torch, dtype), None if several else device) if scope else None
+    def waiting(model: Any) -> list[nn.Linear]:
+        """The linears whose weights stay in their files."""
+        family = family_of(model)
+        found = {**family.linears(scope), **{name: family.model.get_submodule(name) for name in placement.left}}
+        return list(found.values())
+
+    postponed = Postponed(getattr(torch, dtype), None if several else device) if scope or placement.left else None
     try:
         model, processor = load(postponed)
         model = put(model)
-        if postponed is not None and not postponed.settle(model, family_of(model).linears(scope).values()):
+        if postponed is not None and not postponed.settle(model, waiting(model)):
             model, processor = load(None)
             model = put(model)
         if scope:
@@ -131,6 +141,16 @@ def left_in_files(spec: RunSpec, device: torch.device, config: Mapping[str, Any]
     packed = spec.quantize.scope if spec.quantize is not None and spec.quantize.storage == "packed" else []
     decoder: list[Scope] = ["language"] if offload else []
     return sorted({*packed, *decoder}, key=get_args(Scope).index)
+
+
+def may_leave(spec: RunSpec, device: torch.device, config: Mapping[str, Any]) -> bool:
+    """Whether linears of the decoder may stay in their files where devices have no room for them, though nobody asked:
+    the run computes with them as they are.
+
+    The arguments are those of `left_in_files`.
+    """
+    quantized = spec.quantize is not None and "language" in spec.quantize.scope
+    return not quantized and _why_all_is_read(device, config) is None
 
 
 def _why_all_is_read(device: torch.device, config: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,9 @@ one.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from qapbench.errors import Problem, UserError
 from qapbench.memory import free_bytes
 from qapbench.methods.packed import packed_bytes
 from qapbench.spec.quantize_spec import QuantizeSpec, Scope
+from qapbench.visible import visible_logger
 
 from .family import Family, family_of
 
+LOG = visible_logger(__name__)
 USABLE = 0.9  # share of a device's free memory that weights may take; the rest is for what a forward pass makes
 STEPS = 12  # halvings in which the smallest share of memory is found that is enough
 HELPS = "what helps: `storage: packed` under `quantize`, `dtype: bfloat16`, `--offload`, or more GPUs"
@@ -55,50 +59,96 @@ def shrunk(family: Family, left: Collection[Scope], quantize: QuantizeSpec | Non
             if weights is not None and quantize is not None and quantize.storage != "packed":
                 continue  # they are quantized in memory
             size = 1 if weights is None else packed_bytes(weights, *linear.weight.shape)
-            held = torch.empty(size, dtype=torch.uint8, device="meta")
-            linear.weight = nn.Parameter(held, requires_grad=False)
+            linear.weight = _held(size)
 
 
-def device_map(family: Family, devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """Which device each part of a model is put on: as evenly as whole layers allow, as parts of the free memory.
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is put when it is loaded.
+
+    Attributes:
+        devices: names of modules, or of weights -> devices.
+        left: names of linears whose weights stay in their files, because no device has room for them.
+    """
+
+    devices: Mapping[str, torch.device]
+    left: Collection[str] = ()
+
+
+def place(family: Family, devices: Sequence[torch.device], spare: Sequence[str] = ()) -> Placement:
+    """Where the parts of a model are put: as evenly as whole layers allow, as parts of the free memory.
 
     Args:
-        family: the model; it may be without values.
+        family: the model; it may be without values. Linears that stay in their files lose their weights.
         devices: the devices, in the order in which a forward pass meets them.
-
-    Returns:
-        Names of modules, or of weights -> devices.
+        spare: names of linears that may stay in their files, where the devices have no room for all of them. As few
+            stay there as can be, the last ones first.
 
     Raises:
         UserError: the model does not fit on all of them together.
+    """
+    linears, kept = family.linears(["language"]), {name: family.model.get_parameter(f"{name}.weight") for name in spare}
+    total = sum(weight.nbytes for weight in family.model.parameters())
+    free = [(free_bytes(device) or 2 * total) for device in devices]
+
+    def leave(count: int) -> list[str]:
+        left = list(spare[len(spare) - count :])
+        for name, weight in kept.items():
+            linears[name].weight = _held(1) if name in left else weight
+        return left
+
+    def fits(count: int) -> bool:
+        leave(count)
+        return _placed(family, free, 1.0) is not None
+
+    count = 0
+    if not fits(0):
+        if not (spare and fits(len(spare))):
+            gigabytes = f"{total / 1e9:.1f} GB of weights do not fit on {_many(devices)}"
+            free_now = " + ".join(f"{size / 1e9:.1f}" for size in free)
+            stay = f"even if {len(spare)} linears stay in their files" if spare else "and none may stay in its file"
+            raise UserError(Problem(f"{gigabytes} with {free_now} GB free, {stay}; {HELPS}", ("model",)))
+        count = bisect_left(range(len(spare)), True, lo=1, key=fits)
+    left = leave(count)
+    if left:
+        gigabytes = sum(kept[name].nbytes for name in left) / 1e9
+        what = "%d of %d linears of the decoder's layers (%.1f GB) stay in their files, because %s no room for them: "
+        has = f"{_many(devices)} ha{'ve' if len(devices) > 1 else 's'}"
+        LOG.warning(what + "every pass reads them, which takes time", count, len(spare), gigabytes, has)
+    best, low, high = _placed(family, free, 1.0) or {}, 0.0, 1.0
+    for _ in range(STEPS if len(devices) > 1 else 0):
+        middle = (low + high) / 2
+        if (found := _placed(family, free, middle)) is None:
+            low = middle
+        else:
+            best, high = found, middle
+    return Placement({name: devices[index] for name, index in best.items()}, left)
+
+
+def _placed(family: Family, free: Sequence[int], share: float) -> dict[str, int] | None:
+    """The number of the device of each part of a model that takes that share of the memory; None if it does not fit.
+
+    Args:
+        family: the model.
+        free: free bytes of each device.
+        share: share of what weights may take of them.
     """
     from accelerate import infer_auto_device_map
 
     model: Any = family.model
     whole = {type(block).__name__ for part in family.parts for block in family.blocks(part)}
-    total = sum(weight.nbytes for weight in model.parameters())
-    free = [(free_bytes(device) or 2 * total) for device in devices]
+    limits = {index: int(size * USABLE * share) for index, size in enumerate(free)}
+    found: dict[str, Any] = infer_auto_device_map(model, limits, no_split_module_classes=sorted(whole))
+    return None if {"disk", "cpu"} & set(map(str, found.values())) else found
 
-    def placed(share: float) -> dict[str, Any] | None:
-        limits = {index: int(size * USABLE * share) for index, size in enumerate(free)}
-        found: dict[str, Any] = infer_auto_device_map(model, limits, no_split_module_classes=sorted(whole))
-        return None if {"disk", "cpu"} & set(map(str, found.values())) else found
 
-    best = placed(1.0)
-    if best is None:
-        gigabytes = f"{total / 1e9:.1f} GB of weights do not fit on {len(devices)} devices"
-        free_now = " + ".join(f"{size / 1e9:.1f}" for size in free)
-        raise UserError(
-            Problem(f"{gigabytes} with {free_now} GB free, and none is kept elsewhere; {HELPS}", ("model",))
-        )
-    low, high = 0.0, 1.0
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        if (found := placed(middle)) is None:
-            low = middle
-        else:
-            best, high = found, middle
-    return {name: devices[index] for name, index in best.items()}
+def _held(size: int) -> nn.Parameter:
+    """A weight without values that takes so many bytes."""
+    return nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
+
+
+def _many(devices: Sequence[torch.device]) -> str:
+    return f"{len(devices)} devices" if len(devices) > 1 else str(devices[0])
 
 
 def spread(model: Any, places: Mapping[str, torch.device]) -> None:

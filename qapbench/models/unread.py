@@ -132,15 +132,20 @@ def any_unread(model: nn.Module) -> bool:
 
 def read_all(model: nn.Module) -> None:
     """Read all weights of a model that are not read yet, for good."""
-    _read(model, lambda weight: True)
+    read_some(model, lambda weight: True)
 
 
-def _read(model: nn.Module, which: Callable[[UnreadWeight], bool]) -> None:
-    """Read weights of a model that are not read yet, for good."""
+def read_some(model: nn.Module, which: Callable[[UnreadWeight], bool]) -> None:
+    """Read weights of a model that are not read yet, for good.
+
+    Args:
+        model: the model.
+        which: says of a weight whether it is read, when those before it are.
+    """
     read: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if isinstance(weight, UnreadWeight) and which(weight):
+            if isinstance(weight, UnreadWeight) and (id(weight) in read or which(weight)):
                 if id(weight) not in read:
                     read[id(weight)] = nn.Parameter(weight.read(), requires_grad=False)
                 setattr(module, name, read[id(weight)])
@@ -167,7 +172,7 @@ def narrow(model: nn.Module, without: Iterable[nn.Linear] = (), in_files_too: bo
         if id(weight) in found:
             module.weight = found[id(weight)]
     if in_files_too:
-        _read(model, lambda weight: not isinstance(weight.source, Tensor))
+        read_some(model, lambda weight: not isinstance(weight.source, Tensor))
 
 
 def _in_16_bits(weight: Tensor) -> Tensor | None:
@@ -198,7 +203,12 @@ def may_wait(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
         dtype: its dtype, as the file spells it.
         shape: its shape.
     """
-    return is_matrix(name, dtype, shape) and any(part in name for part in MATRICES)
+    return is_matrix(name, dtype, shape) and in_a_layer(name)
+
+
+def in_a_layer(name: str) -> bool:
+    """Whether a tensor or a module belongs to a stack of layers, by its name."""
+    return any(part in name for part in MATRICES)
 
 
 def is_matrix(name: str, dtype: str, shape: tuple[int, ...]) -> bool:

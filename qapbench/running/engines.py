@@ -62,8 +62,8 @@ def make_settings(
             raise UserError("--send-files: it is for the nodes of a Ray cluster; add --engine ray")
         place = device if isinstance(device, torch.device) else find_device(device)
     if device_map is not None:
-        if devices := find_devices(device_map, place):
-            place = devices[0]
+        devices = find_devices(device_map, place)
+        place = devices[0]
         more = {**more, "devices": devices, "may_share": False}
     number = (0 if engine == "ray" else 1) if workers is None else workers
     return Settings(

@@ -18,7 +18,8 @@ from qapbench.methods.kinds import pruners, ptqs
 from qapbench.methods.packed import packed_bytes
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower
-from qapbench.models.loading import left_in_files, precision, read_config
+from qapbench.models.loading import left_in_files, may_leave, precision, read_config
+from qapbench.models.placement import USABLE
 from qapbench.models.relevance import find_tower
 from qapbench.models.unread import is_matrix, may_wait
 from qapbench.quantize.calibration import spill
@@ -47,6 +48,7 @@ class Estimate:
         host: bytes in host memory, where the device is another one.
         disk: bytes of what is stored.
         certain: the part of the device's memory without which the model cannot even be loaded.
+        left: bytes of weights that stay in files, because the device has no room for them.
     """
 
     device: str
@@ -54,6 +56,7 @@ class Estimate:
     host: int
     disk: int
     certain: int
+    left: int = 0
 
     @property
     def total(self) -> int:
@@ -64,7 +67,8 @@ class Estimate:
         """The estimate as a sentence."""
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.parts.items() if size)
         host = f"; in host memory about {_size(self.host)}" if self.host else ""
-        return f"about {_size(self.total)} of memory on {self.device} ({parts}){host}; {_size(self.disk)} on disk"
+        left = f"; {_size(self.left)} of weights stay in files, and every pass reads them" if self.left else ""
+        return f"about {_size(self.total)} of memory on {self.device} ({parts}){left}{host}; {_size(self.disk)} on disk"
 
 
 def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
@@ -86,8 +90,12 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
         with contextlib.suppress(UserError):  # it is still to be downloaded
             tensors += stored(format(folder, config).companion(fetch=False))
     left = left_in_files(spec, settings.device, config, settings.offload)
-    weights = _weights(spec, tensors, width, left)
-    parts = {"weights": weights}
+    weights = held = needed = _weights(spec, tensors, width, left)
+    if settings.devices and may_leave(spec, settings.device, config):
+        needed = min(weights, _weights(spec, tensors, width, left_in_files(spec, settings.device, config, True)))
+    if needed < weights and (free := _free(settings)) is not None:
+        held = max(needed, min(weights, int(free * USABLE)))
+    parts = {"weights": held}
     if needs_tower(spec):
         tower, _ = find_tower(spec.text_tower, str(folder), default_tower(config), False)
         texts = [one for one in stored(tower) if "vision_model.encoder" not in one.name] if tower else []
@@ -95,7 +103,7 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     disk = questions * ANSWER
     linears = [tensor for tensor in tensors if len(tensor.shape) == 2 and ".layers." in tensor.name]
     largest = max((tensor.count for tensor in linears), default=0)
-    if settings.offload:
+    if settings.offload or held < weights:
         parts["reading"] = 2 * largest * width
     if spec.quantize:
         parts["quantizing"] = largest * (2 * width + 8)  # a new weight, and float32 copies of it on the way
@@ -113,10 +121,10 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
     if settings.device.type == "cpu":
         everywhere["processes"] = process
     host = 0 if settings.device.type == "cpu" else process + max((t.loaded(width) for t in tensors), default=0)
-    certain = (weights + (PROCESS if settings.device.type == "cpu" else 0)) * settings.workers
+    certain = (needed + (PROCESS if settings.device.type == "cpu" else 0)) * settings.workers
     shared = len(settings.devices)
-    device = f"{shared} {settings.device.type} devices together" if shared else settings.device.type
-    return Estimate(device, everywhere, host, disk, certain)
+    device = f"{shared} {settings.device.type} devices together" if shared > 1 else settings.device.type
+    return Estimate(device, everywhere, host, disk, certain, weights - held)
 
 
 def _weights(spec: RunSpec, tensors: Sequence[Stored], width: int, left: Collection[str]) -> int:
@@ -161,10 +169,7 @@ def of_all(specs: Sequence[RunSpec], settings: Settings, totals: Sequence[int]) 
         found[spec.model] = (one if one.total > best.total else best, disk + one.disk)
     free = _free(settings)
     known = "" if free is None else f"; {_size(free)} are free"
-    return [
-        f"{Path(model).name} needs {Estimate(best.device, best.parts, best.host, disk, best.certain)}{known}"
-        for model, (best, disk) in found.items()
-    ]
+    return [f"{Path(model).name} needs {replace(best, disk=disk)}{known}" for model, (best, disk) in found.items()]
 
 
 def refuse_unless_it_fits(spec: RunSpec, settings: Settings) -> None:
@@ -205,8 +210,11 @@ def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
         with contextlib.suppress(UserError):  # this model cannot be offloaded
             weights = estimate(spec, replace(settings, offload=True)).parts["weights"] // settings.workers
             ways.append(f"`--offload`, which is slow (weights of {_size(weights)})")
-    if settings.device.type == "cuda" and not settings.devices and torch.cuda.device_count() > 1:
-        ways.append("`--device-map auto`, which uses all GPUs")
+    if settings.device.type == "cuda" and not settings.devices:
+        if torch.cuda.device_count() > 1:
+            ways.append("`--device-map auto`, which uses all GPUs")
+        elif may_leave(spec, settings.device, read_config(spec, fetch=False)):
+            ways.append("`--device-map auto`, which leaves layers in files that the GPU has no room for")
     ways.append("a machine with more memory" if settings.device.type == "cpu" else "a larger GPU, or `--device cpu`")
     return "what helps: " + ", or ".join(ways)
 

@@ -78,7 +78,8 @@ def run(
         spill: keep image features for later quantizers in a memory-mapped file below `runs`.
         offload: leave the decoder's weights in the checkpoint's files, where every forward pass reads them: slower, and
             no answer depends on it.
-        device_map: "auto" spreads the model over all GPUs; None puts it on one.
+        device_map: "auto" spreads the model over all GPUs, one or several, and leaves what they have no room for in the
+            checkpoint's files; None puts it on one.
         trust_remote_code: let a checkpoint run its own Python code.
         threads: threads of each process on a CPU. None gives a small model one, and others all cores, shared among the
             workers. No answer depends on it.

@@ -14,10 +14,11 @@ from qapbench.compression import compress
 from qapbench.costing.budget import resolved
 from qapbench.costing.known import costed_model
 from qapbench.hashing import state_of_tree
-from qapbench.memory import Phases, give_back_freed
+from qapbench.memory import Phases, free_bytes, give_back_freed
 from qapbench.models import family_of
-from qapbench.models.loading import load_model, load_processor, precision
-from qapbench.models.unread import any_unread, read_all
+from qapbench.models.loading import load_model, load_processor, may_leave, precision, read_config
+from qapbench.models.placement import USABLE
+from qapbench.models.unread import any_unread, read_some
 from qapbench.progress import ProgressCallback, silent
 from qapbench.prune.build import build_pruning
 from qapbench.prune.prompt import PruningView
@@ -34,6 +35,9 @@ from .plan import Planned
 from .settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from qapbench.tasking.questions import Question
 
 CALIBRATIONS = "calibrations"  # name of their folder, beside those of the runs
@@ -71,6 +75,7 @@ class Session:
         self.phases = Phases(*settings.held_on)
         self.keep_originals: Keep = "checkpoint"
         self._loaded: tuple[Hashable, Any, Any] | None = None
+        self._reserve: dict[torch.device, int] = {}  # bytes that weights leave free where some may stay in files
         self._tasks: dict[Hashable, LoadedTask] = {}
         self._questions: dict[Hashable, list[Question]] = {}
         self._samples: dict[Hashable, CalibrationSamples] = {}
@@ -90,21 +95,30 @@ class Session:
             refuse_unless_it_fits(spec, self.settings)
             self.phases.begin("load")
             settings = self.settings
+            self._reserve = {device: round((1 - USABLE) * (free_bytes(device) or 0)) for device in settings.held_on}
             loaded = load_model(spec, settings.device, settings.trust_remote_code, settings.offload, settings.devices)
             self._loaded = (key, *loaded)
             self.phases.end()
         elif not (_packed(spec) or self.settings.offload):
-            self._read_all(spec, self._loaded[1])
+            self._read(spec, self._loaded[1])
         return self._loaded[1], self._loaded[2]
 
-    def _read_all(self, spec: RunSpec, model: Any) -> None:
-        """Read the weights that a packed run left in their files."""
+    def _read(self, spec: RunSpec, model: Any) -> None:
+        """Read the weights that a packed run left in their files, and those that there was no room for."""
+        settings, config = self.settings, read_config(spec)
         if not any_unread(model):
             return
-        refuse_unless_it_fits(spec, self.settings)
+        may = bool(settings.devices) and may_leave(spec, settings.device, config)
+        if not may:
+            refuse_unless_it_fits(spec, settings)
         self.phases.begin("load")
-        read_all(model)
+        read_some(model, self._room if may else lambda weight: True)
         self.phases.end()
+
+    def _room(self, weight: Tensor) -> bool:
+        """Whether a device has room for a weight that may as well stay in its file."""
+        free = free_bytes(weight.device)
+        return free is None or free - weight.nbytes >= self._reserve.get(weight.device, 0)
 
     def adopt(self, spec: RunSpec, model: Any, processor: Any) -> None:
         """Take a model that is loaded already for the one that a spec names."""

@@ -25,7 +25,8 @@ class Settings:
     Attributes:
         runs: folder of the results.
         device: the device that holds the model, or the first of those that share it.
-        devices: the devices that share the model; empty if one has all of it.
+        devices: the devices that share the model, one or several, and that leave what they have no room for in its
+            files; empty if `device` has all of it.
         batch_size: number of questions answered together; no answer depends on it.
         workers: number of workers that share the questions. 0, with Ray: as many as the cluster has room for.
         engine: where workers run: "local" is processes of this machine, "ray" a Ray cluster.
@@ -95,7 +96,7 @@ def find_devices(device_map: str, first: torch.device) -> tuple[torch.device, ..
         first: a device of their kind.
 
     Returns:
-        All devices of that kind; none if there is only one, which has all of the model.
+        All devices of that kind.
 
     Raises:
         UserError: there is no such way, the device is a CPU or a certain one, or accelerate is not installed.
@@ -108,5 +109,4 @@ def find_devices(device_map: str, first: torch.device) -> tuple[torch.device, ..
         raise UserError(f"--device-map: it uses every {first.type}, and --device {first} is a certain one; name one")
     if find_spec("accelerate") is None:
         raise UserError("--device-map: it needs the package accelerate; pip install accelerate")
-    count = getattr(torch, first.type).device_count()
-    return tuple(torch.device(first.type, index) for index in range(count)) if count > 1 else ()
+    return tuple(torch.device(first.type, index) for index in range(getattr(torch, first.type).device_count()))

@@ -84,7 +84,8 @@ def in_words(specs: Sequence[RunSpec], settings: Settings) -> str:
         return f"{settings.engine}: batches of {settings.batch_size}"
     processes = f"{settings.workers} process{'es' if settings.workers > 1 else ''}"
     if settings.device.type != "cpu":
-        shared = f"{len(settings.devices)} devices with one model" if settings.devices else settings.device
+        several = len(settings.devices) > 1
+        shared = f"{len(settings.devices)} devices with one model" if several else settings.device
         return f"{shared}: {processes}, batches of {settings.batch_size}"
     each: dict[int, list[str]] = {}
     for model, spec in {spec.model: spec for spec in specs}.items():
