@@ -66,7 +66,7 @@ def load_model(
     placement = Placement({})
     if devices and not format_of(config) and quantization_of(config) is None:
         outline = skeleton(folder, getattr(torch, dtype), trust_remote_code)
-        shrunk(outline, scope, spec.quantize)
+        shrunk(outline, scope, spec)
         may = "language" not in scope and may_leave(spec, device, config)
         placement = place(outline, devices, [*filter(in_a_layer, outline.linears(["language"]))] if may else [])
 
@@ -138,7 +138,7 @@ def left_in_files(spec: RunSpec, device: torch.device, config: Mapping[str, Any]
         if offload:
             raise UserError(Problem(f"--offload has no effect on this model, because {why}; leave it out", ("model",)))
         return []
-    packed = spec.quantize.scope if spec.quantize is not None and spec.quantize.storage == "packed" else []
+    packed = spec.quantize.scope if spec.quantize is not None and spec.packs else []
     decoder: list[Scope] = ["language"] if offload else []
     return sorted({*packed, *decoder}, key=get_args(Scope).index)
 
@@ -149,8 +149,7 @@ def may_leave(spec: RunSpec, device: torch.device, config: Mapping[str, Any]) ->
 
     The arguments are those of `left_in_files`.
     """
-    quantized = spec.quantize is not None and "language" in spec.quantize.scope
-    return not quantized and _why_all_is_read(device, config) is None
+    return not spec.quantizes("language") and _why_all_is_read(device, config) is None
 
 
 def _why_all_is_read(device: torch.device, config: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,8 @@ from torch import nn
 from qapbench.errors import Problem, UserError
 from qapbench.memory import free_bytes
 from qapbench.methods.packed import packed_bytes
-from qapbench.spec.quantize_spec import QuantizeSpec, Scope
+from qapbench.spec.quantize_spec import Scope
+from qapbench.spec.run_spec import RunSpec
 from qapbench.visible import visible_logger
 
 from .family import Family, family_of
@@ -45,19 +46,19 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) 
     return family_of(model)
 
 
-def shrunk(family: Family, left: Collection[Scope], quantize: QuantizeSpec | None) -> None:
+def shrunk(family: Family, left: Collection[Scope], spec: RunSpec) -> None:
     """Give the linears of a model without values the size that a run holds of them.
 
     Args:
         family: the model.
         left: parts of it whose linears stay in their files until they are packed, or for good.
-        quantize: how the run quantizes; None if it does not.
+        spec: the run.
     """
     for part in left:
+        weights = spec.weights_of(part)
+        if weights is not None and not spec.packs:
+            continue  # they are quantized in memory
         for linear in family.linears([part]).values():
-            weights = quantize.weights if quantize is not None and part in quantize.scope else None
-            if weights is not None and quantize is not None and quantize.storage != "packed":
-                continue  # they are quantized in memory
             size = 1 if weights is None else packed_bytes(weights, *linear.weight.shape)
             linear.weight = _held(size)
 

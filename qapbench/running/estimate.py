@@ -107,7 +107,7 @@ def estimate(spec: RunSpec, settings: Settings, questions: int = 0) -> Estimate:
         parts["reading"] = 2 * largest * width
     if spec.quantize:
         parts["quantizing"] = largest * (2 * width + 8)  # a new weight, and float32 copies of it on the way
-        if spec.quantize.storage == "packed":
+        if spec.packs:
             parts["quantizing"] += largest * width  # the buffer that a weight is unpacked to
         if spec.quantize.calibration and created(ptqs, spec.quantize.method).calibrates:
             found = sum(tensor.loaded(width) for tensor in linears)
@@ -136,12 +136,12 @@ def _weights(spec: RunSpec, tensors: Sequence[Stored], width: int, left: Collect
         width: bytes of a value of the model's dtype.
         left: parts of the model whose linears stay in their files, unless they are quantized.
     """
-    quantize, total = spec.quantize, 0
+    total = 0
     for tensor in tensors:
         part = "vision" if any(word in tensor.name for word in VISION) else "language"
         stays = part in left and may_wait(tensor.name, tensor.dtype, tensor.shape)
-        weights = quantize.weights if quantize is not None and part in quantize.scope else None
-        if stays and weights is not None and quantize is not None and quantize.storage == "packed":
+        weights = spec.weights_of(part)
+        if stays and weights is not None and spec.packs:
             total += packed_bytes(weights, tensor.shape[0], tensor.shape[1])
         elif not stays or weights is not None:
             total += _narrowed(tensor, width) if left and not stays else tensor.loaded(width)
@@ -222,7 +222,7 @@ def _what_helps(spec: RunSpec, settings: Settings, needs: Estimate) -> str:
 def _packed(spec: RunSpec) -> RunSpec | None:
     """The same run with packed weights; None if it quantizes no weights, or packs them already."""
     quantize = spec.quantize
-    if quantize is None or quantize.weights is None or quantize.storage == "packed" or quantize.backend != "simulate":
+    if quantize is None or quantize.weights is None or spec.packs or quantize.backend != "simulate":
         return None
     return spec.model_copy(update={"quantize": quantize.model_copy(update={"storage": "packed"})})
 

@@ -44,11 +44,6 @@ CALIBRATIONS = "calibrations"  # name of their folder, beside those of the runs
 LARGE = 2**30  # bytes of weights from which memory that is left behind counts
 
 
-def _packed(spec: RunSpec) -> bool:
-    """Whether a run needs no weights but those that it packs."""
-    return spec.quantize is not None and spec.quantize.storage == "packed"
-
-
 def _bytes(folder: Path) -> int:
     """Size of the weights of a checkpoint."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -99,7 +94,7 @@ class Session:
             loaded = load_model(spec, settings.device, settings.trust_remote_code, settings.offload, settings.devices)
             self._loaded = (key, *loaded)
             self.phases.end()
-        elif not (_packed(spec) or self.settings.offload):
+        elif not (spec.packs or self.settings.offload):
             self._read(spec, self._loaded[1])
         return self._loaded[1], self._loaded[2]
 

@@ -19,6 +19,7 @@ from pydantic import (
 
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_json
+from qapbench.methods.formats import Format
 from qapbench.methods.kinds import pruners
 from qapbench.methods.parameters import problems_of
 from qapbench.methods.plugins import load_plugin_files
@@ -241,6 +242,19 @@ class RunSpec(Strict):
         if wanted is None or wanted.task is None:
             return self
         return self.model_copy(update={"task": TaskSpec(name=wanted.task), "tasks": []})
+
+    @property
+    def packs(self) -> bool:
+        """Whether quantized weights are stored packed."""
+        return self.quantize is not None and self.quantize.storage == "packed"
+
+    def quantizes(self, part: str) -> bool:
+        """Whether linears of a part of the model are quantized."""
+        return self.quantize is not None and part in self.quantize.scope
+
+    def weights_of(self, part: str) -> Format | None:
+        """The format of the weights of a part's linears, unless it is overridden; None if they are not quantized."""
+        return self.quantize.weights if self.quantize is not None and part in self.quantize.scope else None
 
     def without_images(self) -> RunSpec:
         """The run that finds out which questions of the task need their image: nothing compressed, images blank."""

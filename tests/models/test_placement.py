@@ -57,7 +57,7 @@ def test_what_stays_in_files_or_is_packed_counts_with_that_size(folder: Path, mo
     linears = sum(linear.weight.nbytes for linear in whole.linears(["language"]).values())
     for spec, share in ((spec_of(folder, quantize=W4), 0.25), (spec_of(folder), 0.001)):
         family = skeleton(folder, torch.float32)
-        shrunk(family, ["language"], spec.quantize)
+        shrunk(family, ["language"], spec)
         held = sum(weight.nbytes for weight in family.model.parameters())
         assert total - linears < held < total - linears * (1 - share)
 
