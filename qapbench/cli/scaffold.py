@@ -17,7 +17,7 @@ from qapbench.files import replace_all_synced
 from . import completion
 from .console import out
 
-Kind = Literal["metric", "fusion", "pruner", "ptq"]
+Kind = Literal["metric", "fusion", "pruner", "ptq", "allocation"]
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -83,6 +83,8 @@ def _sections(kind: str, name: str, keep: int, format: dict[str, int]) -> dict[s
     prune: dict[str, Any] = {"method": "cdpruner", "keep": keep}
     if kind == "ptq":
         return {"quantize": {**quantize, "method": name}, "prune": prune}
+    if kind == "allocation":
+        return {"quantize": {**quantize, "allocate": name, "calibration": {"samples": 16}}, "prune": prune}
     if kind == "pruner":
         return {"quantize": quantize, "prune": {**prune, "method": name}}
     scores = {"sensitivity": name} if kind == "metric" else {"sensitivity": "combined", "fusion": name}
