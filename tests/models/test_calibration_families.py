@@ -47,6 +47,30 @@ def test_blocks_see_what_a_forward_pass_sees(model_type: str) -> None:
 
 
 @each_family
+def test_no_later_block_is_computed_while_inputs_are_captured(model_type: str) -> None:
+    """A block of the decoder runs once per sample, to hand its outputs on, and the first one once more."""
+    model, inputs = tiny(model_type)
+    family = family_of(model)
+    blocks = family.blocks("language")
+    calls = [0] * len(blocks)
+
+    def count(index: int) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            calls[index] += 1
+
+        return hook
+
+    for index, block in enumerate(blocks):
+        next(inner for inner in block.modules() if isinstance(inner, torch.nn.Linear)).register_forward_pre_hook(
+            count(index)
+        )
+    samples = CalibrationSamples([inputs, text_of(inputs, family.image_token)])
+    Calibration(model, samples, family).block_by_block(family.linears(["language"]), lambda block: {})
+    assert calls == [4, *[2] * (len(blocks) - 2), 0]
+    assert not any("forward" in block.__dict__ for block in blocks)
+
+
+@each_family
 def test_visual_tokens_are_told_from_text(model_type: str) -> None:
     model, inputs = tiny(model_type)
     family = family_of(model)

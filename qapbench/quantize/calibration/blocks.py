@@ -308,7 +308,7 @@ def catching(
             first.
         spill: where the tensors are kept.
         emptied: whether the modules answer with zeros, so that the next one's hidden states are what the model adds
-            between the two.
+            between the two. Where the first one returns nothing but its hidden states, the others are not computed.
 
     Yields:
         For each module a list of its calls.
@@ -341,8 +341,12 @@ def catching(
 
     def empty(module: nn.Module, args: Any, output: Any) -> Any:
         zeros = torch.zeros_like(first(output))
+        if module is chain[0] and isinstance(output, Tensor):
+            for later in chain[1:]:
+                skipping.enter_context(_answering_with_zeros(later))
         return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
 
+    skipping = contextlib.ExitStack()
     handles = [module.register_forward_pre_hook(catch(index), with_kwargs=True) for index, module in enumerate(chain)]
     handles += [module.register_forward_hook(empty) for module in chain if emptied]
     if not any(stop is module for module in chain):
@@ -350,8 +354,27 @@ def catching(
     try:
         yield caught
     finally:
+        skipping.close()
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _answering_with_zeros(module: nn.Module) -> Iterator[None]:
+    """While the context is open, a block computes nothing: it answers with zeros in place of hidden states."""
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(args[0] if args else kwargs[HIDDEN])
+
+    before = module.__dict__.get("forward")  # such as that of accelerate
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @contextlib.contextmanager
