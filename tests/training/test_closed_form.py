@@ -14,11 +14,12 @@ pytest.importorskip("peft")
 
 from assembly_parts import tiny_llama, write_gguf
 
+from qapbench.tasks.diagramqa.generate import sample
 from training.labels import Labeller
 from training.model import build_models, build_tokenizers
 from training.smol import packs as packing
 from training.smol import train as command
-from training.smol.closed_form import Meanings, _pairs, fit_projector
+from training.smol.closed_form import Meanings, _pairs, fit_projector, reading
 from training.smol.model import start
 from training.smol.packs import Wording
 from training.smol.stages import Seeing
@@ -77,6 +78,30 @@ def test_the_weights_solve_the_ridge_regression(begun: tuple[Any, Wording], labe
     torch.testing.assert_close(pull, ridge * gram * projector.linear_2.weight.T.double(), rtol=1e-2, atol=1e-6)
     half = projector.linear_1.out_features // 2
     torch.testing.assert_close(projector.linear_1.weight[:half], -projector.linear_1.weight[half : 2 * half])
+
+
+def test_reading_compares_things_in_the_picture_with_others(begun: tuple[Any, Wording], labeller: Labeller) -> None:
+    """A model that says exactly what the picture shows reads with probability 1."""
+    llava, wording = begun
+    shown: list[set[str]] = []
+    names = [name for name in labeller.slots["name"] if name.islower() and name.isalpha()]
+
+    def told(**inputs: Any) -> SimpleNamespace:
+        logits = torch.zeros(1, 1, llava.config.text_config.vocab_size)
+        index = next(i for i in indices)
+        scene = sample(0, index, "val", modality="image")
+        shown.append({thing.name for thing in scene.things} & set(names))
+        logits[..., [wording.ids(f" {name}")[0] for name in shown[-1]]] = 1.0
+        return SimpleNamespace(logits=logits)
+
+    some = [
+        index
+        for index in range(12)
+        if {thing.name for thing in sample(0, index, "val", modality="image").things} & set(names)
+    ]
+    indices = iter(some)
+    assert reading(told, wording, labeller, 12) == 1.0
+    assert len(shown) == len(some) > 2 and all(shown)
 
 
 def test_a_fitted_projector_takes_the_place_of_the_first_stage(
