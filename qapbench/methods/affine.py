@@ -135,7 +135,7 @@ class Levels:
                 floor, ceiling = low.clamp(max=0), high.clamp(min=0)
             width = ceiling - floor
             # Where the width of the range overflows, its parts do not.
-            scale = torch.where(width.isinf(), ceiling / highest - floor / highest, width / highest)
+            scale = torch.where(width == torch.inf, ceiling / highest - floor / highest, width / highest)
         scale = torch.where(low == high, low.abs(), scale.clamp(min=SMALLEST))
         scale = scale.masked_fill(scale == 0, 1)  # a range of zeros: dividing by 1 gives zeros instead of NaNs
         if self.symmetric:

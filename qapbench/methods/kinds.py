@@ -43,14 +43,15 @@ Scoring = TypeVar("Scoring", bound=Callable[..., Tensor])
 TOGETHER = 2**20  # values of several images that a metric scores in one call, at most: no more calls are saved by more
 
 
-def batched(metric: Scoring) -> Scoring:
-    """Decorator of a metric whose scores of an image keep their bits if other images are scored in the same call.
+def batched(scoring: Scoring) -> Scoring:
+    """Decorator of a metric or a fusion whose scores of an image keep their bits if others are scored in the same call.
 
-    That is so if it only computes with single values, sums and extremes of a token's channels, and extremes of an
-    image's tokens. It is not if it multiplies matrices. Small images then cost fewer calls.
+    That is so if it only adds, multiplies, divides and compares single values, and takes sums and extremes of a token's
+    channels and extremes of an image's tokens. It is not if it multiplies matrices or raises to a power. Small images
+    then cost fewer calls.
     """
-    metric.batched = True  # type: ignore[attr-defined]
-    return metric
+    scoring.batched = True  # type: ignore[attr-defined]
+    return scoring
 
 
 class Quantizer(Protocol):
@@ -103,18 +104,24 @@ def _normalised(name: str, choices: Sequence[Choice], values: Sequence[Tensor | 
         choices: the choices.
         values: for each of them its scores [B, N]; None where there are none.
     """
-    given = [value for value in values if value is not None]
-    alike = {(value.shape, value.dtype, value.device) for value in given} if len(given) == len(values) else set()
-    together = torch.cat(given) if len(alike) == 1 and len(given) > 1 else None
-    sized = all(one.tokens.projected.shape[:2] == value.shape for one, value in zip(choices, given, strict=False))
+    together = _joined(values)
+    sizes = [one.tokens.projected.shape[:2] for one in choices]
+    sized = sizes == [None if value is None else value.shape for value in values]
     if together is not None and sized and together.is_floating_point() and all_finite(together):
-        return list(min_max(together.float()).split(len(given[0])))
+        return list(min_max(together.float()).split(len(together) // len(values)))
     found: list[Tensor | None] = []
     for one, value in zip(choices, values, strict=True):
         if value is not None:
             _check_scores(value, one.tokens, name)
         found.append(None if value is None else min_max(value.float()))
     return found
+
+
+def _joined(values: Sequence[Tensor | None]) -> Tensor | None:
+    """Several tensors [B, ...] of one size as one; None if there are not several, or not of one size."""
+    given = [value for value in values if value is not None]
+    alike = {(value.shape, value.dtype, value.device) for value in given}
+    return torch.cat(given) if len(given) == len(values) > 1 == len(alike) else None
 
 
 class Choice(NamedTuple):
@@ -176,6 +183,16 @@ class Pruner(abc.ABC):
     def relevance(self, tokens: VisionTokens) -> Tensor | None:
         """Semantic relevance [B, N] on any scale, higher means keep. None if the method has no such score."""
         return None
+
+    def relevance_each(self, several: Sequence[VisionTokens]) -> Sequence[Tensor | None]:
+        """The relevance of several batches of images, for each of them what `relevance` gives.
+
+        A method may override this to work on all of them at the same time. No bit may depend on the others.
+
+        Args:
+            several: the batches. Their sizes may differ.
+        """
+        return [self.relevance(tokens) for tokens in several]
 
     @abc.abstractmethod
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
@@ -241,11 +258,16 @@ class Pruner(abc.ABC):
                 one.tokens.require(name, type(self).__name__)
         fewer = [one for one in choices if keep < one.tokens.count]
         scored = list(zip((one.tokens for one in fewer), self._scores_each(fewer, fusion), strict=True))
-        chosen = iter(self.choose_each(scored, keep) if scored else [])
+        found = self.choose_each(scored, keep) if scored else []
+        together = _joined([one.indices for one in found])
+        ordered: Sequence[Tensor | None] = [None] * len(found)
+        if together is not None:
+            ordered = together.sort(dim=-1).values.split(len(together) // len(found))
+        chosen = iter(zip(found, ordered, strict=True))
         return [
             Selection.everything(one.tokens)
             if keep == one.tokens.count
-            else self._checked(next(chosen), one.tokens, keep)
+            else self._checked(*next(chosen), one.tokens, keep)
             for one in choices
         ]
 
@@ -265,6 +287,12 @@ class Pruner(abc.ABC):
         semantic = _normalised("relevance", choices, relevances)
         sensitive = _normalised("sensitivity", choices, [one.sensitivity for one in choices])
         fuse = fusion or fusions.create(fusions.default)
+        if getattr(fuse, "batched", False):
+            every, each = _joined(semantic), _joined(sensitive)
+            if every is not None and each is not None:
+                fused = fuse(every, each)
+                if fused.shape == every.shape and all_finite(fused) and float(fused.amin()) >= 0:
+                    return list(fused.split(len(fused) // len(choices)))
         found: list[Tensor] = []
         for one, relevance, sensitivity in zip(choices, semantic, sensitive, strict=True):
             if relevance is None or sensitivity is None:
@@ -279,9 +307,16 @@ class Pruner(abc.ABC):
             found.append(fused)
         return found
 
-    def _checked(self, chosen: Selection, tokens: VisionTokens, keep: int) -> Selection:
-        """Sort the indices of a selection, or raise a RuntimeError that names the method and its mistake."""
-        indices = chosen.indices.sort(dim=-1).values
+    def _checked(self, chosen: Selection, indices: Tensor | None, tokens: VisionTokens, keep: int) -> Selection:
+        """A selection with its indices sorted, or a RuntimeError that names the method and its mistake.
+
+        Args:
+            chosen: the selection.
+            indices: its indices, sorted; None if they are not sorted yet.
+            tokens: what was chosen from.
+            keep: how many tokens were asked for.
+        """
+        indices = chosen.indices.sort(dim=-1).values if indices is None else indices
         method = type(self).__name__
         if chosen.budget != keep or indices.shape[0] != tokens.batch:
             raise RuntimeError(f"{method} kept {chosen.budget} tokens where {keep} were asked for")
@@ -482,7 +517,8 @@ def _call(entry: Entry[Any], params: dict[str, Any]) -> Any:
 
 
 def _build_fusion(entry: Entry[Fusion], params: dict[str, Any]) -> Fusion:
-    return functools.partial(entry.target, **params)
+    fusion = functools.partial(entry.target, **params)
+    return batched(fusion) if getattr(entry.target, "batched", False) else fusion
 
 
 def _build_allocation(entry: Entry[Allocation], params: dict[str, Any]) -> Allocation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -43,6 +42,7 @@ _SHAPES = {
     "text_states": "B L D",
     "embedded": "B E D",
 }
+_LETTERS = {name: tuple(shape.split()) for name, shape in _SHAPES.items()}
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ class VisionTokens:
 
     def __post_init__(self) -> None:
         sizes: dict[str, int] = {}
-        for name, shape in _SHAPES.items():
+        for name in _SHAPES:
             value = getattr(self, name)
             if value is not None:
-                _check_tensor(name, value, shape, sizes)
+                _check_tensor(name, value, sizes)
         if self.keys is not None and self.keys.shape[-1] % self.heads:
             raise UserError(f"tokens.keys: width {self.keys.shape[-1]} is not a multiple of heads={self.heads}")
         if self.grid is not None and self.grid[0] * self.grid[1] != self.count:
@@ -192,23 +192,22 @@ class VisionTokens:
             UserError: a field has another shape, or values that are not finite.
         """
         sizes: dict[str, int] = {}
-        made = copy.copy(self)
-        for name, shape in _SHAPES.items():
-            held = getattr(self, name)
-            if held is not None and name not in values:
-                sizes |= zip(shape.split(), held.shape, strict=True)
+        for name, held in vars(self).items():
+            if isinstance(held, Tensor) and name not in values:
+                sizes |= zip(_LETTERS[name], held.shape, strict=True)
         for name, value in values.items():
-            _check_tensor(name, value, _SHAPES[name], sizes)
-            object.__setattr__(made, name, value)
-        object.__setattr__(made, "relevance_sign", sign)
-        return made
+            _check_tensor(name, value, sizes)
+        return self._changed(**values, relevance_sign=sign)
 
     def only(self, names: Iterable[str]) -> VisionTokens:
         """A copy with the optional tensor fields and `image_ids` set to None, except those in `names`."""
-        kept = copy.copy(self)
-        for name in {*_SHAPES, "image_ids"} - {*names, "projected"}:
-            object.__setattr__(kept, name, None)  # the values were checked already: skip __post_init__
-        return kept
+        return self._changed(**dict.fromkeys({*_SHAPES, "image_ids"} - {*names, "projected"}))
+
+    def _changed(self, **values: Any) -> VisionTokens:
+        """A copy with other values, which were checked already."""
+        made = object.__new__(VisionTokens)  # `replace` would check all values again
+        vars(made).update({**vars(self), **values})
+        return made
 
     def take(self, places: Tensor, grid: tuple[int, int] | None = None) -> VisionTokens:
         """The tokens at the same places in every image.
@@ -239,16 +238,15 @@ class VisionTokens:
         if isinstance(index, int):
             index = range(self.batch)[index]  # raises IndexError past the end, which ends iteration
             index = slice(index, index + 1)
-        some = copy.copy(self)
-        for name in (*_SHAPES, "image_ids"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(some, name, value[index])  # the values were checked already: skip __post_init__
-        return some
+        elif index.indices(self.batch) == (0, self.batch, 1):
+            return self
+        held = {name: vars(self)[name] for name in (*_SHAPES, "image_ids")}
+        return self._changed(**{name: value[index] for name, value in held.items() if value is not None})
 
 
 def per_token() -> list[str]:
     """Names of the fields that hold one value or vector per token."""
-    return [name for name, shape in _SHAPES.items() if shape.split()[1] == "N"]
+    return [name for name, letters in _LETTERS.items() if letters[1] == "N"]
 
 
 def all_finite(values: Tensor) -> bool:
@@ -257,9 +255,9 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
-def _check_tensor(name: str, value: Tensor, shape: str, sizes: dict[str, int]) -> None:
+def _check_tensor(name: str, value: Tensor, sizes: dict[str, int]) -> None:
     """Check type, dimensions and finiteness of one field. `sizes` collects the size of each dimension seen so far."""
-    letters = shape.split()
+    letters = _LETTERS[name]
     if not isinstance(value, Tensor) or value.ndim != len(letters) or not value.is_floating_point():
         got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise UserError(f"tokens.{name}: expected a floating tensor [{', '.join(letters)}], got {got}")

@@ -85,7 +85,7 @@ class EncodedImage:
     @property
     def count(self) -> int:
         """Number of tokens that can be pruned."""
-        return len(self.features) - (0 if self.separators is None else int(self.separators.sum()))
+        return self.features.shape[0] - (0 if self.separators is None else int(self.separators.sum()))
 
 
 @dataclass(frozen=True)

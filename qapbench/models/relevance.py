@@ -113,7 +113,7 @@ class TextTower:
         of which is padded with zeros. Only the last segment holds the end token at which CLIP pools; the others are
         pooled at their first token.
         """
-        return self.embed_texts([text])[0]
+        return self.known[text] if text in self.known else self.embed_texts([text])[0]
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str], kept: Kept | None = None) -> list[Tensor]:
@@ -256,50 +256,54 @@ class QuestionReader:
         """Whether a question given as text is needed as token ids of the language model."""
         return "prompt_embeds" in self.needs or (self.tower is None and "text_embeds" in self.needs)
 
-    def fields(
+    def of_image(self, image: VisionTokens, known: dict[Hashable, Any]) -> dict[str, Tensor]:
+        """The fields that are needed and that follow from the image alone.
+
+        Args:
+            image: the image's tokens, one row for each of its B views.
+            known: earlier results for this image, to which new ones are added.
+        """
+        if "image_embeds" not in self.needs:
+            return {}
+        tower = self.tower
+        if tower is None:
+            return {"image_embeds": image.projected}
+        patches = image.require("patches", "the text tower")
+        return {"image_embeds": memoized(known, ("image_embeds", id(tower)), lambda: tower.embed_patches(patches))}
+
+    def of_question(
         self,
         image: VisionTokens,
         text: str | None,
         prompt: Callable[[], Tensor],
-        given: Tensor | None = None,
-        of_image: dict[Hashable, Any] | None = None,
-        of_question: dict[Hashable, Any] | None = None,
+        given: Tensor | None,
+        known: dict[Hashable, Any],
     ) -> dict[str, Tensor]:
-        """Compute the question's fields for one image: those of FIELDS that are needed.
+        """The fields that are needed and that follow from the question.
 
         Args:
             image: the image's tokens, one row for each of its B views.
             text: the question, for the text tower.
             prompt: makes [L] token ids of the prompt without placeholders, padding and answer.
             given: [L] token ids of a question that is to take the place of the prompt; None takes the prompt.
-            of_image: earlier results for this image, to which new ones are added.
-            of_question: earlier results for this image and question, to which new ones are added.
+            known: earlier results for this image and question, to which new ones are added.
 
         Raises:
             UserError: the text tower needs the question and `text` is None.
         """
-        of_image, of_question = {} if of_image is None else of_image, {} if of_question is None else of_question
         tower, found = self.tower, dict[str, Tensor]()
         if self.needs_words:
             if given is None:
-                words = memoized(of_question, "prompt_embeds", lambda: self.embed(prompt()).unsqueeze(0))
+                words = memoized(known, "prompt_embeds", lambda: self.embed(prompt()).unsqueeze(0))
             else:
                 words = self.embed(given).unsqueeze(0)
-            words = words.to(image.projected.device)
-            found["prompt_embeds"] = words
+            found["prompt_embeds"] = words = words.to(image.projected.device)
             if tower is None:
-                found |= {"image_embeds": image.projected, "text_embeds": words.mean(dim=1, keepdim=True)}
-        elif tower is None:
-            found["image_embeds"] = image.projected
-        if tower is not None:
-            if "image_embeds" in self.needs:
-                patches = image.require("patches", "the text tower")
-                key = ("image_embeds", id(tower))
-                found["image_embeds"] = memoized(of_image, key, lambda: tower.embed_patches(patches))
-            if "text_embeds" in self.needs:
-                if text is None:
-                    raise UserError("relevance needs the question: pass `relevance_text=`, or `compress` a processor")
-                found["text_embeds"] = memoized(of_question, ("text_embeds", id(tower)), lambda: tower.embed_text(text))
+                found["text_embeds"] = words.mean(dim=1, keepdim=True)
+        if tower is not None and "text_embeds" in self.needs:
+            if text is None:
+                raise UserError("relevance needs the question: pass `relevance_text=`, or `compress` a processor")
+            found["text_embeds"] = tower.embed_text(text)
         return {name: value.expand(image.batch, -1, -1) for name, value in found.items() if name in self.needs}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,20 +49,31 @@ class Wanted(NamedTuple):
 
     Attributes:
         tokens: views of one image, or of several.
-        relevance: their relevance, if it was computed already.
         keep: the budget of each view.
-        of_images: results that depend on the images alone.
+        memo: results for these views.
     """
 
     tokens: VisionTokens
-    relevance: Tensor | None
     keep: int
-    of_images: dict[Hashable, Any]
+    memo: Memo
 
 
-Steps = Generator[Wanted, tuple[Selection, Tensor | None], Any]
-"""What one prompt is pruned in: yields what it wants, and goes on with the selection and the sensitivity that it is
-sent."""
+class Chosen(NamedTuple):
+    """What a prompt is sent that waits for a selection.
+
+    Attributes:
+        selection: the selection.
+        relevance: the relevance that it followed; None if the pruner has none.
+        sensitivity: the sensitivity that it followed; None if there is no metric.
+    """
+
+    selection: Selection
+    relevance: Tensor | None
+    sensitivity: Tensor | None
+
+
+Steps = Generator[Wanted, Chosen, Any]
+"""What one prompt is pruned in: yields what it wants, and goes on with what it is sent."""
 
 
 class Ask(NamedTuple):
@@ -192,7 +203,7 @@ class Pruning:
         if pruned.inside is None:
             for image in pruned.chosen or ():
                 self.receipt.saw_image(image.available, len(image.indices), image.merged, image.separators)
-            self._tell(pruned.chosen or [])
+            self._tell([detached(image) for image in pruned.chosen or ()])
             yield ready
             return
         with pruned.inside() as images:
@@ -238,7 +249,7 @@ class Pruning:
         """
         steps = [self._pruned(*ask) for ask in asks]
         found: dict[int, PrunedPrompt] = {}
-        sent: dict[int, tuple[Selection, Tensor | None] | None] = dict.fromkeys(range(len(steps)))
+        sent: dict[int, Chosen | None] = dict.fromkeys(range(len(steps)))
         while sent:
             waiting: dict[int, Wanted] = {}
             for index, made in sent.items():
@@ -249,27 +260,24 @@ class Pruning:
             sent = dict(zip(waiting, self._chosen(list(waiting.values())), strict=True))
         return [found[index] for index in range(len(steps))]
 
-    def _chosen(self, wanted: Sequence[Wanted]) -> list[tuple[Selection, Tensor | None]]:
-        """The selections that prompts wait for, and the sensitivities that they followed."""
+    def _chosen(self, wanted: Sequence[Wanted]) -> list[Chosen]:
+        """The selections that prompts wait for, and the scores that they followed."""
         front = self.pruner.front or self.pruner  # nothing is wanted without a front
-        sensitivities = self._sensitivities(wanted)
+        # Relevance depends on neither budget nor metric, sensitivity on the images alone.
+        of = self.spec.method, id(self.reader.tower)
+        relevances = _scores(of, [(one.memo.question, one.tokens) for one in wanted], front.relevance_each)
+        sensitivities: list[Tensor | None] = [None] * len(wanted)
+        if self.sensitivity is not None:
+            shown = [(one.memo.image, one.tokens.projected) for one in wanted]
+            sensitivities = _scores(("sensitivity", self.spec.sensitivity), shown, self.sensitivity.each)
         found: dict[int, Selection] = {}
         for keep in dict.fromkeys(one.keep for one in wanted):
             places = [place for place, one in enumerate(wanted) if one.keep == keep]
-            choices = [Choice(wanted[at].tokens, sensitivities[at], wanted[at].relevance) for at in places]
+            choices = [Choice(wanted[at].tokens, sensitivities[at], relevances[at]) for at in places]
             found |= zip(places, front.select_each(choices, keep, self.fusion), strict=True)
-        return [(found[place], sensitivity) for place, sensitivity in enumerate(sensitivities)]
-
-    def _sensitivities(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
-        """The sensitivity of each prompt's tokens. It depends on their images alone."""
-        if self.sensitivity is None:
-            return [None] * len(wanted)
-        key = ("sensitivity", self.spec.sensitivity)
-        lacking = {id(one.of_images): one for one in wanted if key not in one.of_images}
-        made = self.sensitivity.each([one.tokens.projected for one in lacking.values()])
-        for one, scores in zip(lacking.values(), made, strict=True):
-            one.of_images[key] = scores
-        return [one.of_images[key] for one in wanted]
+        return [
+            Chosen(found[place], *scores) for place, scores in enumerate(zip(relevances, sensitivities, strict=True))
+        ]
 
     def _pruned(
         self, prompt: dict[str, Any], encoded: EncodedImages, relevance_text: list[str] | None, memo: Memo
@@ -294,8 +302,7 @@ class Pruning:
         features = [image.features for image in images]
         removed = ids.shape[1] - inputs["input_ids"].shape[1]
         if self.decoder is None:
-            said, chosen = [image.stored() for image in images], [detached(image) for image in images]
-            return PrunedPrompt(inputs, features, said, chosen, removed=removed)
+            return PrunedPrompt(inputs, features, [image.stored() for image in images], images, removed=removed)
         grids = [views.tokens.grid for views in encoded.views]
         drops = schedules(encoded, self.spec, self._view_tokens)
         views = [[Entering.of(part, keeps, grids, drops) for part in own] for own in parts]
@@ -381,7 +388,7 @@ class Pruning:
                 image = views.owners[span[0]]
                 text = relevance_text[image] if relevance_text else None
                 budget = keep if "downsampled" in self.needs else None
-                key = ("tokens", self.needs, self.reader.needs, id(self.reader.tower), budget)
+                reads = ("tokens", self.needs, self.reader.needs, id(self.reader.tower), budget)
                 batch = slice(span[0], span[-1] + 1)
                 everything = keep == views.tokens.count and self.on_view is None  # whatever the question is
                 if everything or self.pruner.front is None:
@@ -389,10 +396,12 @@ class Pruning:
                     selection = Selection.everything(tokens)
                 else:
                     own_question = functools.partial(question, image)
-                    make = functools.partial(self._tokens, prompt, views, batch, budget, own_question, text, mine)
-                    tokens = memoized(mine.question, key, make)
+                    see = functools.partial(self._seen, prompt, views, batch, budget, mine)
+                    seen = memoized(mine.image, reads, see)
+                    ask = functools.partial(self._asked, seen, own_question, text, mine)
+                    tokens = memoized(mine.question, reads, ask)
                     owners = [views.owners[view] for view in span]
-                    selection = yield from self._choose(self.pruner.front, tokens, keep, mine, owners)
+                    selection = yield from self._choose(tokens, keep, mine, owners)
                 features = self._features(tokens, selection)
                 for row, view in enumerate(span):
                     places, made = views.places[view], None if selection.made is None else selection.made[row]
@@ -401,23 +410,32 @@ class Pruning:
                     parts[views.owners[view]].append(part)
         return parts
 
-    def _tokens(
-        self,
-        prompt: dict[str, Any],
-        views: Views,
-        span: slice,
-        budget: int | None,
-        question: Callable[[], Tensor],
-        text: str | None,
-        memo: Memo,
-    ) -> VisionTokens:
-        """The fields of some views that the pruner reads. Pruners that read the same fields share them.
+    def _seen(self, prompt: dict[str, Any], views: Views, span: slice, budget: int | None, memo: Memo) -> VisionTokens:
+        """The fields of some views that the pruner reads, but for those about the question.
 
         Args:
             prompt: the model's keyword arguments.
             views: views of equal size.
             span: which of them.
             budget: number of tokens to read the image at; None if the pruner does not read it at a lower size.
+            memo: results for these views.
+        """
+        tokens = views.tokens[span].only(self.needs)
+        if budget is not None:
+            make = functools.partial(self.family.downsampled, prompt, budget, views)
+            small = memoized(memo.image, ("downsampled", budget), make)
+            tokens = dataclasses.replace(tokens, downsampled=small[span].to(tokens.projected.device))
+        if not self.reader.needs:
+            return tokens
+        return tokens.adding(self.reader.sign.value, **self.reader.of_image(tokens, memo.image))
+
+    def _asked(
+        self, tokens: VisionTokens, question: Callable[[], Tensor], text: str | None, memo: Memo
+    ) -> VisionTokens:
+        """The fields of some views that the pruner reads. Pruners that read the same fields share them.
+
+        Args:
+            tokens: those of the images.
             question: makes [L] token ids of the text that the pruner may read.
             text: the question in words that the caller gave; None reads `question`.
             memo: results for these views.
@@ -425,11 +443,6 @@ class Pruning:
         Raises:
             UserError: there is no question.
         """
-        tokens = views.tokens[span].only(self.needs)
-        if budget is not None:
-            make = functools.partial(self.family.downsampled, prompt, budget, views)
-            small = memoized(memo.image, ("downsampled", budget), make)
-            tokens = dataclasses.replace(tokens, downsampled=small[span].to(tokens.projected.device))
         if not self.reader.needs:
             return tokens
         if text is None and not len(question()):
@@ -442,24 +455,19 @@ class Pruning:
             text = self._decode(question())
         elif text is not None and self.reader.needs_words:
             given = self._spelled(text)
-        asked = self.reader.fields(tokens, text, question, given, memo.image, memo.question)
+        asked = self.reader.of_question(tokens, text, question, given, memo.question)
         return tokens.adding(self.reader.sign.value, **asked)
 
-    def _choose(self, pruner: Pruner, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Steps:
+    def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Steps:
         """Choose the tokens of a batch of views in front of the decoder. Returns the selection.
 
         Args:
-            pruner: chooses.
             tokens: the views.
             keep: the budget of each.
             memo: results for these views.
             owners: index of the image that each view belongs to.
         """
-        relevance = None
-        if keep < tokens.count or self.on_view:  # relevance depends on neither budget nor metric
-            method = (self.spec.method, id(self.reader.tower))
-            relevance = memoized(memo.question, method, lambda: pruner.relevance(tokens))
-        selection, sensitivity = yield Wanted(tokens, relevance, keep, memo.image)
+        selection, relevance, sensitivity = yield Wanted(tokens, keep, memo)
         if self.on_view is not None:
             every = torch.arange(tokens.count)
             for row, owner in enumerate(owners):
@@ -504,15 +512,15 @@ class Pruning:
         The M merged tokens are in front of the K kept ones or after them.
         """
         if selection.updated is not None:
-            chosen = self._in_language_space(tokens, selection, selection.updated)
+            chosen = list(self._in_language_space(tokens, selection, selection.updated))
         else:
             rows = zip(tokens.projected, selection.indices, strict=True)
-            chosen = torch.stack([features.index_select(0, indices) for features, indices in rows])
+            chosen = [features.index_select(0, indices) for features, indices in rows]
         if selection.merged is not None:
+            at = selection.front
             merged = self._in_language_space(tokens, selection, selection.merged)
-            front, back = merged[:, : selection.front], merged[:, selection.front :]
-            chosen = torch.cat([front, chosen, back], dim=1)
-        return list(chosen)
+            chosen = [torch.cat([made[:at], kept, made[at:]]) for made, kept in zip(merged, chosen, strict=True)]
+        return chosen
 
     def _in_language_space(self, tokens: VisionTokens, selection: Selection, made: Tensor) -> Tensor:
         """Tokens that a pruner made, in the language model's space and dtype."""
@@ -522,7 +530,7 @@ class Pruning:
 
     def _cut(self, kwargs: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
         """The keyword arguments with every per-token input cut to some columns, padded on the side that was padded."""
-        left = bool(mask[:, -1].all())
+        left = len(columns) > 1 and bool(mask[:, -1].all())  # a row alone is not padded
         given = self.family.positions(kwargs)
         short = gather_columns(mask, columns, 0, left)
         if given is not None:  # positions that are more than a count (M-RoPE) are kept
@@ -540,3 +548,25 @@ class Pruning:
             if kwargs.get(name) is not None
         }
         return {**kwargs, **cut, "attention_mask": short, "position_ids": positions}
+
+
+Read = TypeVar("Read")
+
+
+def _scores(
+    key: Hashable,
+    several: Sequence[tuple[dict[Hashable, Any], Read]],
+    score: Callable[[list[Read]], Sequence[Tensor | None]],
+) -> list[Tensor | None]:
+    """The scores of several batches of views, each computed once for all that share its earlier results.
+
+    Args:
+        key: name of the scores among the results.
+        several: earlier results, to which the scores are added, and what is scored.
+        score: scores several in one call.
+    """
+    lacking = {id(known): (known, read) for known, read in several if key not in known}
+    made = score([read for _, read in lacking.values()]) if lacking else []
+    for (known, _), scores in zip(lacking.values(), made, strict=True):
+        known[key] = scores
+    return [known[key] for known, _ in several]

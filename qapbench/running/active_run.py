@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ class ActiveRun:
         """The store of the run's answers."""
         return answers_of(self.planned.folder)
 
-    @property
+    @functools.cached_property
     def prune_key(self) -> PruneKey:
         """Hash of how the run prunes; None if it does not. Equal keys select equal tokens of equal images."""
         return prune_key(self.spec)

@@ -117,13 +117,16 @@ class BatchRunner:
         found: list[Result] = [([], [])] * len(rows)
         kinds = [(*row.kind, self._shortest(row)) for row in rows]
         order = sorted(range(len(rows)), key=kinds.__getitem__)
+        batches: list[list[int]] = []
         for kind, group in itertools.groupby(order, key=kinds.__getitem__):
             members = list(group)
             apart = self.family.one_by_one or rows[members[0]].alone
             size = 1 if apart else max(1, self._room(rows[members[0]], longest) // kind[0])
-            for at in range(0, len(members), size):
-                chunk = members[at : at + size]
-                for index, result in zip(chunk, self._results([rows[index] for index in chunk]), strict=True):
+            batches += [members[at : at + size] for at in range(0, len(members), size)]
+        most = max((len(batch) * _beams(rows[batch[0]]) for batch in batches), default=1)
+        with separately(self.model, self.family, most):
+            for batch in batches:
+                for index, result in zip(batch, self._results([rows[index] for index in batch]), strict=True):
                     found[index] = result
         return found
 
@@ -159,8 +162,7 @@ class BatchRunner:
         if rows[0].options is not None:
             return self._generate(rows, inputs)
         count = len(rows[0].tail)
-        with separately(self.model, self.family, len(rows)):
-            logits = self.model(**inputs, logits_to_keep=count + 1).logits
+        logits = self.model(**inputs, logits_to_keep=count + 1).logits
         logits = logits[:, -count - 1 :]  # some models give those of the whole prompt all the same
         if count:
             return [[_scored(at[:-1].float().log_softmax(-1), row.tail)] for row, at in zip(rows, logits, strict=True)]
@@ -179,8 +181,7 @@ class BatchRunner:
             options = {"do_sample": False, "num_beams": options.get("num_beams", 1)}
         if shortest := self._shortest(rows[0]):
             options["min_length"] = shortest
-        with separately(self.model, self.family, len(rows) * int(options.get("num_beams") or 1)):
-            out = self.model.generate(**inputs, max_new_tokens=length, **options)
+        out = self.model.generate(**inputs, max_new_tokens=length, **options)
         new = out[:, inputs["input_ids"].shape[1] :]
         return [[_until(text, until)] for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -192,7 +193,7 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
     Args:
         model: the model.
         family: its family.
-        rows: number of rows in the language model's batch, beams counted.
+        rows: number of rows in the language model's largest batch, beams counted.
     """
     roots = [root for name in ("vision", "projector") for root in family.roots(name)]
     apart = {id(module) for root in roots for module in root.modules()}
@@ -203,6 +204,11 @@ def separately(model: Any, family: Family, rows: int) -> Iterator[None]:
 def _options(row: Row) -> dict[str, Any]:
     """The options of generation that a task gives."""
     return json.loads(row.options or "{}")
+
+
+def _beams(row: Row) -> int:
+    """Number of rows of the language model's batch that one row becomes."""
+    return int(_options(row).get("num_beams") or 1)
 
 
 def _with_tail(row: Row) -> dict[str, Any]:

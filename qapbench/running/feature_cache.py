@@ -30,7 +30,7 @@ class FeatureCache:
     def __init__(self, limit: int, spill: Path | None = None) -> None:
         self.limit = limit
         self.used = 0
-        self._held: dict[Any, bytes] = {}
+        self._held: dict[Any, dict[PruneKey, PrunedPrompt]] = {}
         self._places: dict[Any, tuple[int, int]] = {}
         self._free: list[tuple[int, int]] = []
         self._file: Any = None
@@ -47,17 +47,19 @@ class FeatureCache:
             name: identifies the question and its text.
             prompts: prune key -> prompt.
         """
-        data = _packed(prompts)
         if self._file is not None:
+            data = _packed(prompts)
             start = self._room(len(data))
             self._places[name] = start, len(data)
             with naming(self.spill):
                 self._file.seek(start)
                 self._file.write(data)
                 self._file.flush()
-        elif self.used + len(data) <= self.limit:
-            self._held[name] = data
-            self.used += len(data)
+            return
+        kept = {key: _placed(one, torch.device("cpu")) for key, one in prompts.items()}
+        if self.used + _size(kept) <= self.limit:
+            self._held[name] = kept
+            self.used += _size(kept)
 
     def get(self, name: Any, device: torch.device) -> dict[PruneKey, PrunedPrompt]:
         """The prompts that were put under a name, by prune key; empty if there are none.
@@ -70,14 +72,14 @@ class FeatureCache:
             start, size = self._places[name]
             with mmap.mmap(self._file.fileno(), size, offset=start, access=mmap.ACCESS_READ) as view:
                 return _unpacked(view[:], device)
-        return _unpacked(self._held[name], device) if name in self._held else {}
+        return {key: _placed(one, device) for key, one in self._held.get(name, {}).items()}
 
     def drop(self, name: Any) -> None:
         """Forget a name that no later group will ask for. Its room in the file is used again."""
         if name in self._places:
             start, size = self._places.pop(name)
             self._free.append((start, _rounded(size)))
-        self.used -= len(self._held.pop(name, b""))
+        self.used -= _size(self._held.pop(name, {}))
 
     def _room(self, size: int) -> int:
         """Where in the file there is room for that many bytes: the smallest free place, or the end."""
@@ -105,6 +107,22 @@ class FeatureCache:
 def _rounded(size: int) -> int:
     """The size of a place in the file: a mapping may begin only at multiples of the system's granularity."""
     return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+def _placed(prompt: PrunedPrompt, device: torch.device) -> PrunedPrompt:
+    """What is kept of a prompt, on a device. A part of a larger tensor is copied, so that the rest need not be kept."""
+
+    def own(value: Tensor) -> Tensor:
+        there = value.to(device)
+        return there if there.untyped_storage().nbytes() == there.nbytes else there.clone()
+
+    inputs = {name: own(value) for name, value in prompt.inputs.items()}
+    return PrunedPrompt(inputs, [own(value) for value in prompt.features], prompt.images, removed=prompt.removed)
+
+
+def _size(prompts: dict[PruneKey, PrunedPrompt]) -> int:
+    """Bytes of the tensors of prompts."""
+    return sum(value.nbytes for one in prompts.values() for value in (*one.inputs.values(), *one.features))
 
 
 def _packed(prompts: dict[PruneKey, PrunedPrompt]) -> bytes:

@@ -165,7 +165,7 @@ def _of_question(
         ]
         grids = [grid for _, grid in sorted(views)]
         chosen, separators = prompt.chosen, whole.separators
-        left = torch.arange(len(whole.features)) if chosen is None else chosen[image].places
+        left = torch.arange(len(whole.features)) if chosen is None else chosen[image].places.cpu()
         own = [] if separators is None else [int(place) for place in left if separators[place]]
         rows.append(
             {

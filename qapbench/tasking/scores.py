@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,7 @@ def score(
     lm = AskingLM(processor, answers=answers, docs=docs)
     task.task.set_fewshot_seed(seed=seed)
     try:
-        with quiet():
+        with quiet(), _samples_as_they_are():
             # `simple_evaluate` would also describe the machine, which takes seconds and is not used here.
             results = evaluate(
                 lm,
@@ -91,6 +92,19 @@ def score(
         {column: float(figure) for column, figure in figures.items() if _is_finite(figure)},
         confidence_in(answers, task),
     )
+
+
+@contextlib.contextmanager
+def _samples_as_they_are() -> Iterator[None]:
+    """While the context is open, lm-eval makes no copy of all samples in which their pictures are hashed."""
+    from lm_eval import evaluator
+
+    held = evaluator.LMEVAL_HASHMM
+    evaluator.LMEVAL_HASHMM = False
+    try:
+        yield
+    finally:
+        evaluator.LMEVAL_HASHMM = held
 
 
 def confidence_in(answers: Sequence[Answer], task: LoadedTask) -> Confidence | None:

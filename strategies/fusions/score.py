@@ -5,12 +5,13 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from qapbench import Fraction, fusion
+from qapbench import Fraction, batched, fusion
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @fusion("convex", default=True)
+@batched
 def convex(relevance: Tensor, sensitivity: Tensor, semantic: Fraction = 0.7) -> Tensor:
     """Compute the weighted mean semantic * relevance + (1 - semantic) * sensitivity, [B, N].
 
@@ -26,6 +27,7 @@ def convex(relevance: Tensor, sensitivity: Tensor, semantic: Fraction = 0.7) -> 
 
 
 @fusion("add")
+@batched
 def add(relevance: Tensor, sensitivity: Tensor, weight: Weight = 1.0) -> Tensor:
     """Compute the sum relevance + weight * sensitivity, [B, N].
 

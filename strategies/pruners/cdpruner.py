@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -39,9 +40,13 @@ class CDPruner(Pruner):
     relevance_sign: RelevanceSign = "auto"
 
     def relevance(self, tokens: VisionTokens) -> Tensor:
-        image = normalize(tokens.require("image_embeds", "cdpruner").float(), dim=-1)
-        text = normalize(tokens.require("text_embeds", "cdpruner").float(), dim=-1)
-        return tokens.relevance_of((image @ text.mT).mean(dim=-1), self.relevance_sign)
+        return self.relevance_each([tokens])[0]
+
+    def relevance_each(self, several: Sequence[VisionTokens]) -> list[Tensor]:
+        images = _directions([tokens.require("image_embeds", "cdpruner") for tokens in several])
+        texts = _directions([tokens.require("text_embeds", "cdpruner") for tokens in several])
+        similar = [torch.bmm(image, text.mT).mean(dim=-1) for image, text in zip(images, texts, strict=True)]
+        return [one.relevance_of(each, self.relevance_sign) for one, each in zip(several, similar, strict=True)]
 
     def choose(self, tokens: VisionTokens, scores: Tensor, keep: int) -> Selection:
         features = tokens.projected
@@ -63,5 +68,12 @@ class CDPruner(Pruner):
                 features = [scored[place][0].projected[0] for place in places]
                 scores = [scored[place][1][0].cpu() for place in places]
                 order = greedy_map_batch([one.cpu() for one in features], scores, keep).to(features[0].device)
-                found |= {place: Selection(row[None]) for place, row in zip(places, order, strict=True)}
+                found |= zip(places, map(Selection, order.split(1)), strict=True)
         return [found[at] if at in found else self.choose(*one, keep) for at, one in enumerate(scored)]
+
+
+def _directions(several: list[Tensor]) -> list[Tensor]:
+    """Vectors [B, N, D] of several batches, scaled to length one in float32; on a CPU those of one size in one call."""
+    if several[0].is_cuda or len({one.shape for one in several}) > 1:  # a GPU sums few vectors in another order
+        return [normalize(one.float(), dim=-1) for one in several]
+    return list(normalize(torch.cat(several).float(), dim=-1).split(len(several[0])))

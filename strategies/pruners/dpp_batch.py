@@ -44,15 +44,16 @@ class BatchGreedy:
         self.weight = np.square(quality)
         self.slack = 3 * ROUNDING * self.weight.max(axis=1)  # more than the errors of any two gains, for a growth of 1
         distinct, owner = _distinct(features)
-        vectors = unit(torch.stack(distinct))
         cosine = torch.empty(len(distinct), count, count, dtype=torch.float64)
-        for own, out in zip(vectors, cosine, strict=True):  # a product of several images might choose another kernel
-            torch.mm(own, own.T, out=out)
+        for one, out in zip(distinct, cosine, strict=True):  # a product of several images might choose another kernel
+            vectors = unit(one)
+            torch.mm(vectors, vectors.T, out=out)
         self.cosine = cosine.view(-1, count).numpy()
         self.place = np.array(owner) * count  # first row of an image in `cosine`
-        self.residual = vectors.any(dim=-1).double()[owner].numpy()  # exactly one, so that equal tokens stay equal
+        # Exactly one, or zero for a vector of zeros, so that rounding does not decide between equal tokens.
+        self.residual = (cosine.diagonal(dim1=-2, dim2=-1).numpy() > 0.5).astype(float)[owner]
         self.basis = np.empty((keep, batch, count))
-        self.order = np.empty((batch, keep), dtype=np.int64)
+        self.order = np.empty((keep, batch), dtype=np.int64)
         self.growth, self.least = np.ones(batch), np.ones(batch)
         self.active = np.arange(batch)  # images of which a token has a residual left
         self._resize()
@@ -69,7 +70,7 @@ class BatchGreedy:
             if not len(self.active):
                 break
             self._choose(step, chosen)
-        return self.order
+        return np.ascontiguousarray(self.order.T)
 
     def _best(self, step: int) -> np.ndarray:
         """For each active image, the token with the largest gain. Of equal ones it is the first.
@@ -79,16 +80,15 @@ class BatchGreedy:
         gain = np.multiply(self.weight, self.residual, out=self.gain)
         chosen = gain.argmax(axis=1)
         token = self.start + chosen  # among those of all images
-        most = gain.take(token)
-        gain.put(token, -np.inf)
-        clear = gain.max(axis=1) < most - self.slack * self.growth
-        clear &= self.residual.take(token) > FEATURES * self.growth
-        if not clear.all():
-            gain.put(token, most)
-            ended = [row for row in (~clear).nonzero()[0] if not self._settle(row, gain[row], step, chosen)]
-            if ended:
-                chosen = np.delete(chosen, ended)
-                self._leave(ended)
+        near = gain >= (gain.take(token) - self.slack * self.growth)[:, None]
+        spans = self.residual.take(token) > FEATURES * self.growth
+        if np.count_nonzero(near) == len(chosen) and spans.all():  # nothing is near the best token of any image
+            return chosen
+        unclear = ((np.count_nonzero(near, axis=1) > 1) | ~spans).nonzero()[0]
+        ended = [row for row in unclear if not self._settle(row, gain[row], step, chosen)]
+        if ended:
+            chosen = np.delete(chosen, ended)
+            self._leave(ended)
         return chosen
 
     def _settle(self, row: int, gain: np.ndarray, step: int, chosen: np.ndarray) -> bool:
@@ -98,7 +98,7 @@ class BatchGreedy:
         if spans.any():
             chosen[row] = (spans & (gain + weighed >= (gain - weighed)[spans].max())).argmax()
             return True
-        order = self.order[self.active[row]]
+        order = self.order[:, self.active[row]]
         left = np.argsort(-self.quality[self.active[row]], kind="stable")
         order[step:] = left[~np.isin(left, order[:step])][: self.keep - step]
         return False
@@ -114,7 +114,7 @@ class BatchGreedy:
         """Add a token to those of each active image, and take its direction out of all residuals."""
         token = self.start + chosen
         left = self.residual.take(token)
-        self.order[self.active, step] = chosen
+        self.order[step].put(self.active, chosen)
         past, added = self.basis[:step], self.basis[step]
         np.einsum("sb,sbn->bn", past.reshape(step, token.size * self.count).take(token, axis=1), past, out=added)
         np.subtract(self.cosine.take(self.place + chosen, axis=0), added, out=added)

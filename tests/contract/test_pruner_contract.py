@@ -253,6 +253,34 @@ def test_half_precision(name: str, dtype: torch.dtype, tokens: VisionTokens) -> 
         check(pruners.create(name).select(half, keep, sensitivity), 3, 49, keep)
 
 
+@each_pruner
+@pytest.mark.parametrize("sizes", [[7] * 9, [7, 5, 7, 7, 3]])
+def test_relevance_beside_others_keeps_its_bits(name: str, sizes: list[int], tokens_of: Any) -> None:
+    pruner = pruners.create(name)
+    several = [tokens_of(batch=1 + at % 2, grid=(side, side), seed=at) for at, side in enumerate(sizes)]
+    several += [tokens_of(batch=1, grid=(side, side), seed=at) for at, side in enumerate(sizes)]
+    alone = [pruner.relevance(one) for one in several]
+    for first in (0, len(sizes)):
+        for count in range(1, len(sizes) + 1):
+            found = pruner.relevance_each(several[first : first + count])
+            for one, other in zip(found, alone[first:], strict=False):
+                assert one is other if one is None or other is None else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fusion", fusions.names())
+@pytest.mark.parametrize("count", [49, 144, 7])
+def test_scores_fused_beside_others_keep_their_bits(fusion: str, count: int, tokens_of: Any) -> None:
+    draw, fuse = torch.Generator().manual_seed(2), fusions.create(fusion)
+    several = [
+        Choice(tokens_of(batch=1, grid=(1, count), seed=at), *torch.rand(2, 1, count, generator=draw))
+        for at in range(9)
+    ]
+    pruner = pruners.create("cdpruner")
+    alone = [pruner.scores(*one[:2], fuse, one.relevance) for one in several]
+    for number in range(2, 10):
+        assert all(map(torch.equal, pruner._scores_each(several[:number], fuse), alone))
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_scores_in_half_precision_are_normalised_in_float32(together: bool, tokens: VisionTokens) -> None:
     scores = metrics.create("l2")(tokens.projected).bfloat16()

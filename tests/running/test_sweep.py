@@ -169,10 +169,10 @@ def test_relevance_and_sensitivity_are_computed_once(
     from qapbench.strategies.pruners.cdpruner import CDPruner
 
     calls = []
-    relevance = CDPruner.relevance
+    each = CDPruner.relevance_each
     # What choosing costs is measured once more, on random tokens.
     monkeypatch.setattr("qapbench.running.scoring.run_cost", lambda *_: None)
-    monkeypatch.setattr(CDPruner, "relevance", lambda self, tokens: calls.append(1) or relevance(self, tokens))
+    monkeypatch.setattr(CDPruner, "relevance_each", lambda self, several: calls.extend(several) or each(self, several))
     active_runs = [
         spec_of(prune={"method": "cdpruner", "keep": keep, "sensitivity": name})
         for keep in (4, 5)
