@@ -214,6 +214,7 @@ def make_runs(
             try:
                 for some in together.values():
                     execution.make(some, fast)
+                execution.dismiss()
             except Exception:
                 execution.finish()
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +49,25 @@ class Execution:
         self.session.settings = settings
         self.crew = crew_of(settings)
         self._unfinished: deque[Callable[[], None]] = deque()
+        self._closing: Future[None] | None = None
 
     def finish(self) -> None:
         """Score the runs that were answered and write their records, as far as it was not done meanwhile."""
         while self._unfinished:
             self._unfinished.popleft()()
 
+    def dismiss(self) -> None:
+        """Begin to end the workers: all is answered. It may take seconds, in which this process scores."""
+        if self.crew is not None and self._closing is None:
+            closer = ThreadPoolExecutor(1, "end workers")
+            self._closing = closer.submit(self.crew.close)
+            closer.shutdown(wait=False)
+
     def close(self) -> None:
         """End the workers."""
-        if self.crew is not None:
+        if self._closing is not None:
+            self._closing.result()
+        elif self.crew is not None:
             self.crew.close()
 
     def make(self, plans: Sequence[Planned], fast_first: bool) -> None:

@@ -161,8 +161,15 @@ class RayCrew:
         actor.waits_for = actor.handle.begin.remote(self._order)
 
     def close(self) -> None:
-        """End all workers, and a Ray that was started for them."""
+        """End all workers, and a Ray that was started for them.
+
+        The thread that started Ray ends it: the system kills Ray's processes as soon as that thread is gone, and who
+        leaves them afterwards waits for them.
+        """
+        self._starting.submit(self._end).result()
         self._starting.shutdown()
+
+    def _end(self) -> None:
         if self.ray.is_initialized():
             self._dismiss(self._actors)
             self._sent_trees.offer({})

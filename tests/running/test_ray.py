@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_process import qapbench as command
 from cli_process import started
 
 import qapbench
@@ -298,6 +299,51 @@ def test_a_machine_that_is_too_busy_to_start_ray_is_one_sentence(monkeypatch: py
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(RunFailedError, match=r"did not start on this machine \(The current node timed out"):
         ray_cluster.connect(None)
+
+
+def test_a_ray_of_its_own_makes_the_same_bytes(sweep: Any, alone: Any, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "spec.yaml").write_text(json.dumps(sweep[2]))
+    done = command("run", tmp_path / "spec.yaml", "--engine", "ray", "--workers", 1, "--runs", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/record.json"))
+    assert {name: (folder / name).read_bytes() for name in FILES} == alone[2]
+
+
+def test_a_ray_of_its_own_starts_no_process_that_nothing_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    node = pytest.importorskip("ray._private.node").Node
+
+    def helpers() -> list[Any]:
+        return [getattr(node, name) for name in ray_cluster.HELPERS]
+
+    kept, meanwhile = helpers(), list[Any]()
+    monkeypatch.setattr(ray, "init", lambda **_: meanwhile.extend(helpers()))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    ray_cluster.connect("127.0.0.1:1")  # another's cluster stays as it is
+    assert meanwhile == kept
+    ray_cluster.connect(None)
+    assert [one(node) for one in meanwhile[len(kept) :]] == [None] * len(kept)
+    assert helpers() == kept
+
+
+def test_a_ray_of_its_own_is_ended_by_the_thread_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes are killed as soon as that thread is gone; leaving them would take five seconds then."""
+    ray = pytest.importorskip("ray")
+    threads: list[threading.Thread] = []
+
+    def here(*_: Any) -> bool:
+        threads.append(threading.current_thread())
+        return True
+
+    monkeypatch.setattr(ray_crew, "connect", here)
+    monkeypatch.setattr(ray_crew, "disconnect", here)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    ray_crew.RayCrew(Settings(tmp_path, torch.device("cpu"), engine="ray")).close()
+    first, second = threads
+    assert first is second
 
 
 @pytest.mark.parametrize(
