@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qapbench.tasking.tasks import LoadedTask
 
     from .active_run import ActiveRun
+    from .crew import Crew
     from .fast import Verdict
     from .session import Session
     from .status import Status
@@ -36,10 +37,16 @@ class Execution:
         progress: called with (run name, questions answered, questions in all).
         status: is told how far the runs are, and what fails.
         session: a session to use; a new one if None.
+        crew: workers that begin to start already; those that the settings ask for if None.
     """
 
     def __init__(
-        self, settings: Settings, progress: ProgressCallback, status: Status, session: Session | None = None
+        self,
+        settings: Settings,
+        progress: ProgressCallback,
+        status: Status,
+        session: Session | None = None,
+        crew: Crew | None = None,
     ) -> None:
         from .session import Session
 
@@ -47,7 +54,7 @@ class Execution:
         self.status = status
         self.session = session or Session(settings, progress)
         self.session.settings = settings
-        self.crew = crew_of(settings)
+        self.crew = crew or crew_of(settings)
         self._unfinished: deque[Callable[[], None]] = deque()
         self._closing: Future[None] | None = None
 

@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qapbench.errors import Problem, RunFailedError, UserError, first_line
-from qapbench.hashing import digest_files
+from qapbench.hashing import digest_files, installed_version
 from qapbench.memory import check_device
 
-from .environment import environment
+from .environment import PACKAGES
 from .settings import DEVICES, find_device
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def versions() -> dict[str, str]:
 
     import qapbench
 
-    found = {**environment(torch.device("cpu")), "ray": ray.__version__}
+    found = {"python": platform.python_version(), "ray": ray.__version__}
+    found |= {package: installed_version(package) for package in PACKAGES}
     roots = [*qapbench.__path__]
     for name in ("strategies", "tasks"):  # they lie beside the package where it is not installed as a wheel
         roots += importlib.import_module(f"qapbench.{name}").__path__
