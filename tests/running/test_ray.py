@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ import qapbench
 from qapbench import RunSpec, UserError
 from qapbench.errors import RunFailedError
 from qapbench.records.progress_note import LOG_FILE
-from qapbench.running import ray_cluster, ray_crew, ray_worker
+from qapbench.running import execute, ray_cluster, ray_crew, ray_worker
 from qapbench.running.planner import Planner
 from qapbench.running.settings import Settings
 from qapbench.running.worker import Failure, Order
@@ -344,6 +345,27 @@ def test_a_ray_of_its_own_is_ended_by_the_thread_that_started_it(
     ray_crew.RayCrew(Settings(tmp_path, torch.device("cpu"), engine="ray")).close()
     first, second = threads
     assert first is second
+
+
+def test_a_ray_that_begins_ahead_is_ended_and_begins_only_where_there_is_something_to_do(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    crews: list[SimpleNamespace] = []
+
+    def ahead(settings: Settings) -> SimpleNamespace:
+        crew = SimpleNamespace(closed=False)
+        crew.close = lambda: setattr(crew, "closed", True)
+        crews.append(crew)
+        return crew
+
+    qapbench.run(RunSpec.parse(sweep[0]), tmp_path / "done", progress=False)
+    monkeypatch.setattr(execute, "crew_ahead", ahead)
+    with pytest.raises(UserError, match="nothing-here"):  # found while the runs are planned
+        made([{**sweep[0], "model": str(tmp_path / "nothing-here")}], tmp_path / "runs", engine="ray")
+    assert [crew.closed for crew in crews] == [True]
+    made(sweep[:1], tmp_path / "done", engine="ray")
+    assert len(crews) == 1
 
 
 @pytest.mark.parametrize(
