@@ -90,3 +90,11 @@ def crew_of(settings: Settings) -> Crew | None:
     from .processes import Processes
 
     return Processes(settings.workers, settings.device.type == "cpu")
+
+
+def crew_ahead(settings: Settings) -> Crew | None:
+    """Workers that begin to start before it is known what they will do; None if that saves nothing.
+
+    A Ray that is started here takes seconds, in which this process plans the runs. A cluster is there already.
+    """
+    return crew_of(settings) if settings.engine == "ray" and settings.address is None else None

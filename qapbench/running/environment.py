@@ -26,10 +26,15 @@ def environment(*devices: torch.device) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
     found |= {package: installed_version(package) for package in PACKAGES}
-    found["device"] = _gpus(devices) if devices[0].type == "cuda" else _cpu()
+    found["device"] = name_of(*devices)
     found["threads"] = torch.get_num_threads()
     found["git"] = _git()
     return found
+
+
+def name_of(*devices: torch.device) -> str:
+    """What a device, or several that share a model, is called."""
+    return _gpus(devices) if devices[0].type == "cuda" else _cpu()
 
 
 def _gpus(devices: Sequence[torch.device]) -> str:

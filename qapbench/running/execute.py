@@ -17,7 +17,7 @@ from qapbench.spec.run_spec import RunSpec
 from qapbench.spec.spec_file import load_spec
 from qapbench.spec.sweep_spec import SweepSpec
 
-from .engines import make_settings
+from .engines import crew_ahead, make_settings
 from .execution import Execution, write_unless_kept
 from .plan import Planned
 from .planner import Planner
@@ -188,18 +188,23 @@ def make_runs(
         raise UserError(f"--runs {settings.runs}: it is no folder")
     planner = planner or Planner(settings.runs, settings.device)
     rows = [(spec, planner.parts(spec)) for spec in specs]
-    plans = [planner.plan(part, fresh=fresh) for _, parts in rows for part in parts]
-    plans += _blank_plans([part for spec, parts in rows if spec.strata for part in parts], planner, fresh)
-    todo = {plan.id: plan for plan in plans if fresh or not (plan.done or (fast and plan.stopped))}
-    if settings.may_share:
-        from .threads import shared_out
-
-        settings = shared_out(settings, list(todo.values()))
-    tell(settings)
-    for plan in plans:
-        if plan.id not in todo:
-            progress(plan.spec.name, plan.answered, plan.total)
     with contextlib.ExitStack() as stack:
+        crew = None
+        if fresh or next(settings.runs.glob(f"*/{RECORD}"), None) is None:  # then there is something to do
+            crew = crew_ahead(settings)
+        if crew is not None:
+            stack.callback(crew.close)
+        plans = [planner.plan(part, fresh=fresh) for _, parts in rows for part in parts]
+        plans += _blank_plans([part for spec, parts in rows if spec.strata for part in parts], planner, fresh)
+        todo = {plan.id: plan for plan in plans if fresh or not (plan.done or (fast and plan.stopped))}
+        if settings.may_share:
+            from .threads import shared_out
+
+            settings = shared_out(settings, list(todo.values()))
+        tell(settings)
+        for plan in plans:
+            if plan.id not in todo:
+                progress(plan.spec.name, plan.answered, plan.total)
         for plan in todo.values():
             stack.enter_context(answers_of(plan.folder).locked())
         for plan in todo.values():
@@ -211,10 +216,12 @@ def make_runs(
             from .status import Status
 
             status = stack.enter_context(Status(settings.runs, list(todo.values()), settings.engine).noted())
-            execution = stack.enter_context(contextlib.closing(Execution(settings, progress, status, session)))
+            made = Execution(settings, progress, status, session, crew)
+            execution = stack.enter_context(contextlib.closing(made))
             try:
                 for some in together.values():
                     execution.make(some, fast)
+                execution.dismiss()
             except Exception:
                 execution.finish()
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qapbench.tasking.tasks import LoadedTask
 
     from .active_run import ActiveRun
+    from .crew import Crew
     from .fast import Verdict
     from .session import Session
     from .status import Status
@@ -35,10 +37,16 @@ class Execution:
         progress: called with (run name, questions answered, questions in all).
         status: is told how far the runs are, and what fails.
         session: a session to use; a new one if None.
+        crew: workers that begin to start already; those that the settings ask for if None.
     """
 
     def __init__(
-        self, settings: Settings, progress: ProgressCallback, status: Status, session: Session | None = None
+        self,
+        settings: Settings,
+        progress: ProgressCallback,
+        status: Status,
+        session: Session | None = None,
+        crew: Crew | None = None,
     ) -> None:
         from .session import Session
 
@@ -46,17 +54,27 @@ class Execution:
         self.status = status
         self.session = session or Session(settings, progress)
         self.session.settings = settings
-        self.crew = crew_of(settings)
+        self.crew = crew or crew_of(settings)
         self._unfinished: deque[Callable[[], None]] = deque()
+        self._closing: Future[None] | None = None
 
     def finish(self) -> None:
         """Score the runs that were answered and write their records, as far as it was not done meanwhile."""
         while self._unfinished:
             self._unfinished.popleft()()
 
+    def dismiss(self) -> None:
+        """Begin to end the workers: all is answered. It may take seconds, in which this process scores."""
+        if self.crew is not None and self._closing is None:
+            closer = ThreadPoolExecutor(1, "end workers")
+            self._closing = closer.submit(self.crew.close)
+            closer.shutdown(wait=False)
+
     def close(self) -> None:
         """End the workers."""
-        if self.crew is not None:
+        if self._closing is not None:
+            self._closing.result()
+        elif self.crew is not None:
             self.crew.close()
 
     def make(self, plans: Sequence[Planned], fast_first: bool) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qapbench.errors import Problem, RunFailedError, UserError, first_line
-from qapbench.hashing import digest_files
+from qapbench.hashing import digest_files, installed_version
 from qapbench.memory import check_device
 
-from .environment import environment
+from .environment import PACKAGES
 from .settings import DEVICES, find_device
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 INSTALL = "--engine ray: Ray is not installed; pip install 'qapbench[ray]'"
 STORE = 200 << 20  # bytes of the object store of a Ray that is started here; orders and answers are small
+HELPERS = ("start_monitor", "start_api_server", "start_log_monitor")
+"""What starts processes of a Ray that nothing here asks: the autoscaler, the server of the dashboard that is switched
+off, and what brings the workers' logs to the driver. Each imports Ray, which takes a second of a core."""
 COMPARED = ("python", "qapbench", "torch", "transformers", "lm-eval", "tokenizers", "numpy", "pillow", "ray")
 """What has to have one version on all nodes."""
 SOURCE = "qapbench's source"
@@ -65,11 +70,14 @@ def connect(address: str | None, cpus: int = 1) -> bool:
         return False
     _quieten()
     mine: dict[str, Any] = {"address": address}
+    starting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if address is None:
         cores = max(cpus, os.cpu_count() or 1)
         mine = {"address": "local", "num_cpus": cores, "object_store_memory": STORE, "include_dashboard": False}
+        starting = _without_helpers()
     try:
-        ray.init(**mine, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        with starting:
+            ray.init(**mine, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"--address {address}: no Ray cluster is there ({first_line(error)})") from None
     except RuntimeError as error:
@@ -94,6 +102,29 @@ def _quieten() -> None:
 
 def _unsaid(*_: Any, **__: Any) -> None:
     """Print nothing."""
+
+
+@contextlib.contextmanager
+def _without_helpers() -> Iterator[None]:
+    """While the context is open, a Ray that starts leaves out the `HELPERS`; `ray.init` has no option for them.
+
+    A version of Ray that starts them in another way starts them all.
+    """
+    node: Any = None
+    with contextlib.suppress(ImportError, AttributeError):
+        node = importlib.import_module("ray._private.node").Node
+    before = {name: getattr(node, name) for name in HELPERS if hasattr(node, name)}
+    for name in before:
+        setattr(node, name, _unstarted)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(node, name, method)
+
+
+def _unstarted(*_: Any, **__: Any) -> None:
+    """Start nothing."""
 
 
 def disconnect() -> None:
@@ -131,7 +162,8 @@ def versions() -> dict[str, str]:
 
     import qapbench
 
-    found = {**environment(torch.device("cpu")), "ray": ray.__version__}
+    found = {"python": platform.python_version(), "ray": ray.__version__}
+    found |= {package: installed_version(package) for package in PACKAGES}
     roots = [*qapbench.__path__]
     for name in ("strategies", "tasks"):  # they lie beside the package where it is not installed as a wheel
         roots += importlib.import_module(f"qapbench.{name}").__path__

@@ -74,7 +74,7 @@ class RayCrew:
     def __init__(self, settings: Settings) -> None:
         self.ray: Any = import_ray()
         self.settings = settings
-        self._ours = False
+        self._ours = self._closed = False
         self._starting = ThreadPoolExecutor(1, "start Ray")
         self._started = self._starting.submit(self._connect)
         self._actors: dict[str, _Actor] = {}
@@ -161,8 +161,17 @@ class RayCrew:
         actor.waits_for = actor.handle.begin.remote(self._order)
 
     def close(self) -> None:
-        """End all workers, and a Ray that was started for them."""
-        self._starting.shutdown()
+        """End all workers, and a Ray that was started for them.
+
+        The thread that started Ray ends it: the system kills Ray's processes as soon as that thread is gone, and who
+        leaves them afterwards waits for them.
+        """
+        if not self._closed:
+            self._closed = True
+            self._starting.submit(self._end).result()
+            self._starting.shutdown()
+
+    def _end(self) -> None:
         if self.ray.is_initialized():
             self._dismiss(self._actors)
             self._sent_trees.offer({})

@@ -17,7 +17,7 @@ from qapbench.files import cache_folder, replace_synced
 from qapbench.hashing import code_files
 from qapbench.methods.plugins import load_plugin_file
 
-from .environment import environment
+from .environment import name_of
 from .planner import Planner
 from .ray_cluster import versions
 from .ray_files import asking
@@ -117,7 +117,7 @@ class RayWorker(Worker):
                 order = _on_this_node(sent, places)
                 _check_content(order, hint="" if sent.server else SENDS)
             self.take(order)
-            return Begun(str(environment(order.settings.device)["device"]), count)
+            return Begun(name_of(order.settings.device), count)
         except Exception as error:
             return failure_of(error)
 

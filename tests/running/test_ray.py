@@ -12,17 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cli_process import qapbench as command
 from cli_process import started
 
 import qapbench
 from qapbench import RunSpec, UserError
 from qapbench.errors import RunFailedError
 from qapbench.records.progress_note import LOG_FILE
-from qapbench.running import ray_cluster, ray_crew, ray_worker
+from qapbench.running import execute, ray_cluster, ray_crew, ray_worker
 from qapbench.running.planner import Planner
 from qapbench.running.settings import Settings
 from qapbench.running.worker import Failure, Order
@@ -298,6 +300,72 @@ def test_a_machine_that_is_too_busy_to_start_ray_is_one_sentence(monkeypatch: py
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(RunFailedError, match=r"did not start on this machine \(The current node timed out"):
         ray_cluster.connect(None)
+
+
+def test_a_ray_of_its_own_makes_the_same_bytes(sweep: Any, alone: Any, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "spec.yaml").write_text(json.dumps(sweep[2]))
+    done = command("run", tmp_path / "spec.yaml", "--engine", "ray", "--workers", 1, "--runs", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/record.json"))
+    assert {name: (folder / name).read_bytes() for name in FILES} == alone[2]
+
+
+def test_a_ray_of_its_own_starts_no_process_that_nothing_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    node = pytest.importorskip("ray._private.node").Node
+
+    def helpers() -> list[Any]:
+        return [getattr(node, name) for name in ray_cluster.HELPERS]
+
+    kept, meanwhile = helpers(), list[Any]()
+    monkeypatch.setattr(ray, "init", lambda **_: meanwhile.extend(helpers()))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    ray_cluster.connect("127.0.0.1:1")  # another's cluster stays as it is
+    assert meanwhile == kept
+    ray_cluster.connect(None)
+    assert [one(node) for one in meanwhile[len(kept) :]] == [None] * len(kept)
+    assert helpers() == kept
+
+
+def test_a_ray_of_its_own_is_ended_by_the_thread_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes are killed as soon as that thread is gone; leaving them would take five seconds then."""
+    ray = pytest.importorskip("ray")
+    threads: list[threading.Thread] = []
+
+    def here(*_: Any) -> bool:
+        threads.append(threading.current_thread())
+        return True
+
+    monkeypatch.setattr(ray_crew, "connect", here)
+    monkeypatch.setattr(ray_crew, "disconnect", here)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    ray_crew.RayCrew(Settings(tmp_path, torch.device("cpu"), engine="ray")).close()
+    first, second = threads
+    assert first is second
+
+
+def test_a_ray_that_begins_ahead_is_ended_and_begins_only_where_there_is_something_to_do(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    crews: list[SimpleNamespace] = []
+
+    def ahead(settings: Settings) -> SimpleNamespace:
+        crew = SimpleNamespace(closed=False)
+        crew.close = lambda: setattr(crew, "closed", True)
+        crews.append(crew)
+        return crew
+
+    qapbench.run(RunSpec.parse(sweep[0]), tmp_path / "done", progress=False)
+    monkeypatch.setattr(execute, "crew_ahead", ahead)
+    with pytest.raises(UserError, match="nothing-here"):  # found while the runs are planned
+        made([{**sweep[0], "model": str(tmp_path / "nothing-here")}], tmp_path / "runs", engine="ray")
+    assert [crew.closed for crew in crews] == [True]
+    made(sweep[:1], tmp_path / "done", engine="ray")
+    assert len(crews) == 1
 
 
 @pytest.mark.parametrize(
