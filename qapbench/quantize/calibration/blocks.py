@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from qapbench.errors import UserError
 from qapbench.methods.plans import Tokens
+from qapbench.methods.tokens import all_finite
 from qapbench.models.layers import attention_rows, device_of
 
 from .observers import Observer
@@ -423,8 +424,8 @@ def check_finite(x: Tensor, what: str) -> None:
     Raises:
         UserError: some values of x are NaN or infinite.
     """
-    bad = x.numel() - int(x.isfinite().sum())
-    if bad:
+    if not all_finite(x):
+        bad = x.numel() - int(x.isfinite().sum())
         message = f"calibration: {what} has {bad} of {x.numel()} values that are not finite"
         raise UserError(f"{message}; try a wider dtype, or look for NaN in the checkpoint and the samples")
 
