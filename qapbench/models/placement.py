@@ -88,35 +88,30 @@ def place(family: Family, devices: Sequence[torch.device], spare: Sequence[str] 
     Raises:
         UserError: the model does not fit on all of them together.
     """
-    linears, kept = family.linears(["language"]), {name: family.model.get_parameter(f"{name}.weight") for name in spare}
+    linears = family.linears(["language"])
+    kept = {name: linears[name].weight for name in spare}
     total = sum(weight.nbytes for weight in family.model.parameters())
     free = [(free_bytes(device) or 2 * total) for device in devices]
 
-    def leave(count: int) -> list[str]:
-        left = list(spare[len(spare) - count :])
-        for name, weight in kept.items():
-            linears[name].weight = _held(1) if name in left else weight
-        return left
+    def without(count: int) -> dict[str, int] | None:
+        for index, name in enumerate(spare):
+            linears[name].weight = kept[name] if index < len(spare) - count else _held(1)
+        return _placed(family, free, 1.0)
 
-    def fits(count: int) -> bool:
-        leave(count)
-        return _placed(family, free, 1.0) is not None
-
-    count = 0
-    if not fits(0):
-        if not (spare and fits(len(spare))):
+    best, left = without(0), spare[:0]
+    if best is None:
+        if not (spare and without(len(spare))):
             gigabytes = f"{total / 1e9:.1f} GB of weights do not fit on {_many(devices)}"
             free_now = " + ".join(f"{size / 1e9:.1f}" for size in free)
             stay = f"even if {len(spare)} linears stay in their files" if spare else "and none may stay in its file"
             raise UserError(Problem(f"{gigabytes} with {free_now} GB free, {stay}; {HELPS}", ("model",)))
-        count = bisect_left(range(len(spare)), True, lo=1, key=fits)
-    left = leave(count)
-    if left:
-        gigabytes = sum(kept[name].nbytes for name in left) / 1e9
+        count = bisect_left(range(len(spare)), True, lo=1, key=lambda some: without(some) is not None)
+        best, left = without(count) or {}, spare[len(spare) - count :]
+        size = sum(kept[name].nbytes for name in left) / 1e9
         what = "%d of %d linears of the decoder's layers (%.1f GB) stay in their files, because %s no room for them: "
         has = f"{_many(devices)} ha{'ve' if len(devices) > 1 else 's'}"
-        LOG.warning(what + "every pass reads them, which takes time", count, len(spare), gigabytes, has)
-    best, low, high = _placed(family, free, 1.0) or {}, 0.0, 1.0
+        LOG.warning(what + "every pass reads them, which takes time", count, len(spare), size, has)
+    low, high = 0.0, 1.0
     for _ in range(STEPS if len(devices) > 1 else 0):
         middle = (low + high) / 2
         if (found := _placed(family, free, middle)) is None:

@@ -97,11 +97,11 @@ def _quieten() -> None:
     """Keep what Ray prints of a dead worker or node off standard output, where tables go: the run tells it itself."""
     inside: Any = importlib.import_module("ray._private.worker")
     if hasattr(inside, "print_to_stdstream"):
-        inside.print_to_stdstream = _unsaid
+        inside.print_to_stdstream = _nothing
 
 
-def _unsaid(*_: Any, **__: Any) -> None:
-    """Print nothing."""
+def _nothing(*_: Any, **__: Any) -> None:
+    """Do nothing."""
 
 
 @contextlib.contextmanager
@@ -115,16 +115,12 @@ def _without_helpers() -> Iterator[None]:
         node = importlib.import_module("ray._private.node").Node
     before = {name: getattr(node, name) for name in HELPERS if hasattr(node, name)}
     for name in before:
-        setattr(node, name, _unstarted)
+        setattr(node, name, _nothing)
     try:
         yield
     finally:
         for name, method in before.items():
             setattr(node, name, method)
-
-
-def _unstarted(*_: Any, **__: Any) -> None:
-    """Start nothing."""
 
 
 def disconnect() -> None:

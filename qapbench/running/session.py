@@ -100,10 +100,10 @@ class Session:
 
     def _read(self, spec: RunSpec, model: Any) -> None:
         """Read the weights that a packed run left in their files, and those that there was no room for."""
-        settings, config = self.settings, read_config(spec)
+        settings = self.settings
         if not any_unread(model):
             return
-        may = bool(settings.devices) and may_leave(spec, settings.device, config)
+        may = bool(settings.devices) and may_leave(spec, settings.device, read_config(spec))
         if not may:
             refuse_unless_it_fits(spec, settings)
         self.phases.begin("load")

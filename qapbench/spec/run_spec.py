@@ -254,7 +254,7 @@ class RunSpec(Strict):
 
     def weights_of(self, part: str) -> Format | None:
         """The format of the weights of a part's linears, unless it is overridden; None if they are not quantized."""
-        return self.quantize.weights if self.quantize is not None and part in self.quantize.scope else None
+        return self.quantize.weights if self.quantize is not None and self.quantizes(part) else None
 
     def without_images(self) -> RunSpec:
         """The run that finds out which questions of the task need their image: nothing compressed, images blank."""

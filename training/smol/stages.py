@@ -20,11 +20,8 @@ from training.vision import MEAN, STD, Vision, see
 from .model import lora_weights
 from .packs import END, LETTER, WORDS, Feed, Packs, collate, visible
 
-WEIGHTS = {
-    "projector": {LETTER: 1.0, END: 0.1, WORDS: 0.2},
-    "joint": {LETTER: 1.0, END: 0.1, WORDS: 0.05},
-    "fitted": {LETTER: 1.0, END: 0.1, WORDS: 0.05},
-}
+QUESTIONS = {LETTER: 1.0, END: 0.1, WORDS: 0.05}
+WEIGHTS = {"projector": {LETTER: 1.0, END: 0.1, WORDS: 0.2}, "joint": QUESTIONS, "fitted": QUESTIONS}
 """Weight of a target token, by stage and by kind.
 
 A caption has dozens of tokens. In the stage `projector`, captions dominate the loss. In `joint` and `fitted`, questions
