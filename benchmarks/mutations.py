@@ -95,7 +95,12 @@ GROUPS = {
         ),
     ),
     "pruning": Group(
-        ("qapbench/prune/*.py", "qapbench/methods/kinds.py", "qapbench/methods/tokens.py"),
+        (
+            "qapbench/prune/*.py",
+            "qapbench/methods/*pruner.py",
+            "qapbench/methods/scores.py",
+            "qapbench/methods/tokens.py",
+        ),
         (
             "tests/contract/test_pruner*.py",
             "tests/contract/test_item*.py",

@@ -20,32 +20,27 @@ PUBLIC = {
     "errors": ("UserError",),
     "methods.affine": ("Grid", "Levels", "Rounding", "fake_quantize", "grouped", "round_through", "straight_through"),
     "methods.floating": ("FloatGrid", "FloatLevels"),
+    "methods.decoder_pruner": ("DecoderPruner", "Stage", "even_stages"),
+    "methods.fusing": ("fusion", "fusions"),
     "methods.kinds": (
         "Allocation",
         "Bits",
-        "DecoderPruner",
         "Fraction",
         "GroupSize",
-        "ModelMetric",
-        "Pruner",
-        "Stage",
         "allocation",
         "allocations",
-        "batched",
-        "even_stages",
-        "fusion",
-        "fusions",
         "metric",
         "metrics",
-        "min_max",
         "pruner",
         "pruners",
         "ptq",
         "ptqs",
         "quantizer",
         "quantizers",
-        "top_k",
     ),
+    "methods.measure": ("ModelMetric",),
+    "methods.pruner": ("Pruner",),
+    "methods.scores": ("batched", "min_max", "top_k"),
     "methods.kronecker": ("Kronecker", "KroneckerHeads", "LearnedMatrix", "kronecker_by", "near_square"),
     "methods.normal_float": ("normal_float",),
     "methods.packed": ("NormalFloat", "PackedWeight", "kept_rounding", "packed_on", "packed_tensors"),
@@ -103,39 +98,36 @@ if TYPE_CHECKING:
     from .costing.prompt import Prompt
     from .errors import UserError
     from .methods.affine import Grid, Levels, Rounding, fake_quantize, grouped, round_through, straight_through
+    from .methods.decoder_pruner import DecoderPruner, Stage, even_stages
     from .methods.floating import FloatGrid, FloatLevels
     from .methods.formats import Format
+    from .methods.fusing import fusion, fusions
     from .methods.kinds import (
         Allocation,
         Bits,
-        DecoderPruner,
         Fraction,
         GroupSize,
-        Pruner,
-        Stage,
         allocation,
         allocations,
-        batched,
-        even_stages,
-        fusion,
-        fusions,
         metric,
         metrics,
-        min_max,
         pruner,
         pruners,
         ptq,
         ptqs,
         quantizer,
         quantizers,
-        top_k,
     )
     from .methods.kronecker import Kronecker, KroneckerHeads, LearnedMatrix, kronecker_by, near_square
+    from .methods.measure import ModelMetric
     from .methods.normal_float import normal_float
     from .methods.packed import NormalFloat, PackedWeight, kept_rounding, packed_on, packed_tensors
     from .methods.plans import LinearPlan, Scaling, TokenActivation, Tokens, Transform
+    from .methods.pruner import Pruner
     from .methods.quantization import PTQ
+    from .methods.reads import FirstReads
     from .methods.rotation import Rotated, RotatedBoth, Rotation, rotated_by, rotation_flops
+    from .methods.scores import batched, min_max, top_k
     from .methods.stiefel import descend
     from .methods.tokens import RelevanceSign, Selection, VisionTokens
     from .models.checkpoint_format import CheckpointFormat, checkpoint_format

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qapbench.methods.decoder_pruner import DecoderPruner
 from qapbench.methods.docstrings import documentation
-from qapbench.methods.kinds import KINDS, DecoderPruner, pruners
+from qapbench.methods.kinds import KINDS, pruners
 from qapbench.methods.quantization import PTQ
 from qapbench.methods.registry import Entry
 from qapbench.methods.tokens import VisionTokens

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from qapbench.errors import Problem, UserError, nearest
-from qapbench.methods.kinds import min_max
+from qapbench.methods.scores import min_max
 from qapbench.models import family_of
 from qapbench.prune.prompt import PruningView
 from qapbench.running.batches import BatchRunner

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import digest_code
-from qapbench.methods.kinds import Measure, metrics
+from qapbench.methods.kinds import metrics
+from qapbench.methods.measure import Measure
 from qapbench.models import Family, family_of
 from qapbench.prune.first_reads import on_model
 from qapbench.prune.prompt import PruningView

@@ -17,7 +17,7 @@ from qapbench.files import replace_all_synced
 from . import completion
 from .console import out
 
-Kind = Literal["metric", "fusion", "pruner", "ptq", "allocation"]
+Kind = Literal["metric", "quantizer", "fusion", "pruner", "ptq", "allocation"]
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -56,8 +56,10 @@ def _files(kind: str, name: str) -> dict[str, str]:
         raise UserError(f"no template for the kind '{kind}'; {nearest(kind, get_args(Kind))}")
     if not name.isidentifier() or keyword.iskeyword(name):
         raise UserError(f"'{name}' is no Python name, such as my_{kind}")
-    if name in KINDS[kind]:
-        raise UserError(f"{kind} '{name}' is registered already, by {KINDS[kind].entry(name).origin}")
+    made = {kind: name, **({"metric": f"{name}_error"} if kind == "quantizer" else {})}
+    for of, own in made.items():
+        if own in KINDS[of]:
+            raise UserError(f"{of} '{own}' is registered already, by {KINDS[of].entry(own).origin}")
     words = {"name": name, "kind": kind, "Class": name.title().replace("_", "")}
     in_spec = _sections(kind, name, keep=32, format={"bits": 4, "group_size": 128})
     in_test = _sections(kind, name, keep=4, format={"bits": 4})  # the test's model has few tokens and narrow layers
@@ -87,8 +89,12 @@ def _sections(kind: str, name: str, keep: int, format: dict[str, int]) -> dict[s
         return {"quantize": {**quantize, "allocate": name, "calibration": {"samples": 16}}, "prune": prune}
     if kind == "pruner":
         return {"quantize": quantize, "prune": {**prune, "method": name}}
-    scores = {"sensitivity": name} if kind == "metric" else {"sensitivity": "combined", "fusion": name}
-    return {"quantize": quantize, "prune": {**prune, **scores}}
+    scores = {
+        "metric": {"sensitivity": name},
+        "quantizer": {"sensitivity": f"{name}_error"},
+        "fusion": {"sensitivity": "combined", "fusion": name},
+    }
+    return {"quantize": quantize, "prune": {**prune, **scores[kind]}}
 
 
 def _flow(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qapbench.methods.kinds import DecoderPruner, pruners
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.kinds import pruners
 from qapbench.models.encoded import EncodedImages
 from qapbench.models.outline import ImageOutline
 from qapbench.prune.decoder_fields import check_drops

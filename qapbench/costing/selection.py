@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qapbench.methods.kinds import DecoderPruner, Pruner, fusions, metrics, pruners
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.fusing import fusions
+from qapbench.methods.kinds import metrics, pruners
+from qapbench.methods.pruner import Pruner
 from qapbench.methods.registry import Registry
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.outline import ImageOutline, Size

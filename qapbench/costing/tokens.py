@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qapbench.methods.kinds import DecoderPruner, Pruner, Stage
+from qapbench.methods.decoder_pruner import DecoderPruner, Stage
+from qapbench.methods.pruner import Pruner
 from qapbench.models.outline import ImageOutline
 from qapbench.prune.splice import budgets, schedules
 from qapbench.prune.stages import layer_counts, scheduled, stage_budgets

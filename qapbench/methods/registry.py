@@ -203,3 +203,34 @@ class Registry(Generic[T]):
 def _is_notebook_cell(target: Any) -> bool:
     """Running a notebook cell again is how one edits there; it is not a collision."""
     return getattr(target, "__module__", "") == "__main__" and "ipykernel" in sys.modules
+
+
+def check_class(base: type, kind: str) -> Callable[[Any], None]:
+    """Make the check that what is registered is a complete subclass.
+
+    Args:
+        base: the class.
+        kind: the kind of item, for the message.
+    """
+
+    def check(target: Any) -> None:
+        if not (isinstance(target, type) and issubclass(target, base)):
+            raise TypeError(f"a {kind} must be a subclass of qapbench.{base.__name__}, got {target!r}")
+        if inspect.isabstract(target):
+            lacking = ", ".join(sorted(getattr(target, "__abstractmethods__", ())))
+            raise TypeError(f"{target.__name__} is no {kind} yet: it does not define {lacking}")
+
+    return check
+
+
+def check_callable(target: Any) -> None:
+    """Check that what is registered, or an instance of it, can be called.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    usable = callable(target)
+    if isinstance(target, type):  # classes are always callable; the instances have to be
+        usable = any("__call__" in vars(base) for base in target.__mro__)
+    if not usable:
+        raise TypeError(f"expected a function or a class with __call__, got {target!r}")

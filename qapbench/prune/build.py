@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import DecoderPruner, Measure, Pruner, metrics, pruners
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.kinds import metrics, pruners
+from qapbench.methods.measure import Measure
+from qapbench.methods.pruner import Pruner
 from qapbench.models import Family
 from qapbench.models.family import default_tower
 from qapbench.models.relevance import QuestionReader, TextTower, find_tower, load_tower

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qapbench.errors import UserError
 
+from .cutting import TYPES
 from .generation import ShortenedPrompt, refuse
-from .pruning import TYPES, Pruning
+from .pruning import Pruning
 from .turns import CACHES, CachedPrompt, cache_of, filled
 
 VIDEO = "pixel_values_videos"

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import DecoderPruner, Fusion, Metric
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.fusing import Fusion
+from qapbench.methods.measure import Metric
 from qapbench.methods.tokens import Selection
 from qapbench.models.layers import DecoderLayers, device_of
 from qapbench.quantize.call_tokens import watch_of

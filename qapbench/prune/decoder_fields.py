@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import DecoderPruner
+from qapbench.methods.decoder_pruner import DecoderPruner
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models.layers import DecoderLayers
 from qapbench.quantize.call_tokens import watch_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qapbench.methods.kinds import Measure
+from qapbench.methods.measure import Measure
 from qapbench.methods.reads import FirstReads
 from qapbench.models import Family
 from qapbench.models.layers import DecoderLayers

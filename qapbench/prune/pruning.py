@@ -6,14 +6,17 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import Choice, DecoderPruner, Measure, Pruner, fusions
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.fusing import fusions
+from qapbench.methods.measure import Measure
+from qapbench.methods.pruner import Pruner
 from qapbench.methods.tokens import Selection, VisionTokens
 from qapbench.models import Family
 from qapbench.models.encoded import EncodedImages, Views
@@ -21,15 +24,16 @@ from qapbench.models.relevance import QuestionReader, memoized
 from qapbench.receipt import ImageTokens, Receipt
 from qapbench.spec.run_spec import PruneSpec
 
+from .choosing import Chooser, Steps, Wanted
+from .cutting import cut
 from .decoder import DecoderPruning
 from .prompt import Inside, Memo, PrunedPrompt, PruningView
-from .question import UNLABELLED, asked_text
+from .question import Questions, asked_text
 from .splice import (
     Part,
     PrunedImage,
     budgets,
     detached,
-    gather_columns,
     image_columns,
     kept_columns,
     schedules,
@@ -37,43 +41,6 @@ from .splice import (
 )
 from .state import Entering, view_states
 from .turns import filled
-
-TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Inputs that tell images from text, one value per token, 0 for text and padding."""
-PER_TOKEN = {"labels": UNLABELLED, **dict.fromkeys(TYPES, 0)}
-"""Inputs with one value per token, besides ids, mask and positions -> their padding. The loss skips labels of -100."""
-
-
-class Wanted(NamedTuple):
-    """A selection that a prompt waits for.
-
-    Attributes:
-        tokens: views of one image, or of several.
-        keep: the budget of each view.
-        memo: results for these views.
-    """
-
-    tokens: VisionTokens
-    keep: int
-    memo: Memo
-
-
-class Chosen(NamedTuple):
-    """What a prompt is sent that waits for a selection.
-
-    Attributes:
-        selection: the selection.
-        relevance: the relevance that it followed; None if the pruner has none.
-        sensitivity: the sensitivity that it followed; None if there is no metric.
-    """
-
-    selection: Selection
-    relevance: Tensor | None
-    sensitivity: Tensor | None
-
-
-Steps = Generator[Wanted, Chosen, Any]
-"""What one prompt is pruned in: yields what it wants, and goes on with what it is sent."""
 
 
 class Ask(NamedTuple):
@@ -125,6 +92,10 @@ class Pruning:
     def __post_init__(self) -> None:
         fusion = self.spec.fusion
         self.fusion = fusions.create(fusion.name, **fusion.params) if fusion else None
+        # Nothing is chosen in front of the decoder without a method for it.
+        front, tower = self.pruner.front or self.pruner, id(self.reader.tower)
+        self._chooser = Chooser(self.spec, front, self.sensitivity, self.fusion, tower)
+        self._questions = Questions(str(self.spec.method), self.family, self.reader, self.processor)
         self.decoder: DecoderPruning | None = None
         if isinstance(self.pruner, DecoderPruner):
             self.decoder = DecoderPruning(
@@ -247,37 +218,7 @@ class Pruning:
             UserError: the budget is out of range, placeholders and tokens do not match, or `positions: keep` meets
                 merged tokens.
         """
-        steps = [self._pruned(*ask) for ask in asks]
-        found: dict[int, PrunedPrompt] = {}
-        sent: dict[int, Chosen | None] = dict.fromkeys(range(len(steps)))
-        while sent:
-            waiting: dict[int, Wanted] = {}
-            for index, made in sent.items():
-                try:
-                    waiting[index] = steps[index].send(made)  # type: ignore[arg-type]  # None starts a generator
-                except StopIteration as end:
-                    found[index] = end.value
-            sent = dict(zip(waiting, self._chosen(list(waiting.values())), strict=True))
-        return [found[index] for index in range(len(steps))]
-
-    def _chosen(self, wanted: Sequence[Wanted]) -> list[Chosen]:
-        """The selections that prompts wait for, and the scores that they followed."""
-        front = self.pruner.front or self.pruner  # nothing is wanted without a front
-        # Relevance depends on neither budget nor metric, sensitivity on the images alone.
-        of = self.spec.method, id(self.reader.tower)
-        relevances = _scores(of, [(one.memo.question, one.tokens) for one in wanted], front.relevance_each)
-        sensitivities: list[Tensor | None] = [None] * len(wanted)
-        if self.sensitivity is not None:
-            shown = [(one.memo.image, one.tokens.projected) for one in wanted]
-            sensitivities = _scores(("sensitivity", self.spec.sensitivity), shown, self.sensitivity.each)
-        found: dict[int, Selection] = {}
-        for keep in dict.fromkeys(one.keep for one in wanted):
-            places = [place for place, one in enumerate(wanted) if one.keep == keep]
-            choices = [Choice(wanted[at].tokens, sensitivities[at], relevances[at]) for at in places]
-            found |= zip(places, front.select_each(choices, keep, self.fusion), strict=True)
-        return [
-            Chosen(found[place], *scores) for place, scores in enumerate(zip(relevances, sensitivities, strict=True))
-        ]
+        return self._chooser.finish([self._pruned(*ask) for ask in asks])
 
     def _pruned(
         self, prompt: dict[str, Any], encoded: EncodedImages, relevance_text: list[str] | None, memo: Memo
@@ -346,10 +287,9 @@ class Pruning:
             mask: its attention mask.
             columns: for each row, the columns that stay.
         """
-        cut = self._cut(prompt, mask, columns)
-        for name in self.family.image_inputs:
-            cut.pop(name, None)
-        return cut
+        family = self.family
+        left = {name: value for name, value in prompt.items() if name not in family.image_inputs}
+        return cut(left, mask, columns, family.positions(prompt), self.spec.positions == "keep", self._pad_token)
 
     def _select(
         self,
@@ -398,7 +338,7 @@ class Pruning:
                     own_question = functools.partial(question, image)
                     see = functools.partial(self._seen, prompt, views, batch, budget, mine)
                     seen = memoized(mine.image, reads, see)
-                    ask = functools.partial(self._asked, seen, own_question, text, mine)
+                    ask = functools.partial(self._questions.added, seen, own_question, text, mine.question)
                     tokens = memoized(mine.question, reads, ask)
                     owners = [views.owners[view] for view in span]
                     selection = yield from self._choose(tokens, keep, mine, owners)
@@ -429,35 +369,6 @@ class Pruning:
             return tokens
         return tokens.adding(self.reader.sign.value, **self.reader.of_image(tokens, memo.image))
 
-    def _asked(
-        self, tokens: VisionTokens, question: Callable[[], Tensor], text: str | None, memo: Memo
-    ) -> VisionTokens:
-        """The fields of some views that the pruner reads. Pruners that read the same fields share them.
-
-        Args:
-            tokens: those of the images.
-            question: makes [L] token ids of the text that the pruner may read.
-            text: the question in words that the caller gave; None reads `question`.
-            memo: results for these views.
-
-        Raises:
-            UserError: there is no question.
-        """
-        if not self.reader.needs:
-            return tokens
-        if text is None and not len(question()):
-            raise UserError(
-                f"{self.spec.method} compares an image with the question, and the prompt has none: leave the "
-                "question's `labels` at -100, or pass `relevance_text=`"
-            )
-        given = None
-        if text is None and self.reader.needs_text:
-            text = self._decode(question())
-        elif text is not None and self.reader.needs_words:
-            given = self._spelled(text)
-        asked = self.reader.of_question(tokens, text, question, given, memo.question)
-        return tokens.adding(self.reader.sign.value, **asked)
-
     def _choose(self, tokens: VisionTokens, keep: int, memo: Memo, owners: list[int]) -> Steps:
         """Choose the tokens of a batch of views in front of the decoder. Returns the selection.
 
@@ -474,37 +385,6 @@ class Pruning:
                 scores = (relevance, sensitivity)
                 self.on_view(PruningView.of(owner, tokens.count, every, tokens.grid, scores, selection, row))
         return selection
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        """The tokenizer of the processor, or else of the model's folder; None if there is neither."""
-        from transformers import AutoTokenizer
-
-        if self.processor is not None:
-            return getattr(self.processor, "tokenizer", self.processor)
-        try:
-            return AutoTokenizer.from_pretrained(self.family.model.name_or_path)
-        except (OSError, ValueError):
-            return None
-
-    def _decode(self, question: Tensor) -> str | None:
-        """The text of token ids [L]; None if there is no tokenizer."""
-        return None if self._tokenizer is None else self._tokenizer.decode(question, skip_special_tokens=True)
-
-    def _spelled(self, text: str) -> Tensor:
-        """The language model's token ids [L] of a text, none of them special.
-
-        Raises:
-            UserError: there is no tokenizer, or no token.
-        """
-        if self._tokenizer is None:
-            raise UserError(
-                f"relevance_text: {self.spec.method} reads it as tokens of the language model; `compress` a processor"
-            )
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        if not ids:
-            raise UserError("relevance_text: a text is empty")
-        return torch.tensor(ids, device=self.family.model.device)
 
     def _features(self, tokens: VisionTokens, selection: Selection) -> list[Tensor]:
         """Features for the language model, one [K + M, D] per view.
@@ -527,46 +407,3 @@ class Pruning:
         if selection.space == "patches":
             made = self.family.project(made.to(tokens.require("patches", "merging").dtype))
         return made.to(tokens.projected)
-
-    def _cut(self, kwargs: dict[str, Any], mask: Tensor, columns: list[Tensor]) -> dict[str, Any]:
-        """The keyword arguments with every per-token input cut to some columns, padded on the side that was padded."""
-        left = len(columns) > 1 and bool(mask[:, -1].all())  # a row alone is not padded
-        given = self.family.positions(kwargs)
-        short = gather_columns(mask, columns, 0, left)
-        if given is not None:  # positions that are more than a count (M-RoPE) are kept
-            positions = gather_columns(given, columns, 0, left)
-        elif self.spec.positions == "keep":
-            counted = kwargs.get("position_ids")
-            counted = (mask.cumsum(dim=-1) - 1).clamp(min=0) if counted is None else counted.expand_as(mask)
-            positions = gather_columns(counted, columns, 0, left)
-        else:
-            positions = (short.cumsum(dim=-1) - 1).clamp(min=0)
-        fills = {"input_ids": self._pad_token, **PER_TOKEN}
-        cut = {
-            name: gather_columns(kwargs[name], columns, fill, left)
-            for name, fill in fills.items()
-            if kwargs.get(name) is not None
-        }
-        return {**kwargs, **cut, "attention_mask": short, "position_ids": positions}
-
-
-Read = TypeVar("Read")
-
-
-def _scores(
-    key: Hashable,
-    several: Sequence[tuple[dict[Hashable, Any], Read]],
-    score: Callable[[list[Read]], Sequence[Tensor | None]],
-) -> list[Tensor | None]:
-    """The scores of several batches of views, each computed once for all that share its earlier results.
-
-    Args:
-        key: name of the scores among the results.
-        several: earlier results, to which the scores are added, and what is scored.
-        score: scores several in one call.
-    """
-    lacking = {id(known): (known, read) for known, read in several if key not in known}
-    made = score([read for _, read in lacking.values()]) if lacking else []
-    for (known, _), scores in zip(lacking.values(), made, strict=True):
-        known[key] = scores
-    return [known[key] for known, _ in several]

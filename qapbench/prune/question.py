@@ -1,9 +1,19 @@
-"""Which text of a prompt is the question, and which is an answer that is scored behind it."""
+"""The question of a prompt: which text it is, and the fields of visual tokens that depend on it."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from qapbench.errors import UserError
+from qapbench.methods.tokens import VisionTokens
+from qapbench.models import Family
+from qapbench.models.relevance import QuestionReader
 
 UNLABELLED = -100
 """Label of a token that no loss is computed on."""
@@ -31,3 +41,80 @@ def asked_text(text: Tensor, labels: Tensor | None, spans: list[tuple[int, Tenso
         question = text[row] & ~labelled[row]
         found.append(text[row] & ~answer if question.any() else torch.zeros_like(answer))
     return found
+
+
+@dataclasses.dataclass
+class Questions:
+    """Adds the fields that depend on the question, for one pruner on one model.
+
+    Attributes:
+        method: name of the pruner, for messages.
+        family: the model.
+        reader: computes the fields.
+        processor: reads and writes the question's text; None stands for the tokenizer in the model's folder.
+    """
+
+    method: str
+    family: Family
+    reader: QuestionReader
+    processor: Any
+
+    def added(
+        self, tokens: VisionTokens, question: Callable[[], Tensor], text: str | None, known: dict[Hashable, Any]
+    ) -> VisionTokens:
+        """Some views with the fields that the pruner reads. Pruners that read the same fields share them.
+
+        Args:
+            tokens: the views, with the fields of the images.
+            question: makes [L] token ids of the text that the pruner may read.
+            text: the question in words that the caller gave; None reads `question`.
+            known: earlier results for these views and this question, to which these are added.
+
+        Raises:
+            UserError: there is no question.
+        """
+        if not self.reader.needs:
+            return tokens
+        if text is None and not len(question()):
+            raise UserError(
+                f"{self.method} compares an image with the question, and the prompt has none: leave the "
+                "question's `labels` at -100, or pass `relevance_text=`"
+            )
+        given = None
+        if text is None and self.reader.needs_text:
+            text = self._decode(question())
+        elif text is not None and self.reader.needs_words:
+            given = self._spelled(text)
+        asked = self.reader.of_question(tokens, text, question, given, known)
+        return tokens.adding(self.reader.sign.value, **asked)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        """The tokenizer of the processor, or else of the model's folder; None if there is neither."""
+        from transformers import AutoTokenizer
+
+        if self.processor is not None:
+            return getattr(self.processor, "tokenizer", self.processor)
+        try:
+            return AutoTokenizer.from_pretrained(self.family.model.name_or_path)
+        except (OSError, ValueError):
+            return None
+
+    def _decode(self, question: Tensor) -> str | None:
+        """The text of token ids [L]; None if there is no tokenizer."""
+        return None if self._tokenizer is None else self._tokenizer.decode(question, skip_special_tokens=True)
+
+    def _spelled(self, text: str) -> Tensor:
+        """The language model's token ids [L] of a text, none of them special.
+
+        Raises:
+            UserError: there is no tokenizer, or no token.
+        """
+        if self._tokenizer is None:
+            raise UserError(
+                f"relevance_text: {self.method} reads it as tokens of the language model; `compress` a processor"
+            )
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if not ids:
+            raise UserError("relevance_text: a text is empty")
+        return torch.tensor(ids, device=self.family.model.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import Stage
+from qapbench.methods.decoder_pruner import Stage
 from qapbench.models.encoded import EncodedImage, EncodedImages
 from qapbench.receipt import ImageTokens
 from qapbench.spec.run_spec import PruneSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qapbench.errors import Problem, UserError
-from qapbench.methods.kinds import DecoderPruner, Stage
+from qapbench.methods.decoder_pruner import DecoderPruner, Stage
 
 
 def scheduled(steps: Sequence[Stage], count: int, depth: int) -> dict[int, int]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qapbench.methods.kinds import Stage
+from qapbench.methods.decoder_pruner import Stage
 from qapbench.methods.tokens import Selection
 
 from .splice import Part, PrunedImage

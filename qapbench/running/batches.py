@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qapbench.models import Family, row_products
 from qapbench.models.row_products import row_by_row
+from qapbench.prune.cutting import TYPES
 from qapbench.prune.generation import limit_on_length
 from qapbench.prune.prompt import PrunedPrompt
-from qapbench.prune.pruning import TYPES
 from qapbench.tasking.questions import ContinuationTokenizer, Question
 
 from .active_run import Result

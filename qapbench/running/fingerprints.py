@@ -10,7 +10,8 @@ import torch
 from qapbench.checkpoints.find import find_checkpoint
 from qapbench.errors import Problem, UserError
 from qapbench.hashing import code_files, digest_code, digest_files, digest_tree, library_versions
-from qapbench.methods.kinds import allocations, fusions, metrics, pruners, ptqs
+from qapbench.methods.fusing import fusions
+from qapbench.methods.kinds import allocations, metrics, pruners, ptqs
 from qapbench.methods.registry import Entry
 from qapbench.models.checkpoint_format import format_of
 from qapbench.models.family import default_tower, families

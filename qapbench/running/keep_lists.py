@@ -13,7 +13,8 @@ from safetensors.torch import save
 from qapbench import __version__
 from qapbench.errors import Problem, UserError
 from qapbench.files import replace_synced
-from qapbench.methods.kinds import DecoderPruner, pruners
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.kinds import pruners
 from qapbench.models import Family, family_of
 from qapbench.models.encoded import EncodedImages
 from qapbench.prune.prompt import PrunedPrompt

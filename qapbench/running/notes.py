@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qapbench.checkpoints.find import find_checkpoint
-from qapbench.methods.kinds import fusions, metrics, pruners
+from qapbench.methods.fusing import fusions
+from qapbench.methods.kinds import metrics, pruners
 from qapbench.methods.registry import Registry
 from qapbench.receipt import Receipt
 from qapbench.records.parts import ReceiptRecord, Unanswered

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 from pydantic.functional_validators import BeforeValidator
 
 from qapbench.errors import UserError
-from qapbench.methods.kinds import allocations, fusions, metrics, pruners, ptqs
+from qapbench.methods.fusing import fusions
+from qapbench.methods.kinds import allocations, metrics, pruners, ptqs
 from qapbench.methods.registry import Registry
 
 

@@ -16,7 +16,9 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from qapbench.errors import Problem, UserError
-from qapbench.methods.kinds import DecoderPruner, fusions, pruners
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.fusing import fusions
+from qapbench.methods.kinds import pruners
 from qapbench.methods.parameters import problems_of
 
 from .cost_budget import CostBudget, or_cost

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qapbench.errors import Problem, UserError
-from qapbench.prune.pruning import PER_TOKEN
+from qapbench.prune.cutting import PER_TOKEN
 from qapbench.quantize.calibration import CalibrationSamples
 from qapbench.spec.run_spec import CalibrationSpec
 

@@ -32,6 +32,7 @@ def test_every_kind_is_written_with_a_spec_and_a_test_that_passes(tmp_path: Path
         ("metric", "two words", "no Python name, such as my_metric"),
         ("metric", "class", "no Python name"),
         ("pruner", "cdpruner", "registered already, by"),
+        ("quantizer", "group", "metric 'group_error' is registered already, by"),
     ],
 )
 def test_mistakes_are_named(kind: str, name: str, says: str, tmp_path: Path) -> None:

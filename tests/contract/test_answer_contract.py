@@ -10,8 +10,8 @@ from qapbench import DecoderPruner, UserError, compress, pruners
 from qapbench.models.family import families, family_of
 from qapbench.models.relevance import QuestionReader
 from qapbench.prune.build import build_pruning
+from qapbench.prune.cutting import TYPES
 from qapbench.prune.prompt import PruningView
-from qapbench.prune.pruning import TYPES
 from qapbench.prune.splice import PrunedImage
 from qapbench.quantize.calibration import Calibration, CalibrationSamples
 from qapbench.receipt import Receipt

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qapbench import Pruner, Selection, UserError, VisionTokens, fusions, metrics, pruners
-from qapbench.methods.kinds import Choice, min_max
+from qapbench.methods.pruner import Choice
+from qapbench.methods.scores import min_max
 
 each_pruner = pytest.mark.parametrize("name", pruners.names())
 each_pair = pytest.mark.parametrize("name, fusion", list(itertools.product(pruners.names(), fusions.names())))

@@ -20,7 +20,8 @@ from tests.devices.far import Mixed, devices, spread
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qapbench import compress
-from qapbench.methods.kinds import DecoderPruner, pruners
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.kinds import pruners
 from qapbench.running.execute import make_runs
 from qapbench.running.settings import Settings
 from qapbench.spec.run_spec import RunSpec

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from qapbench.methods.kinds import DecoderPruner, pruners
+from qapbench.methods.decoder_pruner import DecoderPruner
+from qapbench.methods.kinds import pruners
 
 ROOT = Path(__file__).parents[2]
 INSIDE = [name for name in pruners.names() if isinstance(pruners.create(name), DecoderPruner)]

@@ -22,7 +22,7 @@ from qapbench.analysis.leave_one_out import OcclusionEffect, Spliced, occlusion_
 from qapbench.analysis.question import LetterQuestion, by_letter, find_questions, image_questions
 from qapbench.analysis.sensitivity import Study, studies_of
 from qapbench.analysis.study import STUDY, TARGETS, StudyRow, spearman, summarize
-from qapbench.methods.kinds import min_max
+from qapbench.methods.scores import min_max
 from qapbench.models import family_of
 from qapbench.models.family import families
 from qapbench.models.loading import load_model

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from qapbench import VisionTokens, pruners
-from qapbench.methods.kinds import Choice
+from qapbench.methods.pruner import Choice
 from qapbench.strategies.pruners import cdpruner, dpp
 from qapbench.strategies.pruners.dpp import greedy_map, greedy_map_lazy, unit
 from qapbench.strategies.pruners.dpp_batch import greedy_map_batch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qapbench import Block, Calibration, Format, Gradient, LinearPlan, Rotation, Tokens, UserError, ptqs
 from qapbench.methods.plans import TokenActivation
-from qapbench.quantize.calibration.blocks import Pass
+from qapbench.quantize.calibration.passes import Pass
 from qapbench.spec.run_spec import QuantizeSpec
 from qapbench.strategies.ptq import mbq, mquant, omniquant, quip, qvlm
 

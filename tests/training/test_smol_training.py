@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from training.model import build_models, build_tokenizers
 from training.smol import packs as packing
 from training.smol import sizing, subset
 from training.smol.model import BEGUN, add_lora, halve, start
-from training.smol.packs import LETTER, Feed, Packs, Wording, collate
+from training.smol.packs import LETTER, WORDS, Feed, Mix, Packs, Wording, collate
 from training.smol.stages import FedCompanion, Seeing
 from training.smol.train import parser, train
 from training.vision import Vision
@@ -127,6 +128,34 @@ def test_a_pack_follows_from_its_number(begun: tuple[Any, Any, Packs]) -> None:
     assert len(second["pixels"]) == 1
     image = sample(1, 2, "train", modality="image").image
     assert np.array_equal(second["pixels"][0].numpy(), np.asarray(image))
+
+
+def test_drills_name_the_option_whose_letter_they_ask_for(begun: tuple[Any, Any, Packs]) -> None:
+    _, processor, data = begun
+    drilled = Packs(data.wording, data.labeller, 1, mix=Mix(text=1, drills=1.0))
+    pack = drilled[0]
+    assert "pixels" not in pack
+    letters = pack["target"][pack["kind"] == LETTER].tolist()
+    text = [processor.tokenizer.decode(pack["ids"][pack["segment"] == at]) for at in range(1, len(letters) + 1)]
+    assert len(letters) >= 3
+    for asked, letter in zip(text, letters, strict=True):
+        named = asked.split("Find: ")[1].split("\n")[0]
+        options = dict(re.findall(r"^([A-E])\. (.*)$", asked, re.MULTILINE))
+        assert options[processor.tokenizer.decode([letter])] == named
+    for plain, index in ((Packs(data.wording, data.labeller, 1), 3), (Packs(data.wording, data.labeller, 0, "val"), 3)):
+        assert "Find:" not in processor.tokenizer.decode(plain[index]["ids"])
+
+
+def test_captions_of_the_validation_split_stand_behind_its_questions(
+    begun: tuple[Any, Any, Packs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, data = begun
+    monkeypatch.setattr(packing, "LENGTH", 4096)  # so that there is room for them
+    for index in (0, 1):
+        kinds = Packs(data.wording, data.labeller, 0, "val")[index]["kind"]
+        letters, words = (kinds == LETTER).nonzero(), (kinds == WORDS).nonzero()
+        assert len(letters) and len(words)
+        assert int(words.min()) > int(letters.max())
 
 
 def test_every_stage_trains_its_own_parts(begun: tuple[Any, Any, Packs]) -> None:

@@ -9,7 +9,7 @@ test checks. Text-only packs have no segment 0.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,12 @@ class Mix:
     Attributes:
         text: one of so many packs is text-only.
         words: probability that a question about an image is also asked without options.
+        drills: probability that a text-only pack consists of drills.
     """
 
     text: int = 4
     words: float = 0.4
+    drills: float = 0.0
 
 
 class Wording:
@@ -164,7 +166,8 @@ class Packs(Dataset[dict[str, Any]]):
         wording: writes chats as token ids.
         labeller: labels the patches of scenes.
         seed: seed of the scenes.
-        split: name of the split. Only packs of "train" contain captions and free answers.
+        split: name of the split. Only packs of "train" contain free answers. Their captions stand in front of the
+            questions, those of other splits behind them.
         mix: the mixture of chats; None for the default.
     """
 
@@ -192,15 +195,22 @@ class Packs(Dataset[dict[str, Any]]):
             pack.add(*wording.letter(scene.questions[i], True))
             if self.split == "train" and rng.random() < self.mix.words:
                 pack.add(*wording.words(scene.questions[i], True))
+        if self.split != "train":
+            pack.add(*wording.caption(scene, rng))
         pixels = torch.from_numpy(np.array(scene.image, dtype=np.uint8))
         return {**pack.tensors(wording.end), "pixels": pixels, "labels": self.labeller.patches(scene)}
 
     def text(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Draw a pack of text-only questions, until there is no more room."""
-        pack = Pack([])
+        """Draw a pack of text-only questions, or of drills in their place, until there is no more room.
+
+        A drill asks for the letter of an option that is named, which is the last step of every question.
+        """
+        pack, drills = Pack([]), self.split == "train" and rng.random() < self.mix.drills
         for at in range(64):
             scene = sample(self.seed, index * 64 + at, self.split, modality="text")
             question = scene.questions[int(rng.integers(len(scene.questions)))]
+            if drills:
+                question = replace(question, question=f"Find: {question.choices[question.answer]}", hint="")
             if not pack.add(*self.wording.letter(question, False)):
                 break
         return pack.tensors(self.wording.end)

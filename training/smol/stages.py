@@ -18,7 +18,7 @@ from training.labels import Labeller
 from training.vision import MEAN, STD, Vision, see
 
 from .model import lora_weights
-from .packs import END, LETTER, WORDS, Feed, Packs, collate, visible
+from .packs import END, LETTER, WORDS, Feed, Mix, Packs, collate, visible
 
 QUESTIONS = {LETTER: 1.0, END: 0.1, WORDS: 0.05}
 WEIGHTS = {"projector": {LETTER: 1.0, END: 0.1, WORDS: 0.2}, "joint": QUESTIONS, "fitted": QUESTIONS}
@@ -123,8 +123,8 @@ class Seeing:
             if n := int(chosen.sum()):
                 logged[f"{key}_acc"] = float(hit[chosen].float().mean())
                 logged[f"{key}_n"] = float(n)
-        if (kind == WORDS).any():
-            logged["words"] = float(each.detach()[kind == WORDS].mean())
+        if n := int((kind == WORDS).sum()):
+            logged |= {"words": float(each.detach()[kind == WORDS].mean()), "words_n": float(n)}
         if patches is not None and "labels" in batch:
             patch, whole, found = self.vision.told(patches.float(), cls.float(), batch["labels"])
             logged |= {"labels": float(patch.detach()), "cls": float(whole.detach()), "labels_right": found["right"]}
@@ -160,18 +160,22 @@ class Seeing:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Accuracy of letters on the validation split: with images, with grey ones in their place, and text-only."""
+        """How well the validation split is answered: with images, with grey ones in their place, and text-only.
+
+        Letters count as right or wrong. Of captions it is the mean loss of a token, which tells long before letters do
+        whether the image is read.
+        """
         sums: dict[str, float] = {}
         for first in range(0, self.count, self.batch):
             packs = collate([self.checks[i] for i in range(first, min(first + self.batch, self.count))])
             batch = {key: value.to(self.device) for key, value in packs.items()}
             for prefix, blank in (("", False), ("blank_", True)):
                 _, found = self.score(batch, blank)
-                for key in ("image", "text"):
+                for key, value in (("image", "image_acc"), ("text", "text_acc"), ("words", "words")):
                     if f"{key}_n" in found and not (blank and key == "text"):
-                        sums[f"{prefix}{key}_n"] = sums.get(f"{prefix}{key}_n", 0) + found[f"{key}_n"]
-                        right = found[f"{key}_acc"] * found[f"{key}_n"]
-                        sums[f"{prefix}{key}"] = sums.get(f"{prefix}{key}", 0) + right
+                        n, own = found[f"{key}_n"], f"{prefix}{key}"
+                        sums[own] = sums.get(own, 0) + found[value] * n
+                        sums[f"{own}_n"] = sums.get(f"{own}_n", 0) + n
         kinds = [key for key in sums if not key.endswith("_n")]
         return {f"val_{key}": round(sums[key] / sums[f"{key}_n"], 4) for key in kinds} | {
             f"val_{key}_n": int(sums[f"{key}_n"]) for key in kinds
@@ -221,6 +225,6 @@ class FedCompanion(Companion):
             return super().validate(count)
 
 
-def packs_for(wording: Any, labeller: Labeller, seed: int) -> tuple[Packs, Packs]:
-    """Make the training packs and the validation packs."""
-    return Packs(wording, labeller, seed), Packs(wording, labeller, 0, "val")
+def packs_for(wording: Any, labeller: Labeller, seed: int, mix: Mix) -> tuple[Packs, Packs]:
+    """Make the training packs, of a mixture of chats, and the validation packs."""
+    return Packs(wording, labeller, seed, mix=mix), Packs(wording, labeller, 0, "val")

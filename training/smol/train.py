@@ -28,7 +28,7 @@ from training.vision import Vision
 
 from .closed_form import fit_projector
 from .model import ALPHA, RANK, TOWER, add_lora, export, find_base, halve, start
-from .packs import Wording
+from .packs import Mix, Wording
 from .stages import CHECKS, FedCompanion, Seeing, packs_for
 
 SHARES = {"projector": 0.15, "joint": 0.73, "companion": 0.12}
@@ -53,7 +53,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         halve(llava)
     llava.to(device)
     clip.to(device)
-    data, checks = packs_for(wording, labeller, args.seed + 1)
+    data, checks = packs_for(wording, labeller, args.seed + 1, Mix(text=args.text, drills=args.drills))
     vision = Vision(llava, labeller, args.seed)
     vision.heads.to(device)
     speller = Speller(Tokenizer.from_file(str(args.tower / "tokenizer.json")))
@@ -117,6 +117,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--gguf", type=Path, help="file of the language model, if its package is not installed")
     out.add_argument("--tower", type=Path, default=TOWER, help="CLIP folder to start from")
     out.add_argument("--fit", type=int, default=0, help="number of scenes to fit the projector to in closed form")
+    out.add_argument("--text", type=int, default=Mix.text, help="one of so many packs is text-only")
+    out.add_argument("--drills", type=float, default=Mix.drills, help="share of text-only packs that are drills")
     out.add_argument("--rank", type=int, default=RANK, help="rank of LoRA")
     out.add_argument("--alpha", type=int, default=ALPHA, help="alpha of LoRA")
     out.add_argument("--slots", type=int, default=6000, help="number of scenes to collect the labels of patches from")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -12,72 +12,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from qapbench.errors import UserError
 from qapbench.methods.plans import Tokens
-from qapbench.methods.tokens import all_finite
 from qapbench.models.layers import attention_rows, device_of
 
+from .capturing import Reached, catching, observed
 from .observers import Observer
+from .passes import Pass, first
 from .spill import Spill
 
 T = TypeVar("T", bound=Observer)
-HIDDEN = "hidden_states"  # keyword of a block's input, if it is not positional
-
-
-@dataclass
-class Pass:
-    """One call of a module for one sample, with its tensors in host memory.
-
-    Attributes:
-        args: positional arguments.
-        kwargs: keyword arguments.
-        tokens: what is known of the prompt's tokens; None outside the language model.
-        all_vision: whether all tokens are visual if `tokens` says nothing about them; otherwise all are text.
-        labelled: [B, L] bool, True for the tokens of the answer; None outside the language model, and for a sample
-            without labels.
-        added: [B, L, D] what the model adds to the hidden states between the module before it and this one (DeepStack);
-            None if nothing.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tokens: Tokens | None = None
-    all_vision: bool = False
-    labelled: Tensor | None = None
-    added: Tensor | None = None
-
-    def fed(self, hidden: Tensor) -> Pass:
-        """The same call with the output of the module before it as hidden states."""
-        if self.added is not None:
-            hidden = hidden + self.added
-        if self.args:
-            return replace(self, args=(hidden, *self.args[1:]))
-        return replace(self, kwargs={**self.kwargs, HIDDEN: hidden})
-
-    def answer(self, x: Tensor) -> Tensor:
-        """Tell which tokens of an input x [..., in] belong to the answer.
-
-        Returns:
-            [T] bool, where T is the product of the leading dimensions of x. If the sample has no labels or they have
-            another shape, all tokens count that are valid and not visual.
-        """
-        if self.labelled is not None and self.labelled.shape == x.shape[:-1]:
-            return self.labelled.flatten().to(x.device)
-        vision, valid = self.masks(x)
-        return valid & ~vision
-
-    def masks(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tell which tokens of an input x [..., in] are visual and which are valid.
-
-        Returns:
-            (vision, valid), both [T] bool, where T is the product of the leading dimensions of x. If `tokens` is
-            unknown or has another shape, all tokens are valid and `all_vision` decides whether all are visual.
-        """
-        shape = x.shape[:-1]
-        if self.tokens is not None and self.tokens.vision.shape == shape:
-            return self.tokens.vision.flatten().to(x.device), self.tokens.valid.flatten().to(x.device)
-        every = torch.ones(shape, dtype=torch.bool, device=x.device).flatten()
-        return (every if self.all_vision else ~every), every
 
 
 @dataclass(frozen=True)
@@ -290,146 +233,6 @@ def _holder(names: list[str]) -> str:
     return ".".join(shared)
 
 
-class Reached(Exception):
-    """Raised when the module waited for is called, to end a forward pass that has gone far enough."""
-
-
-@contextlib.contextmanager
-def catching(
-    chain: Sequence[nn.Module], stop: nn.Module, spill: Spill, emptied: bool = False
-) -> Iterator[list[list[Pass]]]:
-    """Capture the calls of modules during one forward pass, in host memory.
-
-    Of the first module all arguments are kept, of the others all but their hidden states. Masks and positions may
-    differ between layers of a model; tensors that several calls share are stored once.
-
-    Args:
-        chain: the modules.
-        stop: module whose call ends the forward pass by raising `Reached`. If it is in `chain`, its call is captured
-            first.
-        spill: where the tensors are kept.
-        emptied: whether the modules answer with zeros, so that the next one's hidden states are what the model adds
-            between the two. Where the first one returns nothing but its hidden states, the others are not computed.
-
-    Yields:
-        For each module a list of its calls.
-    """
-    caught: list[list[Pass]] = [[] for _ in chain]
-    # Originals are held too, because the id of a freed tensor may be reused.
-    held: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def offload(tensor: Tensor) -> Tensor:
-        if id(tensor) not in held:
-            held[id(tensor)] = (tensor, spill.keep(tensor))
-        return held[id(tensor)][1]
-
-    def catch(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs, added = dict(kwargs), None
-            if index:
-                hidden = args[0] if args else kwargs.pop(HIDDEN, None)
-                args = (None, *args[1:]) if args else ()
-                added = offload(hidden) if emptied and hidden is not None and hidden.any() else None
-            held_args, held_kwargs = tree_map_only(Tensor, offload, (args, kwargs))
-            caught[index].append(Pass(held_args, held_kwargs, added=added))
-            if module is stop:
-                raise Reached
-
-        return hook
-
-    def end(module: nn.Module, args: Any) -> None:
-        raise Reached
-
-    def empty(module: nn.Module, args: Any, output: Any) -> Any:
-        zeros = torch.zeros_like(first(output))
-        if module is chain[0] and isinstance(output, Tensor):
-            for later in chain[1:]:
-                skipping.enter_context(_answering_with_zeros(later))
-        return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
-
-    skipping = contextlib.ExitStack()
-    handles = [module.register_forward_pre_hook(catch(index), with_kwargs=True) for index, module in enumerate(chain)]
-    handles += [module.register_forward_hook(empty) for module in chain if emptied]
-    if not any(stop is module for module in chain):
-        handles.append(stop.register_forward_pre_hook(end))
-    try:
-        yield caught
-    finally:
-        skipping.close()
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def _answering_with_zeros(module: nn.Module) -> Iterator[None]:
-    """While the context is open, a block computes nothing: it answers with zeros in place of hidden states."""
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros_like(args[0] if args else kwargs[HIDDEN])
-
-    before = module.__dict__.get("forward")  # such as that of accelerate
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-@contextlib.contextmanager
-def observed(
-    linears: Mapping[str, nn.Linear], make: Callable[[nn.Linear], T]
-) -> Iterator[tuple[dict[str, T], list[Pass]]]:
-    """Pass the inputs of linears to observers while the context is open.
-
-    Args:
-        linears: the linears, by their name in the model.
-        make: creates the observer of a linear at its first call.
-
-    Yields:
-        (the observers by the name of their linear, a list whose entry 0 the caller sets to the call in progress).
-
-    Raises:
-        UserError: an input of a linear is not finite, at a token that is not padding.
-    """
-    observers: dict[str, T] = {}
-    at: list[Pass] = [Pass((), {})]
-
-    def hook_of(name: str, linear: nn.Linear) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name not in observers:
-                observers[name] = make(linear)
-            vision, valid = at[0].masks(args[0])
-            x = args[0].detach().flatten(0, -2)
-            if not valid.all():
-                x, vision = x[valid], vision[valid]
-            check_finite(x, f"the input of {name}")
-            observers[name](x, vision)
-
-        return hook
-
-    handles = [linear.register_forward_pre_hook(hook_of(name, linear)) for name, linear in linears.items()]
-    try:
-        yield observers, at
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def check_finite(x: Tensor, what: str) -> None:
-    """Check that calibration has only numbers to work with.
-
-    Raises:
-        UserError: some values of x are NaN or infinite.
-    """
-    if not all_finite(x):
-        bad = x.numel() - int(x.isfinite().sum())
-        message = f"calibration: {what} has {bad} of {x.numel()} values that are not finite"
-        raise UserError(f"{message}; try a wider dtype, or look for NaN in the checkpoint and the samples")
-
-
 def visible_places(mask: Tensor | None, valid: Tensor) -> Tensor | None:
     """What a layer's attention mask lets the valid tokens of a sample see: [T, T] bool; None if it only says causal.
 
@@ -441,10 +244,3 @@ def visible_places(mask: Tensor | None, valid: Tensor) -> Tensor | None:
         return None
     square = mask[0, 0].to(valid.device)
     return (square if square.dtype == torch.bool else square >= 0)[valid][:, valid]
-
-
-def first(output: Any) -> Tensor:
-    """The tensor that a module returned, or the first one of several."""
-    if isinstance(output, Mapping):  # the output of a whole model
-        return next(iter(output.values()))
-    return output[0] if isinstance(output, tuple) else output

@@ -9,8 +9,11 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .blocks import Block, Pass, Reached, catching
-from .runner import IGNORED_LABEL, Calibration
+from .blocks import Block
+from .capturing import Reached, catching
+from .gradients import IGNORED_LABEL
+from .passes import Pass
+from .runner import Calibration
 from .spill import Spill
 
 

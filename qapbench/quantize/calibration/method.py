@@ -15,7 +15,7 @@ from qapbench.methods.kinds import metrics
 from qapbench.methods.plans import LinearPlan
 from qapbench.methods.quantization import PTQ
 
-from .blocks import check_finite
+from .capturing import check_finite
 from .runner import Calibration
 from .samples import CalibrationResult
 from .several import calibrated_together

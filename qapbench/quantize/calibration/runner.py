@@ -23,30 +23,17 @@ from qapbench.quantize.install import SharedInputs, installed
 from qapbench.quantize.originals import Originals
 from qapbench.quantize.receipts import CalibrationUse
 
-from .blocks import Block, Pass, Reached, catching, first, observed
+from .blocks import Block
+from .capturing import Reached, catching, observed
+from .gradients import IGNORED_LABEL, Gradient, OutputGradients
 from .observers import Observer
+from .passes import Pass, first
 from .samples import CalibrationResult, CalibrationSamples
 from .spill import Spill
 
 T = TypeVar("T", bound=Observer)
-IGNORED_LABEL = -100
 ORDER = ("vision", "projector", "language")
 """The parts of a model in the order in which a sample passes through them."""
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """Mean |d loss / d output| of a module, over the tokens of each kind. NaN if there were none.
-
-    Attributes:
-        vision: over visual tokens.
-        text: over all other tokens.
-        answer: over tokens with a label.
-    """
-
-    vision: float
-    text: float
-    answer: float
 
 
 @dataclass(frozen=True)
@@ -262,47 +249,14 @@ class Calibration:
         Raises:
             UserError: a sample has no `labels`.
         """
-        sums: dict[str, list[list[float]]] = {name: [[], [], []] for name in modules}
-        masks: list[Tensor] = []
-
-        def watch(name: str) -> Any:
-            def note(gradient: Tensor) -> None:
-                size = gradient.detach().float().abs().mean(dim=-1).flatten()
-                for values, mask in zip(sums[name], masks, strict=True):
-                    if mask.any():
-                        values.append(float(size[mask.to(size.device)].mean()))
-
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                first(output).register_hook(note)
-
-            return hook
-
-        leaf: list[Tensor] = []
-
-        def begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            leaf[:] = [output.detach().requires_grad_(True)]
-            return leaf[0]
-
-        with contextlib.ExitStack() as stack:
-            # The graph begins at the embeddings, because weights need no gradient.
-            embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-            stack.callback(embeddings.register_forward_hook(begin).remove)
-            for name in sums:
-                stack.callback(self.model.get_submodule(name).register_forward_hook(watch(name)).remove)
+        with OutputGradients(self.model, modules) as watched:
             for index, sample in enumerate(self.source.samples):
                 if "labels" not in sample:
                     raise UserError("calibration: this method needs samples with `labels` (the answers' token ids)")
                 inputs, tokens, labels = self.inputs(sample)
-                answer = (labels != IGNORED_LABEL).flatten()
-                vision = torch.zeros_like(answer) if tokens is None else tokens.vision.flatten()
-                masks[:] = [vision, ~vision, answer]
-                with torch.enable_grad():
-                    loss = self.model(**inputs, labels=labels, use_cache=False).loss
-                    torch.autograd.grad(loss, leaf)  # runs the hooks without accumulating gradients in parameters
+                watched.add(inputs, tokens, labels)
                 self.source.report("calibrating, gradients", index + 1, len(self))
-        return {
-            name: Gradient(*(sum(v) / len(v) if v else float("nan") for v in kinds)) for name, kinds in sums.items()
-        }
+        return watched.means()
 
     def last_states(self) -> list[Tensor]:
         """Hidden states [T, D] behind the last decoder layer for every sample, without padding, in host memory.
