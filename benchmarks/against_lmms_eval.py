@@ -38,8 +38,8 @@ from pyarrow import parquet
 from rich.console import Console
 from rich.table import Table
 
-from qapbench.spec.run_spec import TaskSpec
 from qapbench.spec.spec_file import load_spec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.tasks import load_task
 
 from . import random_llava

@@ -54,7 +54,8 @@ def write_runs(folder: Path, count: int, questions: int) -> None:
     from qapbench.records.store import answers_of, write_json, write_lines
     from qapbench.records.tally import tally
     from qapbench.running.notes import labels
-    from qapbench.spec.run_spec import RunSpec, TaskSpec
+    from qapbench.spec.run_spec import RunSpec
+    from qapbench.spec.task_spec import TaskSpec
     from qapbench.tasking.tasks import load_task
 
     task = load_task(TaskSpec(name="diagramqa", limit=questions))

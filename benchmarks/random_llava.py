@@ -37,7 +37,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from qapbench.memory import peak_resident_bytes
 from qapbench.models.family import images_only
 from qapbench.models.relevance import BESIDE
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.tasks import load_task
 
 from . import made_tokenizers, streamed

@@ -17,7 +17,8 @@ from qapbench.records.record import Record
 from qapbench.running.execute import make_runs
 from qapbench.running.session import Session
 from qapbench.running.settings import Settings, find_device
-from qapbench.spec.run_spec import RunSpec, TaskSpec
+from qapbench.spec.run_spec import RunSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.tasks import load_task
 
 from . import random_llava

@@ -22,7 +22,7 @@ from qapbench.checkpoints.find import find_checkpoint
 from qapbench.receipt import ImageTokens
 from qapbench.records.answer import Answer
 from qapbench.records.record import Record
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.images import decoded
 from qapbench.tasking.outline import TaskOutline, read_outline
 from qapbench.tasking.registry import runs_only_own_code

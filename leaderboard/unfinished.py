@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qapbench import UserError
 from qapbench.records.record import RECORD, read_json
 from qapbench.records.store import answers_of
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.outline import read_outline
 from qapbench.tasking.registry import runs_only_own_code
 

@@ -33,9 +33,10 @@ from .quantize.calibration import Calibration, CalibrationSamples
 from .quantize.calibration.allocating import allocated
 from .quantize.call_tokens import TokenContext, nothing_known, watching
 from .quantize.install import SharedInputs, installed
+from .quantize.measured_bits import ROWS, measured_bits
 from .quantize.originals import Keep, Originals
 from .quantize.packed import Buffer, held_packed, packed_weight
-from .quantize.receipts import ROWS, KVUse, LinearReceipt, measured_bits
+from .quantize.receipts import KVUse, LinearReceipt
 from .receipt import Receipt
 from .spec.run_spec import PruneSpec, QuantizeSpec, RunSpec
 

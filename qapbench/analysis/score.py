@@ -10,7 +10,7 @@ from typing import Any
 from qapbench.errors import Problem, UserError
 from qapbench.records.answer import Answer
 from qapbench.records.tally import Scores, tally
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.registry import TaskSource
 from qapbench.tasking.scores import score
 from qapbench.tasking.tasks import LoadedTask, load_task

@@ -91,7 +91,7 @@ def score(
     """
     from qapbench.analysis.score import score_file
     from qapbench.analysis.table import scores_table
-    from qapbench.spec.run_spec import TaskSpec
+    from qapbench.spec.task_spec import TaskSpec
 
     scores = score_file(file, TaskSpec(name=task, data=data, parser=parser, answers="generate"), seed)
     if as_json:

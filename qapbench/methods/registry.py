@@ -146,10 +146,16 @@ class Registry(Generic[T]):
         return (self._entries[name] for name in self.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return name in self._entries or name in self.names()
+
+    def registered(self) -> list[Entry[T]]:
+        """The entries that are registered by now. Unlike iteration, this loads no plugin."""
+        return list(self._entries.values())
 
     def entry(self, name: str) -> Entry[T]:
         """The entry of that name, or a UserError with the nearest valid name."""
+        if name in self._entries:  # plugins cannot replace it, so it need not wait for them
+            return self._entries[name]
         names = self.names()
         if name not in self._entries:
             broken = "".join(f"; plugin '{plugin}' {why}" for plugin, why in broken_plugins().items())

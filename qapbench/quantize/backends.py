@@ -17,8 +17,9 @@ from qapbench.models.unread import values
 from qapbench.spec.backend import Backend
 
 from .install import installed, replaced
+from .measured_bits import ROWS
 from .originals import Originals
-from .receipts import ROWS, LinearReceipt
+from .receipts import LinearReceipt
 
 
 @contextlib.contextmanager

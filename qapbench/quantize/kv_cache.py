@@ -14,7 +14,8 @@ from qapbench.errors import UserError
 from qapbench.methods.kv import KVFormat, KVSide
 
 from .call_tokens import TokenContext
-from .receipts import KVUse, most_levels
+from .measured_bits import most_levels
+from .receipts import KVUse
 
 SIDES = ("keys", "values")
 

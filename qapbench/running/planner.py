@@ -19,7 +19,8 @@ from qapbench.models.loading import precision, read_config
 from qapbench.records.intact import damage, lines_in_words
 from qapbench.records.record import RECORD, NewerRecordError, Record, read_record
 from qapbench.records.store import ANSWERS, answers_of
-from qapbench.spec.run_spec import PruneSpec, RunSpec, TaskSpec
+from qapbench.spec.run_spec import PruneSpec, RunSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.groups import expanded, placed
 from qapbench.tasking.images import check_pictures
 from qapbench.tasking.outline import TaskOutline, calibration_fingerprint

@@ -66,6 +66,22 @@ def created(registry: Registry[Any], item: Item) -> Any:
     return registry.create(item.name, **item.params)
 
 
+def named_item(registry: Registry[Any], data: Any, field: str) -> Any:
+    """The object that a field of plain data names; None if the field does not name a valid item.
+
+    Args:
+        registry: the registry that has the item.
+        data: plain data of a section.
+        field: name of the field.
+    """
+    if not isinstance(data, dict):
+        return None
+    try:
+        return created(registry, parse_item(registry, data.get(field)))
+    except UserError:
+        return None  # the field's own validation reports the mistake
+
+
 class _Kind:
     """Names the kind of a field's items in the JSON Schema of the field, for `qapbench.spec.schema`."""
 

@@ -22,8 +22,8 @@ from qapbench.methods.kinds import pruners
 from qapbench.methods.parameters import problems_of
 
 from .cost_budget import CostBudget, or_cost
-from .items import FusionItem, MetricItem, PrunerItem, created
-from .strict import Strict, named_item, or_null
+from .items import FusionItem, MetricItem, PrunerItem, created, named_item
+from .strict import Strict, or_null
 
 MOST_STEPS = 4  # of a schedule that a label shows
 

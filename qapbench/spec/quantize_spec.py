@@ -21,9 +21,9 @@ from qapbench.methods.kv import KVFormat
 
 from .allocate_spec import AllocateSpec, or_name
 from .backend import Backend, check_backend
-from .items import PTQItem, created
+from .items import PTQItem, created, named_item
 from .overrides import Override, check_fitting, formats_of, or_mapping, parsed
-from .strict import Strict, is_valid, named_item
+from .strict import Strict, is_valid
 from .text import NameOrPath
 
 Scope = Literal["language", "projector", "vision"]

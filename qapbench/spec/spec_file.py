@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from qapbench.errors import Problem, UserError, nearest
 from qapbench.methods.plugins import load_plugin_files
 
-from .run_spec import RunSpec, TaskSpec
+from .run_spec import RunSpec
 from .sweep_spec import SweepSpec, override
+from .task_spec import TaskSpec
 from .text import shown, unfit
 from .yaml_reader import Lines, read_value, read_yaml
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qapbench.errors import Problem, UserError
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 
 from .index import lm_eval_index
 from .lmms_index import lmms_members

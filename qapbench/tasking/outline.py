@@ -7,16 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qapbench.errors import Problem, UserError, first_line, nearest
 from qapbench.hashing import digest_file
 from qapbench.records.tally import UNPARSED
-from qapbench.spec.run_spec import CalibrationSpec, TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 
 from .images import BlankImage, OnBackground, listed_images
 from .registry import LETTER, TaskSource, tasks
 from .task_file import TaskFile
+
+if TYPE_CHECKING:
+    from qapbench.spec.run_spec import CalibrationSpec
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Such a task is a function that reads its questions, with an lm-eval YAML file be
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from qapbench.methods.registry import Entry, Registry
 from .task_yaml import included, read_config
 
 if TYPE_CHECKING:  # what a task imports is part of the identity of its runs
-    from qapbench.spec.run_spec import TaskSpec
+    from qapbench.spec.task_spec import TaskSpec
 
 LETTER = "_letter"
 """Suffix of the variant of a task that scores one log-likelihood per option instead of generating text."""
@@ -177,13 +178,17 @@ task = tasks.register
 """Decorator that registers the function which reads a task's questions; `NAME.yaml` lies beside its file."""
 
 
+OWN = "qapbench.tasks"  # the package that registers the tasks of this project
+
+
 def own_tasks() -> list[str]:
     """Names of the tasks that come with qapbench.
 
     Reading one of them runs only this project's code, whatever a record says.
     """
-    own = [entry.name for entry in tasks if inspect.unwrap(entry.target).__module__.startswith("qapbench.tasks.")]
-    return sorted(own)
+    importlib.import_module(OWN)  # rather than all plugins, of which strategies load torch
+    made = tasks.registered()
+    return sorted(one.name for one in made if inspect.unwrap(one.target).__module__.startswith(f"{OWN}."))
 
 
 def runs_only_own_code(task: TaskSpec) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qapbench.errors import Problem, UserError, nearest
 from qapbench.hashing import code_files, digest_files
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 
 from .task_yaml import function_names, included, read_config, read_file
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qapbench.errors import Problem, UserError, first_line
 from qapbench.records.tally import UNPARSED
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 
 from .images import listed_images
 from .index import TaskIndex, lm_eval_folder, lm_eval_index

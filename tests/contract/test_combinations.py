@@ -18,7 +18,7 @@ from qapbench.analysis import compatibility
 from qapbench.analysis.compatibility import KEEP, CompatibilityResult, run_ptq_matrix, sampled
 from qapbench.cli import app
 from qapbench.models.family import families
-from qapbench.quantize.receipts import measured_bits
+from qapbench.quantize.measured_bits import measured_bits
 
 
 def test_the_sample_has_every_pair_once() -> None:

@@ -21,7 +21,8 @@ from qapbench.records.store import answers_of, write_json, write_lines
 from qapbench.records.tally import tally
 from qapbench.running.notes import labels
 from qapbench.running.several import joined
-from qapbench.spec.run_spec import RunSpec, TaskSpec
+from qapbench.spec.run_spec import RunSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.tasks import LoadedTask, load_task
 
 QUESTIONS, TOKENS, KEEP = 40, 16, 5

@@ -16,7 +16,8 @@ from qapbench import RunSpec, UserError, compress
 from qapbench.methods.kv import KVFormat, KVSide
 from qapbench.models.family import families
 from qapbench.quantize.kv_cache import QuantizedLayer, QuantizedWindow
-from qapbench.quantize.receipts import KVUse, most_levels
+from qapbench.quantize.measured_bits import most_levels
+from qapbench.quantize.receipts import KVUse
 from qapbench.receipt import NotQuantizedError
 from qapbench.records.store import answers_of
 from qapbench.running import run

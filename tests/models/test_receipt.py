@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qapbench import PTQ, Format, LinearPlan, compress, fake_quantize, ptq, ptqs
-from qapbench.quantize.receipts import measured_bits
+from qapbench.quantize.measured_bits import measured_bits
 from qapbench.receipt import ImageTokens, NotQuantizedError, Receipt
 
 FORMAT = {"bits": 4, "group_size": 16}

@@ -25,8 +25,8 @@ from qapbench.records.record import Record, write_record
 from qapbench.records.store import ANSWERS, answers_of
 from qapbench.running.planner import Planner
 from qapbench.running.settings import find_device
-from qapbench.spec.run_spec import TaskSpec
 from qapbench.spec.spec_file import load_spec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.tasks import load_task
 
 CASES: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {"prune": {"method": "cdpruner", "keep": 5}}}

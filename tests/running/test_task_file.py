@@ -17,8 +17,8 @@ import qapbench
 from qapbench import RunSpec, UserError
 from qapbench.records.store import answers_of
 from qapbench.running.planner import Planner
-from qapbench.spec.run_spec import TaskSpec
 from qapbench.spec.spec_file import load_spec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.task_file import find_task_file
 
 CPU = torch.device("cpu")

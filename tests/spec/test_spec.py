@@ -7,8 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from qapbench import RunSpec, SweepSpec, UserError
-from qapbench.spec.run_spec import Item, PruneSpec, TaskSpec
+from qapbench.spec.run_spec import Item, PruneSpec
 from qapbench.spec.sweep_spec import override
+from qapbench.spec.task_spec import TaskSpec
 
 FULL: dict[str, Any] = {
     "name": "qapruner-32",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qapbench import Format, LinearPlan, UserError, fake_quantize, ptqs
 from qapbench.methods.packed import CannotPackError
-from qapbench.quantize.receipts import measured_bits
+from qapbench.quantize.measured_bits import measured_bits
 from qapbench.spec.run_spec import QuantizeSpec
 
 GROUPS = {"nvfp4": 16, "mxfp4": 32, "mxfp8": 32, "fp8": None}

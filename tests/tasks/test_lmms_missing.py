@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from qapbench import RunSpec, UserError
-from qapbench.spec.run_spec import TaskSpec
 from qapbench.spec.spec_file import load_spec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.lmms_index import tags_of
 from qapbench.tasking.registry import runs_only_own_code
 from qapbench.tasking.tasks import find_outline

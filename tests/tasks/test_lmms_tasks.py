@@ -28,7 +28,7 @@ from lmms_data_sets import (
 )
 
 from qapbench import UserError
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.groups import expanded
 from qapbench.tasking.images import digest_image
 from qapbench.tasking.lmms_data import DataSource

@@ -14,8 +14,9 @@ from qapbench import UserError
 from qapbench.methods import plugins
 from qapbench.methods.plugins import load_plugin_file, plugin_of
 from qapbench.running.planner import Planner
-from qapbench.spec.run_spec import RunSpec, TaskSpec
+from qapbench.spec.run_spec import RunSpec
 from qapbench.spec.spec_file import load_spec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.registry import tasks
 from qapbench.tasking.tasks import load_task
 

@@ -18,7 +18,7 @@ from statsmodels.stats.proportion import proportion_confint
 from qapbench import UserError
 from qapbench.analysis.score import score_file
 from qapbench.records.tally import Figure, Mean, Tally, tally
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 
 NAMES = ["NAT", "IMG", "G1-6", "Avg"]
 

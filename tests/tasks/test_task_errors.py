@@ -11,7 +11,7 @@ import pytest
 from question_files import ROWS, TEXT, load, picture, png, row
 
 from qapbench import UserError
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking.index import TaskIndex
 from qapbench.tasking.tasks import find_outline, load_task
 

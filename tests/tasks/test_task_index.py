@@ -16,7 +16,7 @@ import lm_eval.tasks
 import pytest
 
 from benchmarks.task_index import differences
-from qapbench.spec.run_spec import TaskSpec
+from qapbench.spec.task_spec import TaskSpec
 from qapbench.tasking import index
 from qapbench.tasking.index import TaskIndex, lm_eval_index
 from qapbench.tasking.outline import read_outline
@@ -164,7 +164,7 @@ def test_an_outline_and_an_unknown_name_need_no_lm_eval(write: Any, tmp_path: Pa
     code = (
         "import sys\n"
         "from qapbench.errors import UserError\n"
-        "from qapbench.spec.run_spec import TaskSpec\n"
+        "from qapbench.spec.task_spec import TaskSpec\n"
         "from qapbench.tasking.tasks import find_outline\n"
         f"outline = find_outline(TaskSpec(name='scienceqa', data={write()!r}))\n"
         "assert outline.count == 4\n"
