@@ -100,10 +100,10 @@ class GPTQ(CalibratedPTQ):
         self, weight: Tensor, gram: Tensor, format: Format, grids: Sequence[Rounding] | None = None
     ) -> tuple[Tensor, list[Any]]:
         """The rounded weight [out, in] in float32, and the levels of each group; see `solve`."""
-        w, width = weight.float().clone(), weight.shape[1]
+        w, width = weight.to(torch.float32, copy=True), weight.shape[1]
         dead = gram.diagonal() == 0
         w[:, dead] = 0
-        upper = inverse_root(gram + torch.diag(dead.float()), self.damping)
+        upper = inverse_root(with_diagonal(gram, dead), self.damping)
         size, levels = format.group_size or width, format.levels_within(w)
         if grids is None and self.static_groups:
             grids = [levels.of(part) for part in w.split(size, dim=1)]
@@ -127,6 +127,16 @@ class GPTQ(CalibratedPTQ):
         return done, found
 
 
+def with_diagonal(gram: Tensor, added: Tensor) -> Tensor:
+    """A copy of a matrix [in, in] with values, or one value, added to its diagonal.
+
+    A matrix of a wide linear takes hundreds of MB, so no identity is made.
+    """
+    made = gram.clone()
+    made.diagonal().add_(added)
+    return made
+
+
 def inverse_root(gram: Tensor, damping: float) -> Tensor:
     """Compute the upper Cholesky factor of (gram + damping * mean diagonal * I)^-1.
 
@@ -139,11 +149,13 @@ def inverse_root(gram: Tensor, damping: float) -> Tensor:
     Raises:
         ArithmeticError: no damping tried makes the sum positive definite, which means that `gram` is not finite.
     """
-    identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    damp = damping * gram.diagonal().mean()
+    mean = gram.diagonal().mean()
+    damp = damping * mean
     for _ in range(8):
-        lower, failed = torch.linalg.cholesky_ex(gram + damp * identity)
+        lower, failed = torch.linalg.cholesky_ex(with_diagonal(gram, damp))
         if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        damp = damp * 10 if damp > 0 else gram.diagonal().mean() * 1e-6
+            inverse = torch.cholesky_inverse(lower)
+            del lower  # three such matrices are in memory instead of four
+            return torch.linalg.cholesky(inverse, upper=True)
+        damp = damp * 10 if damp > 0 else mean * 1e-6
     raise ArithmeticError("the inputs of a linear are not finite")

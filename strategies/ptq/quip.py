@@ -130,8 +130,9 @@ def upper_unit(gram: Tensor, damping: float) -> Tensor:
         gram: [in, in], H without the damping.
         damping: what is added to the diagonal of `gram`, as a fraction of its mean diagonal.
     """
-    identity = torch.eye(len(gram), device=gram.device, dtype=torch.float64)
-    damped = gram.double() + damping * gram.double().diagonal().mean().clamp(min=1e-12) * identity
     # With rows and columns reversed, the lower factor is the upper one.
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    return (upper / upper.diagonal()).to(gram.dtype)
+    damped = gram.flip(0, 1).double()
+    damped.diagonal().add_(damping * gram.diagonal().double().mean().clamp(min=1e-12))
+    upper = torch.linalg.cholesky(damped).flip(0, 1)
+    del damped  # a matrix of a wide linear takes a GB in float64
+    return upper.div_(upper.diagonal().clone()).to(gram.dtype)

@@ -144,21 +144,22 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
 
 def test_kill_9_in_a_sweep_and_go_on(tmp_path: Path) -> None:
     """Killed in the middle, started again: the same bytes, cell by cell, as a sweep that was left alone."""
-    arguments = ["run", "quickstart", "--set", "task.limit=8"]
+    limit = 16  # two batches: a fast machine writes all runs' answers of one before anybody looks
+    arguments = ["run", "quickstart", "--set", f"task.limit={limit}"]
     process = started(*arguments, "--runs", tmp_path / "killed")
     deadline = time.monotonic() + 120
     while _lines(tmp_path / "killed") < 14 and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
     process.join()
-    whole = 8 * len(load_spec("quickstart"))
+    whole = limit * len(load_spec("quickstart"))
     assert 14 <= _lines(tmp_path / "killed") < whole
     assert not list((tmp_path / "killed").glob("*/record.json"))
     plan = qapbench(*arguments, "--runs", tmp_path / "killed", "--dry-run")
     assert "answers are missing" in plan.stdout
     assert "the tower runs" in plan.stdout
     assert qapbench(*arguments, "--runs", tmp_path / "killed").returncode == 0
-    package.run(load_spec("quickstart", ["task.limit=8"]), tmp_path / "left", device="cpu")
+    package.run(load_spec("quickstart", [f"task.limit={limit}"]), tmp_path / "left", device="cpu")
     killed, left = (
         {path.parent.name: path.read_bytes() for path in (tmp_path / name).glob("*/answers.jsonl")}
         for name in ("killed", "left")

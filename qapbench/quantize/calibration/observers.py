@@ -77,7 +77,10 @@ class Gram:
     def __call__(self, x: Tensor, vision: Tensor) -> None:
         rows = x.float()
         product = rows.mT @ rows
-        self.value = self.value + product if self.samples else product
+        if self.samples:
+            self.value += product
+        else:
+            self.value = product
         self.samples += 1
 
 
