@@ -1,6 +1,7 @@
 """Tensors of a calibration that take more than a limit move to files, and change no bit of what is found."""
 
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from qapbench.memory import page_out
 from qapbench.methods.formats import Format
 from qapbench.methods.kinds import ptqs
 from qapbench.models.family import families, family_of
@@ -93,3 +95,20 @@ def test_a_result_that_cannot_be_written_leaves_no_draft(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match=r"key\.safetensors"):
         store.write(tmp_path, "key", {"a": {"x": torch.zeros(3)}})
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("key.safetensors", before)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells, and drops, the pages of one file")
+def test_what_is_read_later_can_leave_memory_at_once() -> None:
+    size = 2**24
+
+    def in_files() -> int:
+        """Bytes of files that are mapped into memory and lie there."""
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1]) * 1024
+
+    value, before = torch.arange(size, dtype=torch.float32), in_files()
+    kept = Spill(limit=0).keep(value, later=True)
+    assert in_files() - before > 0.9 * kept.nbytes
+    page_out(kept)
+    assert in_files() - before < 0.1 * kept.nbytes
+    assert torch.equal(kept, value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.errors import UserError
-from qapbench.memory import peak_memory
+from qapbench.memory import page_out, peak_memory
 from qapbench.methods.plans import LinearPlan, Tokens
 from qapbench.models import Family
 from qapbench.models.layers import device_of
@@ -118,7 +118,7 @@ class Calibration:
 
         def once(tensor: Tensor) -> Tensor:
             if id(tensor) not in kept:
-                kept[id(tensor)] = self._results.keep(tensor)
+                kept[id(tensor)] = self._results.keep(tensor, later=True)
             return kept[id(tensor)]
 
         return {linear: {name: once(tensor) for name, tensor in named.items()} for linear, named in found.items()}
@@ -212,6 +212,8 @@ class Calibration:
                                 passes = block.advance(captured[index + 1])
                         if chain is not chains[-1]:  # later chains are captured behind this block
                             stack.push(calibrated.pop_all())
+                    for tensor in (one for result in mine for found in result.values() for one in found.values()):
+                        page_out(tensor)  # read again when everything is calibrated
                     ahead = {name: linear for name, linear in ahead.items() if name not in members}
                     done += 1
                     self.source.report("calibrating, block", done, total)

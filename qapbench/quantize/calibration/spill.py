@@ -33,11 +33,17 @@ class Spill:
         self.held = 0
         self.spilled = 0
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor in host memory, or in a file if the limit is reached."""
+    def keep(self, tensor: Tensor, later: bool = False) -> Tensor:
+        """The tensor in host memory, or in a file if the limit is reached.
+
+        Args:
+            tensor: the tensor.
+            later: whether it is read again much later, so that `page_out` is to take it out of memory in between. What
+                goes to a file is then on the disk at once.
+        """
         kept = tensor.detach().to("cpu")
         beyond = self.held + kept.nbytes > self.limit and kept.nbytes > WHOLE and kept.is_contiguous()
-        if beyond and (mapped := _in_file(kept)) is not None:
+        if beyond and (mapped := _in_file(kept, later)) is not None:
             self.spilled += kept.nbytes
             return mapped
         self.held += kept.nbytes
@@ -48,8 +54,13 @@ class Spill:
         self.held -= size
 
 
-def _in_file(tensor: Tensor) -> Tensor | None:
-    """A copy of the tensor in a file that is mapped into memory; None where that cannot be."""
+def _in_file(tensor: Tensor, later: bool) -> Tensor | None:
+    """A copy of the tensor in a file that is mapped into memory; None where that cannot be.
+
+    Args:
+        tensor: the tensor.
+        later: whether its pages are written to the disk at once.
+    """
     if sys.platform == "win32":  # a file that is mapped cannot be deleted there
         return None
     try:
@@ -61,6 +72,9 @@ def _in_file(tensor: Tensor) -> Tensor | None:
                 file.write(bytes(tensor.nbytes))
                 file.flush()
             mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            mapped.copy_(tensor.flatten())
+            if later:
+                os.fsync(file.fileno())  # only pages that are on the disk can leave memory
     except OSError:  # the disk is full
         return None
-    return mapped.view(tensor.shape).copy_(tensor)
+    return mapped.view(tensor.shape)
