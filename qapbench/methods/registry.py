@@ -146,6 +146,7 @@ class Registry(Generic[T]):
         return (self._entries[name] for name in self.names())
 
     def __contains__(self, name: object) -> bool:
+        # What is registered is not replaced by a plugin, so it need not wait for them.
         return name in self._entries or name in self.names()
 
     def registered(self) -> list[Entry[T]]:
@@ -154,12 +155,9 @@ class Registry(Generic[T]):
 
     def entry(self, name: str) -> Entry[T]:
         """The entry of that name, or a UserError with the nearest valid name."""
-        if name in self._entries:  # plugins cannot replace it, so it need not wait for them
-            return self._entries[name]
-        names = self.names()
-        if name not in self._entries:
+        if name not in self:
             broken = "".join(f"; plugin '{plugin}' {why}" for plugin, why in broken_plugins().items())
-            raise UserError(f"no {self.kind} '{name}'; {nearest(name, names)}{broken}")
+            raise UserError(f"no {self.kind} '{name}'; {nearest(name, self.names())}{broken}")
         return self._entries[name]
 
     @property

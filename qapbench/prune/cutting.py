@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .question import UNLABELLED
+from qapbench.quantize.call_tokens import UNLABELLED
+
 from .splice import gather_columns
 
 TYPES = ("mm_token_type_ids", "token_type_ids")

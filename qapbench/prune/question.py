@@ -14,9 +14,7 @@ from qapbench.errors import UserError
 from qapbench.methods.tokens import VisionTokens
 from qapbench.models import Family
 from qapbench.models.relevance import QuestionReader
-
-UNLABELLED = -100
-"""Label of a token that no loss is computed on."""
+from qapbench.quantize.call_tokens import UNLABELLED
 
 
 def asked_text(text: Tensor, labels: Tensor | None, spans: list[tuple[int, Tensor]]) -> list[Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from qapbench.methods.plans import Tokens
 
+UNLABELLED = -100
+"""Label of a token that no loss is computed on."""
 TokenContext = Callable[[], Tokens | None]
 """Says what is known of the tokens of the call that is under way; None where nothing is."""
 

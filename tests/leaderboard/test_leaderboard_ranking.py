@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -282,17 +280,3 @@ def test_every_record_of_the_project_passes() -> None:
     for path in RESULTS.glob("*/record.json"):
         assert check_record(path).passed
     assert TOKENS > KEEP
-
-
-def test_page_and_comparison_load_no_torch(runs: Path, tmp_path: Path) -> None:
-    """They read results: two seconds less, and a machine without torch's libraries in memory can serve them."""
-    ids = [record.run_id for record in load_records(runs)[:2]]
-    for line in (["leaderboard", "--out", str(tmp_path / "page.html")], ["compare", *ids]):
-        code = (
-            "import sys\n"
-            "from qapbench.cli import app\n"
-            f"app({[*line, '--runs', str(runs)]!r}, standalone_mode=False)\n"
-            "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr

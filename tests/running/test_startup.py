@@ -65,10 +65,10 @@ def test_a_finished_run_and_what_reads_it_need_neither(
     qapbench.run([RunSpec.parse(spec) for spec in specs], runs)
     cases = {"dense": {}, "random": {"prune": {"method": "random", "keep": 5}}}
     spec = write_spec({**spec_of(), "cases": cases})
-    commands: list[list[object]] = [
-        ["run", spec, "--runs", runs],
+    reading: list[list[object]] = [
         ["leaderboard", "--runs", runs, "--out", tmp_path / "board.html"],
-        ["status", "--runs", runs],
         ["compare", "dense", "random", "--runs", runs],
     ]
+    assert imported(*reading, folder=tmp_path) == [[]] * 2
+    commands: list[list[object]] = [["run", spec, "--runs", runs], *reading, ["status", "--runs", runs]]
     assert imported(*commands, folder=tmp_path) == [["torch"]] * 4

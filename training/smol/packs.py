@@ -205,7 +205,9 @@ class Packs(Dataset[dict[str, Any]]):
 
         A drill asks for the letter of an option that is named, which is the last step of every question.
         """
-        pack, drills = Pack([]), self.split == "train" and rng.random() < self.mix.drills
+        # Without drills nothing is drawn for them: the questions are those of before there were any.
+        drills = self.split == "train" and self.mix.drills > 0 and rng.random() < self.mix.drills
+        pack = Pack([])
         for at in range(64):
             scene = sample(self.seed, index * 64 + at, self.split, modality="text")
             question = scene.questions[int(rng.integers(len(scene.questions)))]

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qapbench.methods.plans import Tokens
+from qapbench.quantize.call_tokens import UNLABELLED
 
 from .passes import first
-
-IGNORED_LABEL = -100
-"""Label of a token that no loss is computed on."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class OutputGradients(contextlib.ExitStack):
             tokens: what is known of its tokens.
             labels: its labels.
         """
-        answer = (labels != IGNORED_LABEL).flatten()
+        answer = (labels != UNLABELLED).flatten()
         vision = torch.zeros_like(answer) if tokens is None else tokens.vision.flatten()
         self._masks[:] = [vision, ~vision, answer]
         with torch.enable_grad():

@@ -9,9 +9,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from qapbench.quantize.call_tokens import UNLABELLED
+
 from .blocks import Block
 from .capturing import Reached, catching
-from .gradients import IGNORED_LABEL
 from .passes import Pass
 from .runner import Calibration
 from .spill import Spill
@@ -41,7 +42,7 @@ class AnswerLoss:
                 inputs, tokens, labels = calibration.inputs(sample)
                 calibration.forward(inputs)
             self._block.passes.append(replace(caught[0][0], tokens=tokens))
-            told = self._head is not None and labels is not None and bool((labels[:, 1:] != IGNORED_LABEL).any())
+            told = self._head is not None and labels is not None and bool((labels[:, 1:] != UNLABELLED).any())
             self._labels.append(labels if told else None)
         plain = (None if told is not None else self._block.run(one) for one, told in self._told())
         self._plain = [None if output is None else self._block.spill.keep(output) for output in plain]
@@ -66,5 +67,5 @@ class AnswerLoss:
             wanted = output if plain is None else plain.to(output.device)
             return self._block.off(index, output, wanted).mean() / wanted.float().square().mean()
         following = labels[:, 1:].to(output.device)
-        told = following != IGNORED_LABEL
+        told = following != UNLABELLED
         return cross_entropy(self._head(output[:, :-1][told]).float(), following[told])

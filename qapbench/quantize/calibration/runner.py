@@ -18,14 +18,14 @@ from qapbench.models import Family
 from qapbench.models.layers import device_of
 from qapbench.models.unread import present
 from qapbench.quantize.calibration import store
-from qapbench.quantize.call_tokens import tokens_of
+from qapbench.quantize.call_tokens import UNLABELLED, tokens_of
 from qapbench.quantize.install import SharedInputs, installed
 from qapbench.quantize.originals import Originals
 from qapbench.quantize.receipts import CalibrationUse
 
 from .blocks import Block
 from .capturing import Reached, catching, observed
-from .gradients import IGNORED_LABEL, Gradient, OutputGradients
+from .gradients import Gradient, OutputGradients
 from .observers import Observer
 from .passes import Pass, first
 from .samples import CalibrationResult, CalibrationSamples
@@ -376,7 +376,7 @@ class Calibration:
             with contextlib.suppress(Reached), catching(chain, stop, self._activations, language) as caught:
                 inputs, tokens, labels = self.inputs(sample)  # pruning runs the vision tower: its calls are caught too
                 self.forward(inputs)
-            labelled = labels != IGNORED_LABEL if labels is not None and language else None
+            labelled = labels != UNLABELLED if labels is not None and language else None
             for one, calls in zip(passes, caught, strict=True):
                 for call in calls:
                     told = tokens if language else None
